@@ -1,0 +1,153 @@
+"""Timing that survives a noisy machine: sides interleaved in one process, judged by their ratio.
+
+Absolute times drift from minute to minute on a shared host; the ratio of two calls made right
+after each other does not. So every side is sampled once a round, in an order that rotates, and a
+ratio is the median over rounds with a bootstrap interval. Benchmarks and receipts share this file.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+MIN_PAIRS = 30
+Samples = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class Ratio(NamedTuple):
+    """A speed-up with its 95% interval: above 1 the candidate is the faster one."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wait_idle(limit: float = 0.25, window: float = 0.002) -> bool:
+    """Sleep until this process burns no CPU time, at most ``limit`` seconds.
+
+    Thread pools go on spinning after a call (libgomp about 10 ms, onnxruntime 20-35 ms) and would
+    steal cores from the next side, so a comparison across pools waits for them.
+
+    Returns:
+        True once two windows in a row were quiet, False if the limit came first.
+    """
+    end = time.perf_counter() + limit
+    quiet = 0
+    while time.perf_counter() < end:
+        wall, cpu = time.perf_counter(), time.process_time()
+        time.sleep(window)
+        busy = (time.process_time() - cpu) / (time.perf_counter() - wall)
+        quiet = quiet + 1 if busy < 0.2 else 0
+        if quiet == 2:
+            return True
+    return False
+
+
+def _calls_per_sample(call: Callable[[], object], sync: Callable[[], object], floor: float) -> int:
+    """How many calls one sample needs to last ``floor`` seconds."""
+    calls = 1
+    while calls < 1 << 16:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        sync()
+        took = time.perf_counter() - start
+        if took >= floor:
+            break
+        calls = max(calls * 2, min(calls * 16, int(calls * floor / max(took, 1e-9))))
+    return calls
+
+
+def interleave(
+    sides: Mapping[str, Callable[[], object]],
+    *,
+    pairs: int = MIN_PAIRS,
+    sample_seconds: float = 2e-3,
+    warmup: int = 3,
+    idle: bool = False,
+    sync: Callable[[], object] = lambda: None,
+) -> dict[str, Samples]:
+    """Time every side once per round, in rotating order.
+
+    Args:
+        sides: name -> call without arguments. At least one.
+        pairs: rounds; every round gives one sample of every side.
+        sample_seconds: a sample repeats its call until it lasts at least about this long.
+        warmup: untimed calls of each side before the first round.
+        idle: wait for spinning thread pools before each sample; for sides that own other pools.
+        sync: called before the clock is read (``torch.cuda.synchronize`` for a GPU).
+
+    Returns:
+        name -> float64 array of shape ``[pairs]``, seconds per call; equal positions are the same
+        round, so ratios are taken element by element.
+
+    Raises:
+        ValueError: no side, or fewer than one round.
+    """
+    if not sides:
+        raise ValueError("sides: expected at least one call to time, got none")
+    if pairs < 1:
+        raise ValueError(f"pairs: expected at least 1, got {pairs}")
+    calls: dict[str, int] = {}
+    for name, call in sides.items():
+        for _ in range(warmup):
+            call()
+        sync()
+        calls[name] = _calls_per_sample(call, sync, sample_seconds)
+    names = list(sides)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(pairs):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                call, repeat = sides[name], calls[name]
+                if idle:
+                    wait_idle()
+                call()  # wakes this side's own pool and warms what it may keep in cache
+                sync()
+                start = time.perf_counter()
+                for _ in range(repeat):
+                    call()
+                sync()
+                samples[name].append((time.perf_counter() - start) / repeat)
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: np.asarray(values) for name, values in samples.items()}
+
+
+def median(samples: Samples) -> float:
+    """Median in seconds."""
+    return float(np.median(samples))
+
+
+def spread(samples: Samples) -> float:
+    """Interquartile range as a fraction of the median."""
+    low, high = np.percentile(samples, [25, 75])
+    return float((high - low) / np.median(samples))
+
+
+def speedup(reference: Samples, candidate: Samples, resamples: int = 2000) -> Ratio:
+    """reference time / candidate time over paired samples, with its 95% bootstrap interval.
+
+    The median of the per-round ratios; the interval is the percentile bootstrap over rounds, from
+    a fixed seed, so one set of samples always gives one answer.
+
+    Raises:
+        ValueError: the two were not sampled in the same rounds.
+    """
+    if reference.shape != candidate.shape or reference.ndim != 1 or not reference.size:
+        raise ValueError(
+            f"speedup: expected paired samples of one length, got {reference.shape} and "
+            f"{candidate.shape}"
+        )
+    ratios = reference / candidate
+    draws = np.random.default_rng(0).integers(0, ratios.size, (resamples, ratios.size))
+    low, high = np.percentile(np.median(ratios[draws], axis=1), [2.5, 97.5])
+    return Ratio(float(np.median(ratios)), float(low), float(high))
