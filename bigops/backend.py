@@ -1,0 +1,200 @@
+"""What this machine has, which kernel serves which op, and which kernels ran.
+
+Anything in bigops may import this module; it imports torch and the extension only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+__all__ = ["Explanation", "explain", "extension", "note", "record", "report"]
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        import bigops._C as module  # type: ignore[import-not-found, import-untyped]
+    except ModuleNotFoundError:
+        return None, "the C++ extension is not built (no compiler was found at installation)"
+    except ImportError as error:
+        return None, f"the C++ extension does not load: {error}"
+    return module, ""
+
+
+extension, extension_error = _load()
+"""The C++ extension, or None with the reason in `extension_error`."""
+
+_CROSSOVER_FILE = Path(__file__).parent / "configs" / "crossover_cpu.json"
+
+
+def _apply_crossovers() -> None:
+    """Hand the committed crossover table to the extension (tuning is data, never timed here)."""
+    if extension is None:
+        return
+    table = json.loads(_CROSSOVER_FILE.read_text())
+    for op, by_dtype in table["crossover"].items():
+        for dtype, limits in by_dtype.items():
+            extension.set_crossover(op, dtype, int(limits["max_rows"]), int(limits["max_flops"]))
+
+
+_apply_crossovers()
+
+
+# --- which kernels ran ---------------------------------------------------------------------
+
+_recorders: list[list[str]] = []
+
+
+def note(kernel: str) -> None:
+    """Say that ``kernel`` runs now. Kernels written in Python call it; C++ ones say it below."""
+    for names in _recorders:
+        names.append(kernel)
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[str]]:
+    """Collect the names of the kernels that run inside, in all threads.
+
+    The list holds the Python-side kernels while inside and the C++ ones from the end of the block.
+    """
+    names: list[str] = []
+    if extension is not None:
+        extension.record_start()
+    _recorders.append(names)
+    try:
+        yield names
+    finally:
+        _recorders.remove(names)
+        if extension is not None:
+            names.extend(extension.record_stop())
+
+
+# --- explain -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which kernel serves a call, with which config, and why."""
+
+    op: str
+    kernel: str
+    reason: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        config = ", ".join(f"{k}={v}" for k, v in self.config.items())
+        return f"{self.op}: {self.kernel}" + (f" [{config}]" if config else "") + f"; {self.reason}"
+
+
+_choosers: dict[str, Callable[..., Explanation]] = {}
+
+
+def serves(op: str) -> Callable[[Callable[..., Explanation]], Callable[..., Explanation]]:
+    """Register the function that answers `explain` for ``op`` (each op's file has one)."""
+
+    def register(chooser: Callable[..., Explanation]) -> Callable[..., Explanation]:
+        _choosers[op] = chooser
+        return chooser
+
+    return register
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Say which kernel a call of ``op`` with these arguments takes, its config and the reason.
+
+    Args:
+        op: name of an op, as in `report()["ops"]`.
+        *args, **kwargs: as for the op's public function; tensors may live on the "meta" device.
+        device: optional; "cpu", "cuda" or an architecture such as "sm_90" or "gfx942", which
+            need not be present.
+
+    Raises:
+        ValueError: unknown op, or arguments that the op refuses.
+    """
+    import bigops.ops  # noqa: F401  registers the choosers
+
+    if op not in _choosers:
+        raise ValueError(f"op: expected one of {', '.join(sorted(_choosers))}; got {op!r}")
+    return _choosers[op](*args, **kwargs)
+
+
+# --- report --------------------------------------------------------------------------------
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def has_triton() -> bool:
+    """Whether triton is importable (it is optional)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _compiler() -> str | None:
+    for name in (os.environ.get("CXX"), "c++", "g++"):
+        if name and (path := shutil.which(name)):
+            return Path(path).name
+    return None
+
+
+def _op_status() -> dict[str, dict[str, str]]:
+    import bigops.ops  # noqa: F401
+
+    ops: dict[str, dict[str, str]] = {}
+    for op in sorted(_choosers):
+        if extension is not None:
+            cpu = f"cpu.{extension.isa()}.{op}"
+        else:
+            cpu = f"reference.{op} ({extension_error})"
+        if op != "fused_linear":
+            gpu = f"reference.{op} (no GPU kernel of this op yet)"
+        elif not has_triton():
+            gpu = f"reference.{op} (triton is not installed)"
+        elif not torch.cuda.is_available():
+            gpu = f"triton.{op}, idle: torch sees no GPU"
+        else:
+            gpu = f"triton.{op}"
+        ops[op] = {"cpu": cpu, "gpu": gpu}
+    return ops
+
+
+def report() -> dict[str, Any]:
+    """What this machine has and which kernel serves which op, as plain data (`bigops doctor`)."""
+    return {
+        "bigops": _version("bigops") or "not installed (run from a source tree)",
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+        "cpu": {
+            "threads": torch.get_num_threads(),
+            "features": list(extension.features()) if extension else [],
+            "isa": extension.isa() if extension else "none",
+            "isas": list(extension.isas()) if extension else [],
+            "forced": os.environ.get("BIGOPS_ISA"),
+        },
+        "extension": "loaded" if extension else extension_error,
+        "compiler": _compiler(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": {
+            "built": torch.version.cuda,
+            "available": torch.cuda.is_available(),
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "ops": _op_status(),
+    }

@@ -1,0 +1,508 @@
+"""fused_linear: y = act(x W^T + bias) + residual, dense weight, forward, backward, double backward.
+
+Schema, reference, fake, autograd, dispatch, public function, in that order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigops import backend
+from bigops.ops import _activation as act
+from bigops.ops import _checks as checks
+from bigops.ops._library import LIB, autocast, define
+
+# --- reference -----------------------------------------------------------------------------
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """The meaning of `fused_linear` in plain torch; differentiable, any device and dtype."""
+    y = act.epilogue(activation, F.linear(x, weight, bias))
+    return y if residual is None else y + residual
+
+
+def reference_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    preact: Tensor | None,
+    activation: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for x, weight and bias as a differentiable expression; None where not needed.
+
+    `preact` is z = x W^T + bias; only for activation "none" may it be None.
+    """
+    gz = grad if preact is None else act.epilogue_backward(activation, grad, preact)
+    gz2 = gz.reshape(-1, gz.shape[-1])  # [M, N]
+    return (
+        gz @ weight if need_x else None,
+        gz2.transpose(0, 1) @ x.reshape(-1, x.shape[-1]) if need_weight else None,
+        gz2.sum(0) if need_bias else None,
+    )
+
+
+def _serve(x, weight, bias, residual, activation):  # type: ignore[no-untyped-def]
+    check(x, weight, bias, residual, activation)
+    backend.note("reference.fused_linear")
+    y = reference(x, weight, bias, residual, activation)
+    return y.clone() if y is residual else y
+
+
+def _serve_with_preact(x, weight, bias, residual, activation):  # type: ignore[no-untyped-def]
+    check(x, weight, bias, residual, activation)
+    backend.note("reference.fused_linear_with_preact")
+    z = F.linear(x, weight, bias)
+    y = act.epilogue(activation, z)
+    if residual is not None:
+        y = y + residual
+    return (y.clone() if y is z else y), z
+
+
+def _serve_backward(  # type: ignore[no-untyped-def]
+    grad, x, weight, preact, activation, need_x, need_weight, need_bias
+):
+    backend.note("reference.fused_linear_backward")
+    grads = reference_backward(grad, x, weight, preact, activation, need_x, need_weight, need_bias)
+    return tuple(grad.new_empty(0) if g is None else g for g in grads)
+
+
+# --- schema --------------------------------------------------------------------------------
+
+_ARGS = "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation)"
+_forward = define("fused_linear" + _ARGS + " -> Tensor", _serve)
+_forward_with_preact = define(
+    "fused_linear_with_preact" + _ARGS + " -> (Tensor, Tensor)", _serve_with_preact
+)
+_backward = define(
+    "fused_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? preact, str activation, "
+    "bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    _serve_backward,
+)
+
+
+def check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> None:
+    """Raise ValueError or TypeError naming the argument, what was expected and what came."""
+    act.check_name(activation)
+    checks.floating("x", x)
+    checks.matrix("weight", weight)
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x: expected shape [.., {weight.shape[1]}] for a weight of "
+            f"{list(weight.shape)}; got {list(x.shape)}"
+        )
+    rows = weight.shape[0]
+    if activation in act.GATED and rows % 2:
+        raise ValueError(
+            f"weight: {activation} needs an even number of rows (gate, then up); got {rows}"
+        )
+    checks.like("weight", weight, x)
+    if bias is not None:
+        checks.shape("bias", bias, [rows])
+        checks.like("bias", bias, x)
+    if residual is not None:
+        n = rows // 2 if activation in act.GATED else rows
+        checks.shape("residual", residual, [*x.shape[:-1], n])
+        checks.like("residual", residual, x)
+
+
+# --- fake ----------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("bigops::fused_linear", lib=LIB)
+def _fake(x, weight, bias, residual, activation):  # type: ignore[no-untyped-def]
+    check(x, weight, bias, residual, activation)
+    n = weight.shape[0] // 2 if activation in act.GATED else weight.shape[0]
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("bigops::fused_linear_with_preact", lib=LIB)
+def _fake_with_preact(x, weight, bias, residual, activation):  # type: ignore[no-untyped-def]
+    y = _fake(x, weight, bias, residual, activation)
+    return y, x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("bigops::fused_linear_backward", lib=LIB)
+def _fake_backward(  # type: ignore[no-untyped-def]
+    grad, x, weight, preact, activation, need_x, need_weight, need_bias
+):
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        x.new_empty(weight.shape if need_weight else (0,)),
+        x.new_empty((weight.shape[0],) if need_bias else (0,)),
+    )
+
+
+# --- autograd ------------------------------------------------------------------------------
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    preact: Tensor | None,
+    activation: str,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients for x, weight, bias: by the kernel, or as an expression under create_graph."""
+    if torch.is_grad_enabled():  # double backward: rebuild z inside the graph
+        z = F.linear(x, weight, bias) if activation != "none" else None
+        return reference_backward(grad, x, weight, z, activation, *needs)
+    if preact is None and activation != "none":
+        preact = _forward(x, weight, bias, None, "none")
+    grads = _backward(grad, x, weight, preact, activation, *needs)
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+class _FusedLinear(torch.autograd.Function):
+    """Eager autograd in the ctx form: 10 microseconds a call, setup_context costs 30."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, activation):  # type: ignore[no-untyped-def]
+        ctx.activation = activation
+        with torch._C._AutoDispatchBelowAutograd():
+            if activation == "none":
+                y, preact = _forward(x, weight, bias, residual, activation), None
+            else:
+                y, preact = _forward_with_preact(x, weight, bias, residual, activation)
+        ctx.save_for_backward(x, weight, bias, preact)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weight, bias, preact = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
+        needs = (need_x, need_weight, need_bias)
+        gx, gw, gb = _gradients(grad, x, weight, bias, preact, ctx.activation, needs)
+        return gx, gw, gb, grad if need_residual else None, None
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, bias, _, ctx.activation = inputs
+    preact = output[1] if isinstance(output, tuple) and ctx.activation != "none" else None
+    ctx.save_for_backward(x, weight, bias, preact)
+
+
+def _raw_backward(ctx: Any, grad: Tensor, grad_preact: Tensor | None = None) -> tuple[Any, ...]:
+    """Autograd of the raw ops. Plain `fused_linear` keeps no z, so its backward makes it anew."""
+    x, weight, bias, preact = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
+    needs = (need_x, need_weight, need_bias)
+    gx, gw, gb = _gradients(grad, x, weight, bias, preact, ctx.activation, needs)
+    if grad_preact is not None:  # someone differentiates z itself
+        ex, ew, eb = reference_backward(grad_preact, x, weight, None, "none", *needs)
+        gx, gw, gb = (
+            b if a is None else a if b is None else a + b for a, b in ((gx, ex), (gw, ew), (gb, eb))
+        )
+    return gx, gw, gb, grad if need_residual else None, None
+
+
+def _preact_backward(ctx: Any, grad: Tensor | None, grad_preact: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        x, weight = ctx.saved_tensors[:2]
+        n = weight.shape[0] // (2 if ctx.activation in act.GATED else 1)
+        grad = x.new_zeros((*x.shape[:-1], n))
+    return _raw_backward(ctx, grad, grad_preact)
+
+
+torch.library.register_autograd(
+    "bigops::fused_linear", _raw_backward, setup_context=_setup, lib=LIB
+)
+
+
+def _setup_preact(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    _setup(ctx, inputs, output)
+
+
+torch.library.register_autograd(
+    "bigops::fused_linear_with_preact", _preact_backward, setup_context=_setup_preact, lib=LIB
+)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad, x, weight, preact, ctx.activation, *ctx.needs = inputs
+    ctx.save_for_backward(grad, x, weight, preact)
+
+
+def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    """Vector-Jacobian product of the raw backward op, through its differentiable reference."""
+    saved = ctx.saved_tensors
+    with torch.enable_grad():
+        inputs = [t if t is None else t.detach().requires_grad_() for t in saved]
+        outputs = reference_backward(*inputs, ctx.activation, *ctx.needs)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None]
+        wanted = [t for t in inputs if t is not None]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs],
+                wanted,
+                [g for _, g in pairs],
+                allow_unused=True,
+                create_graph=False,
+            )
+        )
+    return (*(None if t is None else next(found) for t in inputs), None, None, None, None)
+
+
+torch.library.register_autograd(
+    "bigops::fused_linear_backward", _double_backward, setup_context=_setup_backward, lib=LIB
+)
+
+
+# --- vmap ----------------------------------------------------------------------------------
+
+
+def _fold(op: Any, args: tuple[Any, ...], in_dims: tuple[Any, ...], batch: int) -> Any:
+    """Rows are independent: a batch of x (and residual) is more rows of one call."""
+    x, weight, bias, residual, activation = args
+    x_dim, _, _, residual_dim, _ = in_dims
+
+    def rows(t: Tensor | None, dim: int | None) -> Tensor | None:
+        if t is None:
+            return None
+        return t.unsqueeze(0).expand(batch, *t.shape) if dim is None else t.movedim(dim, 0)
+
+    return op(rows(x, x_dim), weight, bias, rows(residual, residual_dim), activation)
+
+
+def _batched(args: tuple[Any, ...], in_dims: tuple[Any, ...], batch: int) -> tuple[Tensor, Tensor]:
+    """A batch of weights or biases: batched matrix products, (y, z) with the batch in front."""
+    x, weight, bias, residual = (
+        t if t is None or dim is None else t.movedim(dim, 0)
+        for t, dim in zip(args[:4], in_dims[:4], strict=True)
+    )
+    x_dim, weight_dim, bias_dim, residual_dim, _ = in_dims
+    if x_dim is None:
+        x = x.unsqueeze(0)
+    lead = x.shape[1:-1]
+    x3 = x.reshape(x.shape[0], -1, x.shape[-1]).expand(batch, -1, -1)  # [B, M, K]
+    w3 = weight.expand(batch, *weight.shape[-2:])
+    z = torch.bmm(x3, w3.transpose(1, 2))
+    if bias is not None:
+        z = z + (bias.unsqueeze(1) if bias_dim is not None else bias)
+    z = z.reshape(batch, *lead, z.shape[-1])
+    y = act.epilogue(args[4], z)
+    if residual is not None:
+        y = y + residual
+    return y, z
+
+
+class _FusedLinearFunctorch(torch.autograd.Function):
+    """Autograd under torch.func transforms, which take the setup_context form only.
+
+    Each level lowers to the public function, so that levels nest (grad of vmap, vmap of grad).
+    The backward is the differentiable expression: torch.func.grad always asks for it.
+    """
+
+    @staticmethod
+    def forward(x, weight, bias, residual, activation):  # type: ignore[no-untyped-def]
+        return fused_linear(x, weight, bias, residual, activation)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        x, weight, bias, _, ctx.activation = inputs
+        ctx.save_for_backward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weight, bias = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
+        z = F.linear(x, weight, bias) if ctx.activation != "none" else None
+        needs = (need_x, need_weight, need_bias)
+        gx, gw, gb = reference_backward(grad, x, weight, z, ctx.activation, *needs)
+        return gx, gw, gb, grad if need_residual else None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
+        if in_dims[1] is None and in_dims[2] is None:
+            return _fold(fused_linear, args, in_dims, info.batch_size), 0
+        return _batched(args, in_dims, info.batch_size)[0], 0
+
+
+@torch.library.register_vmap("bigops::fused_linear", lib=LIB)
+def _vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
+    if in_dims[1] is None and in_dims[2] is None:
+        return _fold(_forward, args, in_dims, info.batch_size), 0
+    return _batched(args, in_dims, info.batch_size)[0], 0
+
+
+@torch.library.register_vmap("bigops::fused_linear_with_preact", lib=LIB)
+def _vmap_with_preact(info, in_dims, *args):  # type: ignore[no-untyped-def]
+    if in_dims[1] is None and in_dims[2] is None:
+        return _fold(_forward_with_preact, args, in_dims, info.batch_size), (0, 0)
+    return _batched(args, in_dims, info.batch_size), (0, 0)
+
+
+@torch.library.register_vmap("bigops::fused_linear_backward", lib=LIB)
+def _vmap_backward(info, in_dims, *args):  # type: ignore[no-untyped-def]
+    tensors, rest = args[:4], args[4:]
+    grads = torch.vmap(lambda *t: _serve_backward(*t, *rest), in_dims=tuple(in_dims[:4]))(*tensors)
+    return grads, (0, 0, 0)
+
+
+# --- dispatch ------------------------------------------------------------------------------
+
+
+def _cuda(x, weight, bias, residual, activation):  # type: ignore[no-untyped-def]
+    return _cuda_with_preact(x, weight, bias, residual, activation, with_preact=False)[0]
+
+
+def _cuda_with_preact(  # type: ignore[no-untyped-def]
+    x, weight, bias, residual, activation, with_preact=True
+):
+    if not backend.has_triton() or x.dtype == torch.float64:
+        if with_preact:
+            return _serve_with_preact(x, weight, bias, residual, activation)
+        return _serve(x, weight, bias, residual, activation), None
+    from bigops.kernels import fused_linear as triton_kernels
+
+    check(x, weight, bias, residual, activation)
+    y, preact = triton_kernels.forward(
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        bias,
+        None if residual is None else residual.reshape(-1, residual.shape[-1]),
+        act.CODES[activation],
+        with_preact,
+    )
+    backend.note(f"triton.fused_linear.{checks.short(x.dtype)}")
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    return y, None if preact is None else preact.view(*x.shape[:-1], preact.shape[-1])
+
+
+def _cuda_backward(  # type: ignore[no-untyped-def]
+    grad, x, weight, preact, activation, need_x, need_weight, need_bias
+):
+    needs = (need_x, need_weight, need_bias)
+    if not backend.has_triton() or x.dtype == torch.float64:
+        return _serve_backward(grad, x, weight, preact, activation, *needs)
+    from bigops.kernels import fused_linear as triton_kernels
+
+    gx, gw, gb = triton_kernels.backward(
+        grad.reshape(-1, grad.shape[-1]),
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        None if preact is None else preact.reshape(-1, preact.shape[-1]),
+        act.CODES[activation],
+        *needs,
+    )
+    backend.note(f"triton.fused_linear_backward.{checks.short(x.dtype)}")
+    gx = None if gx is None else gx.view(x.shape)
+    return tuple(x.new_empty(0) if g is None else g for g in (gx, gw, gb))
+
+
+LIB.impl("fused_linear", _cuda, "CUDA")
+LIB.impl("fused_linear_with_preact", _cuda_with_preact, "CUDA")
+LIB.impl("fused_linear_backward", _cuda_backward, "CUDA")
+
+
+@backend.serves("fused_linear")
+def _explain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    device: str | None = None,
+) -> backend.Explanation:
+    check(x, weight, bias, residual, activation)
+    n, k = weight.shape
+    m = x.numel() // k if k else 0
+    target = device or ("cpu" if x.device.type == "meta" else x.device.type)
+    if target == "cpu":
+        if backend.extension is None:
+            return backend.Explanation(
+                "fused_linear", "reference.fused_linear", backend.extension_error
+            )
+        kernel, reason = backend.extension.choose_fused_linear(m, n, k, checks.short(x.dtype))
+        return backend.Explanation("fused_linear", kernel, reason)
+    if not backend.has_triton():
+        return backend.Explanation(
+            "fused_linear", "reference.fused_linear", "triton is not installed"
+        )
+    if x.dtype == torch.float64:
+        return backend.Explanation(
+            "fused_linear", "reference.fused_linear", "no Triton kernel for float64"
+        )
+    from bigops.kernels import fused_linear as triton_kernels
+
+    config, reason = triton_kernels.explain(target, x.dtype, m, n, k, act.CODES[activation])
+    return backend.Explanation(
+        "fused_linear", f"triton.fused_linear.{checks.short(x.dtype)}", reason, config
+    )
+
+
+# --- public function -----------------------------------------------------------------------
+
+
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """``act(x @ weight.T + bias) + residual`` in one op, with gradients of every order.
+
+    Args:
+        x: ``[.., K]``; float32, bfloat16, float16 or float64, any strides.
+        weight: ``[N, K]``, or ``[2N, K]`` for a gated pair (rows ``0:N`` gate, then up).
+        bias: ``[N]`` (``[2N]`` for a gated pair), or None.
+        residual: ``[.., N]``, the shape of the result, or None.
+        activation: none, relu, relu2, gelu (erf), gelu_tanh, silu, sigmoid, tanh, or a gated
+            pair ``act(gate) * up``: swiglu, geglu, geglu_tanh, reglu (arXiv 2002.05202).
+
+    Returns:
+        ``[.., N]`` in x's dtype; sums and epilogue are held in float32 for bf16 and fp16. Under
+        `torch.autocast` all arguments are cast to the autocast dtype first.
+
+    Raises:
+        ValueError: unknown activation, or shapes or devices that do not fit.
+        TypeError: a dtype that is not served, or dtypes that differ.
+    """
+    try:
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):
+            x, weight, bias, residual = autocast(device_type, x, weight, bias, residual)  # type: ignore[assignment]
+        if torch.compiler.is_compiling():
+            if activation != "none" and torch.is_grad_enabled():
+                return _forward_with_preact(x, weight, bias, residual, activation)[0]
+            return _forward(x, weight, bias, residual, activation)
+        # Under functorch `requires_grad` of the wrapped tensors says nothing: ask this first.
+        if torch._C._are_functorch_transforms_active():
+            return _FusedLinearFunctorch.apply(x, weight, bias, residual, activation)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled() and (
+            weight.requires_grad
+            or x.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        ):
+            return _FusedLinear.apply(x, weight, bias, residual, activation)  # type: ignore[no-any-return]
+        with torch._C._AutoDispatchBelowAutograd():
+            return _forward(x, weight, bias, residual, activation)
+    except (RuntimeError, AttributeError, TypeError):
+        # The kernel checks its arguments; only a refused call pays for naming what is wrong.
+        if not torch.compiler.is_compiling():
+            checks.tensors(x=x, weight=weight, bias=bias, residual=residual)
+            check(x, weight, bias, residual, activation)
+        raise
