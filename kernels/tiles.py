@@ -1,0 +1,226 @@
+"""Tile configs of the Triton kernels: data in configs/*.json, and the rule that picks from it.
+
+One file serves one family of devices. The rule, which reads nothing but the call's shape:
+
+1. File: the one whose ``serves`` names the device. An NVIDIA device of capability 8.0 or later
+   that no file names gets ``sm_86`` (least shared memory); an AMD device gets ``gfx942``.
+2. Entry: among those of the form (plain or gated) and dtype, the one of the smallest ``max_m``
+   that is at least M, the number of rows of the product. One entry has no ``max_m``.
+
+Nothing is timed here or on any call. The same call gives the same config on every machine, so a
+machine without the device can say what the device would run.
+"""
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+CONFIG_DIR = Path(__file__).parent / "configs"
+FORMAT = "bigops-tiles-1"
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+FORMS = ("plain", "gated")
+
+_ENTRY_KEYS = ("form", "dtypes", "max_m", "tile", "group_m", "num_warps", "num_stages")
+_POINTWISE_KEYS = ("block_m", "block_n", "max_chunks", "num_warps")
+
+
+class TileConfig(NamedTuple):
+    """Tile of one program of the GEMM kernel, and how it is launched."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.block_m}x{self.block_n}x{self.block_k} group {self.group_m} "
+            f"warps {self.num_warps} stages {self.num_stages}"
+        )
+
+
+class PointwiseConfig(NamedTuple):
+    """Tile of one program of the elementwise and column-sum kernels."""
+
+    block_m: int
+    block_n: int
+    max_chunks: int
+    num_warps: int
+
+
+class Entry(NamedTuple):
+    """One line of a config file: ``config`` serves products of at most ``max_m`` rows."""
+
+    form: str
+    dtypes: tuple[str, ...]
+    max_m: int | None
+    config: TileConfig
+
+
+class Table(NamedTuple):
+    """One config file."""
+
+    device: str
+    serves: tuple[str, ...]
+    shared_memory: int  # bytes a program may use
+    entries: tuple[Entry, ...]
+    pointwise: PointwiseConfig
+
+
+def device_arch(device: torch.device) -> str:
+    """Name the architecture of a torch device: "sm_90", "gfx942", or "interpreter" for the CPU."""
+    return "interpreter" if device.type == "cpu" else _gpu_arch(device.index)
+
+
+@functools.cache
+def _gpu_arch(index: int | None) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def _power_of_two(value: object) -> bool:
+    return type(value) is int and value > 0 and value & (value - 1) == 0
+
+
+def _fields(path: Path, where: str, data: object, keys: tuple[str, ...]) -> dict:
+    if not isinstance(data, dict) or set(data) != set(keys):
+        got = sorted(data) if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"{path}: {where}: expected the fields {', '.join(keys)}; got {got}")
+    return data
+
+
+def _entry(path: Path, where: str, data: object) -> Entry:
+    fields = _fields(path, where, data, _ENTRY_KEYS)
+    if fields["form"] not in FORMS:
+        raise ValueError(f"{path}: {where}: form: expected one of {FORMS}; got {fields['form']!r}")
+    known = set(DTYPES.values())
+    dtypes = fields["dtypes"]
+    if not isinstance(dtypes, list) or not dtypes or not known.issuperset(map(str, dtypes)):
+        raise ValueError(f"{path}: {where}: dtypes: expected some of {sorted(known)}; got {dtypes}")
+    tile, max_m = fields["tile"], fields["max_m"]
+    if not isinstance(tile, list) or len(tile) != 3 or not all(map(_power_of_two, tile)):
+        raise ValueError(f"{path}: {where}: tile: expected three powers of two; got {tile}")
+    if max_m is not None and not (type(max_m) is int and max_m > 0):
+        raise ValueError(f"{path}: {where}: max_m: expected a positive integer or null; got {max_m}")
+    for name in ("group_m", "num_stages"):
+        if type(fields[name]) is not int or not 1 <= fields[name] <= 64:
+            raise ValueError(f"{path}: {where}: {name}: expected 1 to 64; got {fields[name]}")
+    if not _power_of_two(fields["num_warps"]) or fields["num_warps"] > 32:
+        raise ValueError(
+            f"{path}: {where}: num_warps: expected a power of two up to 32; "
+            f"got {fields['num_warps']}"
+        )
+    launch = (fields[name] for name in ("group_m", "num_warps", "num_stages"))
+    return Entry(fields["form"], tuple(dtypes), max_m, TileConfig(*tile, *launch))
+
+
+def _check_coverage(path: Path, entries: tuple[Entry, ...]) -> None:
+    for form in FORMS:
+        for dtype in DTYPES.values():
+            limits = [e.max_m for e in entries if e.form == form and dtype in e.dtypes]
+            if limits.count(None) != 1 or len(set(limits)) != len(limits):
+                raise ValueError(
+                    f"{path}: {form} {dtype}: expected different max_m, one of them null; "
+                    f"got {limits}"
+                )
+
+
+def read_table(path: Path) -> Table:
+    """Read and check one config file.
+
+    Raises:
+        ValueError: the file is not JSON, is of another format, or a field is missing or out of
+            range; the message names file, place, what was expected and what came.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected a readable JSON file; got {error}") from error
+    keys = ("format", "device", "serves", "shared_memory", "gemm", "pointwise")
+    found = data.get("format") if isinstance(data, dict) else type(data).__name__
+    if found != FORMAT:
+        raise ValueError(f"{path}: format: expected {FORMAT!r}; got {found!r}")
+    fields = _fields(path, "top level", data, keys)
+    serves, gemm = fields["serves"], fields["gemm"]
+    if not isinstance(serves, list) or not all(isinstance(s, str) for s in serves):
+        raise ValueError(f"{path}: serves: expected a list of device names; got {serves!r}")
+    if type(fields["shared_memory"]) is not int or fields["shared_memory"] <= 0:
+        raise ValueError(f"{path}: shared_memory: expected bytes; got {fields['shared_memory']!r}")
+    if not isinstance(gemm, list):
+        raise ValueError(f"{path}: gemm: expected a list; got {type(gemm).__name__}")
+    entries = tuple(_entry(path, f"gemm[{i}]", item) for i, item in enumerate(gemm))
+    _check_coverage(path, entries)
+    pointwise = _fields(path, "pointwise", fields["pointwise"], _POINTWISE_KEYS)
+    if not all(map(_power_of_two, pointwise.values())):
+        raise ValueError(f"{path}: pointwise: expected powers of two; got {pointwise}")
+    return Table(
+        str(fields["device"]),
+        tuple(serves),
+        fields["shared_memory"],
+        entries,
+        PointwiseConfig(**pointwise),
+    )
+
+
+@functools.cache
+def tables() -> dict[str, Table]:
+    """All shipped config files, by device name."""
+    found = (read_table(path) for path in sorted(CONFIG_DIR.glob("*.json")))
+    return {table.device: table for table in found}
+
+
+@functools.cache
+def table_for(arch: str) -> Table:
+    """The config file that serves ``arch`` ("sm_90", "gfx942", "interpreter").
+
+    Raises:
+        ValueError: an NVIDIA device below capability 8.0, or a name of no known kind.
+    """
+    for table in tables().values():
+        if arch in table.serves:
+            return table
+    capability = re.fullmatch(r"sm_(\d+)[a-z]?", arch)
+    if capability and int(capability[1]) >= 80:
+        return table_for(arch.rstrip("abcdef")) if arch[-1].isalpha() else tables()["sm_86"]
+    if arch.startswith("gfx"):
+        return tables()["gfx942"]
+    raise ValueError(
+        f"arch: expected sm_80 or later, gfx942, gfx90a, gfx950 or the like; got {arch!r}"
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_config(
+    arch: str, dtype: torch.dtype, m: int, n: int, k: int, gated: bool = False
+) -> TileConfig:
+    """Pick the tile for a product of [m, k] and [k, n] ([k, 2n] gated) on ``arch``.
+
+    Args:
+        arch: "sm_80", "sm_90", "gfx942" and so on, see `device_arch`; need not be present.
+        dtype: torch.float32, torch.bfloat16 or torch.float16.
+        m, n, k: sizes; the present rule reads m alone.
+        gated: whether the weight holds gate and up rows.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: an arch that no config file serves, or a corrupt config file.
+    """
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype}")
+    form, name = FORMS[gated], DTYPES[dtype]
+    entries = [e for e in table_for(arch).entries if e.form == form and name in e.dtypes]
+    fitting = [e for e in entries if e.max_m is None or m <= e.max_m]
+    return min(fitting, key=lambda e: float("inf") if e.max_m is None else e.max_m).config
+
+
+def pointwise_config(arch: str) -> PointwiseConfig:
+    """The tile of the elementwise kernels on ``arch``; raises ValueError as `table_for` does."""
+    return table_for(arch).pointwise

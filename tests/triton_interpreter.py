@@ -1,0 +1,233 @@
+"""Make Triton's interpreter right where it is wrong, and let it see what it cannot see by itself.
+
+Seen in triton 3.9 under TRITON_INTERPRET=1, all without an error: bfloat16 is held as uint16, so
+`tl.dot` and arithmetic on it work on bit patterns; float32 to bfloat16 truncates where hardware
+rounds to nearest even; float8 casts differ from the hardware's. `install()` repairs these.
+
+It also adds two checks, which hold for every interpreted launch of this process:
+
+- a load or store whose address lies outside all tensors given to the kernel raises IndexError;
+- two programs of one launch that store to the same address raise RuntimeError.
+
+`test_triton_interpreter.py` holds a canary for each repair and each check.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+_TORCH = {
+    tl.float32: torch.float32,
+    tl.float16: torch.float16,
+    tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
+}
+_LARGEST = {tl.float8e4nv: 448.0, tl.float8e5: 57344.0}  # cvt.rn.satfinite clamps to these
+_INT = {8: torch.int8, 16: torch.int16, 32: torch.int32}
+
+# Builder methods that compute on values; all others move bits and are right for bfloat16.
+_ARITHMETIC = (
+    ["create_f" + name for name in ("add", "sub", "mul", "div", "rem", "neg", "ma")]
+    + ["create_" + name for name in ("minimumf", "minnumf", "maximumf", "maxnumf", "clampf")]
+    + ["create_" + name for name in ("exp", "exp2", "log", "log2", "sin", "cos", "erf")]
+    + ["create_" + name for name in ("sqrt", "rsqrt", "floor", "ceil")]
+    + ["create_precise_divf", "create_approx_divf", "create_precise_sqrt"]
+)
+_COMPARE = [
+    "create_fcmp" + order + name
+    for order in "OU"
+    for name in ("LT", "GT", "LE", "GE", "EQ", "NE")
+]
+
+Builder = interpreter.InterpreterBuilder
+Handle = interpreter.TensorHandle
+
+
+class _Launch:
+    """What one kernel launch may touch, and what it has stored so far."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.extents = []
+        for name, t in tensors.items():
+            if t.numel():
+                last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+                end = t.data_ptr() + (last + 1) * t.element_size()
+                self.extents.append((t.data_ptr(), end, name))
+        self.stores: list[tuple[Any, np.ndarray]] = []
+
+    def check(self, what: str, addresses: np.ndarray, size: int) -> None:
+        if addresses.size == 0:
+            return
+        low, high = int(addresses.min()), int(addresses.max()) + size
+        if any(start <= low and high <= end for start, end, _ in self.extents):
+            return
+        below = [extent for extent in self.extents if extent[0] <= low]
+        start, end, name = max(below, default=(0, 0, "any tensor"))
+        raise IndexError(
+            f"{what} out of bounds: bytes {low - start}..{high - start} of {name}, "
+            f"which has {end - start}"
+        )
+
+    def finish(self) -> None:
+        if not self.stores:
+            return
+        addresses = np.concatenate([found for _, found in self.stores])
+        owners = np.repeat(np.arange(len(self.stores)), [found.size for _, found in self.stores])
+        order = np.argsort(addresses, kind="stable")
+        addresses, owners = addresses[order], owners[order]
+        for i in np.flatnonzero(addresses[1:] == addresses[:-1]):
+            first, second = self.stores[owners[i]][0], self.stores[owners[i + 1]][0]
+            if first != second:
+                raise RuntimeError(f"race: programs {first} and {second} store to one address")
+
+
+_installed = False
+_launch: _Launch | None = None
+_checking = True
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Switch the bounds and race checks off, as on hardware."""
+    global _checking
+    _checking = False
+    try:
+        yield
+    finally:
+        _checking = True
+
+
+def _tensor(data: np.ndarray, dtype: tl.dtype) -> torch.Tensor:
+    bits = np.ascontiguousarray(data).view(f"int{dtype.primitive_bitwidth}")
+    return torch.from_numpy(bits.copy()).view(_TORCH[dtype])
+
+
+def _round(data: np.ndarray, source: tl.dtype, target: tl.dtype) -> np.ndarray:
+    """Convert as hardware does: nearest even, float8 saturating; gives unsigned bit patterns."""
+    values = _tensor(data, source).float()
+    if target in _LARGEST:
+        limit = _LARGEST[target]
+        values = torch.where(values.isnan(), values, values.clamp(-limit, limit))
+    bits = target.primitive_bitwidth
+    rounded = values.to(_TORCH[target]).view(_INT[bits])
+    return rounded.numpy().view(f"uint{bits}").reshape(np.shape(data))
+
+
+def _is_bf16(value: object) -> bool:
+    return isinstance(value, Handle) and value.dtype.scalar == tl.bfloat16
+
+
+def _widen(value: Any) -> Any:
+    if not _is_bf16(value):
+        return value
+    return Handle(_round(value.data, tl.bfloat16, tl.float32).view(np.float32), tl.float32)
+
+
+def _narrow(value: Any) -> Any:
+    return Handle(_round(value.data, tl.float32, tl.bfloat16), tl.bfloat16)
+
+
+def _in_float32(original: Callable[..., Any], narrow: bool) -> Callable[..., Any]:
+    def method(self: Any, *args: Any) -> Any:
+        if not any(map(_is_bf16, args)):
+            return original(self, *args)
+        result = original(self, *map(_widen, args))
+        return _narrow(result) if narrow else result
+
+    return method
+
+
+def _repair_numbers() -> None:
+    convert = interpreter._convert_float
+
+    def convert_float(data: Any, source: tl.dtype, target: tl.dtype, mode: Any) -> Any:
+        nearest = mode in (None, interpreter._ir.ROUNDING_MODE.RTNE)
+        if source in _TORCH and target in _TORCH and nearest:
+            return _round(data, source, target)
+        return convert(data, source, target, mode)
+
+    cast = Builder.cast_impl
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        have, want = source.dtype.scalar, target.scalar
+        if have == want or not {have, want} & {tl.bfloat16, *_LARGEST}:
+            return cast(self, source, target)
+        if have in _TORCH and want in _TORCH:
+            data = _round(source.data, have, want)
+            return Handle(data.view(interpreter._get_np_dtype(want)), want)
+        if have == tl.bfloat16:  # to an integer or float64
+            return cast(self, _widen(source), target)
+        return _narrow(cast(self, source, tl.float32))
+
+    dot = Builder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, _widen(a), _widen(b), *rest)
+
+    interpreter._convert_float = convert_float
+    Builder.cast_impl = cast_impl
+    Builder.create_dot = create_dot
+    for name in _ARITHMETIC:
+        setattr(Builder, name, _in_float32(getattr(Builder, name), narrow=True))
+    for name in _COMPARE:
+        setattr(Builder, name, _in_float32(getattr(Builder, name), narrow=False))
+
+
+def _add_checks() -> None:
+    load, store = Builder.create_masked_load, Builder.create_masked_store
+    to_host, call = interpreter.GridExecutor._init_args_hst, interpreter.GridExecutor.__call__
+
+    def touched(pointers: Any, mask: Any) -> np.ndarray:
+        return pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel()
+
+    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        if _launch is not None and _checking:
+            size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+            _launch.check("load", touched(pointers, mask), size)
+        return load(self, pointers, mask, *rest)
+
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        if _launch is not None and _checking:
+            size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+            addresses = touched(pointers, mask)
+            _launch.check("store", addresses, size)
+            _launch.stores.append((self.grid_idx, addresses))
+        return store(self, pointers, value, mask, *rest)
+
+    def init_args(self: Any, args: Any, kwargs: Any) -> Any:
+        global _launch
+        on_host = to_host(self, args, kwargs)
+        named = {**dict(zip(self.arg_names, on_host[0], strict=False)), **on_host[1]}
+        _launch = _Launch({n: t for n, t in named.items() if isinstance(t, torch.Tensor)})
+        return on_host
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> None:
+        global _launch
+        try:
+            call(self, *args, **kwargs)
+            if _launch is not None:
+                _launch.finish()
+        finally:
+            _launch = None
+
+    Builder.create_masked_load = masked_load
+    Builder.create_masked_store = masked_store
+    interpreter.GridExecutor._init_args_hst = init_args
+    interpreter.GridExecutor.__call__ = run
+
+
+def install() -> None:
+    """Repair the interpreter of this process; further calls do nothing."""
+    global _installed
+    if not _installed:
+        _installed = True
+        _repair_numbers()
+        _add_checks()
