@@ -1,0 +1,271 @@
+"""The model and the training loop of the main job: a classifier of fused linear layers.
+
+Run it alone or on several processes::
+
+    python -m bigops.recipes.mlp --data mnist --precision bf16-mixed
+    torchrun --nproc-per-node 2 -m bigops.recipes.mlp --data digits --precision fp32
+
+The loop sees plain modules only, so the same call fine-tunes a compressed model: its layers keep
+their own pattern of zeros.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bigops.nn.linear import Linear
+from bigops.parallel import World, init
+from bigops.recipes.data import NAMES, Dataset, load
+from bigops.train import PRECISIONS, MixedPrecision
+
+HIDDEN = (2048, 1024)
+
+
+def build(
+    features: int = 784,
+    hidden: Sequence[int] = HIDDEN,
+    classes: int = 10,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> nn.Sequential:
+    """The MLP features-hidden-classes, relu fused into every layer but the last.
+
+    The weights depend on ``seed`` and the sizes alone; torch's global random state stays as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        widths = [features, *hidden]
+        layers: list[nn.Module] = [
+            Linear(n, m, activation="relu") for n, m in itertools.pairwise(widths)
+        ]
+        layers.append(Linear(widths[-1], classes))
+    return nn.Sequential(*layers).to(device, dtype)
+
+
+@dataclass
+class History:
+    """What a training run saw."""
+
+    losses: list[float] = field(default_factory=list)  # global batch loss of every step
+    skipped: int = 0  # steps left out because of inf or NaN
+    seconds: float = 0.0
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    epochs: int = 6,
+    batch_size: int = 256,
+    lr: float = 1e-3,
+    precision: str | MixedPrecision = "bf16-mixed",
+    weight_decay: float = 0.01,
+    label_smoothing: float = 0.05,
+    clip_norm: float | None = None,
+    seed: int = 0,
+    world: World | None = None,
+    progress: bool = True,
+    on_step: Callable[[int, float], None] | None = None,
+) -> History:
+    """Train in place with AdamW and a one-cycle schedule; deterministic for equal arguments.
+
+    Args:
+        model: maps [rows, features] to logits [rows, classes]; left in training mode.
+        dataset: its training split is used, in the model's own floating dtype.
+        epochs, batch_size: passes over the data; rows per step over all ranks together. The last
+            batch of an epoch may be smaller.
+        lr: the schedule's peak, reached after a fifth of the steps.
+        precision: a precision string, or a MixedPrecision to go on with.
+        weight_decay: decoupled, on matrices only.
+        label_smoothing: as in torch's cross_entropy.
+        clip_norm: largest norm of the gradients together; None for no clipping.
+        seed: of the order of rows. Every number of ranks visits the same batches.
+        world: the processes of the run, from ``bigops.parallel.init``; None is one process.
+        progress: show a bar on a terminal, a line now and then elsewhere (first rank only).
+        on_step: called after each step with its number and the global batch loss.
+
+    Raises:
+        ValueError: ``epochs``, ``batch_size`` or ``lr`` out of range, or a model without
+            trainable parameters.
+    """
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"epochs, batch_size: expected at least 1; got {epochs}, {batch_size}")
+    if not lr > 0:
+        raise ValueError(f"lr: expected a number above 0; got {lr}")
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise ValueError("model: expected trainable parameters, found none")
+    device, dtype = params[0].device, params[0].dtype
+    world = world or World(0, 1, device)
+    if isinstance(precision, str):
+        precision = MixedPrecision(precision, device)
+    matrices = [p for p in params if p.dim() > 1]
+    others = [p for p in params if p.dim() <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+    x, y = dataset.train_x.to(device, dtype), dataset.train_y.to(device)
+    order = torch.Generator().manual_seed(seed)
+    steps = epochs * math.ceil(len(x) / batch_size)
+    history = History()
+    wrapped = world.wrap(model)
+    wrapped.train()
+    begin = time.perf_counter()
+    with _reporter(steps, enabled=progress and world.is_first) as report:
+        for _ in range(epochs):
+            for batch in torch.randperm(len(x), generator=order).split(batch_size):
+                step = len(history.losses)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * one_cycle(step, steps)
+                rows = world.shard(batch).to(device)
+                with precision.autocast():
+                    logits = wrapped(x[rows])
+                    losses = F.cross_entropy(
+                        logits, y[rows], reduction="none", label_smoothing=label_smoothing
+                    )
+                    loss = world.batch_loss(losses, len(batch))
+                optimizer.zero_grad()
+                precision.backward(loss)
+                history.skipped += not precision.step(optimizer, clip_norm)
+                history.losses.append(world.mean(loss).item())
+                report(step + 1, history.losses[-1])
+                if on_step is not None:
+                    on_step(step, history.losses[-1])
+    history.seconds = time.perf_counter() - begin
+    return history
+
+
+def one_cycle(step: int, steps: int, warmup: float = 0.2) -> float:
+    """Learning rate factor: linear up to 1 over ``warmup`` of the steps, then a cosine to 0."""
+    peak = max(1.0, warmup * steps)
+    if step < peak:
+        return (step + 1) / (peak + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - peak + 1) / (steps - peak + 1)))
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch: int = 1000) -> float:
+    """Share of rows classified correctly, in percent, in inference mode.
+
+    Args:
+        model: maps [rows, features] to logits [rows, classes]; its mode is restored.
+        x, y: [rows, features] and int64 [rows].
+        batch: rows per call.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            hits = sum(
+                int((model(part).argmax(-1) == labels).sum())
+                for part, labels in zip(x.split(batch), y.split(batch), strict=True)
+            )
+    finally:
+        model.train(was_training)
+    return 100.0 * hits / len(x)
+
+
+@contextmanager
+def _reporter(steps: int, *, enabled: bool) -> Iterator[Callable[[int, float], None]]:
+    """A progress bar on a terminal; elsewhere ten lines in all, so that logs stay readable."""
+    if not enabled:
+        yield lambda step, loss: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console()
+    if not console.is_terminal:
+        every = max(1, steps // 10)
+
+        def line(step: int, loss: float) -> None:
+            if step % every == 0 or step == steps:
+                print(f"  step {step}/{steps}  loss {loss:.4f}", flush=True)
+
+        yield line
+        return
+    columns = (
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("train", total=steps, loss=float("nan"))
+        yield lambda step, loss: bar.update(task, completed=step, loss=loss)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train and evaluate from the command line, in one process or under torchrun."""
+    parser = argparse.ArgumentParser(prog="bigops.recipes.mlp", description=main.__doc__)
+    parser.add_argument("--data", choices=NAMES, default="mnist")
+    parser.add_argument("--root", help="folder that holds the data, instead of the package's")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16-mixed")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--hidden", type=int, nargs="+", default=list(HIDDEN), metavar="WIDTH")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--batch-size", type=int, default=256, help="over all ranks together")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--save", type=Path, help="write losses (JSON) and weights beside it (.pt)")
+    args = parser.parse_args(arguments)
+
+    dataset = load(args.data, args.root)
+    with init(args.device) as world:
+        model = build(
+            dataset.features,
+            args.hidden,
+            dataset.classes,
+            seed=args.seed,
+            dtype=getattr(torch, args.dtype),
+            device=world.device,
+        )
+        world.print(f"{args.data}: {len(dataset.train_x)} rows, {world.size} process(es)")
+        history = train(
+            model,
+            dataset,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            lr=args.lr,
+            precision=args.precision,
+            seed=args.seed,
+            world=world,
+            progress=not args.quiet,
+        )
+        if world.is_first:
+            x = dataset.test_x.to(world.device, getattr(torch, args.dtype))
+            test = accuracy(model, x, dataset.test_y.to(world.device))
+            print(f"{history.seconds:.1f} s, {history.skipped} steps skipped, test {test:.2f}%")
+            if args.save:
+                args.save.write_text(json.dumps({"losses": history.losses, "test": test}))
+                torch.save(model.state_dict(), args.save.with_suffix(".pt"))
+
+
+if __name__ == "__main__":
+    main()
