@@ -1,0 +1,281 @@
+"""Benchmark cases: every provider side by side, its error, and how far it is from the limit.
+
+A bench file (`bench_<op>.py`) names its cases and builds their sides; this file times the sides in
+interleaved rounds (`bigops.timing`), holds their results against float64, and makes one row per
+provider. `pytest benches` and `bigops bench` are two doors to the same `run_case`.
+
+`ratio_to_eager` is eager time / provider time: a speed-up, above 1 the provider is the faster one.
+`ratio_to_best_rival` is the time of the fastest provider that is not bigops / provider time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import pkgutil
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bigops
+from bigops import backend, timing
+from bigops.benches.limits import Cost, Limits
+from bigops.benches.rows import Row
+
+OWN = "bigops"
+EAGER = "eager"
+PAST_CACHE = 128 << 20  # bytes that a rotation must cover so that every call reads from DRAM
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one op, the same for all providers."""
+
+    op: str
+    name: str
+    m: int
+    k: int
+    n: int
+    dtype: str = "fp32"
+    direction: str = "forward"  # "forward", "forward+graph", "forward+backward"
+    params: dict[str, Any] = field(default_factory=dict)
+    rotate: bool = False  # weights rotate past the cache: the case means memory
+    quick: bool = False  # part of `--quick`
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}-{self.name}-{self.dtype}-{self.direction}"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One provider of a case.
+
+    ``call`` runs it once and returns what is compared with the reference: the output, or the
+    gradients.
+    """
+
+    provider: str
+    call: Callable[[], Tensor | Sequence[Tensor]]
+    cost: Cost
+    kernel: str = ""
+    own_pool: bool = False  # runs threads that are not torch's
+
+
+class LeftOut(Exception):
+    """A provider cannot take part in a case; the message says why."""
+
+
+Build = Callable[[Case, str], tuple[list[Tensor], list[Side]]]
+
+
+def clones(case: Case, tensor: Tensor) -> list[Tensor]:
+    """The tensor, and in a memory case as many copies as it takes to pass the cache."""
+    return copies(case, tensor, tensor.numel() * tensor.element_size(), Tensor.clone)
+
+
+def copies(case: Case, item: Any, nbytes: int, clone: Callable[[Any], Any]) -> list[Any]:
+    """The same for a weight that is no plain tensor, such as a pack of ``nbytes``."""
+    count = math.ceil(PAST_CACHE / nbytes) if case.rotate else 1
+    return [item] + [clone(item) for _ in range(count - 1)]
+
+
+def in_turn(items: Sequence[Any]) -> Callable[[], Any]:
+    """A function that gives the items in turn, for ever."""
+    return itertools.cycle(items).__next__
+
+
+_said: set[str] = set()
+
+
+def say_once(message: str) -> None:
+    """Print a line on stderr, the first time only: many cases leave out the same provider."""
+    if message not in _said:
+        _said.add(message)
+        print(f"bench: {message}", file=sys.stderr)
+
+
+def optional_side(sides: list[Side], make: Callable[..., Side], *args: Any) -> None:
+    """Append ``make(*args)``, or say on stderr why this provider is left out."""
+    try:
+        sides.append(make(*args))
+    except LeftOut as reason:
+        say_once(str(reason))
+
+
+def compiled(function: Callable[..., Any], backend_name: str = "inductor") -> Callable[..., Any]:
+    """``torch.compile`` of a function of tensors, at the shapes of its first call."""
+    return torch.compile(function, dynamic=False, fullgraph=True, backend=backend_name)
+
+
+# --- one case --------------------------------------------------------------------------------
+
+
+def run_case(
+    case: Case,
+    build: Build,
+    limits: Limits,
+    *,
+    device: str = "cpu",
+    pairs: int = timing.MIN_PAIRS,
+) -> list[Row]:
+    """Time all sides of a case in one process and return one row per provider."""
+    torch.manual_seed(0)
+    torch.compiler.reset()  # else the compiled code of all earlier cases is kept and guarded
+    with torch.inference_mode(case.direction == "forward"):
+        reference, sides = build(case, device)
+        ready, errors, kernels = _tried(case, sides, reference)
+        samples = timing.interleave(
+            {side.provider: side.call for side in ready},
+            pairs=pairs,
+            idle=any(side.own_pool for side in ready),
+            sync=torch.cuda.synchronize if device != "cpu" else _nothing,
+        )
+    rivals = [s.provider for s in ready if s.provider != OWN]
+    best = min(rivals, key=lambda name: timing.median(samples[name]))
+    rows = []
+    for side in ready:
+        mine = samples[side.provider]
+        ratio = timing.speedup(samples[EAGER], mine)
+        seconds = timing.median(mine)
+        floor = limits.floor_seconds(side.cost, case.rotate, device)
+        rows.append(
+            Row(
+                op=case.op,
+                case=case.name,
+                direction=case.direction,
+                dtype=case.dtype,
+                m=case.m,
+                k=case.k,
+                n=case.n,
+                params=" ".join(f"{key}={value}" for key, value in case.params.items()),
+                provider=side.provider,
+                kernel=kernels[side.provider],
+                isa=limits.isa if device == "cpu" else device,
+                threads=torch.get_num_threads(),
+                median_us=seconds * 1e6,
+                spread=timing.spread(mine),
+                ratio_to_eager=ratio.value,
+                ratio_low=ratio.low,
+                ratio_high=ratio.high,
+                ratio_to_best_rival=timing.speedup(samples[best], mine).value,
+                fraction_of_limit=None if floor is None else floor / seconds,
+                rel_error=errors[side.provider],
+                versions=versions(),
+            )
+        )
+    return rows
+
+
+def _nothing() -> None:
+    return None
+
+
+def _tried(
+    case: Case, sides: list[Side], reference: list[Tensor]
+) -> tuple[list[Side], dict[str, float], dict[str, str]]:
+    """Call each side once: its error against float64, the kernels that ran, or why it is out."""
+    ready: list[Side] = []
+    errors: dict[str, float] = {}
+    kernels: dict[str, str] = {}
+    for side in sides:
+        try:
+            with backend.record() as names:
+                out = side.call()
+        except Exception as error:
+            if side.provider in (OWN, EAGER):
+                raise
+            say_once(f"{case.id}: {side.provider} left out: {error!s:.200}")
+            continue
+        ready.append(side)
+        errors[side.provider] = relative_error(out, reference)
+        kernels[side.provider] = "+".join(dict.fromkeys(names)) or side.kernel
+    return ready, errors, kernels
+
+
+def relative_error(out: Tensor | Sequence[Tensor], reference: list[Tensor]) -> float:
+    """Largest ``|out - ref64| / |ref64|`` in the Frobenius norm over the outputs of a call.
+
+    Raises:
+        ValueError: another number of outputs, or another shape, than the reference has.
+    """
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    if [o.shape for o in outs] != [r.shape for r in reference]:
+        raise ValueError(
+            f"out: expected shapes {[tuple(r.shape) for r in reference]}, got "
+            f"{[tuple(o.shape) for o in outs]}"
+        )
+    worst = 0.0
+    for mine, truth in zip(outs, reference, strict=True):
+        error = (mine.detach().double().cpu() - truth).norm() / truth.norm().clamp_min(1e-300)
+        worst = max(worst, float(error))
+    return worst
+
+
+def versions() -> str:
+    """What ran, in one field without commas."""
+    return (
+        f"bigops={bigops.__version__} torch={torch.__version__} python={platform.python_version()}"
+    )
+
+
+# --- all cases ---------------------------------------------------------------------------------
+
+
+def op_names() -> list[str]:
+    """Ops that have a bench file."""
+    package = importlib.import_module("bigops.benches")
+    found = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return sorted(name.removeprefix("bench_") for name in found if name.startswith("bench_"))
+
+
+def bench_module(op: str) -> ModuleType:
+    """The bench file of an op.
+
+    Raises:
+        ValueError: no such op.
+    """
+    if op not in op_names():
+        raise ValueError(f"op: expected one of {', '.join(op_names())}; got {op!r}")
+    return importlib.import_module(f"bigops.benches.bench_{op}")
+
+
+def run(
+    ops: Sequence[str],
+    *,
+    quick: bool = False,
+    match: str = "",
+    device: str = "cpu",
+    pairs: int = timing.MIN_PAIRS,
+) -> Iterator[Row]:
+    """Measure the limits, then every case of the ops; rows come as they are ready.
+
+    Raises:
+        ValueError: unknown op or device, or no case left by ``quick`` and ``match``.
+    """
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device: expected cpu, since torch sees no GPU here; got {device!r}")
+    chosen = [
+        (module, case)
+        for module in map(bench_module, ops)
+        for case in module.cases()
+        if (case.quick or not quick) and match in case.id
+    ]
+    if not chosen:
+        raise ValueError(f"match: no case of {', '.join(ops)} has {match!r} in its name")
+    limits = Limits.measure()
+    for module, case in chosen:
+        yield from run_case(case, module.build, limits, device=device, pairs=pairs)

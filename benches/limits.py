@@ -1,0 +1,71 @@
+"""What this machine can do at most, measured at the start of a bench run.
+
+The peak of each arithmetic unit and the bandwidth come from the extension's meters; where they are
+missing (pure Python install, GPU) a limit is unknown and the rows say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from bigops import backend
+
+UNITS = ("fp32", "bf16", "int8")
+DRAM_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a provider cannot avoid in one call: the limit is computed from it."""
+
+    unit: str  # arithmetic unit it uses: fp32, bf16, fp16, int8
+    flops: float
+    nbytes: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Peaks in FLOP/s (int8: operations per second) and DRAM bandwidth in byte/s, all threads."""
+
+    isa: str = "none"
+    threads: int = 1
+    peaks: dict[str, float] = field(default_factory=dict)
+    dram: float | None = None
+
+    @classmethod
+    def measure(cls) -> Limits:
+        """Run the meters (about a second) with as many threads as torch uses."""
+        extension = backend.extension
+        threads = torch.get_num_threads()
+        if extension is None:
+            return cls(threads=threads)
+        peak: Callable[[str, int], float] | None = getattr(extension, "peak", None)
+        read: Callable[[int, int], float] | None = getattr(extension, "bandwidth", None)
+        peaks: dict[str, float] = {}
+        for unit in UNITS if peak else ():
+            value = peak(unit, threads) if peak else 0.0
+            if value > 0:
+                peaks[unit] = value
+        dram = read(DRAM_BYTES, threads) if read else 0.0
+        return cls(extension.isa(), threads, peaks, dram if dram > 0 else None)
+
+    def floor_seconds(self, cost: Cost, from_dram: bool, device: str = "cpu") -> float | None:
+        """The least time that a call can take: its arithmetic or its bytes, whichever binds.
+
+        Bytes count only where the case reads them from DRAM. None where the limit that it takes
+        was not measured.
+        """
+        if device != "cpu" or cost.unit not in self.peaks:
+            return None
+        compute = cost.flops / self.peaks[cost.unit]
+        if not from_dram:
+            return compute
+        return None if self.dram is None else max(compute, cost.nbytes / self.dram)
+
+    def __str__(self) -> str:
+        units = " ".join(f"{u} {self.peaks[u] / 1e9:.0f} G/s" for u in UNITS if u in self.peaks)
+        dram = f"DRAM {self.dram / 1e9:.1f} GB/s" if self.dram else "DRAM unknown"
+        return f"limits ({self.isa}, {self.threads} threads): {units or 'peaks unknown'}; {dram}"

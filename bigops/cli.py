@@ -1,0 +1,256 @@
+"""The `bigops` command. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bigops.benches.rows import Row
+
+MISUSE = 2  # a user's mistake, as argparse has it
+INTERRUPTED = 130  # 128 + SIGINT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code.
+
+    0 done, 1 a floor was breached, 2 a mistake in the request (one line on stderr says which),
+    130 interrupted. With ``--debug`` a mistake keeps its traceback.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        code = args.command(args)
+        sys.stdout.flush()
+        return int(code)
+    except KeyboardInterrupt:
+        print("bigops: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # the reader (head, less) left; point stdout elsewhere so that the flush at exit is quiet
+        with contextlib.suppress(io.UnsupportedOperation):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if args.debug:
+            raise
+        print(f"bigops: {_one_line(error)}", file=sys.stderr)
+        return MISUSE
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"needs the package {error.name!r}, which is not installed here ({error})"
+    return " ".join(str(error).split())
+
+
+# --- commands ----------------------------------------------------------------------------------
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from bigops.recipes import demo
+
+    _set_threads(args.threads)
+    return demo.main(args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from bigops import backend, doctor
+
+    report = backend.report()
+    if args.json:
+        import json
+
+        print(json.dumps(report, indent=2))
+    else:
+        print(doctor.text(report))
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from bigops.benches import rows
+
+    for path in filter(None, (args.csv, args.plot)):
+        _check_writable(path)
+    if args.from_json:
+        found = rows.from_benchmark_json(args.from_json)
+        print(rows.table(found))
+    else:
+        found = list(_measured(args))
+    if args.csv:
+        rows.write_whole(args.csv, rows.to_csv(found))
+        print(f"wrote {args.csv}")
+    if args.plot:
+        rows.plot(found, args.plot)
+        print(f"wrote {args.plot}")
+    return 0
+
+
+def _measured(args: argparse.Namespace) -> Iterator[Row]:
+    from bigops.benches import harness, rows
+
+    _set_threads(args.threads)
+    shown: list[rows.Row] = []
+    for row in harness.run(
+        args.op or harness.op_names(),
+        quick=args.quick,
+        match=args.match,
+        device=args.device,
+        pairs=args.pairs,
+    ):
+        if shown and row.case_key != shown[0].case_key:
+            print(rows.table(shown), flush=True)
+            shown = []
+        shown.append(row)
+        yield row
+    print(rows.table(shown), flush=True)
+
+
+def _explain(args: argparse.Namespace) -> int:
+    import torch
+
+    import bigops
+    from bigops.benches.harness import DTYPES
+
+    if args.n is None or args.k is None:
+        raise ValueError("--k and --n: expected the layer's input and output features")
+    dtype = DTYPES[args.dtype]
+    x = torch.randn(args.m, args.k).to(dtype)
+    gated = args.activation in ("swiglu", "geglu", "geglu_tanh", "reglu")
+    weight = torch.randn(2 * args.n if gated else args.n, args.k).to(dtype)
+    packed: object = weight
+    if args.op == "quantized_linear":
+        from bigops.ops.quantized_linear import quantize_weight
+
+        packed = quantize_weight(weight)
+    elif args.op == "sparse_linear":
+        from bigops.ops.sparse_linear import block_mask, sparsify_weight
+
+        packed = sparsify_weight(weight, block_mask(weight, args.sparsity), not args.fp32_values)
+    print(bigops.explain(args.op, x, packed, activation=args.activation))
+    return 0
+
+
+# --- shared by commands ------------------------------------------------------------------------
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _check_writable(path: str) -> None:
+    """Refuse a place that cannot be written before minutes are spent on measuring."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: expected a file, this is a folder")
+    if not os.path.isdir(folder):
+        raise ValueError(f"{path}: the folder {folder} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{path}: the folder {folder} cannot be written")
+
+
+# --- arguments ---------------------------------------------------------------------------------
+
+
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind("0")
+        if not value > 0 or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+        return value
+
+    return parse
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 up to below 1, got {text!r}")
+    return value
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import bigops
+
+        print(f"bigops {bigops.__version__}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bigops", description="Smaller and truly faster PyTorch models, with a receipt."
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands.add_parser("demo", help="train, compress, save, reload, compare"))
+    _add_bench(commands.add_parser("bench", help="measure the ops against torch and rivals"))
+    doctor = commands.add_parser("doctor", help="what this machine has, which kernel serves what")
+    doctor.add_argument("--json", action="store_true", help="the same as JSON")
+    doctor.set_defaults(command=_doctor)
+    _add_explain(commands.add_parser("explain", help="kernel, config and reason for one call"))
+    return parser
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    add, integer, number = parser.add_argument, _positive(int), _positive(float)
+    add("--data", choices=("mnist", "fashion-mnist", "digits"), default="mnist")
+    add("--target-speedup", type=number, default=3.0, metavar="X", help="against eager fp32")
+    add("--max-drop", type=number, default=0.5, metavar="POINTS", help="test accuracy given up")
+    add("--batch", type=integer, default=64, metavar="N", help="batch size latency is measured at")
+    add("--epochs", type=integer, metavar="N", help="training epochs (default: by data set)")
+    add("--seed", type=int, default=0)
+    add("--precision", choices=("fp32", "bf16-mixed", "fp16-mixed"), default="bf16-mixed")
+    add("--threads", type=integer, metavar="N", help="CPU threads (default: torch's choice)")
+    add("--out", default="demo-out", metavar="DIR", help="where receipt and model are written")
+    add(
+        "--no-latency-floor",
+        action="store_true",
+        help="report a missed latency target without failing (shared machines)",
+    )
+    add("--quick", action="store_true", help="fewer steps and timing rounds: a smoke test")
+    parser.set_defaults(command=_demo)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    add, integer = parser.add_argument, _positive(int)
+    add("--op", action="append", metavar="NAME", help="an op; repeatable (default: all)")
+    add("--quick", action="store_true", help="only the few cases marked quick")
+    add("--match", default="", metavar="TEXT", help="only cases whose id has TEXT in it")
+    add("--device", default="cpu", help="cpu, or cuda where torch sees a GPU")
+    add("--threads", type=integer, metavar="N", help="CPU threads (default: torch's choice)")
+    add("--pairs", type=integer, default=30, metavar="N", help="interleaved rounds per case")
+    add("--csv", metavar="FILE", help="write the rows as CSV")
+    add("--plot", metavar="FILE", help="write the speed-ups as a PNG")
+    add("--from-json", metavar="FILE", help="take rows from `pytest benches --benchmark-json`")
+    parser.set_defaults(command=_bench)
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    add, integer = parser.add_argument, _positive(int)
+    add("op", help="an op, such as fused_linear")
+    add("--m", type=integer, default=64, help="rows of x")
+    add("--k", type=integer, help="input features")
+    add("--n", type=integer, help="output features")
+    add("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), default="fp32")
+    add("--activation", default="none")
+    add("--sparsity", type=_fraction, default=0.8, help="of sparse_linear's weight")
+    add("--fp32-values", action="store_true", help="sparse_linear: keep fp32 values, not int8")
+    parser.set_defaults(command=_explain)

@@ -1,0 +1,67 @@
+"""The text of `bigops doctor`: what this machine has and which kernel serves which op here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+def text(report: Mapping[str, Any]) -> str:
+    """`bigops.backend.report()` for a reader; ends with what could be better and how."""
+    cpu, cuda = report["cpu"], report["cuda"]
+    lines = [
+        f"bigops {report['bigops']}, Python {report['python']}, {report['platform']}",
+        "",
+        _line("CPU features", " ".join(cpu["features"]) or "unknown (needs the extension)"),
+        _line("instruction set", _instruction_set(cpu)),
+        _line("threads", str(cpu["threads"])),
+        _line("extension", report["extension"]),
+        _line("C++ compiler", report["compiler"] or "none found (c++, g++ or CXX)"),
+        _line("torch", report["torch"]),
+        _line("triton", report["triton"] or "not installed"),
+        _line("CUDA", _cuda(cuda)),
+        "",
+        "Which kernel serves which op here:",
+    ]
+    for op, served in report["ops"].items():
+        lines += [f"  {op}", f"    CPU  {served['cpu']}", f"    GPU  {served['gpu']}"]
+    hints = advice(report)
+    if hints:
+        lines += ["", "What would help:", *(f"  - {hint}" for hint in hints)]
+    return "\n".join(lines)
+
+
+def advice(report: Mapping[str, Any]) -> list[str]:
+    """What is missing on this machine, each with the step that mends it."""
+    hints: list[str] = []
+    if report["extension"] != "loaded":
+        step = "pip install --no-build-isolation --force-reinstall --no-deps of this package"
+        if report["compiler"] is None:
+            step = f"install a C++17 compiler and Python's headers, then {step}"
+        hints.append(f"the CPU kernels are missing and plain torch serves every op: {step}")
+    forced = report["cpu"]["forced"]
+    if forced:
+        hints.append(f"BIGOPS_ISA={forced} holds the kernels below what this CPU has; unset it")
+    if report["triton"] is None and report["cuda"]["available"]:
+        hints.append("torch sees a GPU, but the GPU kernels need triton: pip install triton")
+    if report["cuda"]["built"] is None and sys.platform == "linux":
+        hints.append("this torch is built without CUDA; for a GPU install a CUDA build of torch")
+    return hints
+
+
+def _line(name: str, value: str) -> str:
+    return f"{name:<16} {value}"
+
+
+def _instruction_set(cpu: Mapping[str, Any]) -> str:
+    if not cpu["isas"]:
+        return "none (needs the extension)"
+    forced = f", forced by BIGOPS_ISA={cpu['forced']}" if cpu["forced"] else ""
+    return f"{cpu['isa']} (of {', '.join(cpu['isas'])}{forced})"
+
+
+def _cuda(cuda: Mapping[str, Any]) -> str:
+    built = f"torch built for {cuda['built']}" if cuda["built"] else "torch built without it"
+    devices = ", ".join(cuda["devices"]) if cuda["available"] else "no GPU seen"
+    return f"{built}; {devices}"
