@@ -47,11 +47,12 @@ class BuildExt(build_ext):
     """Flags per file, several files at a time, and a plain word when something is missing."""
 
     def build_extensions(self) -> None:
-        if not (ROOT / "bigops" / "kernels").is_dir():
-            raise SystemExit(
-                "bigops/kernels is no folder: this checkout lost its symlink to kernels/ "
-                "(git config core.symlinks true; git checkout bigops/kernels)"
-            )
+        for room in ("kernels", "benches"):
+            if not (ROOT / "bigops" / room).is_dir():
+                raise SystemExit(
+                    f"bigops/{room} is no folder: this checkout lost its symlink to {room}/ "
+                    f"(git config core.symlinks true; git checkout bigops/{room})"
+                )
         if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
             print(
                 "bigops: no C++ compiler found; installing in pure Python (see `bigops doctor`)",
@@ -69,6 +70,8 @@ class BuildExt(build_ext):
                 "here. Install torch and pybind11 first, then: pip install --no-build-isolation ."
             ) from error
         print(f"bigops: building for torch {torch.__version__}", file=sys.stderr)
+        # pip hands an editable build a throwaway folder; objects kept here make a rebuild short
+        self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-{torch.__version__}")
         extension = self.extensions[0]
         extension.include_dirs = [str(ROOT / "csrc"), pybind11.get_include(), *include_paths()]
         extension.library_dirs = library_paths()
