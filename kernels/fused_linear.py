@@ -14,9 +14,84 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import NONE, activate, derivative, split_code
-from .tiles import DTYPES, TileConfig, choose_config, device_arch, pointwise_config
+from .tiles import DTYPES, TileConfig, choose_config, device_arch, pointwise_config, table_for
 
 _MAX_SIZE = 2**31 - 2**12  # tile indices are 32 bit and may overhang an edge by one tile
+
+
+@triton.jit
+def _finish_tile(
+    acc,  # float32 [BLOCK_M, columns]
+    up,  # likewise, or acc again where not GATED
+    bias,
+    residual,
+    c,
+    preact,
+    M,
+    N,
+    stride_rm,
+    stride_rn,
+    stride_cm,  # row length of c
+    tile_m,
+    column,  # of the tile's first column
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """The epilogue of `gemm` on one tile or on one half of its columns."""
+    rm = tl.arange(0, acc.shape[0])
+    rn = tl.arange(0, acc.shape[1])
+    row0 = tile_m.to(tl.int64) * acc.shape[0]
+    col0 = column.to(tl.int64)
+    in_n = column + rn < N
+    mask = (tile_m * acc.shape[0] + rm < M)[:, None] & in_n[None, :]
+    if bias is not None:
+        acc += tl.load(bias + col0 + rn, mask=in_n, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(bias + N + col0 + rn, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    if preact is not None:
+        width = stride_cm * 2 if GATED else stride_cm  # row length of preact
+        z_tile = preact + (row0 * width + col0) + (rm[:, None] * width + rn[None, :])
+        tl.store(z_tile, acc.to(preact.dtype.element_ty), mask=mask)
+        if GATED:
+            tl.store(z_tile + N, up.to(preact.dtype.element_ty), mask=mask)
+    acc = activate(acc, ACT)
+    if GATED:
+        acc = acc * up
+    if residual is not None:
+        r_tile = residual + (row0 * stride_rm + col0 * stride_rn)
+        r_tile += rm[:, None] * stride_rm + rn[None, :] * stride_rn
+        acc += tl.load(r_tile, mask=mask, other=0.0).to(tl.float32)
+    c_tile = c + (row0 * stride_cm + col0) + (rm[:, None] * stride_cm + rn[None, :])
+    tl.store(c_tile, acc.to(c.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of the columns of a tile."""
+    parts = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(parts, (0, 2, 1)))
+
+
+@triton.jit
+def _finish(
+    acc, up, bias, residual, c, preact, M, N, stride_rm, stride_rn, stride_cm, tile_m, column,
+    ACT: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """`_finish_tile` on PARTS groups of columns in turn: a wide tile's does not fit the registers."""
+    # fmt: off
+    if PARTS == 1:
+        _finish_tile(acc, up, bias, residual, c, preact, M, N, stride_rm, stride_rn,
+                     stride_cm, tile_m, column, ACT, GATED)
+    else:
+        left, right = _halves(acc)
+        up_left, up_right = left, right
+        if GATED:
+            up_left, up_right = _halves(up)
+        _finish(left, up_left, bias, residual, c, preact, M, N, stride_rm, stride_rn,
+                stride_cm, tile_m, column, ACT, GATED, PARTS // 2)
+        _finish(right, up_right, bias, residual, c, preact, M, N, stride_rm, stride_rn,
+                stride_cm, tile_m, column + acc.shape[1] // 2, ACT, GATED, PARTS // 2)
+    # fmt: on
 
 
 @triton.jit
@@ -45,10 +120,13 @@ def gemm(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """c = act(a b + bias) + residual; each program makes one [BLOCK_M, BLOCK_N] tile of c."""
     # Bases are 64 bit; offsets inside a tile stay 32 bit unless a stride is enormous (WIDE).
+    stride_cm = N
     if WIDE:
+        stride_cm = tl.cast(N, tl.int64)
         stride_am = tl.cast(stride_am, tl.int64)
         stride_ak = tl.cast(stride_ak, tl.int64)
         stride_bk = tl.cast(stride_bk, tl.int64)
@@ -98,26 +176,10 @@ def gemm(
         a_tile += BLOCK_K * stride_ak
         b_tile += BLOCK_K * stride_bk
 
-    width = N * 2 if GATED else N  # row length of preact
-    mask = in_m[:, None] & in_n[None, :]
-    if bias is not None:
-        acc += tl.load(bias + col0 + rn, mask=in_n, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            up += tl.load(bias + N + col0 + rn, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    rows = row0 + rm
-    cols = col0 + rn
-    if preact is not None:
-        z_tile = preact + rows[:, None] * width + cols[None, :]
-        tl.store(z_tile, acc.to(preact.dtype.element_ty), mask=mask)
-        if GATED:
-            tl.store(z_tile + N, up.to(preact.dtype.element_ty), mask=mask)
-    acc = activate(acc, ACT)
-    if GATED:
-        acc = acc * up
-    if residual is not None:
-        r_tile = residual + rows[:, None] * stride_rm + cols[None, :] * stride_rn
-        acc += tl.load(r_tile, mask=mask, other=0.0).to(tl.float32)
-    tl.store(c + rows[:, None] * N + cols[None, :], acc.to(c.dtype.element_ty), mask=mask)
+    # fmt: off
+    _finish(acc, up if GATED else acc, bias, residual, c, preact, M, N, stride_rm, stride_rn,
+            stride_cm, tile_m, tile_n * BLOCK_N, ACT, GATED, PARTS)
+    # fmt: on
 
 
 @triton.jit
@@ -201,7 +263,7 @@ def sum_rows(
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """"tf32" where torch's own float32 matmuls may use it, else "ieee"; 16-bit types ignore it."""
+    """Name the precision of float32 products: "tf32" where torch's own may use it, else "ieee"."""
     if dtype == torch.float32 and torch.version.hip is None:
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     return "ieee"
@@ -250,7 +312,7 @@ def _product(
         config = choose_config(device_arch(a.device), a.dtype, m, n, k, gated)
     stride_r = residual.stride() if residual is not None else (0, 0)
     reach = max(
-        config.block_m * max(a.stride(0), stride_r[0]),
+        config.block_m * max(a.stride(0), stride_r[0], b.shape[1]),
         config.block_n * max(b.stride(1), stride_r[1]),
         config.block_k * max(a.stride(1), b.stride(0)),
     )
@@ -278,6 +340,7 @@ def _product(
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             GROUP_M=config.group_m,
+            PARTS=config.parts,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -426,3 +489,36 @@ def backward(
     gx = _product(gz, weight, config=config)[0] if need_x else nothing
     gw = _product(gz.t(), x, config=config)[0] if need_weight else nothing
     return gx, gw, gb if gb is not None else nothing
+
+
+def explain(
+    target: str, dtype: torch.dtype, m: int, rows: int, k: int, activation: int
+) -> tuple[dict[str, int | str], str]:
+    """Say which config the forward product takes on ``target``, which need not be present.
+
+    Args:
+        target: "sm_90", "gfx942" and so on; or "cuda", the present GPU.
+        dtype: of x.
+        m, k: x is [m, k].
+        rows: of the weight, N or 2N gated.
+        activation: code.
+
+    Returns:
+        (config fields and the file they come from, the reason).
+
+    Raises:
+        TypeError: an unsupported dtype.
+        ValueError: an unknown activation or target, or "cuda" where torch sees no GPU.
+    """
+    _, gated = split_code(activation)
+    if target == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "device: torch sees no GPU here; expected an architecture such as sm_90; got 'cuda'"
+            )
+        target = device_arch(torch.device("cuda", torch.cuda.current_device()))
+    config = choose_config(target, dtype, m, rows // 2 if gated else rows, k, gated)
+    name = table_for(target).device
+    form = "gated" if gated else "plain"
+    reason = f"{form} {DTYPES[dtype]} tile for {m} rows from kernels/configs/{name}.json"
+    return {**config._asdict(), "file": f"{name}.json"}, reason

@@ -24,7 +24,7 @@ FORMAT = "bigops-tiles-1"
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 FORMS = ("plain", "gated")
 
-_ENTRY_KEYS = ("form", "dtypes", "max_m", "tile", "group_m", "num_warps", "num_stages")
+_ENTRY_KEYS = ("form", "dtypes", "max_m", "tile", "group_m", "num_warps", "num_stages", "parts")
 _POINTWISE_KEYS = ("block_m", "block_n", "max_chunks", "num_warps")
 
 
@@ -37,11 +37,12 @@ class TileConfig(NamedTuple):
     group_m: int
     num_warps: int
     num_stages: int
+    parts: int  # column groups that the epilogue takes in turn, to save registers
 
     def __str__(self) -> str:
         return (
             f"{self.block_m}x{self.block_n}x{self.block_k} group {self.group_m} "
-            f"warps {self.num_warps} stages {self.num_stages}"
+            f"warps {self.num_warps} stages {self.num_stages} parts {self.parts}"
         )
 
 
@@ -109,7 +110,9 @@ def _entry(path: Path, where: str, data: object) -> Entry:
     if not isinstance(tile, list) or len(tile) != 3 or not all(map(_power_of_two, tile)):
         raise ValueError(f"{path}: {where}: tile: expected three powers of two; got {tile}")
     if max_m is not None and not (type(max_m) is int and max_m > 0):
-        raise ValueError(f"{path}: {where}: max_m: expected a positive integer or null; got {max_m}")
+        raise ValueError(
+            f"{path}: {where}: max_m: expected a positive integer or null; got {max_m}"
+        )
     for name in ("group_m", "num_stages"):
         if type(fields[name]) is not int or not 1 <= fields[name] <= 64:
             raise ValueError(f"{path}: {where}: {name}: expected 1 to 64; got {fields[name]}")
@@ -118,7 +121,7 @@ def _entry(path: Path, where: str, data: object) -> Entry:
             f"{path}: {where}: num_warps: expected a power of two up to 32; "
             f"got {fields['num_warps']}"
         )
-    launch = (fields[name] for name in ("group_m", "num_warps", "num_stages"))
+    launch = (fields[name] for name in ("group_m", "num_warps", "num_stages", "parts"))
     return Entry(fields["form"], tuple(dtypes), max_m, TileConfig(*tile, *launch))
 
 

@@ -1,0 +1,376 @@
+"""Compile every Triton kernel and shipped config for GPUs that are not here; read what came out.
+
+    python tests/gpu_report.py [--arch sm_90] [--quick] [--out FILE.csv] [--check FILE.csv]
+
+One row per kernel form, config, dtype and device: registers, spilled bytes, shared memory, warps,
+programs per multiprocessor and what limits them, counts of the instructions that matter. The exit
+status is 1 where a row spills, asks for more shared memory than the device has, or lacks the
+matrix instruction its tile is for; with --check, also where a row is worse than in FILE.
+Nothing here is a time: no GPU runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Interpreted kernels cannot be compiled, and triton reads both variables on import.
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bigops.kernels import fused_linear, tiles
+from bigops.kernels.activation import NAMES, split_code
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+GOLDEN = Path(__file__).parent / "golden" / "gpu_report.csv"
+ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+
+# Registers, warps, programs and shared memory of one multiprocessor; CUDA C++ Programming Guide,
+# "Technical Specifications per Compute Capability". Each program also reserves 1024 bytes.
+NVIDIA_LIMITS = {
+    "sm_80": (65536, 64, 32, 167936),
+    "sm_86": (65536, 48, 16, 102400),
+    "sm_90": (65536, 64, 32, 233472),
+    "sm_100": (65536, 64, 32, 233472),
+}
+RESERVED_SHARED = 1024
+
+COUNTS = {  # column: machine instructions, as nvdisasm and the AMDGPU back end spell them
+    "mma": r"HMMA|IMMA|QMMA",
+    "wgmma": r"HGMMA|IGMMA|QGMMA",
+    "tcgen05": r"UTC\w*MMA",
+    "mfma": r"v_mfma_\w+",
+    "ldmatrix": r"LDSM",
+    "cp_async": r"LDGSTS",
+    "tma": r"UTMALDG|UTMASTG|UBLKCP",
+    "local": r"LDL|STL|scratch_(?:load|store)\w*",
+}
+
+
+class Job(NamedTuple):
+    """One thing to compile. ``form`` names the product, ``entry`` the config."""
+
+    arch: str
+    kernel: str  # gemm, activation_backward or sum_rows
+    form: str
+    dtype: str
+    tile: tiles.TileConfig | tiles.PointwiseConfig
+    activation: str
+    precision: str = "ieee"
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        parts = (self.arch, self.kernel, self.form, self.dtype, str(tuple(self.tile)))
+        return (*parts, self.activation, self.precision)
+
+
+KEY = ("arch", "kernel", "form", "dtype", "tile", "activation", "precision")
+FACTS = (
+    "registers",
+    "spill_bytes",
+    "shared_bytes",
+    "warps",
+    "programs_per_sm",
+    "limiter",
+    *COUNTS,
+    "verdict",
+)
+
+
+def jobs(arch: str) -> Iterator[Job]:
+    """Every kernel form with every shipped config and dtype of one device.
+
+    Forward rows carry the whole epilogue (bias, erf, residual, stored pre-activation), which needs
+    the most registers; each other activation is compiled once per dtype class with the main tile.
+    """
+    table = tiles.table_for(arch)
+    for entry in table.entries:
+        for dtype in entry.dtypes:
+            precisions = ("ieee", "tf32") if dtype == "f32" and arch[:2] == "sm" else ("ieee",)
+            for precision in precisions:
+                if entry.form == "gated":
+                    yield Job(arch, "gemm", "gated", dtype, entry.config, "geglu", precision)
+                    continue
+                for form, activation in (("nt", "gelu"), ("nn", "none"), ("tn", "none")):
+                    yield Job(arch, "gemm", form, dtype, entry.config, activation, precision)
+            if entry.max_m is None and dtype != "f16":
+                for code, name in enumerate(NAMES):
+                    gated = split_code(code)[1]
+                    if gated == (entry.form == "gated") and name not in ("gelu", "geglu"):
+                        form = "gated" if gated else "nt"
+                        yield Job(arch, "gemm", form, dtype, entry.config, name)
+    for code, name in enumerate(NAMES):
+        form = "gated" if split_code(code)[1] else "plain"
+        dtypes = TRITON_TYPE if name in ("gelu", "geglu") else ("bf16",)
+        for dtype in dtypes:
+            yield Job(arch, "activation_backward", form, dtype, table.pointwise, name)
+    for dtype in TRITON_TYPE:
+        yield Job(arch, "sum_rows", "plain", dtype, table.pointwise, "none")
+
+
+def quick_jobs() -> list[Job]:
+    """A few rows that stand for the rest: the main tile of each device, forward, bf16."""
+    chosen = []
+    for arch in ARCHS:
+        main = [e for e in tiles.table_for(arch).entries if e.form == "plain" and e.max_m is None]
+        tile = next(e.config for e in main if "bf16" in e.dtypes)
+        chosen.append(Job(arch, "gemm", "nt", "bf16", tile, "gelu"))
+    return chosen
+
+
+def _arguments(job: Job) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """The kernel, the types of its run-time arguments, the values of its constants."""
+    fn = getattr(fused_linear, job.kernel)
+    pointer = "*" + TRITON_TYPE[job.dtype]
+    types = {name: "i32" for name in fn.arg_names if name.islower()} | dict.fromkeys("MNKR", "i32")
+    constants: dict[str, Any] = {"BLOCK_M": job.tile.block_m, "BLOCK_N": job.tile.block_n}
+    act, gated = split_code(NAMES.index(job.activation))
+    if job.kernel == "sum_rows":
+        types |= {"partial": "*fp32", "out": pointer}
+        return fn, types, constants
+    constants |= {"ACT": act, "GATED": gated}
+    if job.kernel == "activation_backward":
+        types |= dict.fromkeys(("grad", "preact", "gz"), pointer) | {"partial": "*fp32"}
+        constants |= {"stride_gn": 1, "stride_zn": 1}
+        if job.activation == "none":
+            constants |= {"preact": None, "gz": None}
+        return fn, types, constants
+    types |= dict.fromkeys(("a", "b", "bias", "residual", "c", "preact"), pointer)
+    constants |= {
+        "PRECISION": job.precision,
+        "EVEN_K": False,
+        "WIDE": False,
+        "BLOCK_K": job.tile.block_k,
+        "GROUP_M": job.tile.group_m,
+        "PARTS": job.tile.parts,
+    }
+    if job.form in ("nt", "gated"):
+        constants |= {"stride_ak": 1, "stride_bk": 1, "stride_rn": 1}
+    else:
+        constants |= {"bias": None, "residual": None, "preact": None, "stride_bn": 1}
+        constants["stride_ak" if job.form == "nn" else "stride_am"] = 1
+    return fn, types, constants
+
+
+def compile_job(job: Job) -> Any:
+    """Compile one job with triton, as a launch with sizes divisible by 16 would."""
+    fn, types, constants = _arguments(job)
+    signature = {n: "constexpr" if n in constants else types[n] for n in fn.arg_names}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(fn.arg_names)
+        if signature[n] != "constexpr"
+    }
+    source = ASTSource(fn, signature=signature, constexprs=constants, attrs=attrs)
+    options = {"num_warps": job.tile.num_warps}
+    if isinstance(job.tile, tiles.TileConfig):
+        options["num_stages"] = job.tile.num_stages
+    if job.arch.startswith("gfx"):
+        target = GPUTarget("hip", job.arch, 64)
+    else:
+        target = GPUTarget("cuda", int(job.arch[3:]), 32)
+    return triton.compile(source, target=target, options=options)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    done = subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name}: {done.stderr[-400:]}")
+    return done.stdout + done.stderr
+
+
+def _search(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if not found:
+        raise RuntimeError(f"nothing matches {pattern!r} in the compiler's output")
+    return int(found[1])
+
+
+def _ptxas_spills(ptx: str, arch: str) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        target = re.search(r"\.target (sm_\w+)", ptx)
+        assert target, "PTX without .target"
+        ptxas = "ptxas-blackwell" if int(arch[3:]) >= 90 else "ptxas"
+        log = _tool(ptxas, "-v", f"-arch={target[1]}", str(source), "-o", f"{folder}/out")
+    stores = _search(r"(\d+) bytes spill stores", log)
+    return stores + _search(r"(\d+) bytes spill loads", log)
+
+
+def _nvidia_facts(job: Job, kernel: Any) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = _tool("cuobjdump", "-res-usage", cubin.name)
+        code = _tool("nvdisasm", "-c", cubin.name)
+    facts = {"registers": _search(r"REG:(\d+)", usage), "spill_bytes": 0}
+    # A spill lives in the stack frame: only where there is one is ptxas asked for the bytes.
+    if _search(r"STACK:(\d+)", usage):
+        facts["spill_bytes"] = _ptxas_spills(kernel.asm["ptx"], job.arch)
+    facts |= _count(code)
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    registers, max_warps, max_programs, shared_total = NVIDIA_LIMITS[job.arch]
+    per_warp = -(-max(facts["registers"], 1) * 32 // 256) * 256  # allocated 256 at a time
+    limits = {
+        "registers": registers // 4 // per_warp * 4 // warps,  # each quarter has its own file
+        "warps": max_warps // warps,
+        "programs": max_programs,
+        "shared": shared_total // (shared + RESERVED_SHARED),
+    }
+    limiter = min(limits, key=lambda name: limits[name])
+    return facts | {"programs_per_sm": limits[limiter], "limiter": limiter}
+
+
+def _amd_facts(job: Job, kernel: Any) -> dict[str, Any]:
+    code = kernel.asm["amdgcn"]
+    registers = _search(r"\.vgpr_count:\s+(\d+)", code)
+    # CDNA3: 512 vector registers a lane (AGPRs included) and 4 SIMDs of at most 8 waves per unit.
+    waves = min(8, 512 // (-(-max(registers, 1) // 8) * 8)) * 4
+    limits = {
+        "registers": waves // kernel.metadata.num_warps,
+        "shared": 65536 // max(kernel.metadata.shared, 1),
+    }
+    limiter = min(limits, key=lambda name: limits[name])
+    spilled = _search(r"\.vgpr_spill_count:\s+(\d+)", code)
+    spilled += _search(r"\.sgpr_spill_count:\s+(\d+)", code)
+    return {
+        "registers": registers,
+        "spill_bytes": 4 * spilled,
+        "programs_per_sm": limits[limiter],
+        "limiter": limiter,
+        **_count(code),
+    }
+
+
+def _count(code: str) -> dict[str, int]:
+    return {name: len(re.findall(rf"\b(?:{names})\b", code)) for name, names in COUNTS.items()}
+
+
+def expected_instruction(job: Job) -> str | None:
+    """The matrix instruction a row must hold; None where the device has none for the product.
+
+    wgmma and tcgen05 need 64 rows; smaller tiles use mma.sync. IEEE float32 has no tensor core
+    on NVIDIA devices, it has on CDNA3.
+    """
+    if job.kernel != "gemm":
+        return None
+    if job.arch.startswith("gfx"):
+        return "mfma"
+    if job.dtype == "f32":
+        return None
+    small = job.tile.block_m < 64
+    return "mma" if small else {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(job.arch, "mma")
+
+
+def verdict(job: Job, facts: dict[str, Any], shared_limit: int) -> str:
+    """ "ok", or what the gate holds against the row."""
+    faults = []
+    if int(facts["spill_bytes"]) > 0:
+        faults.append(f"spills {facts['spill_bytes']} bytes")
+    if int(facts["shared_bytes"]) > shared_limit:
+        faults.append(f"shared memory {facts['shared_bytes']} > {shared_limit}")
+    needed = expected_instruction(job)
+    if needed and int(facts[needed]) == 0:
+        faults.append(f"no {needed}")
+    if needed == "mma" and job.form == "nt" and int(facts["cp_async"]) == 0:
+        faults.append("no cp_async")
+    return "; ".join(faults) or "ok"
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Compile one job and give its row; a compilation that fails is a row with that verdict."""
+    row: dict[str, Any] = dict(zip(KEY, job.key, strict=True))
+    try:
+        kernel = compile_job(job)
+    except Exception as error:  # triton raises many kinds; each is a fault of this config
+        blank = dict.fromkeys(FACTS, 0)
+        return row | blank | {"verdict": f"{type(error).__name__}: {str(error)[:160]}"}
+    read = _amd_facts if job.arch.startswith("gfx") else _nvidia_facts
+    facts = read(job, kernel)
+    facts |= {"shared_bytes": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+    facts["verdict"] = verdict(job, facts, tiles.table_for(job.arch).shared_memory)
+    return {name: (row | facts)[name] for name in (*KEY, *FACTS)}
+
+
+def regressions(rows: list[dict[str, Any]], golden: list[dict[str, str]]) -> list[str]:
+    """What is worse in ``rows`` than in ``golden``: a missing row, fewer programs, lost MMAs."""
+    known = {tuple(row[name] for name in KEY): row for row in golden}
+    worse = []
+    for row in rows:
+        key = tuple(str(row[name]) for name in KEY)
+        name = " ".join(key)
+        if key not in known:
+            worse.append(f"{name}: not in the golden table; write it anew")
+            continue
+        before = known[key]
+        if int(row["programs_per_sm"]) < int(before["programs_per_sm"]):
+            worse.append(
+                f"{name}: programs_per_sm {before['programs_per_sm']} -> {row['programs_per_sm']}"
+            )
+        for count in ("mma", "wgmma", "tcgen05", "mfma", "cp_async"):
+            if int(before[count]) > 0 and int(row[count]) == 0:
+                worse.append(f"{name}: {count} {before[count]} -> 0")
+    return worse
+
+
+def read_golden(path: Path = GOLDEN) -> list[dict[str, str]]:
+    """The committed table, one dict per row."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _line(row: dict[str, Any]) -> str:
+    counts = " ".join(f"{name}:{row[name]}" for name in COUNTS if int(row[name]))
+    return (
+        f"{' '.join(str(row[name]) for name in KEY)} | registers {row['registers']} "
+        f"spill {row['spill_bytes']} shared {row['shared_bytes']} warps {row['warps']} "
+        f"programs {row['programs_per_sm']} ({row['limiter']}) | {counts} | {row['verdict']}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the sweep; see the head of this file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", choices=ARCHS, action="append", help="default: all")
+    parser.add_argument("--quick", action="store_true", help="one row per device")
+    parser.add_argument("--out", type=Path, help="write the table as CSV")
+    parser.add_argument("--check", type=Path, help="compare with a CSV written earlier")
+    options = parser.parse_args(argv)
+    archs = options.arch or ARCHS
+    todo = quick_jobs() if options.quick else [job for arch in ARCHS for job in jobs(arch)]
+    rows = []
+    for job in (job for job in todo if job.arch in archs):
+        rows.append(measure(job))
+        print(_line(rows[-1]), flush=True)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*KEY, *FACTS], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    faults = [_line(row) for row in rows if row["verdict"] != "ok"]
+    if options.check:
+        faults += regressions(rows, read_golden(options.check))
+    print(f"{len(rows)} rows, {len(faults)} faults")
+    for fault in faults:
+        print(f"FAULT {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
