@@ -1,3 +1,79 @@
-"""bigops: fused, quantised and sparse linear layers for PyTorch that really are faster."""
+"""bigops: fused, quantised and sparse linear layers for PyTorch that really are faster.
+
+Names are imported on first use, so that `import bigops` costs no more than torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "fused_linear": "bigops.ops.fused_linear",
+    "quantized_linear": "bigops.ops.quantized_linear",
+    "sparse_linear": "bigops.ops.sparse_linear",
+    "explain": "bigops.backend",
+    "report": "bigops.backend",
+    "fuse_": "bigops.nn.fuse",
+    "Int8": "bigops.compress.config",
+    "Sparse": "bigops.compress.config",
+    "compress_": "bigops.compress.apply",
+    "freeze_": "bigops.compress.apply",
+    "Floors": "bigops.compress.receipt",
+    "Receipt": "bigops.compress.receipt",
+    "FormatError": "bigops.compress.store",
+    "load": "bigops.compress.store",
+    "save": "bigops.compress.store",
+}
+_ROOMS = ("backend", "compress", "nn", "ops", "parallel", "timing", "train")
+
+__all__ = [
+    "Floors",
+    "FormatError",
+    "Int8",
+    "Receipt",
+    "Sparse",
+    "compress",
+    "compress_",
+    "explain",
+    "freeze_",
+    "fuse_",
+    "fused_linear",
+    "load",
+    "nn",
+    "ops",
+    "parallel",
+    "quantized_linear",
+    "report",
+    "save",
+    "sparse_linear",
+    "train",
+]
+
+if TYPE_CHECKING:
+    from bigops import compress, nn, ops, parallel, train
+    from bigops.backend import explain, report
+    from bigops.compress.apply import compress_, freeze_
+    from bigops.compress.config import Int8, Sparse
+    from bigops.compress.receipt import Floors, Receipt
+    from bigops.compress.store import FormatError, load, save
+    from bigops.nn.fuse import fuse_
+    from bigops.ops.fused_linear import fused_linear
+    from bigops.ops.quantized_linear import quantized_linear
+    from bigops.ops.sparse_linear import sparse_linear
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    if name in _ROOMS:
+        return importlib.import_module(f"bigops.{name}")
+    raise AttributeError(f"module 'bigops' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, *_ROOMS})
