@@ -1,0 +1,8 @@
+"""Layers: parameters and one op call each."""
+
+from bigops.nn.gated_mlp import GatedMLP
+from bigops.nn.linear import Linear
+from bigops.nn.quant_linear import QuantLinear
+from bigops.nn.sparse_linear import SparseLinear
+
+__all__ = ["GatedMLP", "Linear", "QuantLinear", "SparseLinear"]

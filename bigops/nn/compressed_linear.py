@@ -1,0 +1,270 @@
+"""What QuantLinear and SparseLinear share: a trainable state, a frozen one, a pack in between.
+
+Recovery: a float ``weight`` Parameter is trained in the form it will be stored in. In `eval` with
+gradients off the real kernel runs from a pack that is made on first use. The pack is no part of
+the module's state: `deepcopy`, pickle, `.to()`, `train()`, `eval()` and `load_state_dict` drop it.
+
+Frozen: only the compressed storage is left, as buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bigops.nn.linear import check_size
+from bigops.ops import _activation as act
+from bigops.ops.fused_linear import fused_linear
+
+Self = TypeVar("Self", bound="CompressedLinear")
+
+
+class _Pack(NamedTuple):
+    """Compressed storage and the state of the tensors it was made from."""
+
+    storage: Any
+    # The sources themselves are held, so no later tensor can take their addresses.
+    sources: tuple[tuple[Tensor, int], ...]
+
+
+class CompressedLinear(nn.Module):
+    """Base of the compressed layers; see `QuantLinear` and `SparseLinear`."""
+
+    storage_names: tuple[str, ...]  # buffers of the frozen state, fields of the storage
+    in_features: int
+    out_features: int
+    activation: str
+    frozen: bool
+    weight: Tensor  # a Parameter; absent once frozen
+    bias: Tensor | None
+    _pack: _Pack | None
+
+    def __init__(self, in_features: int, out_features: int, activation: str) -> None:
+        act.check_name(activation, gated=False)
+        check_size("in_features", in_features)
+        check_size("out_features", out_features)
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
+        self.frozen = False
+        self._pack = None
+        self.register_parameter("bias", None)
+
+    # --- what a subclass says ---------------------------------------------------------------
+
+    def make_storage(self) -> Any:
+        """Convert the float weight to compressed storage (recovery state only)."""
+        raise AssertionError("each compressed layer converts its own weight")
+
+    def make_frozen(self, tensors: dict[str, Tensor | None]) -> Any:
+        """The storage made of the buffers of the frozen state; not validated."""
+        raise AssertionError("each compressed layer knows its own storage")
+
+    def check_storage(self, storage: Any) -> None:
+        """Raise ValueError or TypeError unless the storage is whole and fits this layer."""
+        storage.validate()
+
+    def trained_weight(self) -> Tensor:
+        """[N, K] as it will be stored, differentiable for ``weight`` (recovery state only)."""
+        raise AssertionError("each compressed layer shapes its own weight")
+
+    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
+        """Call the op."""
+        raise AssertionError("each compressed layer calls its own op")
+
+    def pack_sources(self) -> tuple[Tensor, ...]:
+        """The tensors that `make_storage` reads."""
+        return (self.weight,)
+
+    # --- forward ----------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.frozen:
+            return self.run(x, self.storage(), residual)
+        # Compiled graphs cannot hold a cache that is checked in Python: they take the float road.
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return self.run(x, self.storage(), residual)
+        return fused_linear(x, self.trained_weight(), self.bias, residual, self.activation)
+
+    def storage(self) -> Any:
+        """The compressed weight: the buffers when frozen, else the pack, made anew when stale.
+
+        A write that leaves no trace (``weight.data.mul_(2)`` in eval mode) needs
+        `torch.autograd.graph.increment_version` or a call of `eval()` to be seen.
+        """
+        if self.frozen:
+            return self.make_frozen({name: getattr(self, name) for name in self.storage_names})
+        pack = self._pack
+        if pack is None or not self._is_fresh(pack):
+            sources = self.pack_sources()
+            storage = self._convert()
+            if any(t.is_inference() for t in sources):  # these count no versions: never keep
+                return storage
+            pack = _Pack(storage, tuple((t.detach(), t._version) for t in sources))
+            self._pack = pack
+        return pack.storage
+
+    def _is_fresh(self, pack: _Pack) -> bool:
+        return all(
+            not now.is_inference()
+            and now._version == version
+            and now.data_ptr() == then.data_ptr()
+            and now.shape == then.shape
+            for now, (then, version) in zip(self.pack_sources(), pack.sources, strict=True)
+        )
+
+    def _convert(self) -> Any:
+        # Storage made under inference_mode could never take part in autograd later.
+        with torch.inference_mode(False), torch.no_grad():
+            return self.make_storage()
+
+    def drop_pack(self) -> None:
+        """Forget the pack; the next inference call makes it anew."""
+        self._pack = None
+
+    # --- frozen state -----------------------------------------------------------------------
+
+    def freeze(self: Self) -> Self:
+        """Keep only the compressed storage; the float weight goes. In place; twice is once.
+
+        Raises:
+            ValueError: NaN or inf in the weight. The layer stays as it was.
+        """
+        if not self.frozen:
+            self.set_storage(self._convert())
+        return self
+
+    def set_storage(self, storage: Any) -> None:
+        """Become frozen with this storage."""
+        self.drop_pack()
+        for name in ("weight", "mask"):
+            self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
+        for name in self.storage_names:
+            value = getattr(storage, name)
+            self.register_buffer(name, None if value is None else value.detach())
+        self.frozen = True
+
+    def dense_weight(self) -> Tensor:
+        """The matrix [N, K] that the layer stands for, float32."""
+        with torch.no_grad():
+            return self.storage().to_dense()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of parameters, buffers and the pack, where there is one."""
+        kept = [*self._parameters.values(), *self._buffers.values()]
+        own = sum(t.nbytes for t in kept if t is not None)
+        return own + (self._pack.storage.nbytes if self._pack is not None else 0)
+
+    # --- where the pack is dropped ----------------------------------------------------------
+
+    def train(self: Self, mode: bool = True) -> Self:
+        self.drop_pack()
+        return super().train(mode)
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.drop_pack()
+        fixed = {n: self._buffers.get(n) for n in self.storage_names} if self.frozen else {}
+        super()._apply(fn, recurse)
+        for name, old in fixed.items():
+            new = self._buffers[name]
+            # .half() and .bfloat16() mean the activations: storage keeps its own dtypes.
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pack": None}  # pickle, copy and deepcopy all come by here
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self.drop_pack()
+        if self.frozen:
+            state_dict = self._load_storage(state_dict, prefix, local_metadata, error_msgs)
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        # A state_dict of nn.Linear has no mask: the layer's own pattern stays.
+        missing_keys.extend(key for key in missing if key != prefix + "mask")
+
+    def _load_storage(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        error_msgs: list[str],
+    ) -> dict[str, Any]:
+        """Take whole, valid storage of whatever size; give the dict that is left to load."""
+        names = [name for name in self.storage_names if self._buffers[name] is not None]
+        if any(prefix + name not in state_dict for name in names):
+            return state_dict  # torch names what is missing
+        found: dict[str, Tensor | None] = dict.fromkeys(self.storage_names)
+        found.update({name: state_dict[prefix + name] for name in names})
+        try:
+            storage = self.make_frozen(found)
+            self.check_storage(storage)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+            found = {name: self._buffers[name] for name in self.storage_names}
+        else:
+            if not local_metadata.get("assign_to_params_buffers", False):
+                for name in names:
+                    old, new = self._buffers[name], found[name]
+                    assert old is not None
+                    assert new is not None
+                    found[name] = new.detach().to(old.device, copy=True)
+            self._buffers.update(found)
+        return {**state_dict, **{prefix + name: found[name] for name in names}}
+
+    def extra_repr(self) -> str:
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}"
+        )
+        if self.activation != "none":
+            text += f", activation={self.activation}"
+        return text + (", frozen" if self.frozen else "")
+
+    def arguments(self) -> dict[str, Any]:
+        """What `from_arguments` needs to make this layer again, as plain data."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "activation": self.activation,
+            "frozen": self.frozen,
+        }
+
+
+class Source(NamedTuple):
+    """What a compressed layer takes over from the layer it replaces."""
+
+    in_features: int
+    out_features: int
+    weight: Tensor
+    bias: Tensor | None
+    activation: str
+
+
+def check_source(linear: nn.Module) -> Source:
+    """What ``linear`` is made of; raise TypeError or ValueError where it has no float weight."""
+    if not isinstance(linear, nn.Linear | CompressedLinear):
+        raise TypeError(f"linear: expected a torch.nn.Linear; got {type(linear).__name__}")
+    if isinstance(linear, CompressedLinear) and linear.frozen:
+        raise ValueError("linear: expected a layer with a float weight; got a frozen one")
+    activation = getattr(linear, "activation", "none")
+    return Source(linear.in_features, linear.out_features, linear.weight, linear.bias, activation)

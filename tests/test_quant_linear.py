@@ -1,0 +1,238 @@
+"""bigops.nn.QuantLinear: int8 storage, its recovery state and the pack that is never stale."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import bigops.backend as backend
+from bigops.nn import Linear, QuantLinear
+from bigops.ops.quantized_linear import quantize_weight, quantized_linear
+from tests import tolerance
+
+
+def _kernels(call) -> set[str]:  # type: ignore[no-untyped-def]
+    with backend.record() as names:
+        call()
+    return set(names)
+
+
+def _layer(activation: str = "relu") -> QuantLinear:
+    return QuantLinear.from_linear(Linear(40, 24, activation=activation))
+
+
+def test_inference_runs_the_int8_op_on_the_quantised_weight() -> None:
+    layer = _layer().eval()
+    x, residual = torch.randn(5, 40), torch.randn(5, 24)
+    with torch.inference_mode():
+        out = layer(x, residual)
+        names = _kernels(lambda: layer(x))
+    expected = quantized_linear(x, quantize_weight(layer.weight), layer.bias, residual, "relu")
+    assert torch.equal(out, expected.detach())
+    assert names
+    assert all("quantized_linear" in name for name in names), names
+
+
+def test_training_runs_on_rounded_weights_with_a_straight_through_gradient() -> None:
+    layer = _layer("none")
+    x = torch.randn(6, 40)
+    dense = quantize_weight(layer.weight).to_dense()
+    assert torch.equal(layer.trained_weight(), dense)
+    layer(x).sum().backward()
+    ref64 = torch.ones(6, 24).double().t() @ x.double()
+    assert layer.weight.grad is not None
+    plain = torch.ones(6, 24).t() @ x
+    tolerance.check(layer.weight.grad, ref64, plain, x.abs().double().sum(0), what="grad")
+
+
+def test_freeze_leaves_only_the_storage_and_the_same_numbers() -> None:
+    layer = _layer().eval()
+    x = torch.randn(5, 40)
+    with torch.no_grad():
+        before = layer(x)
+    layer.drop_pack()
+    size = layer.nbytes
+    assert layer.freeze() is layer
+    assert layer.freeze().frozen
+    assert sorted(layer.state_dict()) == ["bias", "scale", "values"]
+    assert not hasattr(layer, "weight")
+    assert layer.nbytes == 40 * 24 + 24 * 4 + 24 * 4 < size
+    for mode in (True, False):
+        layer.train(mode)
+        assert torch.equal(layer(x).detach(), before)
+
+
+def test_frozen_gradient_for_x_is_that_of_the_dequantised_weight() -> None:
+    layer = _layer("none").freeze()
+    x = torch.randn(5, 40, requires_grad=True)
+    layer(x).sum().backward()
+    w = layer.dense_weight()
+    ones = torch.ones(5, 24)
+    ref64 = ones.double() @ w.double()
+    assert x.grad is not None
+    tolerance.check(x.grad, ref64, ones @ w, w.double().abs().sum(0), what="gradient of x")
+
+
+def test_pack_is_made_once_and_counted() -> None:
+    layer = _layer().eval()
+    plain = layer.nbytes
+    x = torch.randn(2, 40)
+    with torch.no_grad():
+        layer(x)
+        first = layer.storage()
+        layer(x)
+    assert layer.storage().values is first.values
+    assert layer.nbytes == plain + first.nbytes
+    assert sorted(layer.state_dict()) == ["bias", "weight"]
+
+
+def _in_place(layer: QuantLinear) -> None:
+    with torch.no_grad():
+        layer.weight.mul_(2)
+
+
+def _optimiser_step(layer: QuantLinear) -> None:
+    optimiser = torch.optim.SGD([layer.weight], lr=1.0)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    optimiser.step()
+
+
+def _data_with_version(layer: QuantLinear) -> None:
+    layer.weight.data.mul_(2)
+    torch.autograd.graph.increment_version(layer.weight)
+
+
+def _data_then_eval(layer: QuantLinear) -> None:
+    layer.weight.data.mul_(2)
+    layer.eval()
+
+
+def _data_replaced(layer: QuantLinear) -> None:
+    # Twice, so that an address could come round again if the pack did not hold its source.
+    for factor in (2.0, 3.0):
+        layer.weight.data = layer.weight.data * factor
+
+
+def _parameter_replaced(layer: QuantLinear) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach() * 2)
+
+
+def _loaded(layer: QuantLinear) -> None:
+    layer.load_state_dict({"weight": torch.randn(24, 40), "bias": torch.zeros(24)})
+
+
+CHANGES = [
+    _in_place,
+    _optimiser_step,
+    _data_with_version,
+    _data_then_eval,
+    _data_replaced,
+    _parameter_replaced,
+    _loaded,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_pack_is_never_stale(change) -> None:  # type: ignore[no-untyped-def]
+    layer = _layer().eval()
+    x = torch.randn(3, 40)
+    with torch.no_grad():
+        layer(x)
+    change(layer)
+    expected = quantize_weight(layer.weight)
+    with torch.no_grad():
+        out = layer(x)
+    assert torch.equal(layer.storage().values, expected.values)
+    assert torch.equal(layer.storage().scale, expected.scale)
+    assert torch.equal(out, quantized_linear(x, expected, layer.bias, None, "relu").detach())
+
+
+def test_the_stale_pack_check_fails_on_a_planted_stale_pack(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(QuantLinear, "_is_fresh", lambda self, pack: True)
+    with pytest.raises(AssertionError):
+        test_a_pack_is_never_stale(_in_place)
+
+
+@pytest.mark.parametrize(
+    "drop",
+    [
+        copy.deepcopy,
+        copy.copy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: m.to(torch.float32),
+        lambda m: m.train(),
+        lambda m: m.eval(),
+    ],
+)
+def test_the_pack_is_dropped(drop) -> None:  # type: ignore[no-untyped-def]
+    layer = _layer().eval()
+    with torch.no_grad():
+        layer(torch.randn(2, 40))
+    assert layer._pack is not None
+    assert drop(layer)._pack is None
+
+
+def test_a_pack_made_under_inference_mode_can_be_frozen_and_differentiated() -> None:
+    layer = _layer().eval()
+    with torch.inference_mode():
+        layer(torch.randn(2, 40))
+        layer.freeze()
+    x = torch.randn(2, 40, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+def test_frozen_state_dict_round_trips() -> None:
+    layer, other = _layer().freeze(), _layer().freeze()
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(4, 40)
+    assert torch.equal(other(x), layer(x))
+    meta = QuantLinear.from_arguments(layer.arguments())
+    meta.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(meta(x), layer(x))
+
+
+def test_frozen_refuses_broken_state() -> None:
+    layer = _layer().freeze()
+    before = layer.values.clone()
+    state = layer.state_dict()
+    with pytest.raises(RuntimeError, match=r"scale: expected finite values above 0"):
+        layer.load_state_dict({**state, "scale": torch.zeros(24)})
+    with pytest.raises(RuntimeError, match=r"values: expected \[24, 40\]; got \[24, 39\]"):
+        layer.load_state_dict({**state, "values": torch.zeros(24, 39, dtype=torch.int8)})
+    with pytest.raises(RuntimeError, match=r'Missing key.*"scale"'):
+        layer.load_state_dict({k: v for k, v in state.items() if k != "scale"})
+    assert torch.equal(layer.values, before)
+
+
+def test_casts_leave_the_storage_alone() -> None:
+    layer = _layer().freeze().to(torch.bfloat16)
+    assert layer.scale.dtype == torch.float32
+    assert layer.values.dtype == torch.int8
+    assert layer.bias.dtype == torch.bfloat16
+    assert layer(torch.randn(2, 40, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_nan_refuses_to_freeze_and_leaves_the_layer() -> None:
+    layer = _layer()
+    with torch.no_grad():
+        layer.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="finite"):
+        layer.freeze()
+    assert not layer.frozen
+    assert layer.weight is not None
+
+
+def test_frozen_compiles_without_breaks() -> None:
+    layer = _layer().freeze().eval()
+    x = torch.randn(3, 40)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x))
+
+
+def test_a_frozen_source_is_refused() -> None:
+    with pytest.raises(ValueError, match="got a frozen one"):
+        QuantLinear.from_linear(_layer().freeze())
