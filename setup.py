@@ -39,7 +39,11 @@ def isa_of(source: str) -> str | None:
 
 
 def sources() -> list[str]:
-    found = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("c*/**/*.cpp"))
+    found = sorted(
+        str(p.relative_to(ROOT))
+        for folder in ("*.cpp", "common/*.cpp", "cpu/*.cpp", "cpu/simd/*.cpp")
+        for p in (ROOT / "csrc").glob(folder)
+    )
     return [s for s in found if is_x86() or isa_of(s) not in X86_ONLY]
 
 
@@ -75,7 +79,6 @@ class BuildExt(build_ext):
         extension = self.extensions[0]
         extension.include_dirs = [str(ROOT / "csrc"), pybind11.get_include(), *include_paths()]
         extension.library_dirs = library_paths()
-        extension.runtime_library_dirs = library_paths()
         # --no-as-needed: the stable shims live in libtorch_cpu and look unused to the linker
         extension.extra_link_args = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
         self.parallel_objects(extension)
@@ -91,7 +94,7 @@ class BuildExt(build_ext):
         )
         newest_header = max(newest_header, Path(__file__).stat().st_mtime)
         base = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
-                "-Wall", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]  # fmt: skip
+                "-Wall", "-Wno-maybe-uninitialized", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]  # fmt: skip
 
         def compile_one(source: str) -> str:
             flags = [*base, *ISA_FLAGS[isa_of(source) or "portable"]]

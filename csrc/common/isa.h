@@ -1,0 +1,16 @@
+// The instruction set that kernels use: what the CPU has, capped by BIGOPS_ISA or set_isa().
+#pragma once
+
+namespace bigops {
+
+// Each level contains the ones before it. VNNI exists without BF16 (Ice Lake), never the reverse.
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512vnni = 3, avx512bf16 = 4 };
+constexpr int kIsaCount = 5;
+
+const char* isa_name(Isa isa);
+Isa best_isa();                          // what this CPU has
+Isa active_isa();                        // what kernels use now
+bool set_isa(const char* name);          // false: unknown name, or this CPU lacks it
+const char* cpu_features();              // space separated, read-only string
+
+}  // namespace bigops

@@ -1,0 +1,273 @@
+// fused_linear on the CPU: checks, choice between the own dot form and torch's product, threads.
+
+#include <array>
+
+#include "common/crossover.h"
+#include "common/record.h"
+#include "common/tensor.h"
+#include "cpu/fused_linear.h"
+#include "cpu/kernels.h"
+
+namespace bigops {
+namespace {
+
+constexpr int64_t kWorthThreads = 200'000;  // operations; waking a thread costs about 5 us
+
+bool served(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16 ||
+         t == ScalarType::Half;
+}
+
+struct Problem {
+  int64_t m, n, k;  // n: columns of y
+  int64_t width;    // rows of the weight: n, or 2n when gated
+  int activation;
+  ScalarType dtype;
+};
+
+Problem check_arguments(const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                        const OptTensor& residual, std::string_view activation) {
+  Problem p;
+  p.activation = check_activation(activation);
+  p.dtype = x.scalar_type();
+  check_cpu("x", x);
+  check_cpu("weight", weight);
+  if (!served(p.dtype)) fail("x", "dtype f32, bf16, f16 or f64", short_name(p.dtype));
+  if (weight.dim() != 2) fail("weight", "2 dimensions [N, K]", shape_of(weight));
+  p.width = weight.size(0);
+  p.k = weight.size(1);
+  if (x.dim() == 0 || x.size(x.dim() - 1) != p.k)
+    fail("x", "shape [.., " + std::to_string(p.k) + "]", shape_of(x));
+  const bool gated = is_gated(p.activation);
+  if (gated && p.width % 2 != 0)
+    fail("weight", "an even number of rows (gate, then up)", shape_of(weight));
+  p.n = gated ? p.width / 2 : p.width;
+  p.m = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) p.m *= x.size(i);
+  check_dtype("weight", weight, p.dtype);
+  if (bias.has_value()) {
+    check_cpu("bias", *bias);
+    check_vector("bias", *bias, p.width);
+    check_dtype("bias", *bias, p.dtype);
+  }
+  if (residual.has_value()) {
+    check_cpu("residual", *residual);
+    check_dtype("residual", *residual, p.dtype);
+    bool same = residual->dim() == x.dim() && residual->size(x.dim() - 1) == p.n;
+    for (int64_t i = 0; same && i + 1 < x.dim(); ++i) same = residual->size(i) == x.size(i);
+    if (!same)
+      fail("residual", "x's shape with " + std::to_string(p.n) + " columns",
+           shape_of(*residual));
+  }
+  return p;
+}
+
+bool own_kernel(int64_t m, int64_t width, int64_t k, ScalarType dtype) {
+  const Crossover limit = crossover("fused_linear", short_name(dtype));
+  return m <= limit.max_rows || 2.0 * m * width * k <= static_cast<double>(limit.max_flops);
+}
+
+// torch's fp16 product is 5 to 10 times slower than its fp32 one on CPUs without AVX512-FP16.
+bool through_f32(ScalarType dtype) { return dtype == ScalarType::Half; }
+
+const char* torch_form(ScalarType dtype) {
+  return through_f32(dtype) ? "torch_linear_via_f32" : "torch_linear";
+}
+
+Tensor to_f32(const Tensor& t) { return torch::stable::to(t, ScalarType::Float); }
+
+void run_own(const Selected& s, const Problem& p, const Tensor& x, const Tensor& weight,
+             const OptTensor& bias, const OptTensor& residual, Tensor& y, Tensor* preact) {
+  LinearTask base{x.const_data_ptr(),
+                  weight.const_data_ptr(),
+                  data(bias),
+                  data(residual),
+                  y.mutable_data_ptr(),
+                  preact != nullptr ? preact->mutable_data_ptr() : nullptr,
+                  p.n,
+                  p.k,
+                  0,
+                  0,
+                  0,
+                  0,
+                  p.activation};
+  const int64_t row_tiles = (p.m + kTileRows - 1) / kTileRows;
+  const int64_t column_tiles = (p.n + kTileColumns - 1) / kTileColumns;
+  // Consecutive tasks of a thread share a block of x, not of W: at small M all of x stays cached.
+  auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      LinearTask t = base;
+      t.m0 = task / column_tiles * kTileRows;
+      t.n0 = task % column_tiles * kTileColumns;
+      t.m1 = t.m0 + kTileRows < p.m ? t.m0 + kTileRows : p.m;
+      t.n1 = t.n0 + kTileColumns < p.n ? t.n0 + kTileColumns : p.n;
+      s.kernels->linear(t);
+    }
+  };
+  for_tasks(row_tiles * column_tiles, p.m * p.width * (p.k + 16) > kWorthThreads, run);
+}
+
+void run_epilogue(const Selected& s, const Problem& p, const Tensor& z, const OptTensor& bias,
+                  const OptTensor& residual, Tensor& y, Tensor* preact) {
+  EpilogueTask base{z.const_data_ptr(),
+                    z.scalar_type() != p.dtype,
+                    data(bias),
+                    data(residual),
+                    y.mutable_data_ptr(),
+                    preact != nullptr ? preact->mutable_data_ptr() : nullptr,
+                    p.n,
+                    0,
+                    0,
+                    p.activation};
+  constexpr int64_t kRows = 16;
+  auto run = [&](int64_t begin, int64_t end) {
+    EpilogueTask t = base;
+    t.m0 = begin * kRows;
+    t.m1 = end * kRows < p.m ? end * kRows : p.m;
+    s.kernels->epilogue(t);
+  };
+  for_tasks((p.m + kRows - 1) / kRows, p.m * p.width * 16 > kWorthThreads, run);
+}
+
+// preact: null when not asked for; else receives z.
+Tensor forward(const Tensor& x_any, const Tensor& weight_any, const OptTensor& bias_any,
+               const OptTensor& residual_any, std::string_view activation, Tensor* preact,
+               const char* op) {
+  const Problem p = check_arguments(x_any, weight_any, bias_any, residual_any, activation);
+  const Tensor x = dense(x_any), weight = dense(weight_any);
+  const OptTensor bias = dense(bias_any), residual = dense(residual_any);
+  const Selected s = select_float_kernels(p.dtype);
+  if (own_kernel(p.m, p.width, p.k, p.dtype)) {
+    record(s.isa, op, short_name(p.dtype), "dot");
+    Tensor y = empty_rows_like(x, p.n, p.dtype);
+    if (preact != nullptr) *preact = empty_rows_like(x, p.width, p.dtype);
+    if (p.m > 0 && p.n > 0) run_own(s, p, x, weight, bias, residual, y, preact);
+    return y;
+  }
+  record(s.isa, op, short_name(p.dtype), torch_form(p.dtype));
+  const bool plain = p.activation == kNone && !residual.has_value();
+  if (through_f32(p.dtype)) {
+    const Tensor z = torch_linear(to_f32(x), to_f32(weight), OptTensor());
+    Tensor y = empty_rows_like(x, p.n, p.dtype);
+    if (preact != nullptr) *preact = empty_rows_like(x, p.width, p.dtype);
+    run_epilogue(s, p, z, bias, residual, y, preact);
+    return y;
+  }
+  Tensor z = torch_linear(x, weight, bias);
+  if (preact != nullptr) *preact = z;
+  if (plain && preact == nullptr) return z;
+  // In place where z is ours alone and y has its shape.
+  Tensor y = preact == nullptr && !is_gated(p.activation) ? z
+                                                          : empty_rows_like(x, p.n, p.dtype);
+  run_epilogue(s, p, z, OptTensor(), residual, y, nullptr);
+  return y;
+}
+
+Tensor fused_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                    const OptTensor& residual, std::string_view activation) {
+  return forward(x, weight, bias, residual, activation, nullptr, "fused_linear");
+}
+
+std::tuple<Tensor, Tensor> fused_linear_with_preact(const Tensor& x, const Tensor& weight,
+                                                    const OptTensor& bias,
+                                                    const OptTensor& residual,
+                                                    std::string_view activation) {
+  Tensor preact;
+  Tensor y = forward(x, weight, bias, residual, activation, &preact, "fused_linear_with_preact");
+  return {y, preact};
+}
+
+Tensor nothing(ScalarType dtype) {
+  const int64_t zero = 0;
+  return empty(&zero, 1, dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor> fused_linear_backward(
+    const Tensor& grad_any, const Tensor& x_any, const Tensor& weight_any,
+    const OptTensor& preact_any, std::string_view activation, bool need_x, bool need_weight,
+    bool need_bias) {
+  const Problem p =
+      check_arguments(x_any, weight_any, OptTensor(), OptTensor(grad_any), activation);
+  if (p.activation != kNone && !preact_any.has_value())
+    fail("preact", "z = x W^T + bias for activation " + std::string(activation), "None");
+  const Tensor grad = dense(grad_any), x = dense(x_any), weight = dense(weight_any);
+  const OptTensor preact = p.activation == kNone ? OptTensor() : dense(preact_any);
+  if (preact.has_value()) {
+    check_dtype("preact", *preact, p.dtype);
+    if (preact->numel() != p.m * p.width)
+      fail("preact", std::to_string(p.m) + " x " + std::to_string(p.width) + " elements",
+           shape_of(*preact));
+  }
+  const Selected s = select_float_kernels(p.dtype);
+  record(s.isa, "fused_linear_backward", short_name(p.dtype),
+         through_f32(p.dtype) ? "torch_mm_via_f32" : "torch_mm");
+
+  const int64_t flat[2] = {p.m, p.width};
+  const bool products = need_x || need_weight;
+  const bool pointwise = p.activation != kNone;
+  Tensor gz = pointwise && products ? empty(flat, 2, p.dtype) : view_matrix(grad, p.m, p.n);
+  Tensor gb = need_bias ? empty(&p.width, 1, p.dtype) : nothing(p.dtype);
+  if ((pointwise && products) || need_bias) {
+    constexpr int64_t kColumns = 64;
+    auto run = [&](int64_t begin, int64_t end) {
+      BackwardTask t{grad.const_data_ptr(),
+                     data(preact),
+                     pointwise && products ? gz.mutable_data_ptr() : nullptr,
+                     need_bias ? gb.mutable_data_ptr() : nullptr,
+                     p.m,
+                     p.n,
+                     begin * kColumns,
+                     end * kColumns < p.n ? end * kColumns : p.n,
+                     p.activation};
+      s.kernels->backward(t);
+    };
+    for_tasks((p.n + kColumns - 1) / kColumns, p.m * p.width * 16 > kWorthThreads, run);
+  }
+
+  Tensor gx = nothing(p.dtype), gw = nothing(p.dtype);
+  if (products && through_f32(p.dtype)) {
+    const Tensor gz32 = to_f32(gz);
+    if (need_x) gx = torch::stable::to(torch_mm(gz32, to_f32(weight)), p.dtype);
+    if (need_weight)
+      gw = torch::stable::to(
+          torch_mm(torch::stable::transpose(gz32, 0, 1), to_f32(view_matrix(x, p.m, p.k))),
+          p.dtype);
+  } else if (products) {
+    if (need_x) gx = torch_mm(gz, weight);
+    if (need_weight)
+      gw = torch_mm(torch::stable::transpose(gz, 0, 1), view_matrix(x, p.m, p.k));
+  }
+  if (need_x) {
+    std::vector<int64_t> shape(static_cast<size_t>(x.dim()));
+    for (int64_t i = 0; i < x.dim(); ++i) shape[static_cast<size_t>(i)] = x.size(i);
+    gx = torch::stable::view(gx, shape);
+  }
+  return {gx, gw, gb};
+}
+
+}  // namespace
+
+std::pair<std::string, std::string> choose_fused_linear(int64_t m, int64_t n, int64_t k,
+                                                        const std::string& dtype) {
+  const ScalarType type = dtype == "f64"    ? ScalarType::Double
+                          : dtype == "bf16" ? ScalarType::BFloat16
+                          : dtype == "f16"  ? ScalarType::Half
+                                            : ScalarType::Float;
+  const Selected s = select_float_kernels(type);
+  const Crossover limit = crossover("fused_linear", short_name(type));
+  const std::string bounds = std::to_string(limit.max_rows) + " rows or " +
+                             std::to_string(limit.max_flops) + " operations";
+  if (own_kernel(m, n, k, type))
+    return {kernel_name(s.isa, "fused_linear", short_name(type), "dot"),
+            "own kernel up to " + bounds + " (crossover table)"};
+  return {kernel_name(s.isa, "fused_linear", short_name(type), torch_form(type)),
+          "torch's product above " + bounds + " (crossover table), own epilogue"};
+}
+
+}  // namespace bigops
+
+STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
+  m.impl("fused_linear", TORCH_BOX(&bigops::fused_linear));
+  m.impl("fused_linear_with_preact", TORCH_BOX(&bigops::fused_linear_with_preact));
+  m.impl("fused_linear_backward", TORCH_BOX(&bigops::fused_linear_backward));
+}

@@ -1,0 +1,101 @@
+// 32-bit lanes of AVX2 for the int8 and sparse kernels. Everything has internal linkage.
+#pragma once
+
+#include "cpu/simd/vec_avx2.h"
+
+namespace bigops {
+namespace {
+
+struct Avx2Lanes {
+  using V = Avx2;
+  using ireg = __m256i;
+  struct pair {
+    __m256i even, odd;
+  };
+  using xreg = pair;
+  using wreg = pair;
+  static constexpr int width = 8;
+  static constexpr int max_vectors = 2;
+  static constexpr int dense_rows = 2;
+  static constexpr int dot_rows = 2;
+  static constexpr int grad_vectors = 2;
+
+  static ireg izero() { return _mm256_setzero_si256(); }
+  static ireg iset1(int32_t v) { return _mm256_set1_epi32(v); }
+  static ireg iload(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  }
+  static ireg iload_n(const void* p, int n) {
+    return _mm256_maskload_epi32(static_cast<const int*>(p), Avx2::first(n));
+  }
+  static void istore(void* p, ireg v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+  static void istore_n(void* p, ireg v, int n) {
+    _mm256_maskstore_epi32(static_cast<int*>(p), Avx2::first(n), v);
+  }
+  static ireg iload_bytes(const void* p, int n) {  // AVX2 has no masked byte load
+    if (n >= 32) return iload(p);
+    uint8_t tail[32] = {};
+    memcpy(tail, p, static_cast<size_t>(n));
+    return iload(tail);
+  }
+  static ireg iadd(ireg a, ireg b) { return _mm256_add_epi32(a, b); }
+  static ireg isub(ireg a, ireg b) { return _mm256_sub_epi32(a, b); }
+  static ireg imul(ireg a, ireg b) { return _mm256_mullo_epi32(a, b); }
+  static int32_t isum(ireg v) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+  }
+  static __m256 to_float(ireg v) { return _mm256_cvtepi32_ps(v); }
+  static ireg max_u8(ireg a, ireg b) { return _mm256_max_epu8(a, b); }
+
+  // vpmaddubsw saturates (255 * 127 * 2 > 32767), so bytes are widened to 16 bits first.
+  static xreg x_of(ireg v) {
+    return {_mm256_and_si256(v, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(v, 8)};
+  }
+  static wreg w_of(ireg v) {
+    return {_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), _mm256_srai_epi16(v, 8)};
+  }
+  static ireg dot(ireg acc, xreg x, wreg w) {
+    return iadd(iadd(acc, _mm256_madd_epi16(x.even, w.even)), _mm256_madd_epi16(x.odd, w.odd));
+  }
+
+  static void store_u8(uint8_t* p, __m256 v, int n) {
+    const __m256i i = _mm256_cvtps_epi32(v);
+    const __m128i h = _mm_packus_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+    uint8_t out[16];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(h, h));
+    memcpy(p, out, static_cast<size_t>(n));
+  }
+  static __m256 load_s8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static __m256 load_s8(const int8_t* p, int n) {
+    int8_t tail[8] = {};
+    if (n > 0) memcpy(tail, p, static_cast<size_t>(n < 8 ? n : 8));
+    return load_s8(tail);
+  }
+
+  static void transpose(ireg (&r)[8]) {
+    ireg t[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int b = 0; b < 4; ++b) {
+      t[b] = _mm256_permute2x128_si256(r[b], r[4 + b], 0x20);
+      t[4 + b] = _mm256_permute2x128_si256(r[b], r[4 + b], 0x31);
+    }
+    for (int i = 0; i < 8; ++i) r[i] = t[i];
+  }
+};
+
+}  // namespace
+}  // namespace bigops

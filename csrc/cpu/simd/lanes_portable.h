@@ -1,0 +1,89 @@
+// One 32-bit lane in plain C++: this form defines the meaning. Everything has internal linkage.
+#pragma once
+
+#include "cpu/simd/vec_portable.h"
+
+namespace bigops {
+namespace {
+
+struct PortableVec : Scalar<float> {
+  static reg min(reg a, reg b) { return a < b ? a : b; }
+  static reg max(reg a, reg b) { return a > b ? a : b; }
+  static reg round(reg v) { return rintf(v); }
+};
+
+struct PortableLanes {
+  using V = PortableVec;
+  using ireg = int32_t;
+  struct xreg {
+    int32_t v[4];
+  };
+  using wreg = xreg;
+  static constexpr int width = 1;
+  static constexpr int max_vectors = 4;
+  static constexpr int dense_rows = 4;
+  static constexpr int dot_rows = 4;
+  static constexpr int grad_vectors = 4;
+
+  static ireg izero() { return 0; }
+  static ireg iset1(int32_t v) { return v; }
+  static ireg iload(const void* p) {
+    int32_t v;
+    memcpy(&v, p, 4);
+    return v;
+  }
+  static ireg iload_n(const void* p, int n) { return n > 0 ? iload(p) : 0; }
+  static void istore(void* p, ireg v) { memcpy(p, &v, 4); }
+  static void istore_n(void* p, ireg v, int n) {
+    if (n > 0) istore(p, v);
+  }
+  static ireg iload_bytes(const void* p, int n) {
+    int32_t v = 0;
+    memcpy(&v, p, static_cast<size_t>(n < 4 ? n : 4));
+    return v;
+  }
+  // wraps like the vector forms: acc - zero_point * sum fits although its parts need not
+  static ireg iadd(ireg a, ireg b) {
+    return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+  }
+  static ireg isub(ireg a, ireg b) {
+    return static_cast<int32_t>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b));
+  }
+  static ireg imul(ireg a, ireg b) {
+    return static_cast<int32_t>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b));
+  }
+  static int32_t isum(ireg v) { return v; }
+  static float to_float(ireg v) { return static_cast<float>(v); }
+  static ireg max_u8(ireg a, ireg b) {
+    uint8_t x[4], y[4];
+    memcpy(x, &a, 4);
+    memcpy(y, &b, 4);
+    for (int i = 0; i < 4; ++i) x[i] = x[i] > y[i] ? x[i] : y[i];
+    return iload(x);
+  }
+
+  static xreg x_of(ireg v) {
+    uint8_t b[4];
+    memcpy(b, &v, 4);
+    return {{b[0], b[1], b[2], b[3]}};
+  }
+  static wreg w_of(ireg v) {
+    int8_t b[4];
+    memcpy(b, &v, 4);
+    return {{b[0], b[1], b[2], b[3]}};
+  }
+  static ireg dot(ireg acc, xreg x, wreg w) {
+    return iadd(acc, x.v[0] * w.v[0] + x.v[1] * w.v[1] + x.v[2] * w.v[2] + x.v[3] * w.v[3]);
+  }
+
+  static void store_u8(uint8_t* p, float v, int n) {
+    if (n > 0) *p = static_cast<uint8_t>(v);
+  }
+  static float load_s8(const int8_t* p) { return *p; }
+  static float load_s8(const int8_t* p, int n) { return n > 0 ? static_cast<float>(*p) : 0.0f; }
+
+  static void transpose(ireg (&)[1]) {}
+};
+
+}  // namespace
+}  // namespace bigops

@@ -1,0 +1,56 @@
+// The Python module bigops._C: what is no tensor op. Loading it registers the CPU kernels.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+
+#include "common/crossover.h"
+#include "common/isa.h"
+#include "common/record.h"
+#include "cpu/fused_linear.h"
+#include "cpu/meter.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  using namespace bigops;
+  m.doc() = "CPU features, the record of kernels, crossovers, meters; ops register themselves.";
+
+  m.def("isa", [] { return isa_name(active_isa()); }, "Instruction set that kernels use now.");
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (int i = 0; i <= static_cast<int>(best_isa()); ++i)
+      names.emplace_back(isa_name(static_cast<Isa>(i)));
+    return names;
+  }, "Instruction sets that this CPU can run, lowest first.");
+  m.def("set_isa", [](const std::string& name) {
+    const std::string before = isa_name(active_isa());
+    if (!set_isa(name.c_str()))
+      throw py::value_error("isa: expected portable, avx2, avx512, avx512vnni or avx512bf16, at "
+                            "most " + std::string(isa_name(best_isa())) + " on this CPU; got " +
+                            name);
+    return before;
+  }, py::arg("name"), "Use an instruction set from now on; returns the one before.");
+  m.def("features", [] {
+    std::istringstream text(cpu_features());
+    std::vector<std::string> words;
+    for (std::string word; text >> word;) words.push_back(word);
+    return words;
+  }, "CPU features that matter to the kernels.");
+
+  m.def("record_start", &record_start);
+  m.def("record_stop", &record_stop);
+  m.def("set_crossover", [](const std::string& op, const std::string& dtype, int64_t rows,
+                            int64_t flops) { set_crossover(op, dtype, {rows, flops}); },
+        py::arg("op"), py::arg("dtype"), py::arg("max_rows"), py::arg("max_flops"));
+  m.def("choose_fused_linear", &choose_fused_linear, py::arg("m"), py::arg("n"), py::arg("k"),
+        py::arg("dtype"));
+
+  m.def("peak", &measure_peak, py::arg("kind"), py::arg("threads"), py::arg("seconds") = 0.1,
+        py::call_guard<py::gil_scoped_release>(),
+        "Measured operations a second of a unit: f32 (fma), bf16 (vdpbf16ps), s8 (vpdpbusd).");
+  m.def("bandwidth", &measure_bandwidth, py::arg("bytes"), py::arg("threads"),
+        py::arg("seconds") = 0.1, py::call_guard<py::gil_scoped_release>(),
+        "Measured read bandwidth in bytes a second over a buffer of that size for each thread.");
+}
