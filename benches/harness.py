@@ -57,7 +57,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        return f"{self.op}-{self.name}-{self.dtype}-{self.direction}"
+        return f"{self.op}-{self.name}-{self.m}x{self.k}x{self.n}-{self.dtype}-{self.direction}"
 
 
 @dataclass(frozen=True)

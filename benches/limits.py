@@ -6,15 +6,14 @@ missing (pure Python install, GPU) a limit is unknown and the rows say so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from bigops import backend
 
-UNITS = ("fp32", "bf16", "int8")
-DRAM_BYTES = 256 << 20
+UNITS = {"fp32": "f32", "bf16": "bf16", "int8": "s8"}  # our name -> the meter's
+DRAM_BYTES = 128 << 20  # per thread
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,13 @@ class Limits:
         threads = torch.get_num_threads()
         if extension is None:
             return cls(threads=threads)
-        peak: Callable[[str, int], float] | None = getattr(extension, "peak", None)
-        read: Callable[[int, int], float] | None = getattr(extension, "bandwidth", None)
         peaks: dict[str, float] = {}
-        for unit in UNITS if peak else ():
-            value = peak(unit, threads) if peak else 0.0
-            if value > 0:
-                peaks[unit] = value
-        dram = read(DRAM_BYTES, threads) if read else 0.0
-        return cls(extension.isa(), threads, peaks, dram if dram > 0 else None)
+        for unit, kind in UNITS.items():
+            try:
+                peaks[unit] = extension.peak(kind, threads)
+            except ValueError:  # this CPU, or the forced instruction set, has no such unit
+                continue
+        return cls(extension.isa(), threads, peaks, extension.bandwidth(DRAM_BYTES, threads))
 
     def floor_seconds(self, cost: Cost, from_dram: bool, device: str = "cpu") -> float | None:
         """The least time that a call can take: its arithmetic or its bytes, whichever binds.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from bigops.files import replacing
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,10 @@ class Row:
     versions: str
 
     @property
-    def case_key(self) -> tuple[str, str, str, str]:
-        """What rows of the same case share."""
-        return self.op, self.case, self.dtype, self.direction
+    def case_key(self) -> str:
+        """What rows of the same case share, and no others."""
+        shape = f"{self.m}x{self.k}x{self.n}"
+        return f"{self.op} {self.case} {shape}\n{self.dtype} {self.direction} {self.params}"
 
 
 COLUMNS = [f.name for f in fields(Row)]
@@ -59,30 +59,13 @@ def _cell(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def to_csv(rows: Iterable[Row]) -> str:
-    """The rows as CSV text with a header line; an unmeasured limit reads ``unknown``."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        writer.writerow([_cell(value) for value in asdict(row).values()])
-    return text.getvalue()
-
-
-def write_whole(path: str | Path, data: str | bytes) -> None:
-    """Write a file at once: a reader sees the old content or the new, never half of it."""
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def write_csv(rows: Iterable[Row], path: str | Path) -> None:
+    """Write the rows as CSV with a header line; an unmeasured limit reads ``unknown``."""
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in rows:
+            writer.writerow([_cell(value) for value in asdict(row).values()])
 
 
 def from_benchmark_json(path: str | Path) -> list[Row]:
@@ -106,14 +89,11 @@ def from_benchmark_json(path: str | Path) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
     """The rows as text for a terminal, grouped by case."""
     lines: list[str] = []
-    head = None
+    head = ""
     for row in rows:
         if row.case_key != head:
             head = row.case_key
-            lines.append(
-                f"\n{row.op} {row.case}: {row.m}x{row.k}x{row.n} {row.dtype} {row.direction} "
-                f"{row.params} ({row.threads} threads)"
-            )
+            lines.append("\n" + head.replace("\n", " ") + f" ({row.threads} threads)")
             lines.append(
                 f"  {'provider':<16}{'median us':>11}{'spread':>8}{'vs eager (95%)':>23}"
                 f"{'vs rival':>10}{'of limit':>10}{'error':>10}  kernel"
@@ -154,13 +134,10 @@ def plot(rows: Sequence[Row], path: str | Path) -> None:
             where, ratios, height * 0.9, xerr=[below, above], label=provider, error_kw={"lw": 1}
         )
     axes.axvline(1.0, color="black", lw=1)
-    axes.set_yticks(
-        range(len(cases)), [f"{o} {c}\n{d} {way}" for o, c, d, way in cases], fontsize=7
-    )
+    axes.set_yticks(range(len(cases)), cases, fontsize=6)
     axes.invert_yaxis()
     axes.set_xlabel("speed-up over eager PyTorch (median of interleaved pairs, 95% interval)")
     axes.legend(fontsize=7)
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_whole(path, buffer.getvalue())
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

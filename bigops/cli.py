@@ -8,6 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -76,16 +77,19 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from bigops.benches import rows
+    from bigops.files import check_writable
 
-    for path in filter(None, (args.csv, args.plot)):
-        _check_writable(path)
+    for path in filter(None, (args.csv, args.plot)):  # before minutes are spent on measuring
+        if Path(path).is_dir():
+            raise ValueError(f"{path}: expected a file to write; it is a folder")
+        check_writable(Path(path).resolve().parent)
     if args.from_json:
         found = rows.from_benchmark_json(args.from_json)
         print(rows.table(found))
     else:
         found = list(_measured(args))
     if args.csv:
-        rows.write_whole(args.csv, rows.to_csv(found))
+        rows.write_csv(found, args.csv)
         print(f"wrote {args.csv}")
     if args.plot:
         rows.plot(found, args.plot)
@@ -148,17 +152,6 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _check_writable(path: str) -> None:
-    """Refuse a place that cannot be written before minutes are spent on measuring."""
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path):
-        raise ValueError(f"{path}: expected a file, this is a folder")
-    if not os.path.isdir(folder):
-        raise ValueError(f"{path}: the folder {folder} does not exist")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{path}: the folder {folder} cannot be written")
-
-
 # --- arguments ---------------------------------------------------------------------------------
 
 
@@ -186,6 +179,11 @@ def _fraction(text: str) -> float:
 
 
 class _Version(argparse.Action):
+    """Looks the version up when it is asked for, and leaves nothing in the namespace."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         import bigops
 
@@ -197,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bigops", description="Smaller and truly faster PyTorch models, with a receipt."
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="train, compress, save, reload, compare"))

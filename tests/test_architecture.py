@@ -1,0 +1,288 @@
+"""The house keeps its shape: imports run one way, files stay short, one stem names an op.
+
+Everything is read by `ast`, nothing is executed, and every check is shown to fail on a planted
+violation in a small tree of its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = (".py", ".cpp", ".h", ".inl", ".cu", ".cuh")
+MAX_LINES = 500
+
+# Room -> rooms it may import. Not listed: every room may import itself and the leaves.
+LEAVES = {"backend", "timing", "files", "_C"}
+BELOW_RECIPES = {"nn", "ops", "kernels", "train", "compress", "parallel"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "kernels": set(),
+    "ops": {"kernels"},
+    "nn": {"ops", "kernels"},
+    "train": {"nn", "ops", "kernels"},
+    "compress": {"nn", "ops", "kernels"},
+    "parallel": {"nn", "ops", "kernels"},
+    "recipes": BELOW_RECIPES,
+    "benches": BELOW_RECIPES,  # beside recipes: measures what stands below both
+    "doctor": set(),
+    "cli": {*BELOW_RECIPES, "recipes", "benches", "doctor"},
+    "__main__": {"cli"},
+    "": BELOW_RECIPES,  # bigops/__init__.py re-exports
+}
+KERNELS_MAY_IMPORT = {"torch", "triton", "bigops"}
+# (importing room, imported room): the ops register their answers to explain() when imported, so
+# the leaf that holds explain() imports them when it is first asked.
+LAZY_EXCEPTIONS = {("backend", "ops")}
+
+Check = Callable[[Path], list[str]]
+
+
+# --- the checks ------------------------------------------------------------------------------
+
+
+def python_files(root: Path) -> Iterator[tuple[str, Path]]:
+    """(dotted module, file) of the package; kernels and benches as the modules they become."""
+    for folder in ("bigops", "kernels", "benches"):
+        for file in sorted((root / folder).rglob("*.py")):
+            parts = list(file.relative_to(root).with_suffix("").parts)
+            if folder != "bigops":
+                parts.insert(0, "bigops")
+            elif len(parts) > 1 and parts[1] in ("kernels", "benches"):
+                continue  # the same files through the symlink
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), file
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def imported(module: str, file: Path) -> Iterator[tuple[int, str, bool]]:
+    """(line, dotted name, inside a function) of every import, relative ones resolved."""
+    tree = ast.parse(file.read_text())
+    lazy = {
+        id(inner)
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef)
+        for inner in ast.walk(outer)
+    }
+    package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, id(node) in lazy
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield node.lineno, f"{name}.{alias.name}", id(node) in lazy
+
+
+def wrong_imports(root: Path) -> list[str]:
+    """Imports that run against the order of the rooms."""
+    found = []
+    for module, file in python_files(root):
+        room = room_of(module)
+        where = file.relative_to(root)
+        if room not in MAY_IMPORT and room not in LEAVES:
+            found.append(f"{where}: the room {room!r} is not in the plan of the house")
+            continue
+        for line, name, lazy in imported(module, file):
+            top, *rest = name.split(".")
+            if room == "kernels" and not lazy and top not in KERNELS_MAY_IMPORT:
+                if top not in sys.stdlib_module_names:
+                    found.append(f"{where}:{line}: kernels import {name}")
+                continue
+            if top != "bigops" or not rest:
+                continue
+            other = rest[0]
+            if other not in MAY_IMPORT and other not in LEAVES:
+                continue  # a name of bigops/__init__.py itself, such as __version__
+            allowed = other == room or other in MAY_IMPORT.get(room, set())
+            allowed = allowed or (other in LEAVES and room != "kernels")
+            if not (allowed or (lazy and (room, other) in LAZY_EXCEPTIONS)):
+                found.append(f"{where}:{line}: {room or 'bigops'} imports {name}")
+    return found
+
+
+def long_files(root: Path) -> list[str]:
+    """Source files past the limit: a larger one becomes a folder of the same name."""
+    return [
+        f"{file.relative_to(root)}: {lines} lines"
+        for file in tracked(root)
+        if file.suffix in SOURCES and (lines := len(file.read_text().splitlines())) > MAX_LINES
+    ]
+
+
+def newer_syntax(root: Path) -> list[str]:
+    """Python files that Python 3.10 could not parse."""
+    found = []
+    for file in tracked(root):
+        if file.suffix == ".py":
+            try:
+                ast.parse(file.read_text(), feature_version=(3, 10))
+            except SyntaxError as error:
+                found.append(f"{file.relative_to(root)}:{error.lineno}: {error.msg}")
+    return found
+
+
+# Written in two halves so that this file passes its own check.
+MACHINE_PATHS = re.compile("|".join(("/" + "work/", "/" + "farm/", "/" + "home/", "/" + "root/")))
+
+
+def machine_paths(root: Path) -> list[str]:
+    """Lines with a path of somebody's machine."""
+    found = []
+    for file in tracked(root):
+        try:
+            lines = file.read_text().splitlines()
+        except UnicodeDecodeError:
+            continue
+        found += [
+            f"{file.relative_to(root)}:{number}: {line.strip()}"
+            for number, line in enumerate(lines, 1)
+            if MACHINE_PATHS.search(line)
+        ]
+    return found
+
+
+def missing_stems(root: Path) -> list[str]:
+    """Ops without a test or a bench of their stem."""
+    found = []
+    for file in sorted((root / "bigops" / "ops").iterdir()):
+        if file.name.startswith(("_", ".")):
+            continue
+        for wanted in (f"tests/test_{file.stem}.py", f"benches/bench_{file.stem}.py"):
+            if not (root / wanted).exists() and not (root / wanted[:-3]).is_dir():
+                found.append(f"{file.stem}: {wanted} is missing")
+    return found
+
+
+def unpacked_data(root: Path) -> list[str]:
+    """Data files of the package that no package-data pattern carries into a wheel."""
+    text = (root / "pyproject.toml").read_text()
+    listed = re.search(r'^"\*"\s*=\s*\[(.*?)\]', text, re.MULTILINE | re.DOTALL)
+    patterns = re.findall(r'"([^"]+)"', listed.group(1)) if listed else []
+    return [
+        str(file.relative_to(root))
+        for file in tracked(root)
+        if file.relative_to(root).parts[0] in ("bigops", "kernels", "benches")
+        and file.suffix != ".py"
+        and not any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns)
+    ]
+
+
+def tracked(root: Path) -> list[Path]:
+    """Regular files that git tracks or would track; in a tree without git, all of them."""
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    inside = (root / ".git").exists() and listing.returncode == 0
+    names = [root / name for name in listing.stdout.split("\0") if name] if inside else None
+    files = names if names is not None else sorted(root.rglob("*"))
+    return [file for file in files if file.is_file() and not file.is_symlink()]
+
+
+CHECKS: dict[str, Check] = {
+    "imports": wrong_imports,
+    "length": long_files,
+    "syntax": newer_syntax,
+    "paths": machine_paths,
+    "stems": missing_stems,
+    "data": unpacked_data,
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_tree_keeps_the_rule(name: str) -> None:
+    assert CHECKS[name](ROOT) == []
+
+
+def test_the_tree_is_seen() -> None:
+    """The checks above look at something: the rooms are found, and git's list is the tree."""
+    rooms = {room_of(module) for module, _ in python_files(ROOT)}
+    assert {"ops", "kernels", "benches", "cli", "backend"} <= rooms
+    names = {str(file.relative_to(ROOT)) for file in tracked(ROOT)}
+    assert {"setup.py", "bigops/cli.py", "bigops/py.typed", "Makefile"} <= names
+
+
+def test_type_marker_and_symlinked_rooms() -> None:
+    assert (ROOT / "bigops" / "py.typed").is_file()
+    for name in ("kernels", "benches"):
+        assert (ROOT / "bigops" / name).is_dir()
+        assert not (ROOT / name / "__init__.py").exists(), f"{name} is a namespace package"
+
+
+# --- each check fails on a planted violation -------------------------------------------------
+
+PLANTED = {
+    "imports up": ("imports", "bigops/ops/one.py", "from bigops import nn\n"),
+    "imports up lazily": ("imports", "bigops/nn/a.py", "def f():\n    import bigops.compress\n"),
+    "imports up relatively": ("imports", "bigops/nn/a.py", "from ..compress import plan\n"),
+    "imports sideways": ("imports", "bigops/train/a.py", "import bigops.compress.plan\n"),
+    "leaf imports a room": ("imports", "bigops/backend.py", "import bigops.ops\n"),
+    "kernel imports the package": ("imports", "kernels/a.py", "from bigops.ops import one\n"),
+    "kernel imports a leaf": ("imports", "kernels/a.py", "from bigops import backend\n"),
+    "kernel imports numpy": ("imports", "kernels/a.py", "import numpy\n"),
+    "unknown room": ("imports", "bigops/utils.py", "x = 1\n"),
+    "long file": ("length", "csrc/cpu/one.cpp", "\n" * 501),
+    "match is fine, type is not": ("syntax", "bigops/nn/a.py", "type X = int\n"),
+    "except group": ("syntax", "bigops/nn/a.py", "try:\n    f()\nexcept* ValueError:\n    g()\n"),
+    "a path": ("paths", "README.md", "see /ho" + "me/somebody/notes\n"),
+    "an op without test and bench": ("stems", "bigops/ops/two.py", "x = 1\n"),
+    "an unlisted data file": ("data", "kernels/configs/h.toml", "x = 1\n"),
+}
+
+
+def small_tree(root: Path) -> Path:
+    """A tree that passes every check."""
+    good = {
+        "pyproject.toml": '[tool.setuptools.package-data]\n"*" = ["*.json", "py.typed"]\n',
+        "bigops/__init__.py": "from bigops.ops import one\n",
+        "bigops/backend.py": "def explain():\n    import bigops.ops\n",
+        "bigops/py.typed": "",
+        "bigops/ops/__init__.py": "from bigops.ops import one\n",
+        "bigops/ops/one.py": "from bigops import backend\nfrom bigops.kernels import one as k\n",
+        "bigops/nn/a.py": "from bigops import __version__\nfrom bigops.ops.one import k\n",
+        "bigops/cli.py": "def demo():\n    from bigops.recipes import demo\n",
+        "kernels/one.py": "import math\nimport torch\nfrom bigops.kernels import tiles\n",
+        "kernels/configs/a.json": "{}\n",
+        "benches/bench_one.py": "import bigops\nfrom bigops.benches import harness\n",
+        "tests/test_one.py": "",
+    }
+    for name, text in good.items():
+        plant(root, name, text)
+    return root
+
+
+def plant(root: Path, name: str, text: str) -> None:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(text)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_good_tree_passes(name: str, tmp_path: Path) -> None:
+    assert CHECKS[name](small_tree(tmp_path)) == []
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_violation_is_found(fault: str, tmp_path: Path) -> None:
+    check, file, text = PLANTED[fault]
+    root = small_tree(tmp_path)
+    plant(root, file, text)
+    found = CHECKS[check](root)
+    stem = Path(file).stem
+    assert found, f"{fault}: not found"
+    assert all(stem in line for line in found), found
