@@ -26,7 +26,7 @@ class Ratio(NamedTuple):
     high: float
 
 
-def wait_idle(limit: float = 0.25, window: float = 0.002) -> bool:
+def wait_idle(limit: float = 0.25, window: float = 0.005) -> bool:
     """Sleep until this process burns no CPU time, at most ``limit`` seconds.
 
     Thread pools go on spinning after a call (libgomp about 10 ms, onnxruntime 20-35 ms) and would

@@ -6,7 +6,6 @@ import csv
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -90,21 +89,12 @@ def test_interleave_refuses_nothing_to_time() -> None:
         timing.interleave({"a": lambda: None}, pairs=0)
 
 
-def test_idle_is_awaited_and_a_spinning_thread_is_noticed() -> None:
-    stop = threading.Event()
-
-    def spin() -> None:
-        while not stop.is_set():
-            sum(range(2000))
-
-    thread = threading.Thread(target=spin)
-    thread.start()
-    try:
-        assert not timing.wait_idle(limit=0.1)
-    finally:
-        stop.set()
-        thread.join()
-    assert timing.wait_idle(limit=5.0)
+def test_idle_is_awaited_and_a_spinning_pool_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert timing.wait_idle(limit=60.0)  # nothing of this process spins for that long
+    monkeypatch.setattr(timing.time, "process_time", time.perf_counter)  # one core always busy
+    start = time.perf_counter()
+    assert not timing.wait_idle(limit=0.05)
+    assert time.perf_counter() - start >= 0.05
 
 
 def test_spread_is_the_interquartile_range_over_the_median() -> None:
