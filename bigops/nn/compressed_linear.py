@@ -52,6 +52,7 @@ class CompressedLinear(nn.Module):
         self.activation = activation
         self.frozen = False
         self._pack = None
+        self.register_parameter("weight", None)  # weight first: the order that optimisers see
         self.register_parameter("bias", None)
 
     # --- what a subclass says ---------------------------------------------------------------

@@ -1,0 +1,218 @@
+"""compress_ and freeze_: real storage and real kernels for the layers of a model, in place."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigops.compress.config import Config, Int8, Plan, Sparse, check_config
+from bigops.nn.compressed_linear import CompressedLinear
+from bigops.nn.gated_mlp import GatedMLP
+from bigops.nn.linear import Linear
+from bigops.nn.quant_linear import QuantLinear
+from bigops.nn.record import Done, Record, Skipped
+from bigops.nn.sites import Contest, Sites, capture, contest
+from bigops.nn.sparse_linear import SparseLinear
+
+_EXACT = (nn.Linear, Linear, QuantLinear, SparseLinear)
+_SERVED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def compress_(
+    model: nn.Module, config: Plan, example_inputs: Any = None, freeze: bool = True
+) -> Record:
+    """Compress the linear layers of ``model`` in place.
+
+    Args:
+        model: any module; its `nn.Linear`, `bigops.nn.Linear` (the activation is kept) and
+            compressed layers that are not frozen are compressed.
+        config: `Sparse(0.8)`, `Int8()` or `Sparse(0.8) + Int8()` for every layer, or a mapping of
+            name patterns (`fnmatch`) to configs. The first pattern that matches wins; layers that
+            none matches stay as they are.
+        example_inputs: what the model is called with: x, a tuple of positions or a mapping of
+            keywords. Each layer is then timed against what it replaces, interleaved, on the input
+            that it sees; where the original wins, the original stays and the record says so.
+            Without them nothing is timed.
+        freeze: True: only the compressed storage is kept. False: the layers stay trainable in
+            floating point, with their pattern kept, until `freeze_`; they share the Parameter
+            objects of the old layers, so an optimiser goes on working.
+
+    Returns:
+        What was done, layer by layer, and what was left with the reason.
+
+    Raises:
+        ValueError: a pattern or config that matches no layer, or NaN or inf in a layer's weight
+            or bias. The model is unchanged.
+        TypeError: a config of another type. The model is unchanged.
+    """
+    sites = Sites(model)
+    patterns: dict[str, Config] = {}
+    if isinstance(config, Mapping):
+        for pattern, value in config.items():
+            if not isinstance(pattern, str):
+                raise TypeError(f"config: expected name patterns (str) as keys; got {pattern!r}")
+            check_config(f"config[{pattern!r}]", value)
+            patterns[pattern] = value
+    else:
+        check_config("config", config)
+        patterns["*"] = config
+    layers, left = _layers(sites)
+    chosen = _choose(layers, left, patterns)
+    skipped = [Skipped(name, reason) for name, reason in left.items()]
+    skipped += [Skipped(n, "no pattern matches it") for n in layers if n not in chosen]
+    for name in chosen:
+        _check_finite(name, layers[name])
+
+    timed: dict[str, Contest] = {}
+    built: dict[str, CompressedLinear] = {}
+    if example_inputs is not None:
+        seen = capture(model, {name: layers[name] for name in chosen}, example_inputs)
+    cache: dict[Any, Contest] = {}
+    for name, value in chosen.items():
+        old = layers[name]
+        new = build(old, value)
+        if freeze:
+            new.freeze()
+        if example_inputs is not None:
+            if name not in seen:
+                reason = "the example inputs never call it, so its weight may be used elsewhere"
+                skipped.append(Skipped(name, reason))
+                continue
+            x = seen[name]
+            frozen = new if freeze else build(old, value).freeze()
+            key = (x.shape, x.dtype, str(value), old.weight.shape, old.weight.dtype, type(old),
+                   old.bias is None, frozen.activation)  # fmt: skip
+            if key not in cache:
+                cache[key] = contest(old, frozen, x, training=False)
+            timed[name] = cache[key]
+            if cache[key].lost:
+                skipped.append(Skipped(name, f"the original is faster: {cache[key]}"))
+                continue
+        built[name] = new
+    done = [_done(n, chosen[n], layers[n], new, timed.get(n)) for n, new in built.items()]
+    sites.swap(built)
+    notes = [] if example_inputs is not None else ["nothing was timed: no example_inputs"]
+    return Record("compress_", done, skipped, notes)
+
+
+def build(layer: nn.Module, config: Config) -> CompressedLinear:
+    """A compressed layer in recovery state beside ``layer``, which is not changed."""
+    if isinstance(config, Int8):
+        if not isinstance(layer, SparseLinear):
+            return QuantLinear.from_linear(layer)
+        new = SparseLinear.from_linear(layer, 0.0, int8=True)  # keep the pattern there is
+        new.mask = layer.mask
+        return new
+    if isinstance(config, Sparse):
+        return SparseLinear.from_linear(layer, config.sparsity, int8=False)
+    return SparseLinear.from_linear(layer, config.sparse.sparsity, int8=True)
+
+
+def freeze_(model: nn.Module) -> Record:
+    """Freeze every compressed layer of ``model`` in place: the float weights go.
+
+    Raises:
+        ValueError: no compressed layer, or NaN or inf in a weight. The model is unchanged.
+    """
+    found = [(n, m) for n, m in Sites(model).unique() if isinstance(m, CompressedLinear)]
+    if not found:
+        raise ValueError("model: expected compressed layers (compress_ makes them); found none")
+    skipped = [Skipped(n, "it is frozen already") for n, m in found if m.frozen]
+    storages = []
+    for name, layer in found:
+        if not layer.frozen:
+            _check_finite(name, layer)
+            storages.append((name, layer, layer._convert()))
+    done = []
+    for name, layer, storage in storages:
+        before = layer.nbytes
+        layer.set_storage(storage)
+        done.append(
+            Done(
+                name,
+                f"{type(layer).__name__} frozen",
+                "asked for",
+                before,
+                layer.nbytes,
+                getattr(layer, "density", 1.0),
+            )
+        )
+    return Record("freeze_", done, skipped)
+
+
+def _layers(sites: Sites) -> tuple[dict[str, Any], dict[str, str]]:
+    """The layers that can be compressed by path, and the others with the reason."""
+    layers: dict[str, Any] = {}
+    left: dict[str, str] = {}
+    for path, module in sites.unique():
+        if isinstance(module, GatedMLP):
+            left[path] = "its gate and up projection: gated pairs have no compressed kernel"
+        if isinstance(module, CompressedLinear) and module.frozen:
+            left[path] = "it is frozen already"
+        elif isinstance(module, nn.Linear | CompressedLinear):
+            reason = sites.reason_to_leave(path, _EXACT, weight_goes=True)
+            if reason is None and module.weight.dtype not in _SERVED:
+                reason = f"no compressed kernel takes {module.weight.dtype}"
+            if reason is None:
+                layers[path] = module
+            else:
+                left[path] = reason
+    return layers, left
+
+
+def _choose(
+    layers: Mapping[str, Any], left: Mapping[str, str], patterns: Mapping[str, Config]
+) -> dict[str, Config]:
+    chosen: dict[str, Config] = {}
+    for name in layers:
+        for pattern, value in patterns.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                chosen[name] = value
+                break
+    empty = [p for p in patterns if not any(fnmatch.fnmatchcase(n, p) for n in layers)]
+    if empty:
+        there = ", ".join(layers) or "none"
+        barred = [
+            f"{name} ({reason})"
+            for name, reason in left.items()
+            if any(fnmatch.fnmatchcase(name, p) for p in empty)
+        ]
+        raise ValueError(
+            f"config: no layer to compress matches {', '.join(map(repr, empty))}; layers that can "
+            f"be compressed: {there}" + (f"; matched, but left: {'; '.join(barred)}" * bool(barred))
+        )
+    return chosen
+
+
+def _check_finite(name: str, layer: Any) -> None:
+    for leaf in ("weight", "bias"):
+        value = getattr(layer, leaf, None)
+        if value is not None and not bool(torch.isfinite(value).all()):
+            bad = int((~torch.isfinite(value)).sum())
+            raise ValueError(
+                f"{name}.{leaf}: expected finite values; got {bad} NaN or inf of {value.numel()}"
+            )
+
+
+def _done(
+    name: str, config: Config, old: Any, new: CompressedLinear, timed: Contest | None
+) -> Done:
+    before = sum(p.nbytes for p in old.parameters())
+    why = str(timed) if timed is not None else "asked for"
+    if not new.frozen:
+        why += "; trainable, in floating point until freeze_"
+    return Done(
+        name,
+        f"{type(old).__name__} -> {type(new).__name__} by {config}",
+        why,
+        before,
+        new.nbytes,
+        getattr(new, "density", 1.0),
+        timed.us_before if timed else None,
+        timed.us_after if timed else None,
+        timed.speedup if timed else None,
+    )

@@ -1,0 +1,302 @@
+"""compress_, freeze_ and their configs."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import bigops
+from bigops.compress import config as configs
+from bigops.compress.apply import compress_, freeze_
+from bigops.compress.config import Int8, Sparse, SparseInt8
+from bigops.nn import GatedMLP, Linear, QuantLinear, SparseLinear
+from bigops.nn import sites as sites_module
+from bigops.timing import Ratio
+
+
+def _model() -> nn.Sequential:
+    return nn.Sequential(Linear(16, 32, activation="gelu"), nn.Linear(32, 24), nn.ReLU(),
+                         nn.Linear(24, 4))  # fmt: skip
+
+
+def _snapshot(model: nn.Module) -> list:
+    return [
+        *((name, id(m), type(m), m.training) for name, m in model.named_modules()),
+        *((name, id(p), p._version, p.requires_grad) for name, p in model.named_parameters()),
+    ]
+
+
+# --- configs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [Sparse(0.8), Int8(), Sparse(0.8) + Int8(), Int8() + Sparse(0.5),
+     {"b": Int8(), "a*": Sparse(0.25), "*": Sparse(0.5) + Int8()}],
+)  # fmt: skip
+def test_config_survives_json(plan) -> None:  # type: ignore[no-untyped-def]
+    again = configs.from_json(configs.to_json(plan))
+    assert again == plan
+    if isinstance(plan, dict):
+        assert list(again) == list(plan)  # first match wins: order is meaning
+
+
+def test_config_is_data() -> None:
+    assert Sparse(0.8) + Int8() == Int8() + Sparse(0.8) == SparseInt8(Sparse(0.8))
+    assert str(Sparse(0.8) + Int8()) == "Sparse(0.8) + Int8()"
+    assert bigops.Sparse is Sparse
+    assert hash(Sparse(0.5)) == hash(Sparse(0.5))
+
+
+@pytest.mark.parametrize("bad", [1.0, -0.1, float("nan")])
+def test_sparsity_out_of_range(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"sparsity: expected 0 <= sparsity < 1; got"):
+        Sparse(bad)
+
+
+def test_config_errors() -> None:
+    with pytest.raises(TypeError, match=r"sparsity: expected a float; got str"):
+        Sparse("0.8")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"only Sparse \+ Int8 compose"):
+        Int8() + Int8()
+    for text in ("", "[]", "{}", '{"int4": {}}', '{"int8": {"x": 1}}', '{"sparse": {}}',
+                 '{"sparse": {"sparsity": "a"}}', '{"patterns": {"a": {}}}'):  # fmt: skip
+        with pytest.raises(ValueError, match="expected"):
+            configs.from_json(text)
+
+
+# --- compress_ -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [(Sparse(0.5), SparseLinear), (Int8(), QuantLinear), (Sparse(0.5) + Int8(), SparseLinear)],
+)
+def test_one_config_for_all(config, kind: type) -> None:  # type: ignore[no-untyped-def]
+    model = _model().eval()
+    x = torch.randn(8, 16)
+    before = model(x)
+    record = compress_(model, config)
+    assert [type(model[i]) for i in (0, 1, 3)] == [kind] * 3
+    assert model[0].activation == "gelu"
+    assert all(model[i].frozen and not model[i].training for i in (0, 1, 3))
+    assert [d.name for d in record.done] == ["0", "1", "3"]
+    assert all(d.bytes_after < d.bytes_before for d in record.done)
+    assert all(d.bytes_after == model[int(d.name)].nbytes for d in record.done)
+    density = 0.5 if "Sparse" in str(config) else 1.0
+    assert all(d.density == pytest.approx(density) for d in record.done)
+    assert "0: Linear ->" in str(record)
+    json.dumps(record.to_dict())
+    correlation = torch.corrcoef(torch.stack([before.flatten(), model(x).flatten()]))[0, 1]
+    assert correlation > 0.7
+
+
+def test_first_pattern_wins_and_the_rest_stays() -> None:
+    model = _model()
+    last = model[3]
+    record = compress_(model, {"0": Int8(), "[01]": Sparse(0.5)})
+    assert type(model[0]) is QuantLinear
+    assert type(model[1]) is SparseLinear
+    assert model[3] is last
+    assert record.reason("3") == "no pattern matches it"
+
+
+def test_recovery_then_freeze() -> None:
+    model = _model()
+    parameters = list(model.parameters())
+    compress_(model, Sparse(0.5) + Int8(), freeze=False)
+    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
+    optimiser = torch.optim.SGD(parameters, lr=0.1)  # an optimiser made before goes on working
+    mask = model[1].mask.clone()
+    before = model[1].trained_weight().detach().clone()
+    model(torch.randn(8, 16)).square().sum().backward()
+    optimiser.step()
+    assert not torch.equal(model[1].trained_weight(), before)
+    model.eval()
+    x = torch.randn(4, 16)
+    with torch.no_grad():
+        expected = model(x)
+    record = freeze_(model)
+    assert torch.equal(model(x), expected)
+    assert [d.name for d in record.done] == ["0", "1", "3"]
+    assert model[1].storage().values.shape[0] == mask.sum()
+    assert freeze_(model).reason("0") == "it is frozen already"
+
+
+def test_recovery_layers_are_compressed_again() -> None:
+    model = _model()
+    compress_(model, Sparse(0.5), freeze=False)
+    mask = model[1].mask
+    compress_(model, Int8(), freeze=False)
+    assert type(model[1]) is SparseLinear
+    assert model[1].int8
+    assert torch.equal(model[1].mask, mask)
+    compress_(model, Sparse(0.75) + Int8())
+    assert model[1].density == pytest.approx(0.25)
+
+
+def test_example_inputs_time_each_layer(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    model = _model().eval()
+    record = compress_(model, {"*": Int8()}, example_inputs=torch.randn(8, 16))
+    assert {e.name for e in record.done} | {e.name for e in record.skipped} == {"0", "1", "3"}
+    for entry in record.done:
+        assert entry.speedup is not None
+        assert entry.us_before > 0
+    for left in record.skipped:
+        assert "the original is faster: measured" in left.reason
+        assert type(model[int(left.name)]) in (nn.Linear, Linear)
+
+
+@pytest.mark.parametrize(("ratio", "swapped"), [(0.5, False), (1.5, True)])
+def test_where_the_original_wins_it_stays(monkeypatch, ratio: float, swapped: bool) -> None:  # type: ignore[no-untyped-def]
+    result = sites_module.Contest(1.0, 1.0 / ratio, Ratio(ratio, ratio - 0.1, ratio + 0.1))
+    monkeypatch.setattr("bigops.compress.apply.contest", lambda *a, **k: result)
+    model = _model()
+    before = _snapshot(model)
+    record = compress_(model, Int8(), example_inputs=(torch.randn(8, 16),))
+    assert (len(record.done) == 3) is swapped
+    assert (_snapshot(model) != before) is swapped
+
+
+def test_layers_that_are_left_are_named() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+            self.first, self.shared = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.again = self.shared
+            self.tied, self.embedding = nn.Linear(8, 10, bias=False), nn.Embedding(10, 8)
+            self.embedding.weight = self.tied.weight
+            self.hooked = nn.Linear(8, 8)
+            self.hooked.register_forward_hook(lambda *a: None)
+            self.normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+            self.old_norm = torch.nn.utils.spectral_norm(nn.Linear(8, 8))
+            self.lora = type("LoraLinear", (nn.Linear,), {})(8, 8)
+            self.mlp = GatedMLP(8, 8)
+            self.encoder = nn.TransformerEncoderLayer(8, 2, 16)
+            self.double = nn.Linear(8, 8, dtype=torch.float64)
+
+    model = Net()
+    record = compress_(model, Int8())
+    assert {d.name for d in record.done} == {"first", "mlp.down_proj"}
+    reasons = {
+        "attention.out_proj": "MultiheadAttention uses its weight",
+        "shared": "also reachable as again",
+        "tied": "its weight is shared with embedding.weight",
+        "hooked": "forward hook",
+        "normed": "parametrized",
+        "lora": "it is a LoraLinear",
+        "mlp": "gated pairs have no compressed kernel",
+        "encoder.linear1": "fast path of TransformerEncoderLayer",
+        "encoder.self_attn.out_proj": "MultiheadAttention",
+        "double": "float64",
+    }
+    for name, reason in reasons.items():
+        assert reason in (record.reason(name) or ""), name
+    assert record.reason("old_norm")
+
+
+def test_a_layer_that_is_never_called_is_left() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called, self.raw = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.called(x) @ self.raw.weight
+
+    model = Net()
+    record = compress_(model, Int8(), example_inputs={"x": torch.randn(2, 8)})
+    assert "never call it" in (record.reason("raw") or "")
+    model(torch.randn(2, 8))
+
+
+# --- errors leave the model as it was ------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("leaf", ["weight", "bias"])
+def test_nan_names_the_layer_and_changes_nothing(value: float, leaf: str) -> None:
+    model = _model()
+    with torch.no_grad():
+        getattr(model[3], leaf).view(-1)[0] = value
+    before = _snapshot(model)
+    for freeze in (True, False):
+        with pytest.raises(ValueError, match=rf"3.{leaf}: expected finite values; got 1 NaN or"):
+            compress_(model, Int8(), freeze=freeze)
+    assert _snapshot(model) == before
+
+
+def test_no_match_names_patterns_and_layers() -> None:
+    model = _model()
+    before = _snapshot(model)
+    with pytest.raises(ValueError, match=r"matches 'encoder\.\*'; layers.*: 0, 1, 3"):
+        compress_(model, {"0": Int8(), "encoder.*": Int8()})
+    with pytest.raises(ValueError, match=r"matches '\*'; layers that can be compressed: none"):
+        compress_(nn.Sequential(nn.ReLU()), Int8())
+    attention = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(ValueError, match=r"matched, but left: a.out_proj \(MultiheadAttention"):
+        compress_(attention, Int8())
+    with pytest.raises(TypeError, match=r"config: expected Sparse.*got 0.8"):
+        compress_(model, 0.8)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"config\['0'\]: expected Sparse"):
+        compress_(model, {"0": "int8"})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module; got dict"):
+        compress_({}, Int8())  # type: ignore[arg-type]
+    assert _snapshot(model) == before
+
+
+@pytest.mark.parametrize("broken", ["build", "swap", "example"])
+def test_a_failure_midway_changes_nothing(monkeypatch, broken: str) -> None:  # type: ignore[no-untyped-def]
+    model = _model()
+    model[1].eval()
+    before = _snapshot(model)
+    inputs = None
+    if broken == "build":
+        real, calls = QuantLinear.freeze, []
+
+        def freeze(layer: QuantLinear) -> QuantLinear:
+            calls.append(layer)
+            if len(calls) == 3:
+                raise MemoryError("planted")
+            return real(layer)
+
+        monkeypatch.setattr(QuantLinear, "freeze", freeze)
+    elif broken == "swap":
+
+        class Full(dict):
+            def __setitem__(self, key: str, value: object) -> None:
+                if key == "3" and isinstance(value, QuantLinear):
+                    raise MemoryError("planted")
+                super().__setitem__(key, value)
+
+        model._modules = Full(model._modules)
+    else:
+        inputs = torch.randn(8, 15)
+    with pytest.raises((MemoryError, ValueError, RuntimeError)):
+        compress_(model, Int8(), example_inputs=inputs)
+    assert _snapshot(model) == before
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_freeze_needs_compressed_layers_and_finite_weights() -> None:
+    with pytest.raises(ValueError, match=r"model: expected compressed layers.*found none"):
+        freeze_(_model())
+    model = _model()
+    compress_(model, Int8(), freeze=False)
+    with torch.no_grad():
+        model[3].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"3.weight: expected finite"):
+        freeze_(model)
+    assert not any(model[i].frozen for i in (0, 1, 3))
+
+
+def test_deepcopy_of_the_original_is_untouched() -> None:
+    model = _model()
+    twin = copy.deepcopy(model)
+    x = torch.randn(3, 16)
+    expected = twin(x)
+    compress_(model, Sparse(0.5))
+    assert torch.equal(twin(x), expected)
