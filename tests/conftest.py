@@ -5,8 +5,8 @@ import os
 # Triton reads this when a kernel is decorated: the unit suite runs kernels in the interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)

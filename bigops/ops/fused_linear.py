@@ -14,6 +14,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
+from bigops.ops import _triton
 from bigops.ops._library import LIB, autocast, define
 
 # --- reference -----------------------------------------------------------------------------
@@ -249,7 +250,7 @@ def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     with torch.enable_grad():
         inputs = [t if t is None else t.detach().requires_grad_() for t in saved]
-        outputs = reference_backward(*inputs, ctx.activation, *ctx.needs)
+        outputs = reference_backward(*inputs, ctx.activation, *ctx.needs)  # type: ignore
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None]
         wanted = [t for t in inputs if t is not None]
         found = iter(
@@ -291,7 +292,7 @@ def _batched(args: tuple[Any, ...], in_dims: tuple[Any, ...], batch: int) -> tup
         t if t is None or dim is None else t.movedim(dim, 0)
         for t, dim in zip(args[:4], in_dims[:4], strict=True)
     )
-    x_dim, weight_dim, bias_dim, residual_dim, _ = in_dims
+    x_dim, _, bias_dim, _, _ = in_dims
     if x_dim is None:
         x = x.unsqueeze(0)
     lead = x.shape[1:-1]
@@ -361,54 +362,27 @@ def _vmap_backward(info, in_dims, *args):  # type: ignore[no-untyped-def]
 
 
 # --- dispatch ------------------------------------------------------------------------------
+# The CPU kernels register themselves (csrc/cpu/fused_linear.cpp).
 
 
 def _cuda(x, weight, bias, residual, activation):  # type: ignore[no-untyped-def]
-    return _cuda_with_preact(x, weight, bias, residual, activation, with_preact=False)[0]
-
-
-def _cuda_with_preact(  # type: ignore[no-untyped-def]
-    x, weight, bias, residual, activation, with_preact=True
-):
-    if not backend.has_triton() or x.dtype == torch.float64:
-        if with_preact:
-            return _serve_with_preact(x, weight, bias, residual, activation)
-        return _serve(x, weight, bias, residual, activation), None
-    from bigops.kernels import fused_linear as triton_kernels
-
+    if not _triton.serves(x.dtype):
+        return _serve(x, weight, bias, residual, activation)
     check(x, weight, bias, residual, activation)
-    y, preact = triton_kernels.forward(
-        x.reshape(-1, x.shape[-1]),
-        weight,
-        bias,
-        None if residual is None else residual.reshape(-1, residual.shape[-1]),
-        act.CODES[activation],
-        with_preact,
-    )
-    backend.note(f"triton.fused_linear.{checks.short(x.dtype)}")
-    y = y.view(*x.shape[:-1], y.shape[-1])
-    return y, None if preact is None else preact.view(*x.shape[:-1], preact.shape[-1])
+    return _triton.forward(x, weight, bias, residual, activation, False)[0]
 
 
-def _cuda_backward(  # type: ignore[no-untyped-def]
-    grad, x, weight, preact, activation, need_x, need_weight, need_bias
-):
-    needs = (need_x, need_weight, need_bias)
-    if not backend.has_triton() or x.dtype == torch.float64:
+def _cuda_with_preact(x, weight, bias, residual, activation):  # type: ignore[no-untyped-def]
+    if not _triton.serves(x.dtype):
+        return _serve_with_preact(x, weight, bias, residual, activation)
+    check(x, weight, bias, residual, activation)
+    return _triton.forward(x, weight, bias, residual, activation, True)
+
+
+def _cuda_backward(grad, x, weight, preact, activation, *needs):  # type: ignore[no-untyped-def]
+    if not _triton.serves(x.dtype):
         return _serve_backward(grad, x, weight, preact, activation, *needs)
-    from bigops.kernels import fused_linear as triton_kernels
-
-    gx, gw, gb = triton_kernels.backward(
-        grad.reshape(-1, grad.shape[-1]),
-        x.reshape(-1, x.shape[-1]),
-        weight,
-        None if preact is None else preact.reshape(-1, preact.shape[-1]),
-        act.CODES[activation],
-        *needs,
-    )
-    backend.note(f"triton.fused_linear_backward.{checks.short(x.dtype)}")
-    gx = None if gx is None else gx.view(x.shape)
-    return tuple(x.new_empty(0) if g is None else g for g in (gx, gw, gb))
+    return _triton.backward(grad, x, weight, preact, activation, *needs)
 
 
 LIB.impl("fused_linear", _cuda, "CUDA")
@@ -436,20 +410,12 @@ def _explain(
             )
         kernel, reason = backend.extension.choose_fused_linear(m, n, k, checks.short(x.dtype))
         return backend.Explanation("fused_linear", kernel, reason)
-    if not backend.has_triton():
+    if not _triton.serves(x.dtype):
         return backend.Explanation(
-            "fused_linear", "reference.fused_linear", "triton is not installed"
+            "fused_linear", "reference.fused_linear", _triton.why_not(x.dtype)
         )
-    if x.dtype == torch.float64:
-        return backend.Explanation(
-            "fused_linear", "reference.fused_linear", "no Triton kernel for float64"
-        )
-    from bigops.kernels import fused_linear as triton_kernels
-
-    config, reason = triton_kernels.explain(target, x.dtype, m, n, k, act.CODES[activation])
-    return backend.Explanation(
-        "fused_linear", f"triton.fused_linear.{checks.short(x.dtype)}", reason, config
-    )
+    kernel, config, reason = _triton.explain(target, x.dtype, m, n, k, activation)
+    return backend.Explanation("fused_linear", kernel, reason, config)
 
 
 # --- public function -----------------------------------------------------------------------

@@ -1,0 +1,86 @@
+"""The road from torch ops to the Triton kernels: flattens rows, names what ran, says why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigops import backend
+from bigops.ops import _activation as act
+from bigops.ops import _checks as checks
+
+
+def why_not(dtype: torch.dtype) -> str:
+    """The reason why no Triton kernel serves this dtype here; empty where one does."""
+    if not backend.has_triton():
+        return "triton is not installed"
+    if dtype == torch.float64:
+        return "no Triton kernel for float64"
+    return ""
+
+
+def serves(dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels serve this dtype here."""
+    return not why_not(dtype)
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.reshape(-1, t.shape[-1])
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    with_preact: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`kernels/fused_linear.py` forward on x of any rank: (y, z or None)."""
+    from bigops.kernels import fused_linear as kernels
+
+    flat = x.reshape(-1, x.shape[-1])
+    y, z = kernels.forward(flat, weight, bias, _rows(residual), act.CODES[activation], with_preact)
+    backend.note(f"triton.fused_linear.{checks.short(x.dtype)}")
+    lead = x.shape[:-1]
+    return y.view(*lead, y.shape[-1]), None if z is None else z.view(*lead, z.shape[-1])
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    preact: Tensor | None,
+    activation: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`kernels/fused_linear.py` backward on x of any rank; [0] for what is not needed."""
+    from bigops.kernels import fused_linear as kernels
+
+    flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    gx, gw, gb = kernels.backward(
+        flat_grad,
+        flat_x,
+        weight,
+        _rows(preact),
+        act.CODES[activation],
+        need_x,
+        need_weight,
+        need_bias,
+    )
+    backend.note(f"triton.fused_linear_backward.{checks.short(x.dtype)}")
+    return gx.view(x.shape) if need_x else gx, gw, gb
+
+
+def explain(
+    target: str, dtype: torch.dtype, m: int, n: int, k: int, activation: str
+) -> tuple[str, dict[str, Any], str]:
+    """(kernel, config, reason) on ``target`` ("cuda", "sm_90", "gfx942" ...); n: weight rows."""
+    from bigops.kernels import fused_linear as kernels
+
+    config, reason = kernels.explain(target, dtype, m, n, k, act.CODES[activation])
+    return f"triton.fused_linear.{checks.short(dtype)}", config, reason
