@@ -8,6 +8,7 @@
 #include "common/crossover.h"
 #include "common/isa.h"
 #include "common/record.h"
+#include "cpu/compressed_linear.h"
 #include "cpu/fused_linear.h"
 #include "cpu/meter.h"
 
@@ -46,6 +47,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("op"), py::arg("dtype"), py::arg("max_rows"), py::arg("max_flops"));
   m.def("choose_fused_linear", &choose_fused_linear, py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("dtype"));
+  m.def("choose_quantized_linear", &choose_quantized_linear, py::arg("m"), py::arg("n"),
+        py::arg("k"), py::arg("dtype"));
+  m.def("choose_sparse_linear", &choose_sparse_linear, py::arg("m"), py::arg("n"), py::arg("k"),
+        py::arg("blocks"), py::arg("values"), py::arg("dtype"));
 
   m.def("peak", &measure_peak, py::arg("kind"), py::arg("threads"), py::arg("seconds") = 0.1,
         py::call_guard<py::gil_scoped_release>(),

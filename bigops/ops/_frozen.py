@@ -98,7 +98,8 @@ class FrozenLinear:
                 z = z + (seen - z).detach()
             gz = act.epilogue_backward(activation, gz, z)
         gx = (gz @ w).to(x.dtype) if need_x else None
-        gb = gz.reshape(-1, gz.shape[-1]).sum(0).to(x.dtype) if need_bias else None
+        rows = list(range(gz.dim() - 1))
+        gb = (gz.sum(rows) if rows else gz).to(x.dtype) if need_bias else None
         return gx, gb
 
     # fake -----------------------------------------------------------------------------------
@@ -167,6 +168,7 @@ class FrozenLinear:
         """Vector-Jacobian product of the raw backward op, through its differentiable form."""
         grad, x, *storage, bias = ctx.saved_tensors
         with torch.enable_grad():
+            g: Any
             g, x, bias = (t if t is None else t.detach().requires_grad_() for t in (grad, x, bias))
             wanted = (g, x, bias)
             outputs = self.reference_backward(g, x, *storage, bias, *ctx.rest)

@@ -18,7 +18,7 @@ inline typename V::reg activate(int activation, typename V::reg z) {
     }
     case kGelu: return V::mul(z, V::normal_cdf(z));
     case kGeluTanh: {  // x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), as tanh(u) = 2 sigmoid(2u) - 1
-      const auto u = V::mul(z, V::fma(V::mul(z, z), V::set1(A(0.07135481282837063)),
+      const auto u = V::mul(z, V::fma(V::mul(z, z), V::set1(A(0.07135481627260025)),
                                       V::set1(A(1.5957691216057308))));
       return V::mul(z, V::sigmoid(u));
     }
@@ -43,8 +43,8 @@ inline typename V::reg activate_derivative(int activation, typename V::reg z) {
     case kGeluTanh: {  // s + x s (1 - s) u', u' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2)
       const auto t = V::mul(z, z);
       const auto c1 = V::set1(A(1.5957691216057308));
-      const auto s = V::sigmoid(V::mul(z, V::fma(t, V::set1(A(0.07135481282837063)), c1)));
-      const auto du = V::fma(t, V::set1(A(0.21406443848511190)), c1);
+      const auto s = V::sigmoid(V::mul(z, V::fma(t, V::set1(A(0.07135481627260025)), c1)));
+      const auto du = V::fma(t, V::set1(A(0.21406444881780074)), c1);
       return V::fma(V::mul(z, du), V::mul(s, V::sub(one, s)), s);
     }
     case kSilu: {

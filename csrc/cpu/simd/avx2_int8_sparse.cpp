@@ -4,6 +4,6 @@
 
 namespace bigops {
 
-const CompressedKernels avx2_compressed = compressed_table<Avx2Lanes>("avx2");
+const CompressedKernels avx2_compressed = compressed_table<Avx2Lanes>();
 
 }  // namespace bigops

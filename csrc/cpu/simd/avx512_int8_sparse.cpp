@@ -4,6 +4,6 @@
 
 namespace bigops {
 
-const CompressedKernels avx512_compressed = compressed_table<Avx512Lanes>("avx512");
+const CompressedKernels avx512_compressed = compressed_table<Avx512Lanes>();
 
 }  // namespace bigops

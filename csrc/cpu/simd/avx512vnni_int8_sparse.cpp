@@ -57,7 +57,6 @@ void sparse_permute(const SparseTask& t) {
 
 }  // namespace
 
-const CompressedKernels avx512vnni_compressed =
-    compressed_table<VnniLanes>("avx512vnni", sparse_permute);
+const CompressedKernels avx512vnni_compressed = compressed_table<VnniLanes>(sparse_permute);
 
 }  // namespace bigops

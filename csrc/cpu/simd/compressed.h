@@ -102,7 +102,6 @@ struct GradTask {
 };
 
 struct CompressedKernels {
-  const char* isa;
   int width;         // lanes of a vector
   int max_vectors;   // vectors of the widest tile
   int grad_columns;  // columns of a block of dense_grad

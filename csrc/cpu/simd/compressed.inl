@@ -10,11 +10,9 @@ namespace bigops {
 namespace {
 
 template <class L>
-constexpr CompressedKernels compressed_table(const char* isa,
-                                             void (*permute)(const SparseTask&) = nullptr) {
+constexpr CompressedKernels compressed_table(void (*permute)(const SparseTask&) = nullptr) {
   static_assert(kRowBlock % L::dense_rows == 0, "results are padded to kRowBlock rows");
-  return {isa,
-          L::width,
+  return {L::width,
           L::max_vectors,
           L::width * L::grad_vectors,
           {quantize<L, float>, quantize<L, bf16>, quantize<L, f16>},

@@ -4,6 +4,6 @@
 
 namespace bigops {
 
-const CompressedKernels portable_compressed = compressed_table<PortableLanes>("portable");
+const CompressedKernels portable_compressed = compressed_table<PortableLanes>();
 
 }  // namespace bigops

@@ -1,0 +1,219 @@
+#include "cpu/compressed_linear.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+namespace bigops {
+
+SelectedCompressed select_compressed() {
+#if defined(__x86_64__)
+  const Isa isa = active_isa();
+  if (isa >= Isa::avx512vnni) return {&avx512vnni_compressed, Isa::avx512vnni};
+  if (isa == Isa::avx512) return {&avx512_compressed, isa};
+  if (isa == Isa::avx2) return {&avx2_compressed, isa};
+#endif
+  return {&portable_compressed, Isa::portable};
+}
+
+CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const OptTensor& bias,
+                                const OptTensor& residual, std::string_view activation) {
+  const int code = check_activation(activation);
+  if (is_gated(code)) fail("activation", "one that is no gated pair", std::string(activation));
+  check_cpu("x", x);
+  const ScalarType dtype = x.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half)
+    fail("x", "dtype f32, bf16 or f16", short_name(dtype));
+  if (x.dim() == 0 || x.size(x.dim() - 1) != k)
+    fail("x", "shape [.., " + std::to_string(k) + "]", shape_of(x));
+  int64_t m = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
+  if (bias.has_value()) {
+    check_cpu("bias", *bias);
+    check_vector("bias", *bias, n);
+    check_dtype("bias", *bias, dtype);
+  }
+  if (residual.has_value()) {
+    check_cpu("residual", *residual);
+    check_dtype("residual", *residual, dtype);
+    bool same = residual->dim() == x.dim() && residual->size(x.dim() - 1) == n;
+    for (int64_t i = 0; same && i + 1 < x.dim(); ++i) same = residual->size(i) == x.size(i);
+    if (!same)
+      fail("residual", "x's shape with " + std::to_string(n) + " columns", shape_of(*residual));
+  }
+  const FloatKind kind = dtype == ScalarType::Float      ? kFloat32
+                         : dtype == ScalarType::BFloat16 ? kBFloat16
+                                                         : kFloat16;
+  return {select_compressed(), m,        n,           k,              dtype, kind, code,
+          dense(x),            dense(bias), dense(residual)};
+}
+
+namespace {
+
+Tensor bytes_tensor(int64_t bytes) {
+  const int64_t size = bytes + 64;
+  return empty(&size, 1, ScalarType::Byte);
+}
+
+char* align(void* p) {
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
+}
+
+struct Freed {
+  void operator()(void* p) const { std::free(p); }
+};
+
+}  // namespace
+
+Buffer::Buffer(int64_t bytes)
+    : storage_(bytes_tensor(bytes)), base_(align(storage_.mutable_data_ptr())) {}
+
+char* scratch(int64_t bytes) {
+  thread_local std::unique_ptr<void, Freed> memory;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    memory.reset(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 4096))));
+    size = memory ? bytes : 0;
+    if (!memory) throw std::bad_alloc();
+  }
+  return static_cast<char*>(memory.get());
+}
+
+Activations::Activations(const CompressedCall& call, int64_t stride, int64_t padded_rows)
+    : buffer_(2 * round_up(call.m * 4, 64) + padded_rows * stride),
+      m_(call.m),
+      zero_point_(round_up(call.m * 4, 64)),
+      data_(2 * zero_point_),
+      stride_(stride) {}
+
+Activations Activations::rows(const CompressedCall& call, int64_t stride) {
+  Activations a(call, stride, call.m);
+  float* scale = reinterpret_cast<float*>(a.buffer_.at(0));
+  int32_t* zero_point = reinterpret_cast<int32_t*>(a.buffer_.at(a.zero_point_));
+  const auto quantize = call.kernels().quantize[call.kind];
+  auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      char* q = a.buffer_.at(a.data_ + i * stride);
+      quantize(call.row(i), call.k, reinterpret_cast<uint8_t*>(q), scale + i, zero_point + i);
+      std::memset(q + call.k, 0, static_cast<size_t>(stride - call.k));
+    }
+  };
+  for_tasks(call.m, call.m * call.k > kWorthThreads / 4, run);
+  return a;
+}
+
+Activations Activations::make_tiles(const CompressedCall& call, int vectors, bool as_float) {
+  const CompressedKernels& kernels = call.kernels();
+  const int64_t w = kernels.width;
+  const int64_t words = as_float ? round_up(call.k, kBlock) : (call.k + 3) / 4;  // of a row
+  Activations a(call, words * 4, round_up(call.m, w));
+  a.width_ = kernels.width;
+  a.tile_rows_ = w * vectors;
+  float* scale = reinterpret_cast<float*>(a.buffer_.at(0));
+  int32_t* zero_point = reinterpret_cast<int32_t*>(a.buffer_.at(a.zero_point_));
+  const int64_t row_bytes = words * 4;
+  auto run = [&](int64_t begin, int64_t end) {
+    char* row = scratch(w * row_bytes);
+    for (int64_t group = begin; group < end; ++group) {
+      for (int64_t j = 0; j < w; ++j) {
+        const int64_t i = group * w + j;
+        char* q = row + j * row_bytes;
+        if (i >= call.m) {
+          std::memset(q, 0, static_cast<size_t>(row_bytes));
+        } else if (as_float) {
+          kernels.widen[call.kind](call.row(i), call.k, reinterpret_cast<float*>(q));
+          std::memset(q + call.k * 4, 0, static_cast<size_t>(row_bytes - call.k * 4));
+        } else {
+          kernels.quantize[call.kind](call.row(i), call.k, reinterpret_cast<uint8_t*>(q),
+                                      scale + i, zero_point + i);
+          std::memset(q + call.k, 0, static_cast<size_t>(row_bytes - call.k));
+        }
+      }
+      const int64_t tile = group / vectors;
+      const int64_t lanes = a.vectors(tile) * w;
+      char* to = a.buffer_.at(a.data_ + a.first_row(tile) * row_bytes) + group % vectors * w * 4;
+      kernels.transpose({row, words, w, words, to, lanes});
+    }
+  };
+  for_tasks((call.m + w - 1) / w, call.m * call.k > kWorthThreads / 8, run);
+  return a;
+}
+
+Activations Activations::tiles(const CompressedCall& call) {
+  return make_tiles(call, call.kernels().max_vectors, false);
+}
+
+Activations Activations::float_tiles(const CompressedCall& call, int vectors) {
+  return make_tiles(call, vectors, true);
+}
+
+Sums::Sums(bool wide, int64_t* memory, int64_t rows, int64_t columns)
+    : memory_(wide ? memory : nullptr), rows_(rows), columns_(columns) {
+  if (memory_ != nullptr)
+    std::memset(memory_, 0, static_cast<size_t>(rows * columns) * sizeof(int64_t));
+}
+
+void Sums::add(const int32_t* tile, int64_t stride, const int32_t* zero_point,
+               const int32_t* sums) {
+  if (memory_ == nullptr) return;
+  for (int64_t m = 0; m < rows_; ++m)
+    for (int64_t n = 0; n < columns_; ++n)
+      memory_[m * columns_ + n] +=
+          tile[m * stride + n] - static_cast<int64_t>(zero_point[m]) * sums[n];
+}
+
+void Sums::to_float(int32_t* tile, int64_t stride, const float* row_scale,
+                    const float* scale) const {
+  for (int64_t m = 0; m < rows_; ++m)
+    for (int64_t n = 0; n < columns_; ++n) {
+      const float z =
+          static_cast<float>(memory_[m * columns_ + n]) * (row_scale[m] * scale[n]);
+      std::memcpy(tile + m * stride + n, &z, sizeof(z));
+    }
+}
+
+int64_t task_rows(int64_t n, int64_t step, int64_t most) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t even = round_up((n + 4 * threads - 1) / (4 * threads), step);
+  return even < step ? step : even > most ? most : even;
+}
+
+Pointwise pointwise_backward(const CompressedCall& call, const Tensor& grad, const float* z,
+                             const float* scale, bool want_gz, bool need_bias) {
+  Pointwise out{Buffer(want_gz ? call.m * call.n * 4 : 0),
+                need_bias ? empty(&call.n, 1, call.dtype) : no_gradient(call.dtype)};
+  if (!want_gz && !need_bias) return out;
+  constexpr int64_t kColumns = 64;
+  auto run = [&](int64_t begin, int64_t end) {
+    call.kernels().gradient[call.kind](
+        {grad.const_data_ptr(), z, scale,
+         want_gz ? reinterpret_cast<float*>(out.gz.at(0)) : nullptr,
+         need_bias ? out.bias_grad.mutable_data_ptr() : nullptr, call.m, call.n,
+         begin * kColumns, end * kColumns < call.n ? end * kColumns : call.n, call.activation});
+  };
+  for_tasks((call.n + kColumns - 1) / kColumns, call.m * call.n * 16 > kWorthThreads, run);
+  return out;
+}
+
+void store_tile(const CompressedCall& call, const float* tile, int64_t stride, int64_t m0,
+                int64_t m1, int64_t k0, int64_t k1, void* out) {
+  FinishTask t{};
+  t.tile = tile;
+  t.stride = stride;
+  t.y = out;
+  t.m0 = m0;
+  t.m1 = m1;
+  t.n0 = k0;
+  t.n1 = k1;
+  t.n = call.k;
+  t.activation = kNone;
+  call.kernels().finish[call.kind](t);
+}
+
+Tensor no_gradient(ScalarType dtype) {
+  const int64_t zero = 0;
+  return empty(&zero, 1, dtype);
+}
+
+}  // namespace bigops

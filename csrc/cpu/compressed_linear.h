@@ -1,0 +1,152 @@
+// What quantized_linear and sparse_linear share on the host side: checked arguments, activations
+// laid out for the kernels, tasks over threads, the pointwise part of the backward.
+#pragma once
+
+#include <atomic>
+#include <string>
+#include <utility>
+
+#include "common/isa.h"
+#include "common/tensor.h"
+#include "cpu/simd/compressed.h"
+
+namespace bigops {
+
+struct SelectedCompressed {
+  const CompressedKernels* kernels;
+  Isa isa;
+};
+SelectedCompressed select_compressed();
+
+// The kernel that a call of this shape takes and why (bigops.explain asks through python.cpp).
+std::pair<std::string, std::string> choose_quantized_linear(int64_t m, int64_t n, int64_t k,
+                                                            const std::string& dtype);
+std::pair<std::string, std::string> choose_sparse_linear(int64_t m, int64_t n, int64_t k,
+                                                         int64_t blocks,
+                                                         const std::string& values,
+                                                         const std::string& dtype);
+
+// Arguments besides the storage, checked and contiguous.
+struct CompressedCall {
+  SelectedCompressed selected;
+  int64_t m, n, k;
+  ScalarType dtype;
+  FloatKind kind;
+  int activation;
+  Tensor x;
+  OptTensor bias, residual;
+
+  const CompressedKernels& kernels() const { return *selected.kernels; }
+  size_t item() const { return dtype == ScalarType::Float ? 4 : 2; }
+  const char* row(int64_t i) const {  // of x
+    return static_cast<const char*>(x.const_data_ptr()) +
+           static_cast<size_t>(i * k) * item();
+  }
+  bool empty() const { return m == 0 || n == 0; }
+};
+// k: columns of the weight as far as the storage knows them.
+CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const OptTensor& bias,
+                                const OptTensor& residual, std::string_view activation);
+
+// Raw memory of this call, 64-byte aligned, freed with it.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes);
+  char* at(int64_t offset) const { return base_ + offset; }
+
+ private:
+  Tensor storage_;
+  char* base_;
+};
+
+// Memory of this thread that later calls use again. Tasks keep it small (below 1 MB).
+char* scratch(int64_t bytes);
+
+inline int64_t round_up(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
+
+// x as u8 rows [M][stride], zero beyond K; or in tiles of the columns form (simd/compressed.h).
+class Activations {
+ public:
+  static Activations rows(const CompressedCall& call, int64_t stride);
+  static Activations tiles(const CompressedCall& call);                    // u8
+  static Activations float_tiles(const CompressedCall& call, int vectors);  // float
+
+  const float* scale() const { return reinterpret_cast<const float*>(buffer_.at(0)); }
+  const int32_t* zero_point() const {
+    return reinterpret_cast<const int32_t*>(buffer_.at(zero_point_));
+  }
+  const char* data() const { return buffer_.at(data_); }
+  int64_t stride() const { return stride_; }
+
+  int64_t count() const { return (m_ + tile_rows_ - 1) / tile_rows_; }
+  int64_t first_row(int64_t tile) const { return tile * tile_rows_; }
+  int64_t row_count(int64_t tile) const {
+    const int64_t left = m_ - first_row(tile);
+    return left < tile_rows_ ? left : tile_rows_;
+  }
+  int vectors(int64_t tile) const {
+    return static_cast<int>((row_count(tile) + width_ - 1) / width_);
+  }
+  const char* tile(int64_t i) const { return data() + first_row(i) * stride_; }
+
+ private:
+  Activations(const CompressedCall& call, int64_t stride, int64_t padded_rows);
+  static Activations make_tiles(const CompressedCall& call, int vectors, bool as_float);
+
+  Buffer buffer_;
+  int64_t m_, zero_point_, data_;
+  int64_t stride_;  // bytes of a row of x in either form
+  int64_t tile_rows_ = 1;
+  int width_ = 1;
+};
+
+// Sums of one tile of y: int32 by itself, or many int32 parts where K is past kExactColumns.
+class Sums {
+ public:
+  // memory: [rows][columns] int64, used only when `wide`.
+  Sums(bool wide, int64_t* memory, int64_t rows, int64_t columns);
+  // Adds tile - zero_point * sums of one part of K; tile [rows][stride].
+  void add(const int32_t* tile, int64_t stride, const int32_t* zero_point, const int32_t* sums);
+  // Rewrites the tile as float z once all parts are in.
+  void to_float(int32_t* tile, int64_t stride, const float* row_scale, const float* scale) const;
+
+ private:
+  int64_t* memory_;
+  int64_t rows_, columns_;
+};
+
+// f(task) over [0, tasks): each thread takes the next one when it is done, so rows of uneven
+// length balance. A task writes its own part of the result, whichever thread runs it.
+template <class F>
+void for_each_task(int64_t tasks, bool worth_threads, const F& f) {
+  const int64_t threads = worth_threads ? torch::stable::get_num_threads() : 1;
+  if (tasks <= 1 || threads <= 1) {
+    for (int64_t i = 0; i < tasks; ++i) f(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(i);
+  });
+}
+
+constexpr int64_t kWorthThreads = 400'000;  // int8 operations; waking a thread costs about 5 us
+
+// Rows of the weight that one task takes: enough tasks to balance, rows enough to use the cache.
+int64_t task_rows(int64_t n, int64_t step, int64_t most);
+
+// gz = grad * act'(z) times `scale` in float [M, N] (when want_gz), and its unscaled column sums.
+struct Pointwise {
+  Buffer gz;
+  Tensor bias_grad;
+};
+Pointwise pointwise_backward(const CompressedCall& call, const Tensor& grad, const float* z,
+                             const float* scale, bool want_gz, bool need_bias);
+
+// Stores a float tile [rows][stride] as columns [k0, k1) of a gradient [M, K] in x's dtype.
+void store_tile(const CompressedCall& call, const float* tile, int64_t stride, int64_t m0,
+                int64_t m1, int64_t k0, int64_t k1, void* out);
+
+Tensor no_gradient(ScalarType dtype);
+
+}  // namespace bigops
