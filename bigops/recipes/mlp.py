@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bigops.nn.linear import Linear
+from bigops.nn import Linear
 from bigops.parallel import World, init
 from bigops.recipes.data import NAMES, Dataset, load
 from bigops.train import PRECISIONS, MixedPrecision
@@ -155,10 +155,10 @@ def train(
 
 def one_cycle(step: int, steps: int, warmup: float = 0.2) -> float:
     """Learning rate factor: linear up to 1 over ``warmup`` of the steps, then a cosine to 0."""
-    peak = max(1.0, warmup * steps)
-    if step < peak:
-        return (step + 1) / (peak + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - peak + 1) / (steps - peak + 1)))
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising + 1) / (steps - rising + 1)))
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch: int = 1000) -> float:
