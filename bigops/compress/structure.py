@@ -1,0 +1,245 @@
+"""The structure of a model as plain data, and back: what the header of a saved file holds.
+
+A node is ``{"kind": .., "args": {..}, "children": {name: node}}``. Kinds are a closed list: a file
+can name nothing else, so loading one runs no foreign code. A module of another class is written as
+``{"kind": "other", "class": .., "children": ..}``; its children are described all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from bigops.nn.compressed_linear import CompressedLinear
+from bigops.nn.gated_mlp import GatedMLP
+from bigops.nn.linear import Linear
+from bigops.nn.quant_linear import QuantLinear
+from bigops.nn.sites import hook_reason
+from bigops.nn.sparse_linear import SparseLinear
+
+MAX_DEPTH = 64
+OTHER = "other"
+
+
+class StructureError(ValueError):
+    """The structure does not fit; the message says where, what was expected and what came."""
+
+
+class Kind(NamedTuple):
+    """How modules of one class are described and made."""
+
+    cls: type[nn.Module]
+    describe: Callable[[Any], dict[str, Any]]
+    make: Callable[[dict[str, Any]], nn.Module]
+    container: bool = False
+
+
+def _plain(cls: type[nn.Module], *names: str) -> Kind:
+    """A class whose constructor takes the attributes ``names`` and no device."""
+    return Kind(cls, lambda m: {n: getattr(m, n) for n in names}, lambda args: cls(**args))
+
+
+def _on_meta(cls: type[nn.Module], describe: Callable[[Any], dict[str, Any]]) -> Kind:
+    return Kind(cls, describe, lambda args: cls(**args, device="meta"))
+
+
+def _linear(module: nn.Linear) -> dict[str, Any]:
+    return {
+        "in_features": module.in_features,
+        "out_features": module.out_features,
+        "bias": module.bias is not None,
+    }
+
+
+def _layer_norm(module: nn.LayerNorm) -> dict[str, Any]:
+    return {
+        "normalized_shape": list(module.normalized_shape),
+        "eps": module.eps,
+        "elementwise_affine": module.elementwise_affine,
+        "bias": module.bias is not None,
+    }
+
+
+def _embedding(module: nn.Embedding) -> dict[str, Any]:
+    names = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type",
+             "scale_grad_by_freq", "sparse")  # fmt: skip
+    return {name: getattr(module, name) for name in names}
+
+
+_CONTAINERS: dict[str, Kind] = {
+    name: Kind(cls, lambda m: {}, lambda args, cls=cls: cls(**args), container=True)  # type: ignore[misc]
+    for name, cls in (
+        ("Sequential", nn.Sequential),
+        ("ModuleList", nn.ModuleList),
+        ("ModuleDict", nn.ModuleDict),
+    )
+}
+
+KINDS: dict[str, Kind] = {
+    **_CONTAINERS,
+    "Identity": _plain(nn.Identity),
+    "ReLU": _plain(nn.ReLU, "inplace"),
+    "GELU": _plain(nn.GELU, "approximate"),
+    "SiLU": _plain(nn.SiLU, "inplace"),
+    "Sigmoid": _plain(nn.Sigmoid),
+    "Tanh": _plain(nn.Tanh),
+    "Softmax": _plain(nn.Softmax, "dim"),
+    "LogSoftmax": _plain(nn.LogSoftmax, "dim"),
+    "Flatten": _plain(nn.Flatten, "start_dim", "end_dim"),
+    "Dropout": _plain(nn.Dropout, "p", "inplace"),
+    "LayerNorm": _on_meta(nn.LayerNorm, _layer_norm),
+    "Embedding": _on_meta(nn.Embedding, _embedding),
+    "torch.Linear": _on_meta(nn.Linear, _linear),
+    "bigops.Linear": _on_meta(Linear, Linear.arguments),
+    "bigops.GatedMLP": _on_meta(GatedMLP, GatedMLP.arguments),
+    "bigops.QuantLinear": Kind(QuantLinear, QuantLinear.arguments, QuantLinear.from_arguments),
+    "bigops.SparseLinear": Kind(SparseLinear, SparseLinear.arguments, SparseLinear.from_arguments),
+}
+_NAMES = {kind.cls: name for name, kind in KINDS.items()}
+# What `fuse_` leaves where an activation was: see bigops/nn/fuse.py.
+_FUSED_AWAY = (nn.Identity, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh)
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The tree of a model as plain data."""
+    name = _NAMES.get(type(model))
+    node: dict[str, Any] = {"kind": OTHER, "class": _class_name(model)}
+    if name is not None:
+        node = {"kind": name, "args": KINDS[name].describe(model)}
+        if reason := hook_reason(model):
+            node["attached"] = reason
+    if name is None or KINDS[name].container:
+        children = {n: describe(m) for n, m in model._modules.items() if m is not None}
+        if children:
+            node["children"] = children
+    return node
+
+
+def build(node: Any, path: str = "", depth: int = 0) -> nn.Module:
+    """The module that ``node`` describes, its tensors on "meta".
+
+    Raises:
+        StructureError: a node that is malformed, or of a class that is not in the list.
+    """
+    kind = _kind(node, path, depth)
+    if kind is None:
+        raise StructureError(
+            f"{_where(path)} is a {node.get('class')!r}, which the file cannot build alone: pass "
+            "load(path, model=...) a model of that class"
+        )
+    if "attached" in node:
+        raise StructureError(
+            f"{_where(path)} cannot be built from the file alone ({node['attached']}): pass "
+            "load(path, model=...)"
+        )
+    module = _make(node, path)
+    for name, child in node.get("children", {}).items():
+        try:
+            module.add_module(name, build(child, _join(path, name), depth + 1))
+        except (KeyError, TypeError) as error:
+            raise StructureError(f"{_where(path)}: bad child name {name!r} ({error})") from None
+    return module
+
+
+def replacements(
+    node: Any, model: nn.Module, path: str = "", depth: int = 0
+) -> Iterator[tuple[str, nn.Module]]:
+    """What to put into ``model`` so that it is as ``node`` says, by path; tensors on "meta".
+
+    Raises:
+        StructureError: ``model`` has other children, sizes or settings than the node.
+    """
+    kind = _kind(node, path, depth)
+    mine = {name for name, child in model._modules.items() if child is not None}
+    if kind is not None and not kind.container:
+        old = KINDS[_NAMES[type(model)]].describe(model) if type(model) in _NAMES else {}
+        if node["kind"].startswith("bigops."):
+            for size in ("in_features", "out_features"):
+                got = getattr(model, size, None)
+                if got is not None and got != node["args"].get(size):
+                    raise StructureError(
+                        f"{_where(path)}: the file holds a layer of {size} "
+                        f"{node['args'].get(size)}; the model's has {got}"
+                    )
+            yield path, _make(node, path)
+        elif kind.cls is nn.Identity and type(model) in _FUSED_AWAY:
+            if type(model) is not nn.Identity:
+                yield path, nn.Identity()
+        elif type(model) is not kind.cls:
+            raise StructureError(
+                f"{_where(path)}: the file holds a {node['kind']}; the model a {_class_name(model)}"
+            )
+        elif old != node["args"]:
+            raise StructureError(
+                f"{_where(path)}: the file holds {node['kind']} with {node['args']}; the model "
+                f"has {old}"
+            )
+        return
+    theirs = set(node.get("children", {}))
+    if mine != theirs:
+        raise StructureError(
+            f"{_where(path)}: the file has the children {sorted(theirs)}; the model {sorted(mine)}"
+        )
+    for name, child in node.get("children", {}).items():
+        below = model._modules[name]
+        assert below is not None
+        yield from replacements(child, below, _join(path, name), depth + 1)
+
+
+def _kind(node: Any, path: str, depth: int) -> Kind | None:
+    """The node's kind, None for a class that is not in the list."""
+    if depth > MAX_DEPTH:
+        raise StructureError(f"{_where(path)}: nested deeper than {MAX_DEPTH}")
+    shaped = isinstance(node, dict) and isinstance(node.get("children", {}), dict)
+    if not shaped or not isinstance(node.get("kind"), str):
+        raise StructureError(f"{_where(path)}: expected a node with a kind; got {str(node)[:80]}")
+    if node["kind"] == OTHER:
+        return None
+    kind = KINDS.get(node["kind"])
+    if kind is None:
+        raise StructureError(
+            f"{_where(path)}: expected one of {', '.join(KINDS)}; got {node['kind']!r}"
+        )
+    if not isinstance(node.get("args"), dict):
+        raise StructureError(
+            f"{_where(path)}: expected arguments; got {str(node.get('args'))[:80]}"
+        )
+    if node.get("children") and not kind.container:
+        raise StructureError(f"{_where(path)}: a {node['kind']} has no children")
+    return kind
+
+
+def _make(node: Mapping[str, Any], path: str) -> nn.Module:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return KINDS[node["kind"]].make(dict(node["args"]))
+    except (TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+        raise StructureError(
+            f"{_where(path)}: {node['kind']} cannot be made with {str(node['args'])[:120]} "
+            f"({type(error).__name__}: {error})"
+        ) from None
+
+
+def storage_keys(model: nn.Module) -> set[str]:
+    """Names in the state_dict whose sizes are free: the storage of frozen compressed layers."""
+    return {
+        _join(path, name)
+        for path, module in model.named_modules()
+        if isinstance(module, CompressedLinear) and module.frozen
+        for name in module.storage_names
+    }
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _where(path: str) -> str:
+    return f"module {path!r}" if path else "the model"
