@@ -42,9 +42,7 @@ _ARITHMETIC = (
     + ["create_precise_divf", "create_approx_divf", "create_precise_sqrt"]
 )
 _COMPARE = [
-    "create_fcmp" + order + name
-    for order in "OU"
-    for name in ("LT", "GT", "LE", "GE", "EQ", "NE")
+    "create_fcmp" + order + name for order in "OU" for name in ("LT", "GT", "LE", "GE", "EQ", "NE")
 ]
 
 Builder = interpreter.InterpreterBuilder
@@ -58,7 +56,9 @@ class _Launch:
         self.extents = []
         for name, t in tensors.items():
             if t.numel():
-                last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+                last = sum(
+                    (size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True)
+                )
                 end = t.data_ptr() + (last + 1) * t.element_size()
                 self.extents.append((t.data_ptr(), end, name))
         self.stores: list[tuple[Any, np.ndarray]] = []
@@ -181,6 +181,29 @@ def _repair_numbers() -> None:
         setattr(Builder, name, _in_float32(getattr(Builder, name), narrow=False))
 
 
+def _patch_once_per_launch() -> None:
+    """Every call of a device function patches triton.language anew: most of a launch's time."""
+    patch, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[tuple[bool, bool]] = set()
+
+    def patch_lang(fn: Any) -> Any:
+        values = list(fn.__globals__.values())
+        seen = (any(v is tl for v in values), any(v is tl.core for v in values))
+        if seen in patched:
+            return interpreter._LangPatchScope()
+        patched.add(seen)
+        return patch(fn)
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            call(self, *args, **kwargs)
+        finally:
+            patched.clear()
+
+    interpreter._patch_lang = patch_lang
+    interpreter.GridExecutor.__call__ = run
+
+
 def _add_checks() -> None:
     load, store = Builder.create_masked_load, Builder.create_masked_store
     to_host, call = interpreter.GridExecutor._init_args_hst, interpreter.GridExecutor.__call__
@@ -209,6 +232,14 @@ def _add_checks() -> None:
         _launch = _Launch({n: t for n, t in named.items() if isinstance(t, torch.Tensor)})
         return on_host
 
+    restore = interpreter.GridExecutor._restore_args_dev
+
+    def restore_args(self: Any, args: Any, on_host: Any, *rest: Any) -> None:
+        # CPU tensors were not copied: writing them back onto themselves would only cost time, and
+        # gigabytes for a sparse file that stands for a huge tensor.
+        if any(isinstance(t, torch.Tensor) and t.device.type != "cpu" for t in args):
+            restore(self, args, on_host, *rest)
+
     def run(self: Any, *args: Any, **kwargs: Any) -> None:
         global _launch
         try:
@@ -221,6 +252,7 @@ def _add_checks() -> None:
     Builder.create_masked_load = masked_load
     Builder.create_masked_store = masked_store
     interpreter.GridExecutor._init_args_hst = init_args
+    interpreter.GridExecutor._restore_args_dev = restore_args
     interpreter.GridExecutor.__call__ = run
 
 
@@ -230,4 +262,5 @@ def install() -> None:
     if not _installed:
         _installed = True
         _repair_numbers()
+        _patch_once_per_launch()
         _add_checks()

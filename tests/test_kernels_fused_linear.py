@@ -1,0 +1,399 @@
+"""Values of the Triton kernels of fused_linear under the interpreter, by the one numerics rule."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from triton.runtime.errors import InterpreterError
+
+from bigops.kernels import fused_linear as kernels
+from bigops.kernels.activation import NAMES
+from bigops.kernels.tiles import TileConfig
+from tests import triton_interpreter
+from tests.tolerance import LIPSCHITZ, check
+
+triton_interpreter.install()
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+# Ragged against the 32 x 32 x 32 (gated: 32 x 16 x 32) tiles of configs/interpreter.json.
+SHAPES = [
+    (1, 1, 1),
+    (2, 33, 65),
+    (31, 1, 32),
+    (64, 64, 64),
+    (100, 17, 40),
+    (1, 130, 256),
+    (5, 7, 0),
+    (0, 7, 5),
+    (5, 0, 7),
+]
+GUARD = 1 << 16
+POISON = -12345.0
+
+
+class Case(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    residual: Tensor
+    grad: Tensor
+    name: str
+
+    @property
+    def code(self) -> int:
+        return NAMES.index(self.name)
+
+
+def make(m: int, n: int, k: int, dtype: torch.dtype, name: str) -> Case:
+    rows = 2 * n if name in GATED else n
+    x, residual, grad = torch.randn(m, k), torch.randn(m, n), torch.randn(m, n)
+    weight, bias = torch.randn(rows, k) / max(k, 1) ** 0.5, torch.randn(rows)
+    return Case(*(t.to(dtype) for t in (x, weight, bias, residual, grad)), name)
+
+
+def act(name: str, z: Tensor) -> Tensor:
+    """The activation in plain torch; z [M, N], or [M, 2N] for a gated pair."""
+    if name in GATED:
+        gate, up = z.chunk(2, dim=1)
+        return act(GATED[name], gate) * up
+    table = {
+        "none": lambda t: t,
+        "relu": F.relu,
+        "relu2": lambda t: F.relu(t).square(),
+        "gelu": F.gelu,
+        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+        "silu": F.silu,
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+    }
+    return table[name](z)
+
+
+def slope(name: str, z: Tensor) -> Tensor:
+    """A bound of |act'| on the data; z float64."""
+    if name == "relu2":
+        return 2 * z.abs() + 1
+    return torch.full_like(z, LIPSCHITZ[name])
+
+
+def plain_forward(case: Case, dtype: torch.dtype, bias: bool, residual: bool) -> list[Tensor]:
+    x, weight = case.x.to(dtype), case.weight.to(dtype)
+    z = F.linear(x, weight, case.bias.to(dtype) if bias else None)
+    y = act(case.name, z)
+    return [y + case.residual.to(dtype) if residual else y, z]
+
+
+def check_forward(case: Case, y: Tensor, z: Tensor | None, bias: bool, residual: bool) -> None:
+    y64, z64 = plain_forward(case, torch.float64, bias, residual)
+    y_plain, z_plain = plain_forward(case, case.x.dtype, bias, residual)
+    z_scale = case.x.double().abs() @ case.weight.double().abs().t()
+    if bias:
+        z_scale = z_scale + case.bias.double().abs()
+    if case.name in GATED:
+        gate64, up64 = z64.chunk(2, dim=1)
+        gate_scale, up_scale = z_scale.chunk(2, dim=1)
+        gate_name = GATED[case.name]
+        y_scale = gate_scale * slope(gate_name, gate64) * up64.abs()
+        y_scale = y_scale + act(gate_name, gate64).abs() * up_scale
+    else:
+        y_scale = z_scale * slope(case.name, z64)
+    if residual:
+        y_scale = y_scale + case.residual.double().abs()
+    check(y, y64, y_plain, y_scale, what=f"{case.name} y")
+    if z is not None:
+        check(z, z64, z_plain, z_scale, what=f"{case.name} preact")
+
+
+def plain_backward(case: Case, z: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    z = z.to(dtype).requires_grad_()
+    act(case.name, z).backward(case.grad.to(dtype))
+    gz = z.grad
+    assert gz is not None
+    return [gz @ case.weight.to(dtype), gz.t() @ case.x.to(dtype), gz.sum(dim=0)]
+
+
+def check_backward(case: Case, z: Tensor, grads: tuple[Tensor, ...]) -> None:
+    truth, plain = (plain_backward(case, z, t) for t in (torch.float64, case.x.dtype))
+    z64, grad64 = z.double(), case.grad.double().abs()
+    if case.name in GATED:
+        gate, up = z64.chunk(2, dim=1)
+        gate_name = GATED[case.name]
+        gz_scale = torch.cat(
+            [
+                grad64 * up.abs() * slope(gate_name, gate),
+                grad64 * slope(gate_name, gate) * gate.abs(),
+            ],
+            dim=1,
+        )
+    else:
+        gz_scale = grad64 * slope(case.name, z64)
+    scales = [
+        gz_scale @ case.weight.double().abs(),
+        gz_scale.t() @ case.x.double().abs(),
+        gz_scale.sum(dim=0),
+    ]
+    for what, out, ref, near, scale in zip(
+        ("grad x", "grad weight", "grad bias"), grads, truth, plain, scales, strict=True
+    ):
+        check(out, ref, near, scale, what=f"{case.name} {what}")
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Outputs made inside lie between guards and start as NaN; the guards must stay intact."""
+    allocate, buffers = torch.empty, []
+
+    def empty(*size, **options):  # type: ignore[no-untyped-def]
+        shape = torch.Size(size[0] if isinstance(size[0], (tuple, torch.Size)) else size)
+        buffer = allocate(shape.numel() + 2 * GUARD, **options).fill_(POISON)
+        buffers.append((buffer, shape.numel()))
+        return buffer[GUARD : GUARD + shape.numel()].fill_(float("nan")).view(shape)
+
+    torch.empty = empty
+    try:
+        yield
+    finally:
+        torch.empty = allocate
+    for buffer, size in buffers:
+        poison = torch.full_like(buffer[:GUARD], POISON)
+        before, after = buffer[:GUARD], buffer[GUARD + size :]
+        intact = torch.equal(before, poison) and torch.equal(after, poison)
+        assert intact, "a kernel stored outside its output"
+
+
+def run_and_check(
+    case: Case, module: ModuleType = kernels, config: TileConfig | None = None
+) -> None:
+    """Forward and backward of one case, values and guards."""
+    with guarded():
+        y, z = module.forward(
+            case.x, case.weight, case.bias, case.residual, case.code, True, config
+        )
+    check_forward(case, y, z, bias=True, residual=True)
+    with guarded():
+        grads = module.backward(
+            case.grad, case.x, case.weight, z, case.code, True, True, True, config
+        )
+    check_backward(case, z, grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_activation_forward_and_backward(name: str, dtype: torch.dtype) -> None:
+    run_and_check(make(37, 45, 70, dtype, name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["none", "gelu", "swiglu"])
+@pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (False, True)])
+def test_optional_arguments(bias: bool, residual: bool, name: str, dtype: torch.dtype) -> None:
+    case = make(33, 20, 35, dtype, name)
+    with guarded():
+        y, z = kernels.forward(
+            case.x,
+            case.weight,
+            case.bias if bias else None,
+            case.residual if residual else None,
+            case.code,
+        )
+    assert z is None
+    check_forward(case, y, None, bias, residual)
+
+
+@pytest.mark.parametrize("name", ["none", "gelu_tanh", "geglu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape: tuple[int, int, int], name: str) -> None:
+    run_and_check(make(*shape, torch.bfloat16, name))
+
+
+@pytest.mark.parametrize("name", ["tanh", "swiglu"])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_tile_larger_than_the_problem_and_epilogue_in_parts(parts: int, name: str) -> None:
+    config = TileConfig(128, 64, 32, 8, 4, 3, parts)
+    run_and_check(make(130, 70, 50, torch.float16, name), config=config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(256, 200, 250), (129, 255, 96), (77, 31, 256)], ids=str)
+def test_wide_sweep(shape: tuple[int, int, int], name: str, dtype: torch.dtype) -> None:
+    run_and_check(make(*shape, dtype, name))
+
+
+@pytest.mark.parametrize(
+    "needs", [(True, False, False), (False, True, False), (False, False, True)]
+)
+@pytest.mark.parametrize("name", ["none", "silu", "reglu"])
+def test_only_the_asked_gradients_are_made(name: str, needs: tuple[int, ...]) -> None:
+    case = make(20, 18, 9, torch.float32, name)
+    z = kernels.forward(case.x, case.weight, case.bias, None, case.code, True)[1]
+    full = kernels.backward(case.grad, case.x, case.weight, z, case.code, True, True, True)
+    some = kernels.backward(case.grad, case.x, case.weight, z, case.code, *map(bool, needs))
+    for needed, whole, part in zip(needs, full, some, strict=True):
+        assert torch.equal(part, whole) if needed else part.shape == (0,)
+
+
+def test_any_strides() -> None:
+    case = make(40, 33, 50, torch.float32, "swiglu")
+    wide = torch.randn(66, 110)
+    wide[:, 3:103:2] = case.weight
+    strided = Case(
+        case.x.t().contiguous().t(),
+        wide[:, 3:103:2],
+        torch.stack([case.bias, case.bias], dim=1)[:, 0],
+        case.residual[:1].expand(40, 33),
+        case.grad[:, :1].expand(40, 33),
+        case.name,
+    )
+    run_and_check(strided)
+    expanded = make(40, 33, 50, torch.float32, "none")
+    run_and_check(expanded._replace(grad=torch.ones(()).expand(40, 33)))
+
+
+def test_offsets_past_32_bits(tmp_path: Path) -> None:
+    """Rows 2^27 elements apart in a sparse file: row 17 starts past element 2^31."""
+    step, m, k = 1 << 27, 18, 40
+    size = step * (m - 1) + k
+    storage = torch.from_file(str(tmp_path / "x"), shared=True, size=size, dtype=torch.float16)
+    case = make(m, 20, k, torch.float16, "gelu")
+    x = storage.as_strided((m, k), (step, 1))
+    x.copy_(case.x)
+    run_and_check(case._replace(x=x))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on inf - inf and the like
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in GATED])
+def test_extreme_values(name: str) -> None:
+    """NaN and large values by the rule; infinities give what float64 gives (torch's float32 gelu(inf) is NaN)."""
+    inf, nan = float("inf"), float("nan")
+    values = [inf, -inf, -1e4, -90.0, -20.0, -0.7, -1e-3, -0.0, 0.0, 1e-30, 0.6, 9.0, 90.0, nan]
+    z, one = torch.tensor(values)[:, None], torch.ones(1, 1)
+    y, _ = kernels.forward(z, one, activation=NAMES.index(name))
+    grads = kernels.backward(torch.ones(14, 1), z, one, z, NAMES.index(name), True, False, False)
+    truths, plains = [], []
+    for found, dtype in ((truths, torch.float64), (plains, torch.float32)):
+        leaf = z.to(dtype).requires_grad_()
+        out = act(name, leaf)
+        found += [out, *torch.autograd.grad(out.sum(), leaf)]
+    size = z[2:].double().abs()
+    scales = [size * slope(name, size), slope(name, size) * (1 + size)]
+    for out, truth, plain, scale in zip((y, grads[0]), truths, plains, scales, strict=True):
+        check(out[2:], truth[2:], plain[2:], scale.nan_to_num(), what=name)
+        expected = truth[:2].float()
+        assert torch.equal(out[:2].isnan(), expected.isnan())
+        assert torch.equal(out[:2].nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_bad_arguments() -> None:
+    x, w = torch.randn(4, 8), torch.randn(6, 8)
+    with pytest.raises(TypeError, match=r"x: expected one of .*; got torch.float64"):
+        kernels.forward(x.double(), w.double())
+    with pytest.raises(TypeError, match=r"weight: expected torch.float32 .*; got torch.float16"):
+        kernels.forward(x, w.half())
+    with pytest.raises(ValueError, match=r"activation: expected a code in 0..11; got 12"):
+        kernels.forward(x, w, activation=12)
+    with pytest.raises(ValueError, match=r"preact: expected a tensor .*; got None"):
+        kernels.backward(torch.randn(4, 6), x, w, None, 3, True, True, True)
+
+
+# --- planted faults: the checks above must see each of them -----------------------------------
+
+
+def planted(folder: Path, old: str, new: str, stem: str = "fused_linear") -> ModuleType:
+    """A copy of kernels/fused_linear.py, or one that uses a copy of activation.py, with a fault."""
+    source = Path(kernels.__file__).read_text()
+    if stem == "activation":
+        formulas = Path(kernels.__file__).with_name("activation.py").read_text()
+        assert old in formulas, f"nothing to plant the fault on: {old!r}"
+        _load(folder, "planted_activation", formulas.replace(old, new))
+        source = source.replace("from .activation", "from .planted_activation")
+    else:
+        assert old in source, f"nothing to plant the fault on: {old!r}"
+        source = source.replace(old, new)
+    return _load(folder, "planted_fused_linear", source)
+
+
+def _load(folder: Path, stem: str, source: str) -> ModuleType:
+    path = folder / f"{stem}.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(f"bigops.kernels.{stem}", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+FAULTS = {
+    "store without mask": (
+        "tl.store(c_tile, acc.to(c.dtype.element_ty), mask=mask)",
+        "tl.store(c_tile, acc.to(c.dtype.element_ty))",
+    ),
+    "K edge not masked": ("(rk[None, :] < K - k0)", "(rk[None, :] < K)"),
+    "last K step dropped": ("range(0, K, BLOCK_K)", "range(0, K - BLOCK_K, BLOCK_K)"),
+    "residual before activation": (
+        "acc = activate(acc, ACT)",
+        "acc = activate(acc + 0.01, ACT)",
+    ),
+    "tile skipped": ("first_m + (pid % band) % band_rows", "first_m + (pid % band) % GROUP_M"),
+    "up column of the gate": ("tl.cast(N, tl.int64) * stride_bn", "0 * stride_bn"),
+    "wrong gradient": ("g * u * derivative(z, ACT)", "g * derivative(z, ACT)"),
+    "bias gradient misses a row": (
+        "total += g\n",
+        "total += tl.where(rows[:, None] == 3, 0.0, g)\n",
+    ),
+    "last partial sum dropped": ("(rows < R)", "(rows < R - 1)"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_in_the_kernels_is_caught(fault: str, tmp_path: Path) -> None:
+    module = planted(tmp_path, *FAULTS[fault])
+    with pytest.raises((AssertionError, IndexError, RuntimeError, InterpreterError)):
+        run_and_check(make(70, 45, 70, torch.float32, "swiglu"), module)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("tanh", "d = 1.0 - t * t", "d = 1.0 - t"),
+        ("silu", "d = s * (1.0 + x * (1.0 - s))", "d = s * (1.0 + x * s)"),
+        ("gelu", "0.7071067811865476", "0.7"),
+        ("gelu_tanh", "0.134145", "0.13"),
+        ("tanh", "0.1333083063364029", "0.13"),
+    ],
+)
+def test_planted_fault_in_an_activation_is_caught(
+    name: str, old: str, new: str, tmp_path: Path
+) -> None:
+    module = planted(tmp_path, old, new, "activation")
+    with pytest.raises(AssertionError, match="too far"):
+        run_and_check(make(37, 45, 70, torch.float32, name), module)
+
+
+def test_guards_alone_see_an_unmasked_store(tmp_path: Path) -> None:
+    module = planted(tmp_path, *FAULTS["store without mask"])
+    case = make(37, 45, 70, torch.float32, "none")
+    caught = pytest.raises(AssertionError, match="outside its output")
+    with triton_interpreter.unchecked(), caught, guarded():
+        module.forward(case.x, case.weight)
+
+
+def test_a_copy_without_a_fault_passes(tmp_path: Path) -> None:
+    run_and_check(make(37, 45, 70, torch.float32, "geglu"), planted(tmp_path, "M,", "M,"))

@@ -1,0 +1,159 @@
+"""Canaries of the interpreter repair: what it mends is really broken, what it checks is caught."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
+
+from tests import triton_interpreter
+from tests.tolerance import check
+
+triton_interpreter.install()
+
+
+@triton.jit
+def _dot(a, b, c, N: tl.constexpr):
+    r = tl.arange(0, N)
+    tile = r[:, None] * N + r[None, :]
+    tl.store(c + tile, tl.dot(tl.load(a + tile), tl.load(b + tile)))
+
+
+@triton.jit
+def _cast(source, target, N: tl.constexpr):
+    r = tl.arange(0, N)
+    tl.store(target + r, tl.load(source + r).to(target.dtype.element_ty))
+
+
+@triton.jit
+def _arithmetic(x, y, out, N: tl.constexpr):
+    r = tl.arange(0, N)
+    a, b = tl.load(x + r), tl.load(y + r)
+    tl.store(out + r, tl.where(a < b, a + b, a * b - a))
+
+
+@triton.jit
+def _copy(x, y, n, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(x + r, mask=r < n)
+    if MASKED:
+        tl.store(y + r, values, mask=r < n)
+    else:
+        tl.store(y + r, values)
+
+
+@triton.jit
+def _read_past(x, y, n, BLOCK: tl.constexpr):
+    r = tl.arange(0, BLOCK)
+    tl.store(y + r, tl.load(x + r), mask=r < n)
+
+
+@triton.jit
+def _everyone_stores(y):
+    tl.store(y + tl.program_id(0) // 2, tl.program_id(0))
+
+
+def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.randn(2, 16, 16, generator=generator).bfloat16()
+    return a, b, torch.randn(256, generator=generator)
+
+
+def _errors() -> dict[str, float]:
+    """Error of a bf16 dot, and how many of 256 casts to bf16 differ from torch's."""
+    a, b, values = _inputs()
+    c = torch.empty(16, 16)
+    _dot[(1,)](a, b, c, N=16)
+    narrow = torch.empty(256, dtype=torch.bfloat16)
+    _cast[(1,)](values, narrow, N=256)
+    error = (c.double() - a.double() @ b.double()).abs().max()
+    return {"dot": float(error), "cast": int((narrow != values.bfloat16()).sum())}
+
+
+def test_unrepaired_interpreter_is_wrong() -> None:
+    """Should this fail with a newer triton, the repair of what it mends can go."""
+    code = (
+        "import json; from tests import triton_interpreter as t; t.install = lambda: None\n"
+        "from tests import test_triton_interpreter as m; print(json.dumps(m._errors()))"
+    )
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert not errors["dot"] < 100, "bf16 dot of random data: expected garbage"
+    assert errors["cast"] > 50, "float32 to bf16: expected truncation, wrong for half of the values"
+
+
+def test_repaired_dot_and_cast_are_right() -> None:
+    a, b, _ = _inputs()
+    c = torch.empty(16, 16)
+    _dot[(1,)](a, b, c, N=16)
+    scale = a.double().abs() @ b.double().abs()
+    check(c, a.double() @ b.double(), a.float() @ b.float(), scale, what="dot")
+    assert _errors()["cast"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_casts_round_to_nearest_even(dtype: torch.dtype) -> None:
+    values = torch.randn(64) * 8
+    values[:6] = torch.tensor([0.0, -0.0, float("nan"), 1.0625, 2.125, 4.25])  # the last are ties
+    out = torch.empty(64, dtype=dtype)
+    _cast[(1,)](values, out, N=64)
+    torch.testing.assert_close(
+        out.float(), values.to(dtype).float(), rtol=0, atol=0, equal_nan=True
+    )
+
+
+def test_special_values_survive_the_cast_to_bfloat16() -> None:
+    inf, nan = float("inf"), float("nan")
+    values = torch.tensor([inf, -inf, nan, 3.4e38, 1e-40, -1e-40, 0.0, 1 + 2**-8])
+    out = torch.empty(8, dtype=torch.bfloat16)
+    _cast[(1,)](values, out, N=8)
+    expected = values.bfloat16()
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_bfloat16_arithmetic_rounds_after_each_step() -> None:
+    x, y = torch.randn(2, 64).bfloat16()
+    out = torch.empty(64, dtype=torch.bfloat16)
+    _arithmetic[(1,)](x, y, out, N=64)
+    assert torch.equal(out, torch.where(x < y, x + y, x * y - x))
+
+
+def test_install_twice_changes_nothing() -> None:
+    before = triton_interpreter.Builder.create_dot
+    triton_interpreter.install()
+    assert triton_interpreter.Builder.create_dot is before
+
+
+def test_unmasked_store_is_caught() -> None:
+    x, y = torch.randn(20), torch.empty(20)
+    _copy[(2,)](x, y, 20, MASKED=True, BLOCK=16)
+    assert torch.equal(x, y)
+    with pytest.raises((IndexError, InterpreterError), match=r"store out of bounds.* of y"):
+        _copy[(2,)](x, y, 20, MASKED=False, BLOCK=16)
+
+
+def test_unmasked_load_is_caught() -> None:
+    with pytest.raises((IndexError, InterpreterError), match=r"load out of bounds.* of x"):
+        _read_past[(1,)](torch.randn(20), torch.empty(20), 20, BLOCK=32)
+
+
+def test_race_between_programs_is_caught() -> None:
+    with pytest.raises(RuntimeError, match=r"race: programs .* store to one address"):
+        _everyone_stores[(4,)](torch.empty(2, dtype=torch.int32))
