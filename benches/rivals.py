@@ -111,11 +111,14 @@ def plugin_side(
     Their weights must stay alive while they are measured: zentorch keys its packs by address.
 
     Raises:
-        LeftOut: the package is not installed.
+        LeftOut: the package is not installed, or refuses this torch.
     """
     if importlib.util.find_spec(provider) is None:
         raise LeftOut(f"{provider} is not installed")
-    __import__({"openvino": "openvino.torch"}.get(provider, provider))
+    try:
+        importlib.import_module({"openvino": "openvino.torch"}.get(provider, provider))
+    except ImportError as error:
+        raise LeftOut(f"{provider} does not load: {error!s:.200}") from None
     ready = compiled(function, provider)
     return Side(provider, lambda: call(ready), cost, provider, own_pool=True)
 
