@@ -75,7 +75,8 @@ class BuildExt(build_ext):
             ) from error
         print(f"bigops: building for torch {torch.__version__}", file=sys.stderr)
         # pip hands an editable build a throwaway folder; objects kept here make a rebuild short
-        self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-{torch.__version__}")
+        tag = f"{sys.implementation.cache_tag}-{torch.__version__}"
+        self.build_temp = str(ROOT / "build" / tag)
         extension = self.extensions[0]
         extension.include_dirs = [str(ROOT / "csrc"), pybind11.get_include(), *include_paths()]
         extension.library_dirs = library_paths()
@@ -94,7 +95,8 @@ class BuildExt(build_ext):
         )
         newest_header = max(newest_header, Path(__file__).stat().st_mtime)
         base = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
-                "-Wall", "-Wno-maybe-uninitialized", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]  # fmt: skip
+                "-Wall", "-Wno-maybe-uninitialized",  # the latter: gcc 12's own avx512fintrin.h
+                f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]  # fmt: skip
 
         def compile_one(source: str) -> str:
             flags = [*base, *ISA_FLAGS[isa_of(source) or "portable"]]
@@ -111,7 +113,7 @@ class BuildExt(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             extension.extra_objects = list(pool.map(compile_one, extension.sources))
-        extension.depends = list(extension.sources)
+        extension.depends = list(extension.extra_objects)  # a changed header must relink too
         extension.sources = []
 
 

@@ -29,3 +29,8 @@ def autocast(device_type: str, *tensors: torch.Tensor | None) -> tuple[torch.Ten
         else t.to(dtype)
         for t in tensors
     )  # fmt: skip
+
+
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """[.., K] as [M, K]; reshape(-1, K) cannot, where K is 0."""
+    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)

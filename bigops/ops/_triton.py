@@ -10,6 +10,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
+from bigops.ops._library import rows
 
 
 def why_not(dtype: torch.dtype) -> str:
@@ -26,10 +27,6 @@ def serves(dtype: torch.dtype) -> bool:
     return not why_not(dtype)
 
 
-def _rows(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.reshape(-1, t.shape[-1])
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -41,8 +38,15 @@ def forward(
     """`kernels/fused_linear.py` forward on x of any rank: (y, z or None)."""
     from bigops.kernels import fused_linear as kernels
 
-    flat = x.reshape(-1, x.shape[-1])
-    y, z = kernels.forward(flat, weight, bias, _rows(residual), act.CODES[activation], with_preact)
+    flat = rows(x)
+    y, z = kernels.forward(
+        flat,
+        weight,
+        bias,
+        None if residual is None else rows(residual),
+        act.CODES[activation],
+        with_preact,
+    )
     backend.note(f"triton.fused_linear.{checks.short(x.dtype)}")
     lead = x.shape[:-1]
     return y.view(*lead, y.shape[-1]), None if z is None else z.view(*lead, z.shape[-1])
@@ -61,12 +65,12 @@ def backward(
     """`kernels/fused_linear.py` backward on x of any rank; [0] for what is not needed."""
     from bigops.kernels import fused_linear as kernels
 
-    flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    flat_grad, flat_x = rows(grad), rows(x)
     gx, gw, gb = kernels.backward(
         flat_grad,
         flat_x,
         weight,
-        _rows(preact),
+        None if preact is None else rows(preact),
         act.CODES[activation],
         need_x,
         need_weight,

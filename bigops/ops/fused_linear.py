@@ -15,7 +15,7 @@ from bigops import backend
 from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
 from bigops.ops import _triton
-from bigops.ops._library import LIB, autocast, define
+from bigops.ops._library import LIB, autocast, define, rows
 
 # --- reference -----------------------------------------------------------------------------
 
@@ -47,10 +47,10 @@ def reference_backward(
     `preact` is z = x W^T + bias; only for activation "none" may it be None.
     """
     gz = grad if preact is None else act.epilogue_backward(activation, grad, preact)
-    gz2 = gz.reshape(-1, gz.shape[-1])  # [M, N]
+    gz2 = rows(gz)  # [M, N]
     return (
         gz @ weight if need_x else None,
-        gz2.transpose(0, 1) @ x.reshape(-1, x.shape[-1]) if need_weight else None,
+        gz2.transpose(0, 1) @ rows(x) if need_weight else None,
         gz2.sum(0) if need_bias else None,
     )
 
@@ -278,12 +278,12 @@ def _fold(op: Any, args: tuple[Any, ...], in_dims: tuple[Any, ...], batch: int) 
     x, weight, bias, residual, activation = args
     x_dim, _, _, residual_dim, _ = in_dims
 
-    def rows(t: Tensor | None, dim: int | None) -> Tensor | None:
+    def batched(t: Tensor | None, dim: int | None) -> Tensor | None:
         if t is None:
             return None
         return t.unsqueeze(0).expand(batch, *t.shape) if dim is None else t.movedim(dim, 0)
 
-    return op(rows(x, x_dim), weight, bias, rows(residual, residual_dim), activation)
+    return op(batched(x, x_dim), weight, bias, batched(residual, residual_dim), activation)
 
 
 def _batched(args: tuple[Any, ...], in_dims: tuple[Any, ...], batch: int) -> tuple[Tensor, Tensor]:
@@ -296,7 +296,7 @@ def _batched(args: tuple[Any, ...], in_dims: tuple[Any, ...], batch: int) -> tup
     if x_dim is None:
         x = x.unsqueeze(0)
     lead = x.shape[1:-1]
-    x3 = x.reshape(x.shape[0], -1, x.shape[-1]).expand(batch, -1, -1)  # [B, M, K]
+    x3 = (x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)).expand(batch, -1, -1)  # [B, M, K]
     w3 = weight.expand(batch, *weight.shape[-2:])
     z = torch.bmm(x3, w3.transpose(1, 2))
     if bias is not None:

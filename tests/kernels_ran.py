@@ -1,0 +1,36 @@
+"""Which kernels ran: every kernel test asserts it, so that no reference stands in quietly."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+from bigops import backend
+
+needs_extension = pytest.mark.skipif(
+    backend.extension is None, reason=f"no C++ extension: {backend.extension_error}"
+)
+ISAS: list[str] = list(backend.extension.isas()) if backend.extension else []
+
+
+@contextlib.contextmanager
+def isa(name: str) -> Iterator[None]:
+    """Run CPU kernels at an instruction set of this machine."""
+    assert backend.extension is not None
+    before = backend.extension.set_isa(name)
+    try:
+        yield
+    finally:
+        backend.extension.set_isa(before)
+
+
+@contextlib.contextmanager
+def expect(*fragments: str) -> Iterator[None]:
+    """Fail unless, for each fragment, some kernel ran whose name holds it, and no reference ran."""
+    with backend.record() as names:
+        yield
+    for fragment in fragments:
+        assert any(fragment in name for name in names), f"no {fragment!r} among {names}"
+    assert not any(name.startswith("reference.") for name in names), f"a reference ran: {names}"
