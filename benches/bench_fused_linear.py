@@ -113,7 +113,7 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     if residual is None:
         optional_side(sides, rivals.onednn_prepacked, case, x, weight, bias, activation, cost)
     for plugin in ("zentorch", "openvino"):
-        optional_side(sides, rivals.plugin_side, plugin, plain, lambda f: f(x, take(), *rest), cost)
+        optional_side(sides, rivals.plugin_side, plugin, plain, case, x, weight, rest, cost)
     return reference, sides
 
 

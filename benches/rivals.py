@@ -103,12 +103,22 @@ def _to_csr(weight: Tensor) -> Tensor:
         return torch.sparse_csr_tensor(rows, columns, full.values(), full.shape)
 
 
+_never_freed: list[Tensor] = []
+
+
 def plugin_side(
-    provider: str, function: Callable[..., Any], call: Callable[[Any], Any], cost: Cost
+    provider: str,
+    function: Callable[..., Any],
+    case: Case,
+    x: Tensor,
+    weight: Tensor,
+    rest: tuple[Tensor | None, ...],
+    cost: Cost,
 ) -> Side:
     """zentorch or OpenVINO through the back end they register with torch.compile.
 
-    Their weights must stay alive while they are measured: zentorch keys its packs by address.
+    They get weights of their own that are never freed: zentorch rewrites a weight in place and
+    keys its packs by address (a reused address gave wrong results).
 
     Raises:
         LeftOut: the package is not installed, or refuses this torch.
@@ -119,8 +129,10 @@ def plugin_side(
         importlib.import_module({"openvino": "openvino.torch"}.get(provider, provider))
     except ImportError as error:
         raise LeftOut(f"{provider} does not load: {error!s:.200}") from None
-    ready = compiled(function, provider)
-    return Side(provider, lambda: call(ready), cost, provider, own_pool=True)
+    own = clones(case, weight.clone())
+    _never_freed.extend(own)
+    take, ready = in_turn(own), compiled(function, provider)
+    return Side(provider, lambda: ready(x, take(), *rest), cost, provider, own_pool=True)
 
 
 def onednn_prepacked(

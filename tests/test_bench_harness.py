@@ -148,10 +148,12 @@ def test_a_failing_rival_is_left_out_and_a_failing_own_kernel_is_not(
     def broken(*_: object) -> Tensor:
         raise RuntimeError("no such shape")
 
-    rival = Side("rival", broken, COST)
-    found = harness.run_case(_case(), _build(lambda x: x * 2, rival), LIMITS, pairs=2)
+    rival, wrong = Side("rival", broken, COST), Side("wrong", lambda: torch.ones(4, 8), COST)
+    found = harness.run_case(_case(), _build(lambda x: x * 2, rival, wrong), LIMITS, pairs=2)
     assert [row.provider for row in found] == ["bigops", "eager"]
-    assert "rival left out: no such shape" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "rival left out: no such shape" in said
+    assert "wrong left out: wrong by" in said
     with pytest.raises(RuntimeError, match="no such shape"):
         harness.run_case(_case(), _build(broken), LIMITS, pairs=2)
 
@@ -164,8 +166,10 @@ def test_best_rival_is_the_fastest_of_the_others() -> None:
 
         return call
 
-    x_free = Side("slow rival", lambda: after(0.02)(torch.zeros(4, 8)), COST)
-    found = harness.run_case(_case(), _build(after(0.005), x_free), LIMITS, pairs=3)
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)  # what the case draws
+    slow = Side("slow rival", lambda: after(0.02)(x), COST)
+    found = harness.run_case(_case(), _build(after(0.005), slow), LIMITS, pairs=3)
     ratios = {row.provider: row.ratio_to_best_rival for row in found}
     assert ratios["eager"] == 1  # by far the fastest
     assert ratios["slow rival"] < ratios["bigops"] < 1
@@ -241,7 +245,7 @@ def test_rivals_say_why_they_are_left_out() -> None:
     with pytest.raises(LeftOut, match="not in this torch"):
         rivals.dynamic_int8(_case(), "no engine", x, weight, bias, "relu", COST)
     sides: list[Side] = []
-    harness.optional_side(sides, rivals.plugin_side, "no_such_package", None, None, COST)
+    harness.optional_side(sides, rivals.plugin_side, "no_such_package", *[None] * 6)
     assert sides == []
 
 
