@@ -121,6 +121,11 @@ def _entry(path: Path, where: str, data: object) -> Entry:
             f"{path}: {where}: num_warps: expected a power of two up to 32; "
             f"got {fields['num_warps']}"
         )
+    if not _power_of_two(fields["parts"]) or fields["parts"] > max(1, tile[1] // 16):
+        raise ValueError(
+            f"{path}: {where}: parts: expected a power of two that leaves 16 columns each; "
+            f"got {fields['parts']}"
+        )
     launch = (fields[name] for name in ("group_m", "num_warps", "num_stages", "parts"))
     return Entry(fields["form"], tuple(dtypes), max_m, TileConfig(*tile, *launch))
 
