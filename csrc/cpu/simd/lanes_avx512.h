@@ -1,6 +1,11 @@
 // 32-bit lanes of AVX-512 for the int8 and sparse kernels. Everything has internal linkage.
 #pragma once
 
+// gcc 12 takes its own _mm512_undefined_ps() for a mistake of ours (gcc bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
 #include "cpu/simd/vec_avx512.h"
 
 namespace bigops {

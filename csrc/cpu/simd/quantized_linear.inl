@@ -55,43 +55,39 @@ void dense_dot(const DenseTask& t) {
   }
 }
 
+// One group of 4 columns: R weight rows by VR vectors. A free function over named arrays: written
+// as a lambda, gcc 12 stored every accumulator in every step.
+template <class L, int R, int VR>
+inline __attribute__((always_inline)) void dense_step(typename L::ireg (&acc)[R][VR],
+                                                      const uint8_t* x,
+                                                      const int8_t* const (&w)[R], int64_t at) {
+  typename L::xreg xv[VR];
+  for (int v = 0; v < VR; ++v) xv[v] = L::x_of(L::iload(x + v * L::width * 4));
+  for (int r = 0; r < R; ++r) {
+    const auto wv = broadcast4<L>(w[r] + at);
+    for (int v = 0; v < VR; ++v) acc[r][v] = L::dot(acc[r][v], xv[v], wv);
+  }
+}
+
 // Many rows of x: a lane is a row of x, dense_rows weight rows by VR vectors stay in registers.
 template <class L, int VR>
 void dense_columns_of(const DenseTask& t) {
   constexpr int R = L::dense_rows, W = L::width;
   constexpr int64_t lanes = VR * W;
+  const int64_t whole = t.k / 4 * 4;
   for (int64_t n = 0; n < t.n; n += R) {
-    const int8_t* w[R];
+    const int8_t *w[R], *ends[R];
+    int8_t tail[R][4] = {};
     typename L::ireg acc[R][VR];
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {  // rows past the end repeat the last one and are not used
       w[r] = t.weight + (n + r < t.n ? n + r : t.n - 1) * t.weight_stride;
+      memcpy(tail[r], w[r] + whole, static_cast<size_t>(t.k - whole));
+      ends[r] = tail[r];
       for (int v = 0; v < VR; ++v) acc[r][v] = L::izero();
     }
     const uint8_t* x = t.x;
-    const auto step = [&](const void* const (&at)[R]) {
-      typename L::xreg xv[VR];
-      for (int v = 0; v < VR; ++v) xv[v] = L::x_of(L::iload(x + v * W * 4));
-      for (int r = 0; r < R; ++r) {
-        const auto wv = broadcast4<L>(at[r]);
-        for (int v = 0; v < VR; ++v) acc[r][v] = L::dot(acc[r][v], xv[v], wv);
-      }
-      x += lanes * 4;
-    };
-    const int64_t whole = t.k / 4 * 4;
-    for (int64_t i = 0; i < whole; i += 4) {
-      const void* at[R];
-      for (int r = 0; r < R; ++r) at[r] = w[r] + i;
-      step(at);
-    }
-    if (whole < t.k) {
-      int8_t tail[R][4] = {};
-      const void* at[R];
-      for (int r = 0; r < R; ++r) {
-        memcpy(tail[r], w[r] + whole, static_cast<size_t>(t.k - whole));
-        at[r] = tail[r];
-      }
-      step(at);
-    }
+    for (int64_t i = 0; i < whole; i += 4, x += lanes * 4) dense_step<L, R, VR>(acc, x, w, i);
+    if (whole < t.k) dense_step<L, R, VR>(acc, x, ends, 0);
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < VR; ++v) L::istore(t.out + (n + r) * lanes + v * W, acc[r][v]);
   }

@@ -61,6 +61,18 @@ void sparse_s8(const SparseTask& t) {
     sparse_s8_of<L, L::max_vectors, 2>(t);
 }
 
+// acc += one block: 4 columns, VR vectors of rows of x.
+template <class L, int VR>
+inline __attribute__((always_inline)) void float_block(typename L::V::reg (&acc)[VR],
+                                                       const float* values, const float* x) {
+  using V = typename L::V;
+  constexpr int W = L::width;
+  for (int c = 0; c < 4; ++c) {
+    const auto w = V::set1(values[c]);
+    for (int v = 0; v < VR; ++v) acc[v] = V::fma(w, V::load(x + (c * VR + v) * W), acc[v]);
+  }
+}
+
 template <class L, int VR, int U>
 void sparse_f32_of(const SparseTask& t) {
   using V = typename L::V;
@@ -75,18 +87,11 @@ void sparse_f32_of(const SparseTask& t) {
     for (int u = 0; u < U; ++u)
       for (int v = 0; v < VR; ++v)
         acc[u][v] = u == 0 && !t.first ? V::load(out + v * W) : V::zero();
-    const auto block = [&](int64_t i, int u) {
-      const float* at = x + t.index[i] * (4 * lanes);
-      for (int c = 0; c < 4; ++c) {
-        const auto w = V::set1(values[4 * i + c]);
-        for (int v = 0; v < VR; ++v)
-          acc[u][v] = V::fma(w, V::load(at + c * lanes + v * W), acc[u][v]);
-      }
-    };
     int64_t i = begin;
     for (; i + U <= end; i += U)
-      for (int u = 0; u < U; ++u) block(i + u, u);
-    for (; i < end; ++i) block(i, 0);
+      for (int u = 0; u < U; ++u)
+        float_block<L, VR>(acc[u], values + 4 * (i + u), x + t.index[i + u] * (4 * lanes));
+    for (; i < end; ++i) float_block<L, VR>(acc[0], values + 4 * i, x + t.index[i] * (4 * lanes));
     for (int v = 0; v < VR; ++v) {
       for (int u = 1; u < U; ++u) acc[0][v] = V::add(acc[0][v], acc[u][v]);
       V::store(out + v * W, acc[0][v]);
