@@ -282,5 +282,6 @@ def run(
     if not chosen:
         raise ValueError(f"match: no case of {', '.join(ops)} has {match!r} in its name")
     limits = Limits.measure()
+    print(limits, file=sys.stderr)
     for module, case in chosen:
         yield from run_case(case, module.build, limits, device=device, pairs=pairs)
