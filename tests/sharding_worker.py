@@ -1,0 +1,201 @@
+"""What each rank of tests/test_sharding.py runs; argument: a folder for results.
+
+Every case says how the arguments lie on a mesh of two, how the result must lie, and whether the
+forward pass may talk to the other rank. Rank 0 saves the gathered results and gradients.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bigops.nn import Linear
+from bigops.ops.fused_linear import fused_linear
+from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
+from bigops.ops.sparse_linear import SparseWeight, block_mask, sparse_linear, sparsify_weight
+from bigops.parallel import init
+
+
+class Case(NamedTuple):
+    """Layouts: "R" replicated, "P" an open sum, a digit for Shard of that dimension."""
+
+    op: str
+    activation: str
+    x: tuple[int, ...]
+    n: int
+    layout: str  # of x, weight, bias, residual; "-" leaves out the argument
+    y: str
+    silent: bool = True
+
+
+CASES = {
+    "rows": Case("fused", "gelu", (6, 16), 8, "0RR0", "0"),
+    "uneven_rows": Case("fused", "silu", (5, 16), 8, "0RRR", "0"),
+    "inner_rows": Case("fused", "swiglu", (3, 4, 16), 8, "1RR1", "1"),
+    "columns": Case("fused", "gelu", (6, 16), 8, "R001", "1"),
+    "uneven_columns": Case("fused", "tanh", (3, 4, 16), 7, "R00-", "2"),
+    "vector": Case("fused", "relu2", (16,), 8, "R000", "0"),
+    "inner": Case("fused", "none", (6, 16), 8, "11RR", "P"),
+    "inner_bare": Case("fused", "none", (6, 16), 8, "11--", "P"),
+    # relu and swiglu with equal shapes: DTensor must not take one's split for the other's.
+    "relu_columns": Case("fused", "relu", (6, 16), 8, "R00-", "1"),
+    "gated_columns": Case("fused", "swiglu", (6, 16), 4, "R00-", "R", silent=False),
+    "inner_gelu": Case("fused", "gelu", (6, 16), 8, "11RR", "?", silent=False),
+    "quantized_rows": Case("quantized", "none", (6, 16), 8, "0RR0", "0"),
+    "quantized_columns": Case("quantized", "none", (6, 16), 8, "R001", "1"),
+    "quantized_inner": Case("quantized", "none", (6, 16), 8, "11RR", "?", silent=False),
+    "sparse_rows": Case("sparse", "none", (6, 16), 8, "0RR0", "0"),
+    "sparse_inner": Case("sparse", "none", (6, 16), 8, "1RRR", "?", silent=False),
+}
+
+
+def tensors(name: str) -> dict[str, Tensor | None]:
+    """The whole arguments of a case, the same on every rank and in the test, float32."""
+    case = CASES[name]
+    generator = torch.Generator().manual_seed(list(CASES).index(name))
+    rows = case.n * (2 if case.activation == "swiglu" else 1)
+    shapes = {
+        "x": case.x,
+        "weight": (rows, case.x[-1]),
+        "bias": (rows,),
+        "residual": (*case.x[:-1], case.n),
+    }
+    out: dict[str, Tensor | None] = {}
+    for (key, shape), layout in zip(shapes.items(), case.layout, strict=True):
+        value = torch.randn(shape, generator=generator)
+        out[key] = None if layout == "-" else value
+    out["grad"] = torch.randn(shapes["residual"], generator=generator)
+    return out
+
+
+def call(op: str, weight: Any, x: Tensor, bias: Any, residual: Any, activation: str) -> Tensor:
+    """The public function of the case's op."""
+    function = {"fused": fused_linear, "quantized": quantized_linear, "sparse": sparse_linear}[op]
+    return function(x, weight, bias, residual, activation)  # type: ignore[operator]
+
+
+def stored(op: str, weight: Tensor) -> Any:
+    """The weight in the op's format."""
+    if op == "fused":
+        return weight.clone().requires_grad_()
+    if op == "quantized":
+        return quantize_weight(weight)
+    return sparsify_weight(weight, block_mask(weight, 0.5), True)
+
+
+def run_case(name: str, mesh: Any) -> dict[str, Any]:
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    def placement(letter: str) -> Any:
+        if letter in "RP":
+            return [Replicate() if letter == "R" else Partial()]
+        return [Shard(int(letter))]
+
+    def spread(tensor: Tensor | None, letter: str) -> Any:
+        return None if tensor is None else distribute_tensor(tensor, mesh, placement(letter))
+
+    case, whole = CASES[name], tensors(name)
+    layout = dict(zip(("x", "weight", "bias", "residual"), case.layout, strict=True))
+    leaves = {}
+    for key in ("x", "bias", "residual"):
+        leaf = spread(whole[key], layout[key])
+        leaves[key] = leaf if leaf is None else leaf.requires_grad_()
+    weight: Any = stored(case.op, whole["weight"])  # type: ignore[arg-type]
+    if case.op == "fused":
+        weight = leaves["weight"] = spread(weight.detach(), layout["weight"]).requires_grad_()
+    elif case.op == "quantized":
+        # scale [N] follows the rows of the weight; columns of the weight are no split of it
+        rows = "0" if layout["weight"] == "0" else "R"
+        weight = QuantizedWeight(
+            spread(weight.values, layout["weight"]), spread(weight.scale, rows)
+        )
+    else:
+        parts = (weight.values, weight.index, weight.panel_ptr, weight.scale)
+        weight = SparseWeight(*(spread(part, "R") for part in parts), weight.shape)
+    with CommDebugMode() as talk:
+        y = call(case.op, weight, leaves["x"], leaves["bias"], leaves["residual"], case.activation)
+    if case.silent:
+        assert talk.get_total_counts() == 0, f"{name}: {talk.get_comm_counts()}"
+    if case.y != "?":
+        assert list(y.placements) == placement(case.y), f"{name}: y lies as {y.placements}"
+    seen: dict[str, Any] = {"y": y.full_tensor().detach()}
+    (y * spread(whole["grad"], "R")).sum().backward()
+    for key, leaf in leaves.items():
+        if leaf is not None:
+            seen[f"grad_{key}"] = leaf.grad.full_tensor()
+    return seen
+
+
+def run_raw(mesh: Any) -> dict[str, Tensor]:
+    """The raw op, whose autograd is registered with the dispatcher."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    whole = tensors("rows")
+    x = distribute_tensor(whole["x"], mesh, [Shard(0)]).requires_grad_()
+    weight = distribute_tensor(whole["weight"], mesh, [Replicate()]).requires_grad_()
+    y = torch.ops.bigops.fused_linear(x, weight, None, None, "gelu")
+    (y * distribute_tensor(whole["grad"], mesh, [Replicate()])).sum().backward()
+    return {
+        "y": y.full_tensor().detach(),
+        "grad_x": x.grad.full_tensor(),
+        "grad_weight": weight.grad.full_tensor(),
+    }
+
+
+def plan_model() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(Linear(16, 12, activation="gelu"), Linear(12, 8))
+
+
+def run_plan(mesh: Any) -> dict[str, Tensor]:
+    """torch's own tensor parallel plan on our layers."""
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    model = parallelize_module(plan_model(), mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    y = model(tensors("rows")["x"])
+    y.square().sum().backward()
+    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    return {"y": y.detach().clone(), **grads}  # clone: waits for the collective
+
+
+def run_planted(mesh: Any) -> dict[str, bool]:
+    """With the activation left out of DTensor's cache key, a gated weight gets relu's split."""
+    from torch.distributed.tensor import DTensor
+
+    known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
+    info = known[torch.ops.bigops.fused_linear_with_preact.default]
+    argnum, info.static_argnum = info.static_argnum, 100
+    try:
+        run_case("relu_columns", mesh)
+        run_case("gated_columns", mesh)
+    except AssertionError as error:
+        return {"caught": "gated_columns: y lies as" in str(error)}
+    finally:
+        info.static_argnum = argnum
+    return {"caught": False}
+
+
+def main() -> None:
+    with init("cpu", timeout_s=120) as world:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        from bigops.parallel.sharding import register_sharding_rules
+
+        register_sharding_rules()
+        register_sharding_rules()
+        mesh = init_device_mesh("cpu", (world.size,))
+        seen = {name: run_case(name, mesh) for name in CASES}
+        seen |= {"raw": run_raw(mesh), "plan": run_plan(mesh), "planted": run_planted(mesh)}
+        if world.is_first:
+            torch.save(seen, Path(sys.argv[1]) / "seen.pt")
+
+
+if __name__ == "__main__":
+    main()

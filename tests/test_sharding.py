@@ -1,0 +1,146 @@
+"""DTensor sharding rules: two processes give what one gives, gradients and placements included."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bigops.ops import _activation as act
+from bigops.ops.fused_linear import reference
+from tests import sharding_worker as worker
+from tests import tolerance
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """What two ranks computed for every case; the worker itself asserts where results lie."""
+    folder = tmp_path_factory.mktemp("sharding")
+    run_ranks("-m", "tests.sharding_worker", str(folder))
+    return torch.load(folder / "seen.pt", weights_only=True)
+
+
+def _alone(name: str, dtype: torch.dtype, reference_op: bool) -> dict[str, Tensor]:
+    """The case in one process: by plain torch in ``dtype``, or by our op."""
+    case, whole = worker.CASES[name], worker.tensors(name)
+    grad = whole.pop("grad")
+    weight: Any = worker.stored(case.op, whole.pop("weight"))
+    leaves = {k: None if t is None else t.to(dtype).requires_grad_() for k, t in whole.items()}
+    if reference_op:
+        dense = weight if case.op == "fused" else weight.to_dense()
+        if case.op == "fused":
+            leaves["weight"] = weight = dense.detach().to(dtype).requires_grad_()
+        else:
+            weight = dense.to(dtype)
+        y = reference(leaves["x"], weight, leaves["bias"], leaves["residual"], case.activation)
+    else:
+        if case.op == "fused":
+            leaves["weight"] = weight
+        y = worker.call(
+            case.op, weight, leaves["x"], leaves["bias"], leaves["residual"], case.activation
+        )
+    (y * grad.to(dtype)).sum().backward()
+    grads = {f"grad_{k}": t.grad for k, t in leaves.items() if t is not None}
+    return {"y": y.detach(), **grads}
+
+
+def _scales(name: str) -> dict[str, Tensor | float]:
+    """Magnitudes that rounding acts on, for the result and every gradient."""
+    case, whole = worker.CASES[name], worker.tensors(name)
+    weight: Any = worker.stored(case.op, whole["weight"])
+    dense = (weight if case.op == "fused" else weight.to_dense()).detach().abs()
+    x, grad = whole["x"].abs(), whole["grad"].abs()
+    z = F.linear(x, dense, None if whole["bias"] is None else whole["bias"].abs())
+    top = float(z.max())
+    # relu2 and the gate of swiglu are as steep as their input (times the slope of silu) is large.
+    slope = {**tolerance.LIPSCHITZ, "relu2": 2 * top, "swiglu": 1.1 * top}[case.activation]
+    gz = (grad.max() * slope).expand(*z.shape)
+    scales: dict[str, Tensor | float] = {
+        "y": top * slope + (0.0 if whole["residual"] is None else whole["residual"].abs().max()),
+        "grad_x": gz @ dense,
+        "grad_weight": gz.reshape(-1, gz.shape[-1]).T @ x.reshape(-1, x.shape[-1]),
+        "grad_bias": gz.reshape(-1, gz.shape[-1]).sum(0),
+        "grad_residual": grad,
+    }
+    return scales
+
+
+@pytest.mark.parametrize("name", worker.CASES)
+def test_two_ranks_equal_one(name: str, seen: dict[str, dict[str, Tensor]]) -> None:
+    out = seen[name]
+    one, truth = _alone(name, torch.float32, False), _alone(name, torch.float64, True)
+    plain, scales = _alone(name, torch.float32, True), _scales(name)
+    assert set(out) == set(one) == set(truth)
+    for key, value in out.items():
+        if key == "y" and worker.CASES[name].op != "fused":
+            # Activations are quantised row by row and summed as integers: nothing may differ.
+            assert torch.equal(value, one[key]), f"{name}: {key}"
+        else:
+            tolerance.check(value, truth[key], plain[key], scales[key], what=f"{name}: {key}")
+
+
+def test_a_sum_left_open_would_be_seen(seen: dict[str, dict[str, Tensor]]) -> None:
+    """Planted: half the weight gradient, as from one rank's rows alone."""
+    name = "rows"
+    truth, plain = _alone(name, torch.float64, True), _alone(name, torch.float32, True)
+    whole = worker.tensors(name)
+    scale = _scales(name)["grad_weight"]
+    gz = act.epilogue_backward(
+        "gelu", whole["grad"], F.linear(whole["x"], whole["weight"], whole["bias"])
+    )
+    halves = [gz[rows].T @ whole["x"][rows] for rows in (slice(0, 3), slice(3, 6))]
+    tolerance.check(sum(halves), truth["grad_weight"], plain["grad_weight"], scale)
+    with pytest.raises(AssertionError, match="element"):
+        tolerance.check(halves[0], truth["grad_weight"], plain["grad_weight"], scale)
+
+
+def test_a_split_from_the_cache_would_be_seen(seen: dict[str, dict[str, Tensor]]) -> None:
+    assert seen["planted"]["caught"]
+
+
+def test_the_raw_op_has_gradients(seen: dict[str, dict[str, Tensor]]) -> None:
+    whole = worker.tensors("rows")
+
+    def alone(dtype: torch.dtype) -> dict[str, Tensor]:
+        x, weight = (whole[key].to(dtype).requires_grad_() for key in ("x", "weight"))
+        y = F.gelu(F.linear(x, weight))
+        (y * whole["grad"].to(dtype)).sum().backward()
+        return {"y": y.detach(), "grad_x": x.grad, "grad_weight": weight.grad}
+
+    truth, plain, scales = alone(torch.float64), alone(torch.float32), _scales("rows")
+    for key, value in seen["raw"].items():
+        tolerance.check(value, truth[key], plain[key], scales[key], what=key)
+
+
+def test_torch_tensor_parallel_plan(seen: dict[str, dict[str, Tensor]]) -> None:
+    """ColwiseParallel and RowwiseParallel on two of our layers."""
+
+    def alone(dtype: torch.dtype) -> dict[str, Tensor]:
+        ours = worker.plan_model()
+        model = nn.Sequential(nn.Linear(16, 12), nn.GELU(), nn.Linear(12, 8)).to(dtype)
+        for theirs, layer in ((model[0], ours[0]), (model[2], ours[1])):
+            theirs.load_state_dict(layer.state_dict())
+        y = model(worker.tensors("rows")["x"].to(dtype))
+        y.square().sum().backward()
+        grads = {
+            f"{i}.{kind}": getattr(model[2 * i], kind).grad
+            for i in (0, 1)
+            for kind in ("weight", "bias")
+        }
+        return {"y": y.detach(), **grads}
+
+    truth, plain = alone(torch.float64), alone(torch.float32)
+    assert set(seen["plan"]) == set(truth)
+    for key, value in seen["plan"].items():
+        tolerance.check(value, truth[key], plain[key], truth[key].abs().max(), what=key)
+
+
+def test_nothing_is_imported_before_it_is_asked_for(tmp_path: Path) -> None:
+    code = (
+        "import sys, bigops.parallel.sharding; "
+        "assert 'torch.distributed.tensor' not in sys.modules, 'imported'; print('lazy')"
+    )
+    assert run_ranks("-c", code, size=1) == ["lazy\n"]
