@@ -1,0 +1,157 @@
+"""What a receipt is made of: time, bytes and peak memory of whole models and of their layers."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bigops import backend, timing
+from bigops.nn.compressed_linear import CompressedLinear
+from bigops.nn.gated_mlp import GatedMLP
+from bigops.nn.linear import Linear
+from bigops.nn.quant_linear import QuantLinear
+from bigops.nn.sites import capture, contest, evaluating, run_example
+from bigops.nn.sparse_linear import SparseLinear
+
+_OPS = {Linear: "fused_linear", QuantLinear: "quantized_linear", SparseLinear: "sparse_linear"}
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters, buffers and packs of a model, each storage counted once."""
+    total, seen = 0, set()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen or storage.nbytes() == 0:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    for module in model.modules():
+        if isinstance(module, CompressedLinear) and module._pack is not None:
+            total += module._pack.storage.nbytes
+    return total
+
+
+class _Meter(TorchDispatchMode):
+    """Counts the bytes of the tensors that ops make, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        inputs = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, Tensor) or _key(tensor) in inputs:
+                continue
+            storage, key = tensor.untyped_storage(), _key(tensor)
+            if key not in self.live:
+                self.live[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, key)
+        return out
+
+    def _free(self, key: int) -> None:
+        self.now -= self.live.pop(key, 0)
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def peak_bytes(model: nn.Module, example_inputs: Any) -> int:
+    """Bytes of the model and of the most tensors that live at once during one forward pass.
+
+    Counted from the tensors themselves, so it is the same in every run; the scratch space inside
+    a kernel is not in it.
+    """
+    with evaluating(model), torch.no_grad(), _Meter() as meter:
+        run_example(model, example_inputs)
+    return model_bytes(model) + meter.peak
+
+
+def compiled(model: nn.Module, example_inputs: Any) -> tuple[nn.Module | None, str]:
+    """``torch.compile(model)``, already run once; or None and why it did not work."""
+    try:
+        module: Any = torch.compile(model)
+        with evaluating(model), torch.inference_mode():
+            run_example(module, example_inputs)
+    except Exception as error:  # the backend may fail in many ways: no compiler, no support
+        return None, f"torch.compile failed: {type(error).__name__}: {str(error)[:200]}"
+    return module, ""
+
+
+def latency(
+    models: Mapping[str, nn.Module], example_inputs: Any, pairs: int = timing.MIN_PAIRS
+) -> dict[str, timing.Samples]:
+    """Seconds per inference call of each model, interleaved; every model in eval mode."""
+    sides: dict[str, Callable[[], object]] = {
+        name: (lambda m=model: run_example(m, example_inputs))  # type: ignore[misc]
+        for name, model in models.items()
+    }
+    first = next(iter(models.values()))
+    device = next((t.device for t in first.parameters()), torch.device("cpu"))
+    sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    with contextlib.ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluating(model))
+        stack.enter_context(torch.inference_mode())
+        return timing.interleave(sides, pairs=pairs, sync=sync)
+
+
+def kernel_of(module: nn.Module, x: Tensor) -> str:
+    """The kernel that serves ``module`` on x, as `bigops.explain` names it."""
+    op = _OPS.get(type(module))
+    if op is None:
+        return f"torch.{type(module).__name__}"
+    assert isinstance(module, Linear | CompressedLinear)
+    weight = module.weight if isinstance(module, Linear) else module.storage()
+    return backend.explain(op, x, weight, module.bias, activation=module.activation).kernel
+
+
+def layers(
+    before: nn.Module, after: nn.Module, example_inputs: Any, timed: bool = True
+) -> list[dict[str, Any]]:
+    """One entry per linear layer of ``after`` that ``before`` has at the same path.
+
+    Entries have name, kind, shape, density, bytes_before, bytes_after, us_before, us_after (None
+    where the example inputs do not call it) and kernel.
+    """
+    old = dict(before.named_modules())
+    found: dict[str, nn.Module] = {
+        name: module
+        for name, module in after.named_modules()
+        if isinstance(module, nn.Linear | CompressedLinear | GatedMLP) and name in old
+    }
+    inside = {f"{n}.down_proj" for n, m in found.items() if isinstance(m, GatedMLP)}
+    found = {name: module for name, module in found.items() if name not in inside}
+    seen = capture(after, found, example_inputs)
+    rows = []
+    for name, module in found.items():
+        row: dict[str, Any] = {
+            "name": name,
+            "kind": type(module).__name__,
+            "shape": [int(module.out_features), int(module.in_features)],  # type: ignore[arg-type]
+            "density": float(getattr(module, "density", 1.0)),
+            "bytes_before": model_bytes(old[name]),
+            "bytes_after": model_bytes(module),
+            "us_before": None,
+            "us_after": None,
+            "kernel": "not called",
+        }
+        if name in seen:
+            row["kernel"] = kernel_of(module, seen[name])
+            if timed:
+                with evaluating(old[name]), evaluating(module):
+                    result = contest(old[name], module, seen[name], training=False)
+                row["us_before"], row["us_after"] = result.us_before, result.us_after
+        rows.append(row)
+    return rows
