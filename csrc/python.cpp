@@ -19,32 +19,45 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU features, the record of kernels, crossovers, meters; ops register themselves.";
 
   m.def("isa", [] { return isa_name(active_isa()); }, "Instruction set that kernels use now.");
-  m.def("isas", [] {
-    std::vector<std::string> names;
-    for (int i = 0; i <= static_cast<int>(best_isa()); ++i)
-      names.emplace_back(isa_name(static_cast<Isa>(i)));
-    return names;
-  }, "Instruction sets that this CPU can run, lowest first.");
-  m.def("set_isa", [](const std::string& name) {
-    const std::string before = isa_name(active_isa());
-    if (!set_isa(name.c_str()))
-      throw py::value_error("isa: expected portable, avx2, avx512, avx512vnni or avx512bf16, at "
-                            "most " + std::string(isa_name(best_isa())) + " on this CPU; got " +
-                            name);
-    return before;
-  }, py::arg("name"), "Use an instruction set from now on; returns the one before.");
-  m.def("features", [] {
-    std::istringstream text(cpu_features());
-    std::vector<std::string> words;
-    for (std::string word; text >> word;) words.push_back(word);
-    return words;
-  }, "CPU features that matter to the kernels.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i <= static_cast<int>(best_isa()); ++i)
+          names.emplace_back(isa_name(static_cast<Isa>(i)));
+        return names;
+      },
+      "Instruction sets that this CPU can run, lowest first.");
+  m.def(
+      "set_isa",
+      [](const std::string& name) {
+        const std::string before = isa_name(active_isa());
+        if (!set_isa(name.c_str()))
+          throw py::value_error(
+              "isa: expected portable, avx2, avx512, avx512vnni or avx512bf16, at "
+              "most " +
+              std::string(isa_name(best_isa())) + " on this CPU; got " + name);
+        return before;
+      },
+      py::arg("name"), "Use an instruction set from now on; returns the one before.");
+  m.def(
+      "features",
+      [] {
+        std::istringstream text(cpu_features());
+        std::vector<std::string> words;
+        for (std::string word; text >> word;) words.push_back(word);
+        return words;
+      },
+      "CPU features that matter to the kernels.");
 
   m.def("record_start", &record_start);
   m.def("record_stop", &record_stop);
-  m.def("set_crossover", [](const std::string& op, const std::string& dtype, int64_t rows,
-                            int64_t flops) { set_crossover(op, dtype, {rows, flops}); },
-        py::arg("op"), py::arg("dtype"), py::arg("max_rows"), py::arg("max_flops"));
+  m.def(
+      "set_crossover",
+      [](const std::string& op, const std::string& dtype, int64_t rows, int64_t flops) {
+        set_crossover(op, dtype, {rows, flops});
+      },
+      py::arg("op"), py::arg("dtype"), py::arg("max_rows"), py::arg("max_flops"));
   m.def("choose_fused_linear", &choose_fused_linear, py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("dtype"));
   m.def("choose_quantized_linear", &choose_quantized_linear, py::arg("m"), py::arg("n"),

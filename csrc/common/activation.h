@@ -24,7 +24,7 @@ enum Activation : int {
 };
 
 constexpr const char* kActivationNames[kActivationCount] = {
-    "none", "relu", "relu2",  "gelu",  "gelu_tanh",  "silu",
+    "none",    "relu", "relu2",  "gelu",  "gelu_tanh",  "silu",
     "sigmoid", "tanh", "swiglu", "geglu", "geglu_tanh", "reglu"};
 
 static constexpr bool is_gated(int activation) { return activation >= kFirstGated; }

@@ -7,8 +7,8 @@
 namespace bigops {
 
 struct Crossover {
-  int64_t max_rows = 4;            // own kernel up to this many rows of x ...
-  int64_t max_flops = 1'000'000;   // ... or up to this many operations in all
+  int64_t max_rows = 4;           // own kernel up to this many rows of x ...
+  int64_t max_flops = 1'000'000;  // ... or up to this many operations in all
 };
 
 // Of an op's dtype; what is not set keeps the values above.

@@ -77,8 +77,9 @@ const char* cpu_features() {
   static char text[256] = "";
   if (text[0] == '\0') {
     char* end = text;
-#define BIGOPS_FEATURE(name) \
-  if (__builtin_cpu_supports(name)) end += std::snprintf(end, 24, "%s%s", end == text ? "" : " ", name)
+#define BIGOPS_FEATURE(name)        \
+  if (__builtin_cpu_supports(name)) \
+  end += std::snprintf(end, 24, "%s%s", end == text ? "" : " ", name)
     BIGOPS_FEATURE("sse4.2");
     BIGOPS_FEATURE("avx");
     BIGOPS_FEATURE("avx2");

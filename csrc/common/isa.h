@@ -8,9 +8,9 @@ enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512vnni = 3, avx51
 constexpr int kIsaCount = 5;
 
 const char* isa_name(Isa isa);
-Isa best_isa();                          // what this CPU has
-Isa active_isa();                        // what kernels use now
-bool set_isa(const char* name);          // false: unknown name, or this CPU lacks it
-const char* cpu_features();              // space separated, read-only string
+Isa best_isa();                  // what this CPU has
+Isa active_isa();                // what kernels use now
+bool set_isa(const char* name);  // false: unknown name, or this CPU lacks it
+const char* cpu_features();      // space separated, read-only string
 
 }  // namespace bigops

@@ -2,8 +2,6 @@
 
 #include <mutex>
 
-
-
 namespace bigops {
 
 std::atomic<int> g_recording{0};

@@ -55,8 +55,7 @@ inline void check_dtype(const char* name, const Tensor& t, ScalarType expected) 
 }
 
 inline void check_vector(const char* name, const Tensor& t, int64_t n) {
-  if (t.dim() != 1 || t.size(0) != n)
-    fail(name, "shape [" + std::to_string(n) + "]", shape_of(t));
+  if (t.dim() != 1 || t.size(0) != n) fail(name, "shape [" + std::to_string(n) + "]", shape_of(t));
 }
 
 inline int check_activation(std::string_view name) {
@@ -102,8 +101,8 @@ inline Tensor empty(const int64_t* sizes, int64_t dim, ScalarType dtype) {
     step *= sizes[i] > 0 ? sizes[i] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, sizes, strides, dtype_code(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype_code(dtype),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -132,8 +131,7 @@ inline Tensor torch_linear(const Tensor& x, const Tensor& weight, const OptTenso
 }
 
 inline Tensor torch_mm(const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(a),
-                                    torch::stable::detail::from(b)};
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);

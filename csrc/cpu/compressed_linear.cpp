@@ -45,8 +45,7 @@ CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const Opt
   const FloatKind kind = dtype == ScalarType::Float      ? kFloat32
                          : dtype == ScalarType::BFloat16 ? kBFloat16
                                                          : kFloat16;
-  return {select_compressed(), m,        n,           k,              dtype, kind, code,
-          dense(x),            dense(bias), dense(residual)};
+  return {select_compressed(), m, n, k, dtype, kind, code, dense(x), dense(bias), dense(residual)};
 }
 
 namespace {
@@ -125,8 +124,8 @@ Activations Activations::make_tiles(const CompressedCall& call, int vectors, boo
           kernels.widen[call.kind](call.row(i), call.k, reinterpret_cast<float*>(q));
           std::memset(q + call.k * 4, 0, static_cast<size_t>(row_bytes - call.k * 4));
         } else {
-          kernels.quantize[call.kind](call.row(i), call.k, reinterpret_cast<uint8_t*>(q),
-                                      scale + i, zero_point + i);
+          kernels.quantize[call.kind](call.row(i), call.k, reinterpret_cast<uint8_t*>(q), scale + i,
+                                      zero_point + i);
           std::memset(q + call.k, 0, static_cast<size_t>(row_bytes - call.k));
         }
       }
@@ -167,8 +166,7 @@ void Sums::to_float(int32_t* tile, int64_t stride, const float* row_scale,
                     const float* scale) const {
   for (int64_t m = 0; m < rows_; ++m)
     for (int64_t n = 0; n < columns_; ++n) {
-      const float z =
-          static_cast<float>(memory_[m * columns_ + n]) * (row_scale[m] * scale[n]);
+      const float z = static_cast<float>(memory_[m * columns_ + n]) * (row_scale[m] * scale[n]);
       std::memcpy(tile + m * stride + n, &z, sizeof(z));
     }
 }
@@ -189,8 +187,8 @@ Pointwise pointwise_backward(const CompressedCall& call, const Tensor& grad, con
     call.kernels().gradient[call.kind](
         {grad.const_data_ptr(), z, scale,
          want_gz ? reinterpret_cast<float*>(out.gz.at(0)) : nullptr,
-         need_bias ? out.bias_grad.mutable_data_ptr() : nullptr, call.m, call.n,
-         begin * kColumns, end * kColumns < call.n ? end * kColumns : call.n, call.activation});
+         need_bias ? out.bias_grad.mutable_data_ptr() : nullptr, call.m, call.n, begin * kColumns,
+         end * kColumns < call.n ? end * kColumns : call.n, call.activation});
   };
   for_tasks((call.n + kColumns - 1) / kColumns, call.m * call.n * 16 > kWorthThreads, run);
   return out;

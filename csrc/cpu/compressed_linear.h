@@ -22,8 +22,7 @@ SelectedCompressed select_compressed();
 std::pair<std::string, std::string> choose_quantized_linear(int64_t m, int64_t n, int64_t k,
                                                             const std::string& dtype);
 std::pair<std::string, std::string> choose_sparse_linear(int64_t m, int64_t n, int64_t k,
-                                                         int64_t blocks,
-                                                         const std::string& values,
+                                                         int64_t blocks, const std::string& values,
                                                          const std::string& dtype);
 
 // Arguments besides the storage, checked and contiguous.
@@ -39,8 +38,7 @@ struct CompressedCall {
   const CompressedKernels& kernels() const { return *selected.kernels; }
   size_t item() const { return dtype == ScalarType::Float ? 4 : 2; }
   const char* row(int64_t i) const {  // of x
-    return static_cast<const char*>(x.const_data_ptr()) +
-           static_cast<size_t>(i * k) * item();
+    return static_cast<const char*>(x.const_data_ptr()) + static_cast<size_t>(i * k) * item();
   }
   bool empty() const { return m == 0 || n == 0; }
 };
@@ -68,7 +66,7 @@ inline int64_t round_up(int64_t v, int64_t step) { return (v + step - 1) / step 
 class Activations {
  public:
   static Activations rows(const CompressedCall& call, int64_t stride);
-  static Activations tiles(const CompressedCall& call);                    // u8
+  static Activations tiles(const CompressedCall& call);                     // u8
   static Activations float_tiles(const CompressedCall& call, int vectors);  // float
 
   const float* scale() const { return reinterpret_cast<const float*>(buffer_.at(0)); }

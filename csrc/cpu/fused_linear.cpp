@@ -56,8 +56,7 @@ Problem check_arguments(const Tensor& x, const Tensor& weight, const OptTensor& 
     bool same = residual->dim() == x.dim() && residual->size(x.dim() - 1) == p.n;
     for (int64_t i = 0; same && i + 1 < x.dim(); ++i) same = residual->size(i) == x.size(i);
     if (!same)
-      fail("residual", "x's shape with " + std::to_string(p.n) + " columns",
-           shape_of(*residual));
+      fail("residual", "x's shape with " + std::to_string(p.n) + " columns", shape_of(*residual));
   }
   return p;
 }
@@ -157,8 +156,7 @@ Tensor forward(const Tensor& x_any, const Tensor& weight_any, const OptTensor& b
   if (preact != nullptr) *preact = z;
   if (plain && preact == nullptr) return z;
   // In place where z is ours alone and y has its shape.
-  Tensor y = preact == nullptr && !is_gated(p.activation) ? z
-                                                          : empty_rows_like(x, p.n, p.dtype);
+  Tensor y = preact == nullptr && !is_gated(p.activation) ? z : empty_rows_like(x, p.n, p.dtype);
   run_epilogue(s, p, z, OptTensor(), residual, y, nullptr);
   return y;
 }
@@ -182,10 +180,12 @@ Tensor nothing(ScalarType dtype) {
   return empty(&zero, 1, dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor> fused_linear_backward(
-    const Tensor& grad_any, const Tensor& x_any, const Tensor& weight_any,
-    const OptTensor& preact_any, std::string_view activation, bool need_x, bool need_weight,
-    bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> fused_linear_backward(const Tensor& grad_any,
+                                                         const Tensor& x_any,
+                                                         const Tensor& weight_any,
+                                                         const OptTensor& preact_any,
+                                                         std::string_view activation, bool need_x,
+                                                         bool need_weight, bool need_bias) {
   const Problem p =
       check_arguments(x_any, weight_any, OptTensor(), OptTensor(grad_any), activation);
   if (p.activation != kNone && !preact_any.has_value())
@@ -234,8 +234,7 @@ std::tuple<Tensor, Tensor, Tensor> fused_linear_backward(
           p.dtype);
   } else if (products) {
     if (need_x) gx = torch_mm(gz, weight);
-    if (need_weight)
-      gw = torch_mm(torch::stable::transpose(gz, 0, 1), view_matrix(x, p.m, p.k));
+    if (need_weight) gw = torch_mm(torch::stable::transpose(gz, 0, 1), view_matrix(x, p.m, p.k));
   }
   if (need_x) {
     std::vector<int64_t> shape(static_cast<size_t>(x.dim()));

@@ -45,8 +45,8 @@ void product(const CompressedCall& call, const int8_t* weight, const float* scal
              bool y_float) {
   const CompressedKernels& kernels = call.kernels();
   const bool dot = dot_form(call.m);
-  const Activations a = dot ? Activations::rows(call, round_up(call.k, 64))
-                            : Activations::tiles(call);
+  const Activations a =
+      dot ? Activations::rows(call, round_up(call.k, 64)) : Activations::tiles(call);
   const FinishTask base = finish_task(call, a, scale, y, y_float);
   const bool wide = call.k > kExactColumns;
   const int64_t tiles = dot ? 1 : a.count();
@@ -87,8 +87,7 @@ void product(const CompressedCall& call, const int8_t* weight, const float* scal
           t.vectors = a.vectors(i);
           t.out = columns;
           kernels.dense_columns(t);
-          if (wide || i == first)
-            kernels.row_sums(t.weight, t.weight_stride, t.n, t.k, sums);
+          if (wide || i == first) kernels.row_sums(t.weight, t.weight_stride, t.n, t.k, sums);
           kernels.transpose({columns, lanes, t.n, rows, tile, kTaskColumns});
         }
         total.add(tile, kTaskColumns, a.zero_point() + m0, sums);
@@ -126,12 +125,10 @@ Tensor quantized_linear(const Tensor& x, const Tensor& weight_any, const Tensor&
 
 std::tuple<Tensor, Tensor> quantized_linear_backward(const Tensor& grad_any, const Tensor& x,
                                                      const Tensor& weight_any,
-                                                     const Tensor& scale_any,
-                                                     const OptTensor& bias,
+                                                     const Tensor& scale_any, const OptTensor& bias,
                                                      std::string_view activation, bool need_x,
                                                      bool need_bias) {
-  CompressedCall call =
-      check_all(x, weight_any, scale_any, bias, OptTensor(grad_any), activation);
+  CompressedCall call = check_all(x, weight_any, scale_any, bias, OptTensor(grad_any), activation);
   const Tensor grad = *call.residual;  // checked as such: grad has the shape of y
   call.residual.reset();
   record(call.selected.isa, "quantized_linear_backward", short_name(call.dtype), "direct");

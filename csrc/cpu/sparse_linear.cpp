@@ -114,9 +114,7 @@ struct TaskMemory {
     base = scratch(rows * (lanes * (wide ? 12 : 4) + width * 4 + 4) + lanes * kSlice * 4 + 64);
   }
   int64_t* parts() const { return reinterpret_cast<int64_t*>(base); }  // when wide
-  int32_t* acc() const {
-    return reinterpret_cast<int32_t*>(base + (wide ? rows * lanes * 8 : 0));
-  }
+  int32_t* acc() const { return reinterpret_cast<int32_t*>(base + (wide ? rows * lanes * 8 : 0)); }
   int32_t* partial() const { return acc() + rows * lanes; }
   int32_t* slice() const { return partial() + rows * width; }
   int32_t* sums() const { return slice() + lanes * kSlice; }
@@ -143,10 +141,9 @@ struct Product {
     t.sums = partial;
     t.vectors = form == Form::permute ? 1 : a.vectors(tile);
     // bytes of x for one column: one row in the permute form, all lanes in the others
-    const int64_t column = form == Form::permute ? 1
-                           : form == Form::columns
-                               ? int64_t(t.vectors) * kernels().width
-                               : int64_t(t.vectors) * kernels().width * 4;
+    const int64_t column = form == Form::permute   ? 1
+                           : form == Form::columns ? int64_t(t.vectors) * kernels().width
+                                                   : int64_t(t.vectors) * kernels().width * 4;
     const char* x = form == Form::permute ? a.data() + tile * a.stride() : a.tile(tile);
     const auto kernel = form == Form::permute   ? kernels().sparse_permute
                         : form == Form::columns ? kernels().sparse_s8
@@ -167,8 +164,8 @@ struct Product {
     for (int64_t n = n0; n < n1; n += permute ? n1 - n0 : kSlice) {
       const int64_t end = permute || n1 - n < kSlice ? n1 : n + kSlice;
       if (!permute)
-        kernels().transpose({memory.acc() + (n - n0) * lanes, lanes, end - n, rows,
-                             memory.slice(), kSlice});
+        kernels().transpose(
+            {memory.acc() + (n - n0) * lanes, lanes, end - n, rows, memory.slice(), kSlice});
       FinishTask f = base;
       f.tile = memory.slice();
       f.stride = permute ? memory.rows : kSlice;
@@ -226,8 +223,7 @@ struct Product {
     float* z = reinterpret_cast<float*>(memory.slice());  // one weight row at a time
     for (int64_t r = 0; r < n; ++r) {
       for (int64_t m = 0; m < rows; ++m)
-        z[m] = static_cast<float>(parts[r * lanes + m]) *
-               (a.scale()[m0 + m] * s.scales()[n0 + r]);
+        z[m] = static_cast<float>(parts[r * lanes + m]) * (a.scale()[m0 + m] * s.scales()[n0 + r]);
       FinishTask f = base;
       f.scale = nullptr;
       f.tile = z;
@@ -325,15 +321,17 @@ void input_gradient(const CompressedCall& call, const Storage& s, const float* g
     kernels.transpose({columns, w, k1 - k0, w, rows, kPanel});
     store_tile(call, rows, kPanel, i * w, m1, k0, k1, gx);
   };
-  for_each_task(call.k > 0 ? s.panels * tiles : 0,
-                call.m * (s.blocks * 4 + call.k) > kWorthThreads, run);
+  for_each_task(call.k > 0 ? s.panels * tiles : 0, call.m * (s.blocks * 4 + call.k) > kWorthThreads,
+                run);
   if (!sound.load()) broken();
 }
 
-std::tuple<Tensor, Tensor> sparse_linear_backward(
-    const Tensor& grad_any, const Tensor& x, const Tensor& values, const Tensor& index,
-    const Tensor& panel_ptr, const OptTensor& scale, const OptTensor& bias,
-    std::string_view activation, bool need_x, bool need_bias) {
+std::tuple<Tensor, Tensor> sparse_linear_backward(const Tensor& grad_any, const Tensor& x,
+                                                  const Tensor& values, const Tensor& index,
+                                                  const Tensor& panel_ptr, const OptTensor& scale,
+                                                  const OptTensor& bias,
+                                                  std::string_view activation, bool need_x,
+                                                  bool need_bias) {
   const Storage s = check_storage(x, values, index, panel_ptr, scale);
   CompressedCall call = check_compressed(x, s.n, s.k, bias, OptTensor(grad_any), activation);
   const Tensor grad = *call.residual;  // checked as such: grad has the shape of y

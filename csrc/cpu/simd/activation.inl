@@ -18,8 +18,8 @@ inline typename V::reg activate(int activation, typename V::reg z) {
     }
     case kGelu: return V::mul(z, V::normal_cdf(z));
     case kGeluTanh: {  // x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), as tanh(u) = 2 sigmoid(2u) - 1
-      const auto u = V::mul(z, V::fma(V::mul(z, z), V::set1(A(0.07135481627260025)),
-                                      V::set1(A(1.5957691216057308))));
+      const auto u = V::mul(
+          z, V::fma(V::mul(z, z), V::set1(A(0.07135481627260025)), V::set1(A(1.5957691216057308))));
       return V::mul(z, V::sigmoid(u));
     }
     case kSilu: return V::mul(z, V::sigmoid(z));

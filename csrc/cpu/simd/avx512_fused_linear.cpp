@@ -4,7 +4,7 @@
 
 namespace bigops {
 
-#define BIGOPS_KERNELS(name, T) \
+#define BIGOPS_KERNELS(name, T)                                                   \
   const FloatKernels name = {linear<Multiply<Avx512, T>, 4>, epilogue<Avx512, T>, \
                              backward<Avx512, T>}
 BIGOPS_KERNELS(avx512_f32, float);

@@ -9,10 +9,10 @@ namespace bigops {
 // Positions of the per-dtype entries below.
 enum FloatKind : int { kFloat32 = 0, kBFloat16, kFloat16, kFloatKinds };
 
-constexpr int64_t kBlock = 4;                        // columns of a sparse block, bytes of a group
-constexpr int64_t kPanel = 512;                      // columns of a sparse panel
+constexpr int64_t kBlock = 4;    // columns of a sparse block, bytes of a group
+constexpr int64_t kPanel = 512;  // columns of a sparse panel
 constexpr int64_t kPanelBlocks = kPanel / kBlock;
-constexpr int64_t kExactColumns = 65536;             // K whose int32 sums cannot overflow:
+constexpr int64_t kExactColumns = 65536;  // K whose int32 sums cannot overflow:
 static_assert(kExactColumns * 255 * 128 < (int64_t(1) << 31), "int32 sums must be exact");
 
 // "Columns" form: activations lie as [K / 4][lanes] groups of 4 bytes (u8), or [K][lanes] floats,
@@ -34,9 +34,9 @@ struct DenseTask {
   int64_t m;
   const int8_t* weight;  // [n][weight_stride]
   int64_t weight_stride, n, k;
-  int32_t* out;     // dot: [m][out_stride]; columns: [n rounded up to kRowBlock][lanes]
+  int32_t* out;  // dot: [m][out_stride]; columns: [n rounded up to kRowBlock][lanes]
   int64_t out_stride;
-  int32_t* sums;    // [n] sums of the weight rows
+  int32_t* sums;  // [n] sums of the weight rows
 };
 constexpr int64_t kRowBlock = 24;  // a multiple of every kernel's rows per register block
 

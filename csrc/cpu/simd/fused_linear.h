@@ -24,7 +24,7 @@ struct LinearTask {
 
 // Rows [m0, m1) of y = act(z + bias) + residual, z from torch's own product.
 struct EpilogueTask {
-  const void* z;         // [M, N] ([M, 2N]) in the kernel's dtype, or float when z_float
+  const void* z;  // [M, N] ([M, 2N]) in the kernel's dtype, or float when z_float
   bool z_float;
   const void* bias;      // or null (already added)
   const void* residual;  // or null
@@ -42,7 +42,7 @@ struct BackwardTask {
   void* gz;            // [M, N] ([M, 2N]) or null
   void* bias_grad;     // [N] ([2N]) or null
   int64_t m, n;
-  int64_t n0, n1;      // columns of grad
+  int64_t n0, n1;  // columns of grad
   int activation;
 };
 

@@ -74,8 +74,7 @@ inline void dot_block(const typename P::T* x, const typename P::T* w, int64_t ld
   int64_t n = 0;
   if (rows == 1)  // four sums would wait for the latency of fma; eight do not
     for (; n + 8 <= columns; n += 8) dot_tile<P, 1, 8>(x, w + n * ld, ld, k, z + n, first);
-  for (; n + 4 <= columns; n += 4)
-    dot_rows<P, MR, 4>(x, w + n * ld, ld, k, z + n, rows, first);
+  for (; n + 4 <= columns; n += 4) dot_rows<P, MR, 4>(x, w + n * ld, ld, k, z + n, rows, first);
   for (; n < columns; ++n) dot_rows<P, MR, 1>(x, w + n * ld, ld, k, z + n, rows, first);
 }
 
@@ -171,9 +170,9 @@ void epilogue_rows(const EpilogueTask& t) {
   const int64_t width = gated ? 2 * t.n : t.n;
   for (int64_t m = t.m0; m < t.m1; ++m) {
     const Z* z = static_cast<const Z*>(t.z) + m * width;
-    epilogue_row<V>(segment<T>(z, gated ? z + t.n : nullptr, t.bias, t.residual, t.preact, t.y, m,
-                               0, t.n),
-                    t.n, t.activation);
+    epilogue_row<V>(
+        segment<T>(z, gated ? z + t.n : nullptr, t.bias, t.residual, t.preact, t.y, m, 0, t.n), t.n,
+        t.activation);
   }
 }
 

@@ -27,9 +27,7 @@ struct Avx2Lanes {
 
   static ireg izero() { return _mm256_setzero_si256(); }
   static ireg iset1(int32_t v) { return _mm256_set1_epi32(v); }
-  static ireg iload(const void* p) {
-    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-  }
+  static ireg iload(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static ireg iload_n(const void* p, int n) {
     return _mm256_maskload_epi32(static_cast<const int*>(p), Avx2::first(n));
   }

@@ -63,8 +63,8 @@ struct Avx512Lanes {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)));
   }
   static __m512 load_s8(const int8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(
-        reinterpret_cast<const __m128i*>(p))));
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
 
   static void transpose(ireg (&r)[16]) {
@@ -81,8 +81,8 @@ struct Avx512Lanes {
     }
     // r[4a + b] holds, in 128-bit part c, rows 4a..4a+3 of column 4c + b
     for (int b = 0; b < 4; ++b) {
-      t[b] = _mm512_shuffle_i32x4(r[b], r[4 + b], 0x88);       // parts 0, 2 of a = 0, 1
-      t[4 + b] = _mm512_shuffle_i32x4(r[b], r[4 + b], 0xdd);   // parts 1, 3
+      t[b] = _mm512_shuffle_i32x4(r[b], r[4 + b], 0x88);      // parts 0, 2 of a = 0, 1
+      t[4 + b] = _mm512_shuffle_i32x4(r[b], r[4 + b], 0xdd);  // parts 1, 3
       t[8 + b] = _mm512_shuffle_i32x4(r[8 + b], r[12 + b], 0x88);
       t[12 + b] = _mm512_shuffle_i32x4(r[8 + b], r[12 + b], 0xdd);
     }

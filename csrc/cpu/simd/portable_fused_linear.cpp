@@ -4,7 +4,7 @@
 
 namespace bigops {
 
-#define BIGOPS_KERNELS(name, Acc, T) \
+#define BIGOPS_KERNELS(name, Acc, T)                                                        \
   const FloatKernels name = {linear<Multiply<Scalar<Acc>, T>, 2>, epilogue<Scalar<Acc>, T>, \
                              backward<Scalar<Acc>, T>}
 BIGOPS_KERNELS(portable_f32, float, float);

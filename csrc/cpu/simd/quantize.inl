@@ -68,7 +68,8 @@ void widen(const void* xv, int64_t n, float* out) {
   const T* x = static_cast<const T*>(xv);
   int64_t i = 0;
   for (; i + W <= n; i += W) V::store(out + i, V::load(x + i));
-  if (i < n) V::store_n(out + i, V::load_n(x + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+  if (i < n)
+    V::store_n(out + i, V::load_n(x + i, static_cast<int>(n - i)), static_cast<int>(n - i));
 }
 
 template <class L, class T, class O>
@@ -86,8 +87,7 @@ void finish_as(const FinishTask& t) {
       auto z = V::zero();
       if (t.scale != nullptr) {
         const auto sums = L::iload_n(t.sums + (n - t.n0), c);
-        const auto total =
-            L::isub(L::iload_n(at, c), L::imul(L::iset1(t.zero_point[m]), sums));
+        const auto total = L::isub(L::iload_n(at, c), L::imul(L::iset1(t.zero_point[m]), sums));
         const auto scale = V::mul(V::set1(t.row_scale[m]), V::load_n(t.scale + n, c));
         z = V::mul(L::to_float(total), scale);
       } else {

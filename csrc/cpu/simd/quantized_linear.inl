@@ -59,8 +59,8 @@ void dense_dot(const DenseTask& t) {
 // as a lambda, gcc 12 stored every accumulator in every step.
 template <class L, int R, int VR>
 inline __attribute__((always_inline)) void dense_step(typename L::ireg (&acc)[R][VR],
-                                                      const uint8_t* x,
-                                                      const int8_t* const (&w)[R], int64_t at) {
+                                                      const uint8_t* x, const int8_t* const (&w)[R],
+                                                      int64_t at) {
   typename L::xreg xv[VR];
   for (int v = 0; v < VR; ++v) xv[v] = L::x_of(L::iload(x + v * L::width * 4));
   for (int r = 0; r < R; ++r) {
@@ -100,7 +100,7 @@ void dense_columns(const DenseTask& t) {
   else if (t.vectors == 2)
     dense_columns_of<L, 2>(t);
   else if (t.vectors == 3 && L::max_vectors > 2)
-    dense_columns_of<L, L::max_vectors < 3 ? 2 : 3>(t);
+    dense_columns_of < L, L::max_vectors<3 ? 2 : 3>(t);
   else
     dense_columns_of<L, L::max_vectors>(t);
 }

@@ -56,7 +56,7 @@ void sparse_s8(const SparseTask& t) {
   else if (t.vectors == 2)
     sparse_s8_of<L, 2, 2>(t);
   else if (t.vectors == 3 && L::max_vectors > 2)
-    sparse_s8_of<L, L::max_vectors < 3 ? 2 : 3, 2>(t);
+    sparse_s8_of < L, L::max_vectors<3 ? 2 : 3, 2>(t);
   else
     sparse_s8_of<L, L::max_vectors, 2>(t);
 }
@@ -106,7 +106,7 @@ void sparse_f32(const SparseTask& t) {
   else if (t.vectors == 2)
     sparse_f32_of<L, 2, 4>(t);
   else if (t.vectors == 3 && L::max_vectors > 2)
-    sparse_f32_of<L, L::max_vectors < 3 ? 2 : 3, 2>(t);
+    sparse_f32_of < L, L::max_vectors<3 ? 2 : 3, 2>(t);
   else
     sparse_f32_of<L, L::max_vectors, 2>(t);
 }
@@ -122,8 +122,8 @@ void sparse_grad(const SparseGradTask& t) {
     for (int64_t i = t.ptr[r]; i < t.ptr[r + 1]; ++i) {
       float* at = t.x_grad + t.index[i] * (4 * W);
       for (int c = 0; c < 4; ++c)
-        V::store(at + c * W, V::fma(V::set1(static_cast<float>(values[4 * i + c])), g,
-                                    V::load(at + c * W)));
+        V::store(at + c * W,
+                 V::fma(V::set1(static_cast<float>(values[4 * i + c])), g, V::load(at + c * W)));
     }
   }
 }

@@ -35,10 +35,10 @@ struct Avx2 {
         _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-    const __m256i r = _mm256_srli_epi32(
-        _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded),
-                                             _mm256_castsi256_ps(quiet), nan)),
-        16);
+    const __m256i r =
+        _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded),
+                                                               _mm256_castsi256_ps(quiet), nan)),
+                          16);
     return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
   }
 

@@ -20,7 +20,7 @@ inline bf16 to_bf16(float f) {
   uint32_t bits;
   memcpy(&bits, &f, 4);
   if (f != f) return bf16{static_cast<uint16_t>((bits >> 16) | 0x40)};  // quiet the NaN
-  bits += 0x7fff + ((bits >> 16) & 1);                                   // nearest even
+  bits += 0x7fff + ((bits >> 16) & 1);                                  // nearest even
   return bf16{static_cast<uint16_t>(bits >> 16)};
 }
 
@@ -93,9 +93,7 @@ struct Scalar {
   static reg sigmoid(reg v) { return 1 / (1 + ::exp(-v)); }
   // Phi(v) = erfc(-v / sqrt 2) / 2, the standard normal distribution, and its density.
   static reg normal_cdf(reg v) { return Acc(0.5) * ::erfc(v * Acc(-0.70710678118654752440)); }
-  static reg normal_pdf(reg v) {
-    return Acc(0.39894228040143267794) * ::exp(Acc(-0.5) * v * v);
-  }
+  static reg normal_pdf(reg v) { return Acc(0.39894228040143267794) * ::exp(Acc(-0.5) * v * v); }
 };
 
 }  // namespace
