@@ -1,0 +1,287 @@
+"""quantized_linear and sparse_linear: gradients on every road, and the contract of a torch op.
+
+Both get their roads from bigops/ops/_frozen.py, so both are held to them here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import bigops
+from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
+from bigops.ops.sparse_linear import block_mask, sparse_linear, sparsify_weight
+from tests import roads
+from tests.compressed_cases import DTYPES, FORMATS, Case, make
+from tests.kernels_ran import ISAS, expect, isa, needs_extension
+from tests.tolerance import snr_db
+
+pytestmark = needs_extension
+
+
+def module_of(case: Case) -> ModuleType:
+    return importlib.import_module(f"bigops.ops.{case.op}")  # the name is the function's, too
+
+
+def travel(road: str, case: Case) -> None:
+    """One road, one case: gradients by the rule, and a kernel of ours in the forward at least."""
+    f = case.raw if road == "raw" else case.public
+    go = roads.eager if road == "raw" else roads.ROADS[road]
+    with expect(f".{case.op}."):
+        grads = go(f, case.leaves(), case.grad)
+    case.check_gradients(grads, road)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("road", ["raw", *roads.ROADS])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_on_every_road(form: str, road: str, dtype: str) -> None:
+    travel(road, make(form, 7, 20, 33, dtype, "gelu"))
+    travel(road, make(form, 3, 4, 5, dtype, "none", bias=False, residual=False))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_inductor_computes_the_same(form: str) -> None:
+    case = make(form, 5, 12, 9, "f32", "gelu")
+    with expect(f"{case.op}.", f"{case.op}_backward."):
+        grads = roads.inductor(case.public, case.leaves(), case.grad)
+    case.check_gradients(grads, "inductor")
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2], ids=["x", "bias", "residual"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_input_without_gradient(form: str, frozen: int) -> None:
+    case = make(form, 3, 4, 5, "f32", "tanh")
+    for f in (case.public, case.raw):
+        leaves = case.leaves()
+        leaves[frozen].requires_grad_(False)  # type: ignore[union-attr]
+        wanted = [t for i, t in enumerate(leaves) if i != frozen]
+        got: list[Any] = list(torch.autograd.grad(f(*leaves), wanted, case.grad))  # type: ignore[arg-type]
+        got.insert(frozen, case.truth(torch.float64)[1][frozen].float())  # type: ignore[union-attr]
+        case.check_gradients(got)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("road", ["raw", *roads.ROADS])
+def test_a_wrong_gradient_is_seen(form: str, road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: gradients 1 % off."""
+    case = make(form, 3, 4, 5, "f32", "gelu")
+    op = module_of(case)._op
+    true_gradients = op._gradients
+
+    def off(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else g * 1.01 for g in true_gradients(ctx, grad))
+
+    monkeypatch.setattr(op, "_gradients", off)
+    with pytest.raises(AssertionError, match="gradient of"):
+        travel(road, case)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["none", "silu"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_double_backward(form: str, name: str) -> None:
+    """The gradient differentiated again, for dL/dy and x, against the expression in float64."""
+    case = make(form, 4, 5, 6, "f32", name, residual=False)
+    for f in (case.public, case.raw):
+        x, bias, _ = case.leaves()
+        assert x is not None
+        assert bias is not None
+        grad = case.grad.clone().requires_grad_()
+        (gx,) = torch.autograd.grad(f(x, bias, None), x, grad, create_graph=True)
+        got = torch.autograd.grad(gx.square().sum(), [grad, x, bias], allow_unused=True)
+        x64, b64, g64 = (t.detach().double().requires_grad_() for t in (x, bias, grad))
+        seen = x64 + (case.seen_x() - x64.detach())
+        z = F.linear(seen, case.dense, b64)
+        (gx64,) = torch.autograd.grad(F.silu(z) if name == "silu" else z, x64, g64,
+                                      create_graph=True)  # fmt: skip
+        want = torch.autograd.grad(gx64.square().sum(), [g64, x64, b64], allow_unused=True)
+        for a, b in zip(got, want, strict=True):
+            assert (a is None or not a.any()) == (b is None or not b.any())
+            if a is not None and b is not None and b.any():
+                assert snr_db(a, b) > 110  # float32 throughout, no rounding of x in between
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_backward_op_is_differentiable(form: str) -> None:
+    case = make(form, 4, 5, 6, "f32", "gelu", residual=False)
+    assert case.bias is not None
+    tensors = [t.clone().requires_grad_() for t in (case.grad, case.x, case.bias)]
+    backward = getattr(torch.ops.bigops, f"{case.op}_backward")
+
+    def loss(f: Any) -> tuple[Tensor, ...]:
+        g, x, b = tensors
+        gx, gb = f(g, x, *case.storage, b, "gelu", True, True)
+        return torch.autograd.grad(gx.sum() + gb.square().sum(), tensors)
+
+    for a, b in zip(loss(backward), loss(module_of(case).reference_backward), strict=True):
+        assert snr_db(a, b) > 110  # the kernel's gb enters through its square
+
+
+@pytest.mark.parametrize("road", ["public", "raw", "functorch"])
+def test_a_weight_that_wants_a_gradient_is_refused(road: str) -> None:
+    values, scale = quantize_weight(torch.randn(5, 4))
+    sparse = sparsify_weight(torch.randn(5, 4), torch.ones(5, 1, dtype=torch.bool), False)
+    x, ops = torch.randn(3, 4), torch.ops.bigops
+
+    def calls() -> list[tuple[str, Any]]:
+        if road == "functorch":
+            return [
+                ("scale", lambda: torch.func.grad(
+                    lambda s: quantized_linear(x, QuantizedWeight(values, s)).sum())(scale)),
+                ("values", lambda: torch.func.grad(
+                    lambda v: sparse_linear(x, sparse._replace(values=v)).sum())(sparse.values)),
+            ]  # fmt: skip
+        wanting = scale.clone().requires_grad_()
+        floats = sparse._replace(values=sparse.values.clone().requires_grad_())
+        if road == "raw":
+            return [
+                ("scale", lambda: ops.quantized_linear(x, values, wanting, None, None, "none")),
+                ("values", lambda: ops.sparse_linear(x, *floats[:4], None, None, "none")),
+            ]
+        return [
+            ("scale", lambda: quantized_linear(x, QuantizedWeight(values, wanting))),
+            ("values", lambda: sparse_linear(x, floats)),
+        ]
+
+    for name, refused in calls():
+        with pytest.raises(ValueError, match=f"{name}: expected a tensor that needs no gradient"):
+            refused()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_vmap_over_rows_and_biases(form: str) -> None:
+    case = make(form, 6, 5, 9, name="relu")
+    assert case.bias is not None
+    rows = torch.vmap(case.public, in_dims=(0, None, 0))(*case.inputs)
+    assert torch.equal(rows, case.public(*case.inputs))
+    columns = torch.vmap(case.raw, in_dims=(1, None, 1), out_dims=1)(
+        case.x.view(3, 2, 9),
+        case.bias,
+        case.residual.view(3, 2, 5),  # type: ignore[union-attr]
+    )
+    assert torch.equal(columns.reshape(6, 5), rows)
+    biases = torch.stack([case.bias, case.bias + 1])
+    both = torch.vmap(case.public, in_dims=(None, 0, None))(case.x, biases, case.residual)
+    assert torch.equal(both[1], case.public(case.x, biases[1], case.residual))
+
+
+def test_vmap_over_weights() -> None:
+    one, two = make("int8", 6, 5, 9), make("int8", 6, 5, 9)
+    values, scale = (torch.stack(pair) for pair in zip(one.weight, two.weight, strict=True))
+    got = torch.vmap(lambda v, s: quantized_linear(one.x, QuantizedWeight(v, s)))(values, scale)
+    assert torch.equal(got[0], quantized_linear(one.x, one.weight))
+    assert torch.equal(got[1], quantized_linear(one.x, two.weight))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_per_example_gradients(form: str) -> None:
+    """vmap of the raw backward: a bias gradient of its own for every example."""
+    case = make(form, 6, 5, 9, name="gelu")
+    backward = getattr(torch.ops.bigops, f"{case.op}_backward")
+
+    def one(g: Tensor, x: Tensor) -> Any:
+        return backward(g, x, *case.storage, case.bias, "gelu", True, True)
+
+    gx, gb = torch.vmap(one)(case.grad, case.x)
+    for i in range(6):
+        for got, want in zip((gx[i], gb[i]), one(case.grad[i], case.x[i]), strict=True):
+            assert torch.equal(got, want)
+
+
+# contract of a torch op --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("lead", [[4], [2, 3], [0]], ids=str)
+def test_opcheck(form: str, lead: list[int]) -> None:
+    for name in ("none", "relu"):
+        case = make(form, lead, 6, 5, "f32", name)
+        x, bias, residual = case.leaves()
+        ops = torch.ops.bigops
+        torch.library.opcheck(
+            getattr(ops, case.op).default, (x, *case.storage, bias, residual, name)
+        )
+        for needs in ((True, True), (False, True)):
+            args = (case.grad, case.x, *case.storage, case.bias, name, *needs)
+            torch.library.opcheck(getattr(ops, f"{case.op}_backward").default, args)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_one_dynamic_graph_serves_many_row_counts(form: str) -> None:
+    case = make(form, 4, 5, 9, "f32", "relu")
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def f(x: Tensor) -> Tensor:
+        return case.public(x, case.bias, None)
+
+    compiled = torch.compile(f, backend=counter, fullgraph=True, dynamic=True)
+    for m in (2, 3, 17, 40):
+        x = torch.randn(m, 9)
+        assert torch.equal(compiled(x), f(x))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(form: str, dtype: torch.dtype) -> None:
+    case = make(form, 4, 5, 9)
+    x, bias, residual = case.leaves()
+    assert x is not None
+    with torch.autocast("cpu", dtype):
+        y = case.public(x, bias, residual)
+    assert y.dtype == dtype
+    low = [None if t is None else t.to(dtype) for t in case.inputs]
+    assert torch.equal(y, case.public(*low))  # type: ignore[arg-type]
+    y.float().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("level", ISAS)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("m", [1, 8, 9, 100])
+def test_explain_names_the_kernel_that_runs(level: str, form: str, m: int) -> None:
+    case = make(form, m, 6, 40, "bf16")
+    with isa(level):
+        said = bigops.explain(case.op, case.x, case.weight)
+        with bigops.backend.record() as ran:
+            case.public(case.x, None, None)
+    assert ran == [said.kernel]
+    assert said.reason
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_explain_says_that_no_gpu_kernel_serves(form: str) -> None:
+    case = make(form, 4, 6, 40)
+    said = bigops.explain(case.op, case.x, case.weight, device="sm_90")
+    assert said.kernel == f"reference.{case.op}"
+    assert "no GPU kernel" in said.reason
+    with pytest.raises(ValueError, match="x: expected shape"):
+        bigops.explain(case.op, torch.randn(4, 41), case.weight)
+
+
+def test_small_networks_train_through_frozen_layers() -> None:
+    """What the gradients are for: a trainable layer before a frozen one learns its target."""
+    w = torch.randn(8, 16) / 4
+    for weight in (quantize_weight(w), sparsify_weight(w, block_mask(w, 0.25), True)):
+        torch.manual_seed(1)
+        first = torch.nn.Linear(4, 16)
+        x, target = torch.randn(32, 4), torch.randn(32, 8)
+        optimizer = torch.optim.Adam(first.parameters(), lr=0.05)
+        f: Any = quantized_linear if isinstance(weight, QuantizedWeight) else sparse_linear
+        losses = []
+        for _ in range(60):
+            loss = F.mse_loss(f(F.relu(first(x)), weight), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.8 * losses[0]
