@@ -4,14 +4,19 @@ One file serves one family of devices. The rule, which reads nothing but the cal
 
 1. File: the one whose ``serves`` names the device. An NVIDIA device of capability 8.0 or later
    that no file names gets ``sm_86`` (least shared memory); an AMD device gets ``gfx942``.
-2. Entry: among those of the form (plain or gated) and dtype, the one of the smallest ``max_m``
-   that is at least M, the number of rows of the product. One entry has no ``max_m``.
+2. Entry: among those of the form (plain or gated), dtype and alignment, the one of the smallest
+   ``max_m`` that is at least M, the number of rows of the product. One entry has no ``max_m``.
+
+A product is aligned where N, the strides between rows and the addresses divide by 16: only then
+does the compiler load and store in wide words. Otherwise the addresses of a large tile alone would
+overflow the registers, so smaller tiles serve.
 
 Nothing is timed here or on any call. The same call gives the same config on every machine, so a
 machine without the device can say what the device would run.
 """
 
 import functools
+import itertools
 import json
 import re
 from pathlib import Path
@@ -24,7 +29,8 @@ FORMAT = "bigops-tiles-1"
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 FORMS = ("plain", "gated")
 
-_ENTRY_KEYS = ("form", "dtypes", "max_m", "tile", "group_m", "num_warps", "num_stages", "parts")
+_LAUNCH = ("group_m", "num_warps", "num_stages", "parts")
+_ENTRY_KEYS = ("form", "aligned", "dtypes", "max_m", "tile", *_LAUNCH)
 _POINTWISE_KEYS = ("block_m", "block_n", "max_chunks", "num_warps")
 
 
@@ -59,6 +65,7 @@ class Entry(NamedTuple):
     """One line of a config file: ``config`` serves products of at most ``max_m`` rows."""
 
     form: str
+    aligned: bool
     dtypes: tuple[str, ...]
     max_m: int | None
     config: TileConfig
@@ -102,6 +109,10 @@ def _entry(path: Path, where: str, data: object) -> Entry:
     fields = _fields(path, where, data, _ENTRY_KEYS)
     if fields["form"] not in FORMS:
         raise ValueError(f"{path}: {where}: form: expected one of {FORMS}; got {fields['form']!r}")
+    if type(fields["aligned"]) is not bool:
+        raise ValueError(
+            f"{path}: {where}: aligned: expected true or false; got {fields['aligned']!r}"
+        )
     known = set(DTYPES.values())
     dtypes = fields["dtypes"]
     if not isinstance(dtypes, list) or not dtypes or not known.issuperset(map(str, dtypes)):
@@ -126,19 +137,22 @@ def _entry(path: Path, where: str, data: object) -> Entry:
             f"{path}: {where}: parts: expected a power of two that leaves 16 columns each; "
             f"got {fields['parts']}"
         )
-    launch = (fields[name] for name in ("group_m", "num_warps", "num_stages", "parts"))
-    return Entry(fields["form"], tuple(dtypes), max_m, TileConfig(*tile, *launch))
+    config = TileConfig(*tile, *(fields[name] for name in _LAUNCH))
+    return Entry(fields["form"], fields["aligned"], tuple(dtypes), max_m, config)
 
 
 def _check_coverage(path: Path, entries: tuple[Entry, ...]) -> None:
-    for form in FORMS:
-        for dtype in DTYPES.values():
-            limits = [e.max_m for e in entries if e.form == form and dtype in e.dtypes]
-            if limits.count(None) != 1 or len(set(limits)) != len(limits):
-                raise ValueError(
-                    f"{path}: {form} {dtype}: expected different max_m, one of them null; "
-                    f"got {limits}"
-                )
+    for form, aligned, dtype in itertools.product(FORMS, (True, False), DTYPES.values()):
+        limits = [e.max_m for e in _fitting(entries, form, aligned, dtype)]
+        if limits.count(None) != 1 or len(set(limits)) != len(limits):
+            kind = f"{form} {'aligned' if aligned else 'unaligned'} {dtype}"
+            raise ValueError(
+                f"{path}: {kind}: expected different max_m, one of them null; got {limits}"
+            )
+
+
+def _fitting(entries: tuple[Entry, ...], form: str, aligned: bool, dtype: str) -> list[Entry]:
+    return [e for e in entries if (e.form, e.aligned) == (form, aligned) and dtype in e.dtypes]
 
 
 def read_table(path: Path) -> Table:
@@ -207,7 +221,13 @@ def table_for(arch: str) -> Table:
 
 @functools.lru_cache(maxsize=4096)
 def choose_config(
-    arch: str, dtype: torch.dtype, m: int, n: int, k: int, gated: bool = False
+    arch: str,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    gated: bool = False,
+    aligned: bool = True,
 ) -> TileConfig:
     """Pick the tile for a product of [m, k] and [k, n] ([k, 2n] gated) on ``arch``.
 
@@ -216,6 +236,8 @@ def choose_config(
         dtype: torch.float32, torch.bfloat16 or torch.float16.
         m, n, k: sizes; the present rule reads m alone.
         gated: whether the weight holds gate and up rows.
+        aligned: as defined at the head of this file; for contiguous tensors, whether n and k
+            divide by 16.
 
     Raises:
         TypeError: another dtype.
@@ -223,8 +245,7 @@ def choose_config(
     """
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype}")
-    form, name = FORMS[gated], DTYPES[dtype]
-    entries = [e for e in table_for(arch).entries if e.form == form and name in e.dtypes]
+    entries = _fitting(table_for(arch).entries, FORMS[gated], aligned, DTYPES[dtype])
     fitting = [e for e in entries if e.max_m is None or m <= e.max_m]
     return min(fitting, key=lambda e: float("inf") if e.max_m is None else e.max_m).config
 

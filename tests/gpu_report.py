@@ -27,11 +27,12 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bigops.kernels import fused_linear, tiles
+from bigops.kernels import fused_linear, gemm, tiles
 from bigops.kernels.activation import NAMES, split_code
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -58,15 +59,23 @@ COUNTS = {  # column: machine instructions, as nvdisasm and the AMDGPU back end 
     "cp_async": r"LDGSTS",
     "tma": r"UTMALDG|UTMASTG|UBLKCP",
     "local": r"LDL|STL|scratch_(?:load|store)\w*",
+    "atomics": r"ATOMG?|RED|(?:global|flat|buffer)_atomic_\w+",
+}
+
+
+KERNELS = {
+    "gemm": gemm.gemm,
+    "activation_backward": fused_linear.activation_backward,
+    "sum_rows": fused_linear.sum_rows,
 }
 
 
 class Job(NamedTuple):
-    """One thing to compile. ``form`` names the product, ``entry`` the config."""
+    """One thing to compile."""
 
     arch: str
-    kernel: str  # gemm, activation_backward or sum_rows
-    form: str
+    kernel: str  # name in KERNELS
+    form: str  # gemm: nt (x W^T), nn (gz W), tn (gz^T x), gated, or nt_odd and so on, see `jobs`
     dtype: str
     tile: tiles.TileConfig | tiles.PointwiseConfig
     activation: str
@@ -96,22 +105,27 @@ def jobs(arch: str) -> Iterator[Job]:
 
     Forward rows carry the whole epilogue (bias, erf, residual, stored pre-activation), which needs
     the most registers; each other activation is compiled once per dtype class with the main tile.
+    A form's suffix says what is unlike a large aligned product: rows (an odd M), even (BLOCK_K
+    divides K), wide (64-bit strides), odd (odd sizes and strides), loose (also no unit stride).
     """
     table = tiles.table_for(arch)
     for entry in table.entries:
+        form, worst = ("gated", "geglu") if entry.form == "gated" else ("nt", "gelu")
         for dtype in entry.dtypes:
             precisions = ("ieee", "tf32") if dtype == "f32" and arch[:2] == "sm" else ("ieee",)
             for precision in precisions:
-                if entry.form == "gated":
-                    yield Job(arch, "gemm", "gated", dtype, entry.config, "geglu", precision)
-                    continue
-                for form, activation in (("nt", "gelu"), ("nn", "none"), ("tn", "none")):
-                    yield Job(arch, "gemm", form, dtype, entry.config, activation, precision)
-            if entry.max_m is None and dtype != "f16":
+                forms = [(form if entry.aligned else f"{form}_odd", worst)]
+                if not entry.aligned:
+                    forms += [(f"{form}_loose", worst)]
+                elif form == "nt":
+                    forms += [("nn", "none"), ("tn", "none")]
+                for shape, activation in forms:
+                    yield Job(arch, "gemm", shape, dtype, entry.config, activation, precision)
+            if entry.max_m is None and entry.aligned and dtype != "f16":
+                for variant in ("rows", "even", "wide"):
+                    yield Job(arch, "gemm", f"{form}_{variant}", dtype, entry.config, worst)
                 for code, name in enumerate(NAMES):
-                    gated = split_code(code)[1]
-                    if gated == (entry.form == "gated") and name not in ("gelu", "geglu"):
-                        form = "gated" if gated else "nt"
+                    if split_code(code)[1] == (form == "gated") and name != worst:
                         yield Job(arch, "gemm", form, dtype, entry.config, name)
     for code, name in enumerate(NAMES):
         form = "gated" if split_code(code)[1] else "plain"
@@ -126,15 +140,14 @@ def quick_jobs() -> list[Job]:
     """A few rows that stand for the rest: the main tile of each device, forward, bf16."""
     chosen = []
     for arch in ARCHS:
-        main = [e for e in tiles.table_for(arch).entries if e.form == "plain" and e.max_m is None]
-        tile = next(e.config for e in main if "bf16" in e.dtypes)
+        tile = tiles.choose_config(arch, torch.bfloat16, 4096, 4096, 4096)
         chosen.append(Job(arch, "gemm", "nt", "bf16", tile, "gelu"))
     return chosen
 
 
 def _arguments(job: Job) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, the types of its run-time arguments, the values of its constants."""
-    fn = getattr(fused_linear, job.kernel)
+    fn = KERNELS[job.kernel]
     pointer = "*" + TRITON_TYPE[job.dtype]
     types = {name: "i32" for name in fn.arg_names if name.islower()} | dict.fromkeys("MNKR", "i32")
     constants: dict[str, Any] = {"BLOCK_M": job.tile.block_m, "BLOCK_N": job.tile.block_n}
@@ -152,14 +165,16 @@ def _arguments(job: Job) -> tuple[Any, dict[str, str], dict[str, Any]]:
     types |= dict.fromkeys(("a", "b", "bias", "residual", "c", "preact"), pointer)
     constants |= {
         "PRECISION": job.precision,
-        "EVEN_K": False,
-        "WIDE": False,
+        "EVEN_K": job.form.endswith("_even"),
+        "WIDE": job.form.endswith("_wide"),
         "BLOCK_K": job.tile.block_k,
         "GROUP_M": job.tile.group_m,
         "PARTS": job.tile.parts,
     }
-    if job.form in ("nt", "gated"):
-        constants |= {"stride_ak": 1, "stride_bk": 1, "stride_rn": 1}
+    loose = job.form.endswith("_loose")
+    if job.form.startswith(("nt", "gated")):
+        if not loose:
+            constants |= {"stride_ak": 1, "stride_bk": 1, "stride_rn": 1}
     else:
         constants |= {"bias": None, "residual": None, "preact": None, "stride_bn": 1}
         constants["stride_ak" if job.form == "nn" else "stride_am"] = 1
@@ -170,11 +185,13 @@ def compile_job(job: Job) -> Any:
     """Compile one job with triton, as a launch with sizes divisible by 16 would."""
     fn, types, constants = _arguments(job)
     signature = {n: "constexpr" if n in constants else types[n] for n in fn.arg_names}
+    odd = {"rows": "M", "odd": types, "loose": types}.get(job.form.partition("_")[2], ())
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(fn.arg_names)
-        if signature[n] != "constexpr"
+        if signature[n].startswith("*") or (signature[n] == "i32" and n not in odd)
     }
+
     source = ASTSource(fn, signature=signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": job.tile.num_warps}
     if isinstance(job.tile, tiles.TileConfig):
@@ -280,6 +297,8 @@ def expected_instruction(job: Job) -> str | None:
 def verdict(job: Job, facts: dict[str, Any], shared_limit: int) -> str:
     """ "ok", or what the gate holds against the row."""
     faults = []
+    if int(facts["atomics"]) > 0:
+        faults.append("atomics")
     if int(facts["spill_bytes"]) > 0:
         faults.append(f"spills {facts['spill_bytes']} bytes")
     if int(facts["shared_bytes"]) > shared_limit:
@@ -287,7 +306,12 @@ def verdict(job: Job, facts: dict[str, Any], shared_limit: int) -> str:
     needed = expected_instruction(job)
     if needed and int(facts[needed]) == 0:
         faults.append(f"no {needed}")
-    if needed == "mma" and job.form == "nt" and int(facts["cp_async"]) == 0:
+    if (
+        needed
+        and job.arch == "sm_80"
+        and job.form in ("nt", "gated")
+        and int(facts["cp_async"]) == 0
+    ):
         faults.append("no cp_async")
     return "; ".join(faults) or "ok"
 

@@ -11,14 +11,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from bigops.kernels import fused_linear, tiles
+from bigops.kernels import fused_linear, gemm, tiles
 
 SM_90 = tiles.CONFIG_DIR / "sm_90.json"
 
 
 def test_the_choice_follows_the_table() -> None:
     entries = [
-        e for e in tiles.read_table(SM_90).entries if e.form == "plain" and "bf16" in e.dtypes
+        e
+        for e in tiles.read_table(SM_90).entries
+        if e.form == "plain" and e.aligned and "bf16" in e.dtypes
     ]
     for m in (0, 1, 32, 33, 128, 129, 10**6):
         chosen = tiles.choose_config("sm_90", torch.bfloat16, m, 4096, 4096)
@@ -47,7 +49,8 @@ def test_every_device_finds_its_file(arch: str, device: str) -> None:
     assert tiles.table_for(arch).device == device
     for dtype in tiles.DTYPES:
         for gated in (False, True):
-            assert tiles.choose_config(arch, dtype, 100, 100, 100, gated).block_m >= 16
+            for aligned in (False, True):
+                assert tiles.choose_config(arch, dtype, 9, 9, 9, gated, aligned).block_m >= 16
 
 
 def test_shipped_files_are_named_after_their_device_and_serve_it() -> None:
@@ -94,9 +97,13 @@ def _with(path: tuple[Any, ...], value: Any) -> str:
         (_with(("gemm", 1, "parts"), 64), "parts: expected a power of two"),
         (_with(("gemm", 1, "max_m"), -1), "max_m: expected a positive integer or null"),
         (_with(("gemm", 1, "form"), "dual"), "form: expected one of"),
+        (_with(("gemm", 1, "aligned"), 1), "aligned: expected true or false; got 1"),
         (_with(("gemm", 1, "dtypes"), ["fp64"]), "dtypes: expected some of"),
-        (_with(("gemm", 1, "max_m"), None), "plain bf16: expected different max_m"),
-        (_with(("gemm",), []), "plain f32: expected different max_m, one of them null; got"),
+        (_with(("gemm", 1, "max_m"), None), "plain aligned bf16: expected different max_m"),
+        (
+            _with(("gemm",), []),
+            "plain aligned f32: expected different max_m, one of them null",
+        ),
         (_with(("pointwise", "block_m"), 12), "pointwise: expected powers of two"),
         (_with(("shared_memory",), "228K"), "shared_memory: expected bytes"),
         (_with(("serves",), "sm_90"), "serves: expected a list of device names"),
@@ -121,7 +128,10 @@ def test_explain_names_the_config_of_a_device_that_is_not_here() -> None:
     config, reason = fused_linear.explain("sm_90", torch.bfloat16, 512, 8192, 1024, 8)
     expected = tiles.choose_config("sm_90", torch.bfloat16, 512, 4096, 1024, gated=True)
     assert config == {**expected._asdict(), "file": "sm_90.json"}
-    assert reason == "gated bf16 tile for 512 rows from kernels/configs/sm_90.json"
+    assert reason == "aligned gated bf16 tile for 512 rows from kernels/configs/sm_90.json"
+    odd, reason = fused_linear.explain("sm_90", torch.bfloat16, 512, 10, 1024, 0)
+    assert odd["block_n"] < config["block_n"]
+    assert reason.startswith("unaligned plain")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="torch sees no GPU here"):
             fused_linear.explain("cuda", torch.bfloat16, 1, 1, 1, 0)
@@ -129,11 +139,11 @@ def test_explain_names_the_config_of_a_device_that_is_not_here() -> None:
 
 def test_tf32_only_where_torch_allows_it() -> None:
     before = torch.get_float32_matmul_precision()
-    assert fused_linear.dot_precision(torch.float32) == "ieee"
+    assert gemm.dot_precision(torch.float32) == "ieee"
     try:
         torch.set_float32_matmul_precision("high")
-        assert fused_linear.dot_precision(torch.float32) == "tf32"
-        assert fused_linear.dot_precision(torch.float16) == "ieee"
+        assert gemm.dot_precision(torch.float32) == "tf32"
+        assert gemm.dot_precision(torch.float16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert fused_linear.dot_precision(torch.float32) == "ieee"
+    assert gemm.dot_precision(torch.float32) == "ieee"

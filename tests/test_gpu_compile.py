@@ -1,0 +1,110 @@
+"""The Triton kernels compiled for GPUs that are not here, in a process of their own.
+
+Interpreted kernels cannot be compiled, and the unit suite interprets them: see gpu_report.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden" / "gpu_report.csv"
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=TESTS, env=environment, capture_output=True, text=True
+    )
+
+
+def test_main_tile_of_each_device_passes_the_gate() -> None:
+    done = _run("gpu_report.py", "--quick", "--check", str(GOLDEN))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("| ok") == 5, done.stdout
+    assert "5 rows, 0 faults" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
+def test_every_kernel_config_and_dtype_passes_the_gate(arch: str) -> None:
+    done = _run("gpu_report.py", "--arch", arch, "--check", str(GOLDEN))
+    assert done.returncode == 0, done.stderr
+
+
+PLANTED = """
+import json
+import gpu_report as report
+from bigops.kernels.tiles import TileConfig
+
+spilling = report.Job("sm_80", "gemm", "nt", "bf16", TileConfig(128, 128, 32, 8, 4, 4, 1), "gelu")
+greedy = report.Job("sm_80", "gemm", "nn", "bf16", TileConfig(128, 128, 64, 8, 8, 8, 1), "none")
+broken = report.Job("sm_80", "gemm", "nt", "bf16", TileConfig(128, 96, 32, 8, 4, 4, 1), "gelu")
+job = report.quick_jobs()[2]
+row = report.measure(job)
+lost = [row | {"wgmma": 0}, row | {"programs_per_sm": 0}, row | {"activation": "new"}]
+print(json.dumps({
+    "spilling": report.measure(spilling)["verdict"],
+    "greedy": report.measure(greedy)["verdict"],
+    "broken": report.measure(broken)["verdict"],
+    "sound": report.verdict(job, row, 232448),
+    "no wgmma": report.verdict(job, row | {"wgmma": 0}, 232448),
+    "atomics": report.verdict(job, row | {"atomics": 1}, 232448),
+    "same": report.regressions([row], [row]),
+    "lost": [report.regressions([bad], [row]) for bad in lost],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def planted() -> dict:
+    done = _run("-c", PLANTED)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_gate_passes_a_sound_row(planted: dict) -> None:
+    assert planted["sound"] == "ok"
+    assert planted["same"] == []
+
+
+def test_gate_sees_spills(planted: dict) -> None:
+    assert "spills" in planted["spilling"]
+
+
+def test_gate_sees_too_much_shared_memory(planted: dict) -> None:
+    assert "shared memory" in planted["greedy"]
+
+
+def test_gate_sees_a_config_that_does_not_compile(planted: dict) -> None:
+    assert "Error" in planted["broken"]
+
+
+def test_gate_sees_a_missing_matrix_instruction_and_atomics(planted: dict) -> None:
+    assert planted["no wgmma"] == "no wgmma"
+    assert planted["atomics"] == "atomics"
+
+
+def test_comparison_with_the_golden_table_sees_what_is_worse(planted: dict) -> None:
+    wgmma, programs, unknown = planted["lost"]
+    assert "wgmma" in wgmma[0]
+    assert "programs_per_sm" in programs[0]
+    assert "not in the golden table" in unknown[0]
+
+
+def test_the_report_fails_on_a_worse_table(tmp_path: Path) -> None:
+    header, *rows = GOLDEN.read_text().splitlines()
+    doctored = tmp_path / "golden.csv"
+    doctored.write_text(header + "\n")
+    assert rows
+    done = _run("gpu_report.py", "--quick", "--arch", "sm_80", "--check", str(doctored))
+    assert done.returncode == 1
+    assert "not in the golden table" in done.stderr
