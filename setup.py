@@ -47,10 +47,24 @@ def sources() -> list[str]:
     return [s for s in found if is_x86() or isa_of(s) not in X86_ONLY]
 
 
+def check_cuda_request() -> None:
+    """BIGOPS_CUDA=0|1 and BIGOPS_CUDA_ARCHS are for csrc/cuda/*.cu, of which there is none yet."""
+    wanted, archs = os.environ.get("BIGOPS_CUDA", "0"), os.environ.get("BIGOPS_CUDA_ARCHS", "")
+    if wanted not in ("0", "1"):
+        raise SystemExit(f"BIGOPS_CUDA: expected 0 or 1, got {wanted!r}")
+    if wanted == "1" or archs:
+        print(
+            "bigops: warning: this version has no CUDA C++ sources (its GPU kernels are Triton); "
+            "BIGOPS_CUDA and BIGOPS_CUDA_ARCHS change nothing",
+            file=sys.stderr,
+        )
+
+
 class BuildExt(build_ext):
     """Flags per file, several files at a time, and a plain word when something is missing."""
 
     def build_extensions(self) -> None:
+        check_cuda_request()
         for room in ("kernels", "benches"):
             if not (ROOT / "bigops" / room).is_dir():
                 raise SystemExit(

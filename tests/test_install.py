@@ -29,11 +29,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def build(source: Path, out: Path, *, path: str) -> subprocess.CompletedProcess[str]:
+def build(
+    source: Path, out: Path, *, path: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps",
          "--no-build-isolation", "--no-index", "-v", "-w", str(out), str(source)],
-        env={"PATH": path, "HOME": str(out)}, capture_output=True, text=True, timeout=600,
+        env={"PATH": path, "HOME": str(out), **variables},
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
@@ -112,3 +115,12 @@ def test_a_lost_symlink_is_an_error(source: Path, tmp_path: Path) -> None:
         link.symlink_to("../kernels")
     assert done.returncode != 0
     assert "lost its symlink to kernels/" in done.stdout + done.stderr
+
+
+def test_a_request_for_cuda_is_checked(source: Path, tmp_path: Path) -> None:
+    done = build(source, tmp_path, path=str(tmp_path), BIGOPS_CUDA="maybe")
+    assert done.returncode != 0
+    assert "BIGOPS_CUDA: expected 0 or 1, got 'maybe'" in done.stdout + done.stderr
+    done = build(source, tmp_path, path=str(tmp_path), BIGOPS_CUDA="1", BIGOPS_CUDA_ARCHS="90a")
+    assert done.returncode == 0
+    assert "no CUDA C++ sources" in done.stdout + done.stderr
