@@ -89,31 +89,48 @@ class Case:
 
     def scales(self) -> tuple[Tensor, list[Tensor | None]]:
         """Error scales of y and of each gradient, float64."""
+        return self._carry(sums=True)
+
+    def roundings(self) -> tuple[Tensor, list[Tensor | None]]:
+        """What a stored z and its stored gradient carry into y and each gradient, float64."""
+        return self._carry(sums=False)
+
+    def _carry(self, sums: bool) -> tuple[Tensor, list[Tensor | None]]:
+        """Magnitudes through the op: the sum of all terms, or the root of their squares.
+
+        With `sums` z starts from |x| |W|^T + |bias|, what its sum acts on; else from |z|, what
+        is rounded when z is stored.
+        """
         x, weight = self.x.double(), self.weight.double()
         bias = None if self.bias is None else self.bias.double()
         z = F.linear(x, weight, bias)
-        z_scale = F.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
+        z_error = z.abs()
+        if sums:
+            z_error = F.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
         grad = self.grad.double().abs()
         if self.name in GATED:
             inner = GATED[self.name]
-            (gate, up), (gate_scale, up_scale) = z.chunk(2, -1), z_scale.chunk(2, -1)
-            steep = slope(inner, gate)
-            value = act(inner, gate).abs()
-            y_scale = steep * gate_scale * up.abs() + value * up_scale
-            gate_grad = up.abs() * (steep + curvature(inner) * gate_scale) + steep * up_scale
-            gz = torch.cat([grad * gate_grad, grad * (value + steep * gate_scale)], -1)
+            (gate, up), (gate_error, up_error) = z.chunk(2, -1), z_error.chunk(2, -1)
+            steep, value = slope(inner, gate), act(inner, gate).abs()
+            y_error = steep * gate_error * up.abs() + value * up_error
+            gate_grad = up.abs() * (steep + curvature(inner) * gate_error) + steep * up_error
+            gz = torch.cat([grad * gate_grad, grad * (value + steep * gate_error)], -1)
         else:
             steep = slope(self.name, z)
-            y_scale = steep * z_scale + offset(self.name)
-            gz = grad if self.name == "none" else grad * (steep + curvature(self.name) * z_scale)
+            y_error = steep * z_error + offset(self.name)
+            gz = grad if self.name == "none" else grad * (steep + curvature(self.name) * z_error)
         if self.residual is not None:
-            y_scale = y_scale + self.residual.double().abs()
+            y_error = y_error + self.residual.double().abs()
         gz2 = gz.flatten(0, -2) if gz.dim() > 1 else gz.unsqueeze(0)
-        x2 = x.abs().flatten(0, -2) if x.dim() > 1 else x.abs().unsqueeze(0)
-        return y_scale, [
-            gz @ weight.abs(),
-            gz2.t() @ x2,
-            None if bias is None else gz2.sum(0),
+        x2 = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+        if sums:
+            products = gz @ weight.abs(), gz2.t() @ x2.abs(), gz2.sum(0)
+        else:
+            squares = gz**2 @ weight**2, (gz2**2).t() @ x2**2, (gz2**2).sum(0)
+            products = squares[0].sqrt(), squares[1].sqrt(), squares[2].sqrt()
+        return y_error, [
+            *products[:2],
+            None if bias is None else products[2],
             None if self.residual is None else grad,
         ]
 
@@ -125,6 +142,7 @@ class Case:
             self.plain(torch.float64)[0],
             self.plain(self.x.dtype)[0],
             self.scales()[0],
+            rounding=self.roundings()[0],
             what=f"{self.name} {what}",
         )
 
@@ -132,8 +150,8 @@ class Case:
         """Gradients of x, weight, bias, residual, in that order; None where there is no input."""
         truth, plain = self.plain(torch.float64)[1], self.plain(self.x.dtype)[1]
         names = ("x", "weight", "bias", "residual")
-        for name, got, ref, base, scale in zip(
-            names, grads, truth, plain, self.scales()[1], strict=True
+        for name, got, ref, base, scale, rounding in zip(
+            names, grads, truth, plain, self.scales()[1], self.roundings()[1], strict=True
         ):
             label = f"{self.name} {what} gradient of {name}"
             if ref is None:
@@ -142,7 +160,8 @@ class Case:
             assert got is not None, f"{label}: None"
             assert base is not None
             assert scale is not None
-            check(got, ref, base, scale, what=label)
+            assert rounding is not None
+            check(got, ref, base, scale, rounding=rounding, what=label)
 
 
 def make(

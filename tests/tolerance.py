@@ -2,12 +2,15 @@
 
 For every element of an output or gradient::
 
-    |out - ref64| <= 2 * max|plain - ref64| + C[accumulation dtype] * eps * scale
+    |out - ref64| <= 2 * max|plain - ref64| + C * eps(accumulation) * scale
+                     + eps(storage) * (|ref64| + 2 * rounding)
 
 ``ref64`` is the float64 truth on the same, already rounded inputs; ``plain`` is what plain torch
-gives in the same dtype; ``scale`` bounds the magnitude that rounding acts on, for a linear op
-``(|x| |W|^T + |bias| + |residual|)`` times the activation's Lipschitz bound. eps is that of the
-dtype the result is stored in: it is rounded there at least once.
+gives in the same dtype; ``scale`` bounds the magnitude that the sum acts on, for a linear op
+``(|x| |W|^T + |bias| + |residual|)`` times the activation's Lipschitz bound. The last line is for
+16-bit results: they are rounded where they are stored (once at least: |ref64|), and values that
+are stored on the way (a pre-activation, its gradient) enter by ``rounding``, the root sum of
+squares of what they carry into the result. A 16-bit sum held in 16 bits does not pass.
 """
 
 from __future__ import annotations
@@ -15,11 +18,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# One constant per accumulation dtype. Sums of K terms err by about sqrt(K) * eps / 2 in practice;
-# float32 sums of up to 4096 terms stay below 32 * eps * scale, float64 likewise. A bf16 or fp16
-# result accumulated in float32 is rounded at most four times in its own dtype (pre-activation,
-# activation, residual, store).
-C = {torch.float64: 32.0, torch.float32: 32.0, torch.bfloat16: 4.0, torch.float16: 4.0}
+# dtype of the result -> dtype that sums are held in
+ACCUMULATION = {
+    torch.float64: torch.float64,
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+# One constant per accumulation dtype: sums of K terms err by about sqrt(K) * eps / 2 in practice,
+# and those of up to 4096 terms stay below 32 * eps * scale.
+C = {torch.float64: 32.0, torch.float32: 32.0}
 
 # Lipschitz bounds of the activations, used for `scale`. relu2 is not Lipschitz: callers pass the
 # largest slope on their data through `slope`.
@@ -34,13 +42,19 @@ LIPSCHITZ = {
 }
 
 
-def bound(ref64: Tensor, plain: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+def bound(
+    ref64: Tensor, plain: Tensor, scale: Tensor | float, rounding: Tensor | float = 0.0
+) -> Tensor:
     """Largest allowed ``|out - ref64|``, elementwise (float64)."""
-    eps = torch.finfo(dtype).eps
-    scale64 = torch.as_tensor(scale, dtype=torch.float64)
+    accumulation = ACCUMULATION[plain.dtype]
     plain_error = (plain.double() - ref64).abs()
     worst = plain_error.max() if plain_error.numel() else torch.zeros((), dtype=torch.float64)
-    return 2 * worst + C[dtype] * eps * scale64
+    scale64 = torch.as_tensor(scale, dtype=torch.float64)
+    allowed = 2 * worst + C[accumulation] * torch.finfo(accumulation).eps * scale64
+    if plain.dtype != accumulation:
+        stored = ref64.abs() + 2 * torch.as_tensor(rounding, dtype=torch.float64)
+        allowed = allowed + torch.finfo(plain.dtype).eps * stored
+    return allowed
 
 
 def check(
@@ -49,15 +63,17 @@ def check(
     plain: Tensor,
     scale: Tensor | float,
     *,
+    rounding: Tensor | float = 0.0,
     what: str = "output",
 ) -> None:
     """Hold ``out`` to the rule; raise AssertionError that names the worst element.
 
     Args:
-        out: result of the kernel under test; its dtype sets eps and the constant.
+        out: result of the kernel under test; its dtype sets both eps and the constant.
         ref64: float64 truth, same shape.
         plain: plain torch in ``out``'s dtype, same shape.
         scale: elementwise error scale, broadcastable to ``out``.
+        rounding: what stored intermediates carry into the result, broadcastable to ``out``.
         what: name used in the message.
     """
     assert ref64.dtype == torch.float64, f"{what}: the reference must be float64"
@@ -72,9 +88,11 @@ def check(
     if nan.all():
         return
     out, plain, ref64 = out.double()[~nan], plain[~nan], ref64[~nan]
-    if isinstance(scale, Tensor):
-        scale = scale.detach().double().expand(nan.shape)[~nan]
-    allowed = bound(ref64, plain, scale, plain.dtype)
+
+    def chosen(value: Tensor | float) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float64).detach().expand(nan.shape)[~nan]
+
+    allowed = bound(ref64, plain, chosen(scale), chosen(rounding))
     error = (out - ref64).abs()
     error = torch.where(out == ref64, torch.zeros_like(error), error)  # inf == inf
     worst = int((error - allowed).argmax())
