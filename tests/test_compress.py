@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +15,15 @@ from bigops.compress.config import Int8, Sparse, SparseInt8
 from bigops.nn import GatedMLP, Linear, QuantLinear, SparseLinear
 from bigops.nn import sites as sites_module
 from bigops.timing import Ratio
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Timing tiny layers on a busy machine: two spinning threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _model() -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +15,15 @@ from bigops.nn import Linear, fuse_, plain
 from bigops.nn import sites as sites_module
 from bigops.timing import Ratio
 from tests import tolerance
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Timing tiny layers on a busy machine: two spinning threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _snapshot(model: nn.Module) -> list:

@@ -118,7 +118,7 @@ def kernel_of(module: nn.Module, x: Tensor) -> str:
 
 
 def layers(
-    before: nn.Module, after: nn.Module, example_inputs: Any, timed: bool = True
+    before: nn.Module, after: nn.Module, example_inputs: Any, pairs: int = timing.MIN_PAIRS
 ) -> list[dict[str, Any]]:
     """One entry per linear layer of ``after`` that ``before`` has at the same path.
 
@@ -149,9 +149,8 @@ def layers(
         }
         if name in seen:
             row["kernel"] = kernel_of(module, seen[name])
-            if timed:
-                with evaluating(old[name]), evaluating(module):
-                    result = contest(old[name], module, seen[name], training=False)
-                row["us_before"], row["us_after"] = result.us_before, result.us_after
+            with evaluating(old[name]), evaluating(module):
+                result = contest(old[name], module, seen[name], training=False, pairs=pairs)
+            row["us_before"], row["us_after"] = result.us_before, result.us_after
         rows.append(row)
     return rows

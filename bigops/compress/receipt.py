@@ -163,7 +163,7 @@ class Receipt:
             speedup_compile=timing.speedup(samples["torch.compile"], samples["bigops"])
             if compiled
             else None,
-            layers=[Layer(**row) for row in measure.layers(before, after, example_inputs)],
+            layers=[Layer(**row) for row in measure.layers(before, after, example_inputs, pairs)],
             candidates=list(candidates or []),
             floors=floors or Floors(),
             machine={**machine(), "pairs": pairs, "input": _shape(example_inputs)},

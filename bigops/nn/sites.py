@@ -190,7 +190,11 @@ class Contest(NamedTuple):
 
 
 def contest(
-    old: Callable[[Tensor], Tensor], new: Callable[[Tensor], Tensor], x: Tensor, training: bool
+    old: Callable[[Tensor], Tensor],
+    new: Callable[[Tensor], Tensor],
+    x: Tensor,
+    training: bool,
+    pairs: int = timing.MIN_PAIRS,
 ) -> Contest:
     """Time old against new on x, interleaved; forward and backward where ``training``.
 
@@ -207,7 +211,7 @@ def contest(
 
     sync = torch.cuda.synchronize if x.is_cuda else (lambda: None)
     with torch.set_grad_enabled(training):
-        samples = timing.interleave({"old": side(old), "new": side(new)}, sync=sync)
+        samples = timing.interleave({"old": side(old), "new": side(new)}, pairs=pairs, sync=sync)
     return Contest(
         timing.median(samples["old"]) * 1e6,
         timing.median(samples["new"]) * 1e6,
