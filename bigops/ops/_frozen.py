@@ -168,10 +168,10 @@ class FrozenLinear:
         """Vector-Jacobian product of the raw backward op, through its differentiable form."""
         grad, x, *storage, bias = ctx.saved_tensors
         with torch.enable_grad():
-            g: Any
-            g, x, bias = (t if t is None else t.detach().requires_grad_() for t in (grad, x, bias))
-            wanted = (g, x, bias)
-            outputs = self.reference_backward(g, x, *storage, bias, *ctx.rest)
+            wanted: list[Any] = [
+                t if t is None else t.detach().requires_grad_() for t in (grad, x, bias)
+            ]
+            outputs = self.reference_backward(*wanted[:2], *storage, wanted[2], *ctx.rest)
             pairs = [(o, v) for o, v in zip(outputs, grads, strict=True) if o is not None]
             found = iter(
                 torch.autograd.grad(
@@ -291,7 +291,9 @@ class FrozenLinear:
             if torch._C._are_functorch_transforms_active():
                 return self._functorch.apply(x, *rest)  # type: ignore[attr-defined, no-any-return]
             if torch.is_grad_enabled():
-                self._refuse(tuple(t is not None and t.requires_grad for t in storage))
+                for t in storage:
+                    if t is not None and t.requires_grad:
+                        self._refuse(tuple(t is not None and t.requires_grad for t in storage))
                 if (
                     x.requires_grad
                     or (bias is not None and bias.requires_grad)
