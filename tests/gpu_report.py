@@ -106,7 +106,8 @@ def jobs(arch: str) -> Iterator[Job]:
     Forward rows carry the whole epilogue (bias, erf, residual, stored pre-activation), which needs
     the most registers; each other activation is compiled once per dtype class with the main tile.
     A form's suffix says what is unlike a large aligned product: rows (an odd M), even (BLOCK_K
-    divides K), wide (64-bit strides), odd (odd sizes and strides), loose (also no unit stride).
+    divides K), wide (64-bit strides), odd (odd sizes and strides), loose (also no unit stride),
+    ones (M, N and K are 1, which triton turns into constants).
     """
     table = tiles.table_for(arch)
     for entry in table.entries:
@@ -117,6 +118,7 @@ def jobs(arch: str) -> Iterator[Job]:
                 forms = [(form if entry.aligned else f"{form}_odd", worst)]
                 if not entry.aligned:
                     forms += [(f"{form}_loose", worst)]
+                    forms += [(f"{form}_ones", worst)] if dtype == "bf16" else []
                 elif form == "nt":
                     forms += [("nn", "none"), ("tn", "none")]
                 for shape, activation in forms:
@@ -132,6 +134,9 @@ def jobs(arch: str) -> Iterator[Job]:
         dtypes = TRITON_TYPE if name in ("gelu", "geglu") else ("bf16",)
         for dtype in dtypes:
             yield Job(arch, "activation_backward", form, dtype, table.pointwise, name)
+    for form, name in (("plain", "gelu"), ("gated", "geglu")):
+        yield Job(arch, "activation_backward", f"{form}_ones", "bf16", table.pointwise, name)
+    yield Job(arch, "sum_rows", "plain_ones", "bf16", table.pointwise, "none")
     for dtype in TRITON_TYPE:
         yield Job(arch, "sum_rows", "plain", dtype, table.pointwise, "none")
 
@@ -162,6 +167,7 @@ def _arguments(job: Job) -> tuple[Any, dict[str, str], dict[str, Any]]:
         if job.activation == "none":
             constants |= {"preact": None, "gz": None}
         return fn, types, constants
+    assert isinstance(job.tile, tiles.TileConfig)
     types |= dict.fromkeys(("a", "b", "bias", "residual", "c", "preact"), pointer)
     constants |= {
         "PRECISION": job.precision,
@@ -184,14 +190,17 @@ def _arguments(job: Job) -> tuple[Any, dict[str, str], dict[str, Any]]:
 def compile_job(job: Job) -> Any:
     """Compile one job with triton, as a launch with sizes divisible by 16 would."""
     fn, types, constants = _arguments(job)
+    if job.form.endswith("_ones"):
+        constants |= {name: 1 for name in "MNKR" if name in fn.arg_names}
     signature = {n: "constexpr" if n in constants else types[n] for n in fn.arg_names}
-    odd = {"rows": "M", "odd": types, "loose": types}.get(job.form.partition("_")[2], ())
+    odd = {"rows": "M", "odd": types, "loose": types, "ones": types}.get(
+        job.form.partition("_")[2], ()
+    )
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(fn.arg_names)
         if signature[n].startswith("*") or (signature[n] == "i32" and n not in odd)
     }
-
     source = ASTSource(fn, signature=signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": job.tile.num_warps}
     if isinstance(job.tile, tiles.TileConfig):
