@@ -1,0 +1,62 @@
+"""The instruction-set files on CPUs that this machine is not: qemu-user runs a small binary.
+
+All files are linked, so code that leaked from one of them would end an older CPU with SIGILL.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.test_extension import ROOT, isa_flags
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="no qemu-user here"),
+    pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here"),
+]
+
+
+@pytest.fixture(scope="module")
+def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("emulated")
+    simd = sorted((ROOT / "csrc" / "cpu" / "simd").glob("*_fused_linear.cpp"))
+    sources = [*simd, ROOT / "csrc" / "common" / "isa.cpp", ROOT / "tests" / "emulated_cpu.cpp"]
+    objects = []
+    for source in sources:
+        flags = isa_flags()[source.stem.split("_")[0]] if source in simd else []
+        objects.append(folder / f"{source.stem}.o")
+        command = ["c++", "-std=c++17", "-O2", "-ffp-contract=off", "-w", *flags]
+        command += [f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(objects[-1])]
+        subprocess.run(command, check=True)
+    out = folder / "emulated_cpu"
+    subprocess.run(["c++", "-static", *map(str, objects), "-o", str(out)], check=True)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("cpu", "level"),
+    [("Nehalem", "portable"), ("SandyBridge", "portable"), ("Haswell", "avx2")],
+)
+def test_older_cpu_takes_its_own_kernels(binary: Path, cpu: str, level: str) -> None:
+    run = subprocess.run(["qemu-x86_64", "-cpu", cpu, str(binary)], capture_output=True, text=True)
+    assert run.returncode == 0, f"{run.returncode}: {run.stdout}{run.stderr}"
+    assert run.stdout.split()[0] == level
+
+
+def test_code_above_the_cpu_is_seen(binary: Path, tmp_path: Path) -> None:
+    """The planted fault: a file for AVX-512 that runs wherever it is linked."""
+    source = tmp_path / "above.cpp"
+    source.write_text(
+        "#include <immintrin.h>\n"
+        "int main(int argc, char**) {\n"
+        "  volatile float out = _mm512_reduce_add_ps(_mm512_set1_ps(float(argc)));\n"
+        "  return out == 16.0f ? 0 : 1;\n}\n"
+    )
+    out = tmp_path / "above"
+    subprocess.run(["c++", "-O1", "-static", "-mavx512f", str(source), "-o", str(out)], check=True)
+    run = subprocess.run(["qemu-x86_64", "-cpu", "Haswell", str(out)], capture_output=True)
+    assert run.returncode != 0
