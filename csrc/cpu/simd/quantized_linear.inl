@@ -11,38 +11,63 @@ inline typename L::wreg broadcast4(const void* p) {
   return L::w_of(L::iset1(v));
 }
 
-// Few rows of x: both operands run along K, 4 weight rows by MB rows of x, one sum per lane.
-template <class L, int MB>
+// One step along K: R weight rows by MB rows of x; the sums of the weight rows where wanted.
+template <class L, int R, int MB, bool kSums>
+inline __attribute__((always_inline)) void dot_step(typename L::ireg (&acc)[R][MB],
+                                                    typename L::ireg (&sum)[R],
+                                                    const typename L::ireg (&weight)[R],
+                                                    const uint8_t* x, int64_t stride) {
+  typename L::wreg w[R];
+  for (int r = 0; r < R; ++r) w[r] = L::w_of(weight[r]);
+  for (int m = 0; m < MB; ++m) {
+    const auto xv = L::x_of(L::iload(x + m * stride));
+    for (int r = 0; r < R; ++r) acc[r][m] = L::dot(acc[r][m], xv, w[r]);
+  }
+  if (kSums) {
+    const auto ones = L::x_of(L::iset1(0x01010101));
+    for (int r = 0; r < R; ++r) sum[r] = L::dot(sum[r], ones, w[r]);
+  }
+}
+
+// Few rows of x: both operands run along K, R weight rows by MB rows of x, one sum per lane.
+template <class L, int MB, bool kSums>
 void dot_block(const DenseTask& t, int64_t n0, int64_t m0) {
   constexpr int R = 4, B = 4 * L::width;
   const int8_t* w[R];
-  typename L::ireg acc[R][MB], sum[R];
+  typename L::ireg acc[R][MB], sum[R], weight[R];
   for (int r = 0; r < R; ++r) {  // rows past the end repeat the last one and are not stored
     w[r] = t.weight + (n0 + r < t.n ? n0 + r : t.n - 1) * t.weight_stride;
     sum[r] = L::izero();
     for (int m = 0; m < MB; ++m) acc[r][m] = L::izero();
   }
   const uint8_t* x = t.x + m0 * t.x_stride;
-  const auto ones = L::x_of(L::iset1(0x01010101));
-  for (int64_t i = 0; i < t.k; i += B) {
-    typename L::wreg wv[R];
-    if (i + B <= t.k) {
-      for (int r = 0; r < R; ++r) wv[r] = L::w_of(L::iload(w[r] + i));
-    } else {  // x is padded, so a zero weight is enough
-      for (int r = 0; r < R; ++r)
-        wv[r] = L::w_of(L::iload_bytes(w[r] + i, static_cast<int>(t.k - i)));
-    }
-    for (int m = 0; m < MB; ++m) {
-      const auto xv = L::x_of(L::iload(x + m * t.x_stride + i));
-      for (int r = 0; r < R; ++r) acc[r][m] = L::dot(acc[r][m], xv, wv[r]);
-    }
-    if (m0 == 0)
-      for (int r = 0; r < R; ++r) sum[r] = L::dot(sum[r], ones, wv[r]);
+  const int64_t k = t.k, stride = t.x_stride;
+  int64_t i = 0;
+  for (; i + B <= k; i += B) {
+    for (int r = 0; r < R; ++r) weight[r] = L::iload(w[r] + i);
+    dot_step<L, R, MB, kSums>(acc, sum, weight, x + i, stride);
+  }
+  if (i < k) {  // x is padded, so a zero weight is enough
+    for (int r = 0; r < R; ++r) weight[r] = L::iload_bytes(w[r] + i, static_cast<int>(k - i));
+    dot_step<L, R, MB, kSums>(acc, sum, weight, x + i, stride);
+  }
+  int32_t total[R][MB], sums[R];  // all of them: a loop that may stop early keeps acc in memory
+  for (int r = 0; r < R; ++r) {
+    for (int m = 0; m < MB; ++m) total[r][m] = L::isum(acc[r][m]);
+    sums[r] = kSums ? L::isum(sum[r]) : 0;
   }
   for (int r = 0; r < R && n0 + r < t.n; ++r) {
-    for (int m = 0; m < MB; ++m) t.out[(m0 + m) * t.out_stride + n0 + r] = L::isum(acc[r][m]);
-    if (m0 == 0) t.sums[n0 + r] = L::isum(sum[r]);
+    for (int m = 0; m < MB; ++m) t.out[(m0 + m) * t.out_stride + n0 + r] = total[r][m];
+    if (kSums) t.sums[n0 + r] = sums[r];
   }
+}
+
+template <class L, int MB>
+void dot_rows(const DenseTask& t, int64_t n, int64_t m) {
+  if (m == 0)
+    dot_block<L, MB, true>(t, n, m);
+  else
+    dot_block<L, MB, false>(t, n, m);
 }
 
 template <class L>
@@ -50,8 +75,9 @@ void dense_dot(const DenseTask& t) {
   constexpr int MB = L::dot_rows;
   for (int64_t n = 0; n < t.n; n += 4) {
     int64_t m = 0;
-    for (; m + MB <= t.m; m += MB) dot_block<L, MB>(t, n, m);
-    for (; m < t.m; ++m) dot_block<L, 1>(t, n, m);
+    for (; m + MB <= t.m; m += MB) dot_rows<L, MB>(t, n, m);
+    for (; m + 2 <= t.m; m += 2) dot_rows<L, 2>(t, n, m);
+    if (m < t.m) dot_rows<L, 1>(t, n, m);
   }
 }
 
