@@ -51,11 +51,11 @@ def main() -> None:
     case, folder = sys.argv[1], Path(sys.argv[2])
     with init("cpu", timeout_s=120) as world:
         world.print("first rank")
-        if case == "fail" and world.rank == 1:
-            raise RuntimeError("planted failure")
-        if case in ("skip", "train"):
-            seen = globals()[case](world)
-            torch.save(seen, folder / f"{case}{world.rank}.pt")
+        if case == "fail":
+            if world.rank == 1:
+                raise RuntimeError("planted failure")
+            return
+        torch.save({"skip": skip(world), "train": train(world)}, folder / f"{world.rank}.pt")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,22 @@ from tests.ranks import ROOT, run_ranks
 CPU = torch.device("cpu")
 
 
-def _worker(case: str, folder: Path) -> list[dict]:
-    printed = run_ranks("-m", "tests.parallel_worker", case, str(folder))
-    assert [out.startswith("first rank\n") for out in printed] == [True, False]
-    return [torch.load(folder / f"{case}{rank}.pt", weights_only=True) for rank in (0, 1)]
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As many threads as each rank has: sums come in the same order, and nobody waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What each of two ranks saw in the cases of tests/parallel_worker.py."""
+    folder = tmp_path_factory.mktemp("ranks")
+    printed = run_ranks("-m", "tests.parallel_worker", "run", str(folder))
+    assert ["first rank" in out for out in printed] == [True, False]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 def _two_shards_in_plain_torch(
@@ -87,11 +100,11 @@ def _hold(out: tuple[Tensor, Tensor], one: tuple[Tensor, Tensor], plain: tuple[T
 # --------------------------------------------------------------------------- two processes, one job
 
 
-def test_ragged_batches_equal_one_process(tmp_path: Path) -> None:
-    ranks = _worker("train", tmp_path)
-    assert ranks[0]["losses"] == ranks[1]["losses"]
-    assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
-    out = (torch.tensor(ranks[0]["losses"], dtype=torch.float64), ranks[0]["weights"])
+def test_ragged_batches_equal_one_process(ranks: list[dict]) -> None:
+    first, second = (seen["train"] for seen in ranks)
+    assert first["losses"] == second["losses"]
+    assert torch.equal(first["weights"], second["weights"])
+    out = (torch.tensor(first["losses"], dtype=torch.float64), first["weights"])
 
     dataset = load("digits").subset(331)
     model = mlp.build(dataset.features, (24, 16), seed=5, dtype=torch.float64)
@@ -140,9 +153,9 @@ def test_torchrun_equals_one_process(tmp_path: Path) -> None:
     _hold(result("two"), result("one"), plain)
 
 
-def test_all_ranks_skip_together(tmp_path: Path) -> None:
-    ranks = _worker("skip", tmp_path)
-    for seen in ranks:
+def test_all_ranks_skip_together(ranks: list[dict]) -> None:
+    for rank in ranks:
+        seen = rank["skip"]
         assert seen["stepped"] == [True, True, False, True]
         assert seen["scale"] == [1024, 1024, 512, 512]
         first, second, third, fourth = seen["weights"]
@@ -150,7 +163,7 @@ def test_all_ranks_skip_together(tmp_path: Path) -> None:
         assert torch.equal(second, third)
         assert not torch.equal(third, fourth)
         assert torch.isfinite(fourth).all()
-    for a, b in zip(ranks[0]["weights"], ranks[1]["weights"], strict=True):
+    for a, b in zip(ranks[0]["skip"]["weights"], ranks[1]["skip"]["weights"], strict=True):
         assert torch.equal(a, b)
 
 
