@@ -210,7 +210,7 @@ def test_the_fastest_that_keeps_its_accuracy_is_chosen(monkeypatch) -> None:  # 
 
 def test_configurations_are_timed_whole() -> None:
     dense = mlp.build(64, (64, 32)).eval()
-    trials = demo._timed(dense, demo.plain(dense), torch.randn(8, 64), pairs=2)
+    trials = demo._timed(dense, demo.plain(dense), torch.randn(8, 64), 2, 3.0)
     assert {t.name for t in trials} == set(demo.configurations())
     assert [t.latency_us for t in trials] == sorted(t.latency_us for t in trials)
     assert all(t.speedup > 0 for t in trials)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -87,7 +88,7 @@ def test_measure_fills_everything(measured: Receipt) -> None:
     assert "quantized_linear" in measured.layers[1].kernel
     assert all(row.us_before > 0 and row.us_after > 0 for row in measured.layers)
     assert measured.machine["input"] == "[32, 64]"
-    assert measured.machine["pairs"] == 5
+    assert measured.machine["pairs"] == 5  # one turn: no floor on latency was set
     json.dumps(measured.machine)
     assert bigops.Receipt is Receipt
 
@@ -119,6 +120,30 @@ def test_compile_is_measured_or_the_reason_noted(monkeypatch) -> None:  # type: 
     assert receipt.compiled is None
     assert "no compiler here" in receipt.notes[0]
     assert "torch.compile was to be beaten, but was not measured" in receipt.breaches()[0]
+
+
+def test_more_rounds_are_taken_while_noise_hides_the_floor(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """All rounds count, whichever way they point: nothing is measured until it fits."""
+    before, after = _pair()
+    turns: list[int] = []
+
+    def interleave(sides: dict, pairs: int, **kwargs: object) -> dict:
+        turns.append(pairs)
+        wide = np.array([1.0, 5.0] * (pairs // 2))
+        return {n: wide if n == "eager" else np.ones(pairs) for n in sides}
+
+    monkeypatch.setattr("bigops.timing.interleave", interleave)
+    monkeypatch.setattr(measure, "layers", lambda *args: [])
+    x = torch.randn(4, 64)
+    for floor, expected in ((3.0, 5), (0.5, 1), (9.0, 1), (None, 1)):
+        turns.clear()
+        receipt = Receipt.measure(before, after, x, with_compile=False, pairs=6,
+                                  floors=Floors(min_speedup=floor))  # fmt: skip
+        assert len(turns) == expected
+        assert receipt.machine["pairs"] == 6 * expected
+    assert measure.clear(Ratio(2, 1, 3), 1.0)
+    assert not measure.clear(Ratio(2, 1, 3), 2.5)
+    assert measure.clear(Ratio(2, 1, 3), 3.5)
 
 
 def test_peak_counts_what_lives_at_once() -> None:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,9 +91,22 @@ def compiled(model: nn.Module, example_inputs: Any) -> tuple[nn.Module | None, s
 
 
 def latency(
-    models: Mapping[str, nn.Module], example_inputs: Any, pairs: int = timing.MIN_PAIRS
+    models: Mapping[str, nn.Module],
+    example_inputs: Any,
+    pairs: int = timing.MIN_PAIRS,
+    decided: Callable[[dict[str, timing.Samples]], bool] = lambda samples: True,
+    turns: int = 5,
 ) -> dict[str, timing.Samples]:
-    """Seconds per inference call of each model, interleaved; every model in eval mode."""
+    """Seconds per inference call of each model, interleaved; every model in eval mode.
+
+    Args:
+        models: by name.
+        example_inputs: as `run_example` takes them.
+        pairs: rounds of one turn.
+        decided: whether the samples so far are enough. While not, another turn is taken, and all
+            rounds of all turns count.
+        turns: at most this many.
+    """
     sides: dict[str, Callable[[], object]] = {
         name: (lambda m=model: run_example(m, example_inputs))  # type: ignore[misc]
         for name, model in models.items()
@@ -104,7 +118,18 @@ def latency(
         for model in models.values():
             stack.enter_context(evaluating(model))
         stack.enter_context(torch.inference_mode())
-        return timing.interleave(sides, pairs=pairs, sync=sync)
+        samples = timing.interleave(sides, pairs=pairs, sync=sync)
+        for _ in range(turns - 1):
+            if decided(samples):
+                break
+            more = timing.interleave(sides, pairs=pairs, sync=sync)
+            samples = {name: np.concatenate([samples[name], more[name]]) for name in sides}
+        return samples
+
+
+def clear(ratio: timing.Ratio, floor: float | None) -> bool:
+    """Whether the interval of a ratio lies wholly above or wholly below a floor."""
+    return floor is None or ratio.low >= floor or ratio.high < floor
 
 
 def kernel_of(module: nn.Module, x: Tensor) -> str:

@@ -129,7 +129,9 @@ class Receipt:
             floors: what was asked for; see `breaches`.
             candidates: further points of the plot.
             with_compile: also measure ``torch.compile(before)``.
-            pairs: interleaved rounds, at least 30 for an interval that means something.
+            pairs: interleaved rounds, at least 30 for an interval that means something. While a
+                floor lies inside its interval as many again are taken, up to five times in all,
+                and all of them count.
 
         Raises:
             FileNotFoundError: one of ``files`` is missing.
@@ -146,7 +148,18 @@ class Receipt:
                 models["torch.compile"] = module
             else:
                 notes.append(reason)
-        samples = measure.latency(models, example_inputs, pairs)
+        floors = floors or Floors()
+
+        def decided(samples: dict[str, timing.Samples]) -> bool:
+            """Whether noise leaves no doubt on which side of the floors the ratios lie."""
+            over = timing.speedup(samples["eager"], samples["bigops"])
+            if not measure.clear(over, floors.min_speedup):
+                return False
+            if not floors.beat_compile or "torch.compile" not in samples:
+                return True
+            return measure.clear(timing.speedup(samples["torch.compile"], samples["bigops"]), 1.0)
+
+        samples = measure.latency(models, example_inputs, pairs, decided)
 
         def side(name: str, model: nn.Module, size: Any, percent: Any) -> Side:
             times = samples[name]
@@ -165,8 +178,8 @@ class Receipt:
             else None,
             layers=[Layer(**row) for row in measure.layers(before, after, example_inputs, pairs)],
             candidates=list(candidates or []),
-            floors=floors or Floors(),
-            machine={**machine(), "pairs": pairs, "input": _shape(example_inputs)},
+            floors=floors,
+            machine={**machine(), "pairs": len(samples["eager"]), "input": _shape(example_inputs)},
             notes=notes,
         )
 

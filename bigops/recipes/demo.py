@@ -127,7 +127,7 @@ def _run(
     save(baseline, folder / _FILES[0])
 
     say(f"2. time the configurations at batch {args.batch}, {torch.get_num_threads()} threads")
-    trials = _timed(dense, baseline, example, pairs=10 if not args.quick else 5)
+    trials = _timed(dense, baseline, example, 5 if args.quick else 10, args.target_speedup)
     for trial in trials:
         say(
             f"   {trial.name:>20}: {trial.latency_us:6.0f} us, {trial.speedup:5.1f}x faster, "
@@ -163,17 +163,24 @@ def _run(
     return receipt
 
 
-def _timed(dense: nn.Module, baseline: nn.Module, x: Tensor, pairs: int) -> list[_Trial]:
+def _timed(
+    dense: nn.Module, baseline: nn.Module, x: Tensor, pairs: int, target: float
+) -> list[_Trial]:
     """Every configuration frozen from the dense weights and timed against eager, fastest first.
 
     Time does not depend on the values that fine-tuning will find, only on the pattern's size.
     """
+
+    def decided(samples: dict[str, timing.Samples]) -> bool:
+        ratios = [timing.speedup(samples["eager"], samples[trial.name]) for trial in trials]
+        return all(measure.clear(ratio, target * SPEED_MARGIN) for ratio in ratios)
+
     trials = [_Trial(name, config) for name, config in configurations().items()]
     models = {"eager": baseline}
     for trial in trials:
         models[trial.name] = copy.deepcopy(dense)
         compress_(models[trial.name], trial.config)
-    samples = measure.latency(models, x, pairs)
+    samples = measure.latency(models, x, pairs, decided)
     whole = measure.model_bytes(baseline)
     for trial in trials:
         times = samples[trial.name]
