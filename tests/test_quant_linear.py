@@ -233,6 +233,19 @@ def test_frozen_compiles_without_breaks() -> None:
     assert torch.equal(compiled(x), layer(x))
 
 
+def test_compiled_and_functorch_calls_take_the_float_road() -> None:
+    layer = _layer().eval()
+    x = torch.randn(3, 40)
+    stacked = {n: torch.stack([p, 2 * p]).detach() for n, p in layer.named_parameters()}
+    with torch.no_grad():
+        expected = layer.train()(x)
+        layer.eval()
+        assert torch.equal(torch.compile(layer, backend="aot_eager")(x), expected)
+        out = torch.vmap(lambda p: torch.func.functional_call(layer, p, (x,)))(stacked)
+    assert layer._pack is None
+    tolerance.check(out[0], expected.double(), expected, expected.abs().max())
+
+
 def test_a_frozen_source_is_refused() -> None:
     with pytest.raises(ValueError, match="got a frozen one"):
         QuantLinear.from_linear(_layer().freeze())

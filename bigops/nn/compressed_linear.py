@@ -86,8 +86,14 @@ class CompressedLinear(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.frozen:
             return self.run(x, self.storage(), residual)
-        # Compiled graphs cannot hold a cache that is checked in Python: they take the float road.
-        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        # A cache that is checked in Python has no place in a compiled graph, nor under torch.func,
+        # where weights have no address: these take the float road.
+        if not (
+            self.training
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+        ):
             return self.run(x, self.storage(), residual)
         return fused_linear(x, self.trained_weight(), self.bias, residual, self.activation)
 
