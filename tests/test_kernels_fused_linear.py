@@ -24,12 +24,12 @@ from bigops.kernels import fused_linear as kernels
 from bigops.kernels.activation import NAMES
 from bigops.kernels.tiles import TileConfig
 from tests import triton_interpreter
-from tests.tolerance import LIPSCHITZ, check
+from tests.linear_cases import GATED, act, slope
+from tests.tolerance import check
 
 triton_interpreter.install()
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
 # Ragged against the 32 x 32 x 32 (gated: 32 x 16 x 32) tiles of configs/interpreter.json.
 SHAPES = [
     (1, 1, 1),
@@ -73,31 +73,6 @@ def make(m: int, n: int, k: int, dtype: torch.dtype, name: str) -> Case:
     x, residual, grad = torch.randn(m, k), torch.randn(m, n), torch.randn(m, n)
     weight, bias = torch.randn(rows, k) / max(k, 1) ** 0.5, torch.randn(rows)
     return Case(*(t.to(dtype) for t in (x, weight, bias, residual, grad)), name)
-
-
-def act(name: str, z: Tensor) -> Tensor:
-    """The activation in plain torch; z [M, N], or [M, 2N] for a gated pair."""
-    if name in GATED:
-        gate, up = z.chunk(2, dim=1)
-        return act(GATED[name], gate) * up
-    table = {
-        "none": lambda t: t,
-        "relu": F.relu,
-        "relu2": lambda t: F.relu(t).square(),
-        "gelu": F.gelu,
-        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
-        "silu": F.silu,
-        "sigmoid": torch.sigmoid,
-        "tanh": torch.tanh,
-    }
-    return table[name](z)
-
-
-def slope(name: str, z: Tensor) -> Tensor:
-    """A bound of |act'| on the data; z float64."""
-    if name == "relu2":
-        return 2 * z.abs() + 1
-    return torch.full_like(z, LIPSCHITZ[name])
 
 
 def plain_forward(case: Case, dtype: torch.dtype, bias: bool, residual: bool) -> list[Tensor]:
