@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,3 +197,12 @@ def test_the_main_job_in_every_precision(mnist: Dataset) -> None:
     assert min(results.values()) >= 98.0
     assert abs(results["bf16-mixed"] - results["fp32"]) <= 0.3
     assert abs(results["fp16-mixed"] - results["fp32"]) <= 0.3
+
+
+def test_missing_data_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        mlp.main(["--data", "mnist", "--root", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]

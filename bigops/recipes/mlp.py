@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from bigops.nn import Linear
 from bigops.parallel import World, init
-from bigops.recipes.data import NAMES, Dataset, load
+from bigops.recipes.data import NAMES, DataError, Dataset, load
 from bigops.train import PRECISIONS, MixedPrecision
 
 HIDDEN = (2048, 1024)
@@ -236,7 +236,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--save", type=Path, help="write losses (JSON) and weights beside it (.pt)")
     args = parser.parse_args(arguments)
 
-    dataset = load(args.data, args.root)
+    try:
+        dataset = load(args.data, args.root)
+    except DataError as error:
+        parser.error(str(error))
     with init(args.device) as world:
         model = build(
             dataset.features,
