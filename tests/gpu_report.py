@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -387,9 +389,12 @@ def main(argv: list[str] | None = None) -> int:
     archs = options.arch or ARCHS
     todo = quick_jobs() if options.quick else [job for arch in ARCHS for job in jobs(arch)]
     rows = []
-    for job in (job for job in todo if job.arch in archs):
-        rows.append(measure(job))
-        print(_line(rows[-1]), flush=True)
+    # A compilation uses one core and the whole sweep is a quarter of an hour of them. Spawned
+    # workers, since LLVM and triton keep state that a fork would share.
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for row in pool.map(measure, [job for job in todo if job.arch in archs]):
+            rows.append(row)
+            print(_line(row), flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("w", newline="") as file:
