@@ -245,6 +245,8 @@ def test_control_c_in_the_middle_of_a_real_bench(tmp_path: Path) -> None:
         [sys.executable, "-u", "-m", "bigops", "bench", "--op", "fused_linear", "--csv",
          str(tmp_path / "b.csv")],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a shell's background job inherits an ignored SIGINT, and so would this process
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert process.stdout is not None
     process.stdout.readline()  # the first table: the bench is under way
