@@ -34,3 +34,14 @@ def expect(*fragments: str) -> Iterator[None]:
     for fragment in fragments:
         assert any(fragment in name for name in names), f"no {fragment!r} among {names}"
     assert not any(name.startswith("reference.") for name in names), f"a reference ran: {names}"
+
+
+@contextlib.contextmanager
+def crossover(op: str, dtype: str, max_rows: int, max_flops: int) -> Iterator[None]:
+    """Move the hand-over between our kernel and torch's product for one dtype."""
+    assert backend.extension is not None
+    try:
+        backend.extension.set_crossover(op, dtype, max_rows, max_flops)
+        yield
+    finally:
+        backend._apply_crossovers()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import bigops
 from bigops.ops.fused_linear import fused_linear, reference
-from tests.kernels_ran import ISAS, expect, isa, needs_extension
+from tests.kernels_ran import ISAS, crossover, expect, isa, needs_extension
 from tests.linear_cases import ACTIVATIONS, Case, make
 
 DTYPES = {
@@ -39,15 +39,21 @@ def isa_of(level: str, dtype: str) -> str:
 
 
 def run(case: Case, level: str, dtype: str, form: str = "dot") -> None:
-    """Forward and backward of one case at one level, values and kernel names."""
-    kernel = f"cpu.{isa_of(level, dtype)}.fused_linear"
-    with isa(level), expect(f"{kernel}.{dtype}.{form}"), torch.no_grad():
+    """Forward and backward of one case at one level and form, values and kernel names."""
+    limit = 1 << 60 if form == "dot" else 0
+    with isa(level), crossover("fused_linear", dtype, limit, limit):
+        forward_and_backward(case, level, dtype, form)
+
+
+def forward_and_backward(case: Case, level: str, dtype: str, form: str) -> None:
+    level_name = isa_of(level, dtype)
+    kernel = f"cpu.{level_name}.fused_linear"
+    with expect(f"{kernel}.{dtype}.{form}"), torch.no_grad():
         y = fused_linear(*case.inputs, case.name)
     case.check_forward(y)
     leaves = case.leaves()
     saved = "fused_linear" if case.name == "none" else "fused_linear_with_preact"
-    level_name = isa_of(level, dtype)
-    with isa(level), expect(f"cpu.{level_name}.{saved}.{dtype}.{form}", f"{kernel}_backward."):
+    with expect(f"cpu.{level_name}.{saved}.{dtype}.{form}", f"{kernel}_backward."):
         y = fused_linear(*leaves, case.name)
         grads = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], case.grad))
     case.check_forward(y, "y with graph")
@@ -78,13 +84,7 @@ def test_ragged_shapes(level: str, dtype: str, m: int, n: int, k: int) -> None:
 @pytest.mark.parametrize("name", ["none", "silu", "geglu"])
 def test_large_products_go_through_torch(dtype: str, name: str) -> None:
     form = "torch_linear_via_f32" if dtype == "f16" else "torch_linear"
-    assert bigops.backend.extension is not None
-    case = make(300, 70, 520, DTYPES[dtype], name)
-    try:
-        bigops.backend.extension.set_crossover("fused_linear", dtype, 1, 1)
-        run(case, bigops.backend.extension.isa(), dtype, form)
-    finally:
-        bigops.backend._apply_crossovers()
+    run(make(300, 70, 520, DTYPES[dtype], name), ISAS[-1], dtype, form)
 
 
 @given(
