@@ -20,7 +20,7 @@ from bigops.ops.quantized_linear import (
     quantized_linear,
     reference,
 )
-from tests.compressed_cases import DTYPES, Case
+from tests.compressed_cases import DTYPES, LEVELS, Case
 from tests.compressed_cases import make as make_case
 from tests.kernels_ran import ISAS, expect, isa, needs_extension
 from tests.linear_cases import PLAIN
@@ -30,8 +30,6 @@ module = importlib.import_module("bigops.ops.quantized_linear")  # the name is t
 raw = torch.ops.bigops.quantized_linear
 pytestmark = needs_extension
 
-# avx512bf16 adds nothing for int8: the VNNI kernels serve it
-LEVELS = [level for level in ISAS if level != "avx512bf16"]
 SNR_FLOOR_DB = 38.0  # normal weights and activations, K >= 256; 40 to 43 dB were measured
 
 

@@ -20,7 +20,7 @@ from bigops.ops.sparse_linear import (
     sparse_linear,
     sparsify_weight,
 )
-from tests.compressed_cases import DTYPES, Case
+from tests.compressed_cases import DTYPES, LEVELS, Case
 from tests.compressed_cases import make as make_case
 from tests.kernels_ran import ISAS, expect, isa, needs_extension
 from tests.linear_cases import PLAIN
@@ -30,8 +30,6 @@ module = importlib.import_module("bigops.ops.sparse_linear")  # the name is the 
 raw = torch.ops.bigops.sparse_linear
 pytestmark = needs_extension
 
-# avx512bf16 adds nothing here: the VNNI kernels serve it
-LEVELS = [level for level in ISAS if level != "avx512bf16"]
 VALUES = ("s8", "f32")
 SNR_FLOOR_DB = 38.0  # int8 values, normal weights and activations, K >= 256
 

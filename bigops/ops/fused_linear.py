@@ -190,11 +190,7 @@ class _FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, weight, bias, preact = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
-        needs = (need_x, need_weight, need_bias)
-        gx, gw, gb = _gradients(grad, x, weight, bias, preact, ctx.activation, needs)
-        return gx, gw, gb, grad if need_residual else None, None
+        return _raw_backward(ctx, grad)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -204,7 +200,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _raw_backward(ctx: Any, grad: Tensor, grad_preact: Tensor | None = None) -> tuple[Any, ...]:
-    """Autograd of the raw ops. Plain `fused_linear` keeps no z, so its backward makes it anew."""
+    """Gradients of all inputs. The plain raw op keeps no z, so its backward makes it anew."""
     x, weight, bias, preact = ctx.saved_tensors
     need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
     needs = (need_x, need_weight, need_bias)
