@@ -1,16 +1,18 @@
-"""Autograd, vmap and fake roads shared by the linear ops whose weight is frozen storage.
+"""Autograd, vmap and fake roads shared by the linear ops whose weight is compressed storage.
 
-Such an op takes ``(x, *storage, bias, residual, activation)`` and has a backward op
-``(grad, x, *storage, bias, activation, need_x, need_bias) -> (grad_x, grad_bias)``. Storage has no
-gradient. Where the forward rounds its activations, the gradient is the straight-through one: that
-of the dequantised weight, taken at the pre-activation which the forward saw (Bengio et al. 2013,
-arXiv 1308.3432).
+Such an op takes ``(x, *storage, *sizes, bias, residual, activation)``: tensors of the storage
+first, then plain numbers. Its backward op takes ``(grad, x, *storage, *sizes, bias, activation,
+need_x, need_bias)`` and gives ``(grad_x, grad_bias)``; where the stored values can be trained it
+takes ``need_values`` besides and gives ``(grad_x, grad_values, grad_bias)``. The other storage has
+no gradient. Where the forward rounds its activations, the gradient is the straight-through one:
+that of the dequantised weight, taken at the pre-activation which the forward saw (Bengio et al.
+2013, arXiv 1308.3432).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +24,31 @@ from bigops.ops import _checks as checks
 from bigops.ops._library import LIB, autocast, define
 
 
+class Arguments(NamedTuple):
+    """The arguments of a forward call, by kind."""
+
+    x: Tensor
+    storage: tuple[Tensor | None, ...]
+    sizes: tuple[Any, ...]
+    bias: Tensor | None
+    residual: Tensor | None
+    activation: str
+
+
 class FrozenLinear:
     """Defines one such op and its backward in the library, and applies it.
 
     Args:
         name: name of the op.
-        schema: schema of the storage arguments, such as ``"Tensor weight, Tensor scale"``.
+        schema: schema of the storage and size arguments, such as ``"Tensor weight, int n"``.
         reference: the meaning in plain torch, with the signature of the op.
-        dense: ``dense(x, *storage) -> [N, K]`` float32, the dequantised weight.
+        dense: ``dense(x, *storage, *sizes) -> [N, K]`` float32, the dequantised weight,
+            differentiable for floating values.
         check: raises ValueError or TypeError; the signature of the op.
-        rounds: ``rounds(*storage)``: whether the forward quantises its activations.
+        rounds: ``rounds(*storage, *sizes)``: whether the forward quantises its activations.
+        sample: ``sample(g, x, *storage, *sizes)``: the entries of a matrix ``g`` [N, K] at the
+            stored positions, in the shape and dtype of the first storage tensor, 0 where it only
+            pads; None where values have no gradient.
     """
 
     def __init__(
@@ -43,18 +60,29 @@ class FrozenLinear:
         dense: Callable[..., Tensor],
         check: Callable[..., None],
         rounds: Callable[..., bool],
+        sample: Callable[..., Tensor] | None = None,
     ) -> None:
         self.name = name
-        self.storage = tuple(part.split()[-1] for part in schema.split(","))
+        parts = [part.split() for part in schema.split(",")]
+        self.storage = tuple(part[-1] for part in parts if part[0].startswith("Tensor"))
+        self.sizes = tuple(part[-1] for part in parts if not part[0].startswith("Tensor"))
         self.count = len(self.storage)
+        self.fixed = len(parts)  # storage and sizes
         self.reference, self.dense, self.check, self.rounds = reference, dense, check, rounds
+        self.sample = sample
+        self.needs = ("need_x", "need_bias") if sample is None else (
+            "need_x", "need_values", "need_bias"
+        )  # fmt: skip
         self.forward = define(
             f"{name}(Tensor x, {schema}, Tensor? bias, Tensor? residual, str activation) -> Tensor",
             self._serve,
         )
         self.backward = define(
             f"{name}_backward(Tensor grad, Tensor x, {schema}, Tensor? bias, str activation, "
-            "bool need_x, bool need_bias) -> (Tensor, Tensor)",
+            + ", ".join(f"bool {need}" for need in self.needs)
+            + ") -> ("
+            + ", ".join("Tensor" for _ in self.needs)
+            + ")",
             self._serve_backward,
         )
         forward, backward = f"bigops::{name}", f"bigops::{name}_backward"
@@ -70,6 +98,12 @@ class FrozenLinear:
         torch.library.register_vmap(backward, self._vmap_backward, lib=LIB)
         self._eager, self._functorch = self._functions()
 
+    def split(self, args: tuple[Any, ...]) -> Arguments:
+        """The arguments of the op by kind."""
+        return Arguments(
+            args[0], args[1 : 1 + self.count], args[1 + self.count : 1 + self.fixed], *args[-3:]
+        )
+
     # reference ------------------------------------------------------------------------------
 
     def _serve(self, *args: Any) -> Tensor:
@@ -77,101 +111,119 @@ class FrozenLinear:
         backend.note(f"reference.{self.name}")
         return self.reference(*args)
 
-    def _serve_backward(self, *args: Any) -> tuple[Tensor, Tensor]:
+    def _serve_backward(self, *args: Any) -> tuple[Tensor, ...]:
         backend.note(f"reference.{self.name}_backward")
-        gx, gb = self.reference_backward(*args)
         empty = args[0].new_empty(0)
-        return empty if gx is None else gx, empty if gb is None else gb
+        return tuple(empty if g is None else g for g in self.reference_backward(*args))
 
-    def reference_backward(
-        self, grad: Tensor, x: Tensor, *rest: Any
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients for x and bias as a differentiable expression; None where not needed."""
-        storage, (bias, activation, need_x, need_bias) = rest[: self.count], rest[self.count :]
-        w = self.dense(x, *storage)  # [N, K] float32
+    def reference_backward(self, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+        """The results of the backward op as a differentiable expression; None where not needed."""
+        fixed, (bias, activation, *needs) = rest[: self.fixed], rest[self.fixed :]
+        need = dict(zip(self.needs, needs, strict=True))
+        w = self.dense(x, *fixed)  # [N, K] float32
         gz = grad.float()
         if activation != "none":
             z = F.linear(x.float(), w, None if bias is None else bias.float())
-            if self.rounds(*storage):
+            if self.rounds(*fixed):
                 float_bias = None if bias is None else bias.float()
-                seen = self.reference(x.float(), *storage, float_bias, None, "none")
+                seen = self.reference(x.float(), *fixed, float_bias, None, "none")
                 z = z + (seen - z).detach()
             gz = act.epilogue_backward(activation, gz, z)
-        gx = (gz @ w).to(x.dtype) if need_x else None
+        gx = (gz @ w).to(x.dtype) if need["need_x"] else None
         rows = list(range(gz.dim() - 1))
-        gb = (gz.sum(rows) if rows else gz).to(x.dtype) if need_bias else None
-        return gx, gb
+        gb = (gz.sum(rows) if rows else gz).to(x.dtype) if need["need_bias"] else None
+        if self.sample is None:
+            return gx, gb
+        gv = None
+        if need["need_values"]:
+            n, k = w.shape
+            dense = gz.reshape(-1, n).t() @ x.float().reshape(-1, k) if n and k else w
+            gv = self.sample(dense, x, *fixed)
+        return gx, gv, gb
 
     # fake -----------------------------------------------------------------------------------
 
     def _fake(self, x: Tensor, *rest: Any) -> Tensor:
         self.check(x, *rest)
-        return x.new_empty((*x.shape[:-1], self.rows(x, *rest[: self.count])))
+        return x.new_empty((*x.shape[:-1], self.rows(x, *rest[: self.fixed])))
 
-    def _fake_backward(self, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        need_x, need_bias = rest[-2:]
-        return (
-            x.new_empty(x.shape if need_x else (0,)),
-            x.new_empty((grad.shape[-1],) if need_bias else (0,)),
-        )
+    def _fake_backward(self, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        need = dict(zip(self.needs, rest[-len(self.needs) :], strict=True))
+        gx = x.new_empty(x.shape if need["need_x"] else (0,))
+        gb = x.new_empty((grad.shape[-1],) if need["need_bias"] else (0,))
+        if self.sample is None:
+            return gx, gb
+        values = rest[0]
+        gv = values.new_empty(values.shape) if need["need_values"] else x.new_empty((0,))
+        return gx, gv, gb
 
-    def rows(self, x: Tensor, *storage: Tensor | None) -> int:
+    def rows(self, x: Tensor, *fixed: Any) -> int:
         """N, the number of output features."""
         raise AssertionError("each op says where its storage keeps N")
 
     # autograd -------------------------------------------------------------------------------
 
-    def _refuse(self, needs: tuple[bool, ...]) -> None:
-        for name, need in zip(self.storage, needs, strict=True):
-            if need:
+    def _refuse(self, storage: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> None:
+        for place, (name, t, need) in enumerate(zip(self.storage, storage, needs, strict=True)):
+            trainable = place == 0 and self.sample is not None
+            if need and not (trainable and t is not None and t.is_floating_point()):
+                what = "is frozen storage; train the dense weight and convert it anew"
+                if self.sample is not None:
+                    what += ", or train its floating-point values"
                 raise ValueError(
                     f"{name}: expected a tensor that needs no gradient (the weight of {self.name} "
-                    "is frozen storage; train the dense weight and convert it anew); got one "
-                    "with requires_grad"
+                    f"{what}); got one with requires_grad"
                 )
 
     def _gradients(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of all inputs of the op: by the kernel, or as an expression."""
         x, *storage, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        self._refuse(needs[1 : 1 + self.count])
-        need_x, need_bias, need_residual = needs[0], needs[-3], needs[-2]
-        args = (grad, x, *storage, bias, ctx.activation, need_x, need_bias)
-        gx: Tensor | None = None
-        gb: Tensor | None = None
+        self._refuse(tuple(storage), needs[1 : 1 + self.count])
+        need = {"need_x": needs[0], "need_values": needs[1], "need_bias": needs[-3]}
+        wanted = [need[name] for name in self.needs]
+        args = (grad, x, *storage, *ctx.sizes, bias, ctx.activation, *wanted)
+        found: tuple[Tensor | None, ...] = (None,) * len(wanted)
         if torch.is_grad_enabled():  # create_graph: the expression is differentiable again
-            gx, gb = self.reference_backward(*args)
-        elif need_x or need_bias:
-            gx, gb = self.backward(*args)
-        nothing = (None,) * self.count
-        return (
-            gx if need_x else None,
-            *nothing,
-            gb if need_bias else None,
-            grad if need_residual else None,
-            None,
-        )
+            found = self.reference_backward(*args)
+        elif any(wanted):
+            found = self.backward(*args)
+        gx, *gv, gb = (g if w else None for g, w in zip(found, wanted, strict=True))
+        nothing = (None,) * (self.fixed - len(gv))
+        return (gx, *gv, *nothing, gb, grad if needs[-2] else None, None)
+
+    def _save(self, ctx: Any, args: tuple[Any, ...]) -> None:
+        x, storage, ctx.sizes, bias, _, ctx.activation = self.split(args)
+        ctx.save_for_backward(x, *storage, bias)
 
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        self._refuse(ctx.needs_input_grad[1 : 1 + self.count])
-        ctx.activation = inputs[-1]
-        ctx.save_for_backward(*inputs[:-2])
+        self._refuse(self.split(inputs).storage, ctx.needs_input_grad[1 : 1 + self.count])
+        self._save(ctx, inputs)
 
     def _raw_backward(self, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return self._gradients(ctx, grad)
 
     def _setup_backward(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.rest = inputs[-3:]
-        ctx.save_for_backward(*inputs[:-3])
+        tensors = 2 + self.count
+        ctx.sizes = inputs[tensors : 2 + self.fixed]
+        bias, *ctx.rest = inputs[2 + self.fixed :]
+        ctx.save_for_backward(*inputs[:tensors], bias)
 
     def _double_backward(self, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """Vector-Jacobian product of the raw backward op, through its differentiable form."""
         grad, x, *storage, bias = ctx.saved_tensors
+        values = storage[0] if self.sample is not None else None
+        if values is not None and not values.is_floating_point():
+            values = None
         with torch.enable_grad():
             wanted: list[Any] = [
-                t if t is None else t.detach().requires_grad_() for t in (grad, x, bias)
+                t if t is None else t.detach().requires_grad_() for t in (grad, x, values, bias)
             ]
-            outputs = self.reference_backward(*wanted[:2], *storage, wanted[2], *ctx.rest)
+            if wanted[2] is not None:
+                storage[0] = wanted[2]
+            outputs = self.reference_backward(
+                *wanted[:2], *storage, *ctx.sizes, wanted[3], *ctx.rest
+            )
             pairs = [(o, v) for o, v in zip(outputs, grads, strict=True) if o is not None]
             found = iter(
                 torch.autograd.grad(
@@ -181,9 +233,9 @@ class FrozenLinear:
                     allow_unused=True,
                 )
             )
-        ggrad, gx, gbias = (None if t is None else next(found) for t in wanted)
-        nothing = (None,) * self.count
-        return (ggrad, gx, *nothing, gbias, None, None, None)
+        ggrad, gx, gvalues, gbias = (None if t is None else next(found) for t in wanted)
+        nothing = (None,) * (self.fixed - 1)
+        return (ggrad, gx, gvalues, *nothing, gbias, *(None for _ in ctx.rest))
 
     def _functions(self) -> tuple[type, type]:
         """The eager Function (ctx form, 10 microseconds a call) and the one for torch.func."""
@@ -192,8 +244,7 @@ class FrozenLinear:
         class Eager(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *args):  # type: ignore[no-untyped-def]
-                ctx.activation = args[-1]
-                ctx.save_for_backward(*args[:-2])
+                road._save(ctx, args)
                 with torch._C._AutoDispatchBelowAutograd():
                     return road.forward(*args)
 
@@ -209,8 +260,7 @@ class FrozenLinear:
 
             @staticmethod
             def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-                ctx.activation = inputs[-1]
-                ctx.save_for_backward(*inputs[:-2])
+                road._save(ctx, inputs)
 
             @staticmethod
             def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -243,13 +293,12 @@ class FrozenLinear:
         if all(dim is None for dim in in_dims[1:-2]):
             return op(x, *args[1:-2], residual, args[-1])
         if batch == 0:
-            return x.new_empty((0, *x.shape[1:-1], self.rows(args[0], *args[1 : 1 + self.count])))
-        fixed = [front(t, d) for t, d in zip(args[1:-2], in_dims[1:-2], strict=True)]
+            return x.new_empty((0, *x.shape[1:-1], self.rows(args[0], *args[1 : 1 + self.fixed])))
         return torch.stack(
             [
                 op(
                     x[i],
-                    *(None if t is None else t[i] for t in fixed),
+                    *_pick(args[1:-2], in_dims[1:-2], i),
                     None if residual is None else residual[i],
                     args[-1],
                 )
@@ -261,41 +310,34 @@ class FrozenLinear:
         return self._fold(self.forward, args, in_dims, info.batch_size), 0
 
     def _vmap_backward(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        """Per-example gradients: grad_bias is one per example, so each is a call of its own."""
-        tensors, rest = args[:-3], args[-3:]
-        calls = [
-            self.backward(
-                *(
-                    t if t is None or dim is None else t.select(dim, i)
-                    for t, dim in zip(tensors, in_dims[:-3], strict=True)
-                ),
-                *rest,
-            )
-            for i in range(info.batch_size)
-        ]
-        return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0, 0)
+        """Per-example gradients: those of bias and values are one each, so each is its own call."""
+        calls = [self.backward(*_pick(args, in_dims, i)) for i in range(info.batch_size)]
+        outputs = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
+        return outputs, (0,) * len(outputs)
 
     # dispatch -------------------------------------------------------------------------------
 
     def apply(self, x: Tensor, *rest: Any) -> Tensor:
         """Run the op by the road that the caller's context needs."""
         try:
-            *storage, bias, residual, activation = rest
+            *fixed, bias, residual, activation = rest
             device_type = x.device.type
             if torch.is_autocast_enabled(device_type):  # storage keeps its own dtypes
                 x, bias, residual = autocast(device_type, x, bias, residual)  # type: ignore[assignment]
-                rest = (*storage, bias, residual, activation)
+                rest = (*fixed, bias, residual, activation)
             if torch.compiler.is_compiling():
                 return self.forward(x, *rest)
             # Under functorch `requires_grad` of the wrapped tensors says nothing: ask this first.
             if torch._C._are_functorch_transforms_active():
                 return self._functorch.apply(x, *rest)  # type: ignore[attr-defined, no-any-return]
             if torch.is_grad_enabled():
-                for t in storage:
-                    if t is not None and t.requires_grad:
-                        self._refuse(tuple(t is not None and t.requires_grad for t in storage))
+                storage = rest[: self.count]
+                wants = [t is not None and t.requires_grad for t in storage]
+                if any(wants):
+                    self._refuse(storage, tuple(wants))
                 if (
                     x.requires_grad
+                    or wants[0]
                     or (bias is not None and bias.requires_grad)
                     or (residual is not None and residual.requires_grad)
                 ):
@@ -306,9 +348,15 @@ class FrozenLinear:
             # The kernel checks its arguments; only a refused call pays for naming what is wrong.
             if not torch.compiler.is_compiling():
                 names = ("x", *self.storage, "bias", "residual")
-                checks.tensors(**dict(zip(names, (x, *rest[:-1]), strict=True)))
+                given = (x, *rest[: self.count], *rest[-3:-1])
+                checks.tensors(**dict(zip(names, given, strict=True)))
                 self.check(x, *rest)
             raise
+
+
+def _pick(args: tuple[Any, ...], dims: tuple[Any, ...], i: int) -> list[Any]:
+    """Example ``i`` of each argument that is batched."""
+    return [a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)]
 
 
 def check_call(
