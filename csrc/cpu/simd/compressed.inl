@@ -4,13 +4,12 @@
 #include "cpu/simd/activation.inl"
 #include "cpu/simd/quantize.inl"
 #include "cpu/simd/quantized_linear.inl"
-#include "cpu/simd/sparse_linear.inl"
 
 namespace bigops {
 namespace {
 
 template <class L>
-constexpr CompressedKernels compressed_table(void (*permute)(const SparseTask&) = nullptr) {
+constexpr CompressedKernels compressed_table() {
   static_assert(kRowBlock % L::dense_rows == 0, "results are padded to kRowBlock rows");
   return {L::width,
           L::max_vectors,
@@ -18,6 +17,7 @@ constexpr CompressedKernels compressed_table(void (*permute)(const SparseTask&) 
           {quantize<L, float>, quantize<L, bf16>, quantize<L, f16>},
           {widen<L, float>, widen<L, bf16>, widen<L, f16>},
           {finish<L, float>, finish<L, bf16>, finish<L, f16>},
+          {finish<L, float, true>, finish<L, bf16, true>, finish<L, f16, true>},
           {gradient<L, float>, gradient<L, bf16>, gradient<L, f16>},
           transpose<L>,
           max_index<L>,
@@ -25,12 +25,7 @@ constexpr CompressedKernels compressed_table(void (*permute)(const SparseTask&) 
           reduce<L>,
           dense_dot<L>,
           dense_columns<L>,
-          dense_grad<L>,
-          sparse_s8<L>,
-          sparse_f32<L>,
-          permute,
-          sparse_grad<L, int8_t>,
-          sparse_grad<L, float>};
+          dense_grad<L>};
 }
 
 }  // namespace
