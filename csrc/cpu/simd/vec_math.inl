@@ -58,7 +58,9 @@ struct VecMath {
     u = V::max(V::sub(V::zero(), limit), u);
     const reg t = V::mul(u, u);
     const reg half = V::set1(0.5f);
-    return V::fma(V::mul(u, half), V::div(horner(t, p), horner(t, q)), half);
+    const reg phi = V::fma(V::mul(u, half), V::div(horner(t, p), horner(t, q)), half);
+    // exactly 0 far left: -inf * Phi(-inf) is NaN
+    return V::select(V::less(x, V::set1(-5.58f)), V::zero(), phi);
   }
 
   static reg normal_pdf(reg x) {
