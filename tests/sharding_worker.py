@@ -82,7 +82,7 @@ def stored(op: str, weight: Tensor) -> Any:
         return weight.clone().requires_grad_()
     if op == "quantized":
         return quantize_weight(weight)
-    return sparsify_weight(weight, block_mask(weight, 0.5), True)
+    return sparsify_weight(weight, block_mask(weight, 0.5))
 
 
 def run_case(name: str, mesh: Any) -> dict[str, Any]:
@@ -113,8 +113,8 @@ def run_case(name: str, mesh: Any) -> dict[str, Any]:
             spread(weight.values, layout["weight"]), spread(weight.scale, rows)
         )
     else:
-        parts = (weight.values, weight.index, weight.panel_ptr, weight.scale)
-        weight = SparseWeight(*(spread(part, "R") for part in parts), weight.shape)
+        spreads = (spread(part, "R") for part in weight.tensors)
+        weight = SparseWeight(*spreads, weight.shape, weight.chunk)
     with CommDebugMode() as talk:
         y = call(case.op, weight, leaves["x"], leaves["bias"], leaves["residual"], case.activation)
     if case.silent:

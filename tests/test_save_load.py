@@ -233,12 +233,12 @@ CHANGES = {
     "negative": (lambda h, t: _child(h, "2")["args"].update(out_features=-1), "-1"),
     "bad tie": (lambda h, t: h["tied"].update({"a": "b"}), "tied tensor refers to 'b'"),
     "bad pointer": (
-        lambda h, t: t["1.panel_ptr"].__setitem__(5, 1 << 20) and None,
-        "panel_ptr: expected values that rise",
+        lambda h, t: t["1.ptr"].__setitem__(2, 1 << 20) and None,
+        "ptr: expected values that rise",
     ),
     "bad index": (
-        lambda h, t: t["1.index"].__setitem__(0, 127) and None,
-        "index: expected block columns below 16",
+        lambda h, t: t["1.index"].__setitem__((0, 0), 127) and None,
+        "index: expected words below 64; got 127",
     ),
     "bad values": (
         lambda h, t: t["7.values"].__setitem__((0, 0), torch.nan) and None,

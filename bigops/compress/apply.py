@@ -104,12 +104,11 @@ def build(layer: nn.Module, config: Config) -> CompressedLinear:
     if isinstance(config, Int8):
         if not isinstance(layer, SparseLinear):
             return QuantLinear.from_linear(layer)
-        new = SparseLinear.from_linear(layer, 0.0, int8=True)  # keep the pattern there is
-        new.mask = layer.mask
-        return new
+        # the pattern there is stays
+        return SparseLinear.from_linear(layer, pattern=str(layer.pattern), mask=layer.mask)
     if isinstance(config, Sparse):
-        return SparseLinear.from_linear(layer, config.sparsity, int8=False)
-    return SparseLinear.from_linear(layer, config.sparse.sparsity, int8=True)
+        return SparseLinear.from_linear(layer, config.sparsity, config.pattern, config.values)
+    return SparseLinear.from_linear(layer, config.sparse.sparsity, config.sparse.pattern)
 
 
 def freeze_(model: nn.Module) -> Record:
