@@ -116,7 +116,10 @@ def test_one_config_for_all(config, kind: type) -> None:  # type: ignore[no-unty
     assert all(d.bytes_after < d.bytes_before for d in record.done)
     assert all(d.bytes_after == model[int(d.name)].nbytes for d in record.done)
     density = 0.5 if "Sparse" in str(config) else 1.0
-    assert all(d.density == pytest.approx(density) for d in record.done)
+    if "pattern" in str(config) and "1x1" not in str(config):  # zeros that fill a word are stored
+        assert all(density < d.density < 1.0 for d in record.done)
+    else:
+        assert all(d.density == pytest.approx(density) for d in record.done)
     assert "0: Linear ->" in str(record)
     json.dumps(record.to_dict())
     correlation = torch.corrcoef(torch.stack([before.flatten(), model(x).flatten()]))[0, 1]
