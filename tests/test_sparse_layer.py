@@ -1,4 +1,4 @@
-"""bigops.nn.SparseLinear: every pattern, its three states, storage of any size in one state_dict."""
+"""bigops.nn.SparseLinear: every pattern, its three states, storage of any size to load."""
 
 import copy
 from typing import Any

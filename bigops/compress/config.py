@@ -1,13 +1,14 @@
-"""What to do with a layer, as data: `Sparse(0.8)`, `Int8()` and `Sparse(0.8) + Int8()`."""
+"""What to do with a layer, as data: `Sparse(0.8)`, `Int8()`, `Sparse(0.8) + Int8()`, `Int4()`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 from bigops.nn.sparse_linear import check_sparsity
+from bigops.ops._quantized_weight import check_form
 from bigops.ops.sparse_linear import Pattern
 
 
@@ -49,7 +50,22 @@ class Sparse:
 
 @dataclass(frozen=True)
 class Int8:
-    """Store the weight as int8 with one scale per row; activations are quantised per token."""
+    """Store the weight as int8.
+
+    Args:
+        activations: what the product does with x. "dynamic": each row becomes u8 with its own
+            scale and zero point; "symmetric": with its own scale only; "static": with a grid that
+            `compress_` takes from ``example_inputs``; "none": x stays in floating point.
+        group: columns that share a scale, 32, 64 or 128, with "none" only; None: one a row.
+        symmetric: no zero points of the weight.
+    """
+
+    activations: str = "dynamic"
+    group: int | None = None
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        _check_form(self, 8)
 
     def __add__(self, other: object) -> SparseInt8:
         if isinstance(other, Sparse):
@@ -57,7 +73,58 @@ class Int8:
         raise TypeError(f"Int8 + {type(other).__name__}: only Sparse + Int8 compose")
 
     def __str__(self) -> str:
-        return "Int8()"
+        return f"Int8({_arguments(self)})"
+
+
+@dataclass(frozen=True)
+class Int4:
+    """Store the weight in 4 bits; `W4A8` is ``Int4(group=64, activations="dynamic")``.
+
+    Args:
+        group: columns that share a scale: 32, 64 or 128; None: all of a row.
+        activations: as in `Int8`.
+        symmetric: no zero points; with them a group takes all 16 steps, which pays where its
+            values are not centred.
+    """
+
+    group: int | None = 64
+    activations: str = "none"
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        _check_form(self, 4)
+
+    def __add__(self, other: object) -> SparseInt8:
+        raise TypeError(f"Int4 + {type(other).__name__}: only Sparse + Int8 compose")
+
+    def __str__(self) -> str:
+        return f"Int4({_arguments(self)})"
+
+
+def _check_form(config: Int8 | Int4, bits: int) -> None:
+    group = config.group
+    if group is not None and (isinstance(group, bool) or not isinstance(group, int)):
+        raise TypeError(f"group: expected an int or None; got {type(group).__name__}")
+    if not isinstance(config.symmetric, bool):
+        raise TypeError(f"symmetric: expected a bool; got {type(config.symmetric).__name__}")
+    check_form(bits, group or 0, config.activations)
+
+
+def _changed(config: Int8 | Int4) -> dict[str, Any]:
+    """The arguments that are not the default."""
+    plain = type(config)()
+    return {
+        field.name: getattr(config, field.name)
+        for field in fields(config)
+        if getattr(config, field.name) != getattr(plain, field.name)
+    }
+
+
+def _arguments(config: Int8 | Int4) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in _changed(config).items())
+
+
+W4A8 = Int4(group=64, activations="dynamic")
 
 
 @dataclass(frozen=True)
@@ -67,6 +134,10 @@ class SparseInt8:
     sparse: Sparse
     int8: Int8 = Int8()
 
+    def __post_init__(self) -> None:
+        if self.int8 != Int8():
+            raise ValueError(f"int8: expected Int8() beside Sparse; got {self.int8}")
+
     def __add__(self, other: object) -> SparseInt8:
         raise TypeError(f"{self} + {type(other).__name__}: only Sparse + Int8 compose")
 
@@ -74,15 +145,15 @@ class SparseInt8:
         return f"{self.sparse} + {self.int8}"
 
 
-Config: TypeAlias = Sparse | Int8 | SparseInt8
+Config: TypeAlias = Sparse | Int8 | Int4 | SparseInt8
 Plan: TypeAlias = Config | Mapping[str, Config]
 
 
 def check_config(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a config."""
-    if not isinstance(value, Sparse | Int8 | SparseInt8):
+    if not isinstance(value, Sparse | Int8 | Int4 | SparseInt8):
         raise TypeError(
-            f"{name}: expected Sparse(..), Int8() or Sparse(..) + Int8(); got {value!r}"
+            f"{name}: expected Sparse(..), Int8(..), Int4(..) or Sparse(..) + Int8(); got {value!r}"
         )
 
 
@@ -134,25 +205,30 @@ def _encode(config: Config) -> dict[str, Any]:
         data["sparse"] = _more(config)
     elif isinstance(config, SparseInt8):
         data["sparse"] = _more(config.sparse)
-    if isinstance(config, Int8 | SparseInt8):
         data["int8"] = {}
+    elif isinstance(config, Int8):
+        data["int8"] = _changed(config)
+    else:
+        data["int4"] = _changed(config)
     return data
 
 
 def _decode(data: Any) -> Config:
-    known = isinstance(data, dict) and data and set(data) <= {"sparse", "int8"}
-    if known and "sparse" in data:
-        known = isinstance(data["sparse"], dict) and "sparsity" in data["sparse"]
-        known = known and set(data["sparse"]) <= {"sparsity", "pattern", "values"}
-    if not known or data.get("int8", {}) != {}:
-        raise ValueError(
-            'config: expected {"sparse": {"sparsity": s}}, {"int8": {}} or both; '
-            f"got {json.dumps(data)[:80]}"
-        )
+    kinds = {"sparse": Sparse, "int8": Int8, "int4": Int4}
+    made: dict[str, Any] = {}
+    shaped = isinstance(data, dict) and data and set(data) <= set(kinds)
     try:
-        sparse = Sparse(**data["sparse"]) if "sparse" in data else None
-    except TypeError as error:
-        raise ValueError(f"config: {error}") from None
-    if sparse is None:
-        return Int8()
-    return sparse + Int8() if "int8" in data else sparse
+        if shaped:
+            made = {name: kinds[name](**arguments) for name, arguments in data.items()}
+    except TypeError as error:  # no mapping, an unknown argument, or a value of another type
+        raise ValueError(f"config: expected the arguments of a config; {error}") from None
+    if set(made) == {"sparse", "int8"}:
+        both: SparseInt8 = made["sparse"] + made["int8"]
+        return both
+    if len(made) != 1:
+        raise ValueError(
+            'config: expected {"sparse": {"sparsity": s}}, {"int8": {..}}, both of them, or '
+            f'{{"int4": {{..}}}}; got {json.dumps(data)[:80]}'
+        )
+    single: Config = next(iter(made.values()))
+    return single
