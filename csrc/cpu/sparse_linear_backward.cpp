@@ -43,17 +43,23 @@ void input_gradient(const CompressedCall& call, const SparseStorage& s, const Ti
                 call.m * (s.steps * kSliceRows * s.columns() + call.k) > kWorthThreads, run);
 }
 
-// Sums [steps][16][columns] of one panel of one chunk, padding set to zero, to the values' dtype.
+// Sums [steps][16][columns] of one panel of one chunk to the values' dtype, 0 in the padding. Rows
+// and columns past the matrix are set to zero too, since the sum there may be 0 * inf.
 void store_values(const SparseStorage& s, int64_t c, int64_t p, const float* sums, void* out) {
   const int32_t* ptr = s.ptr(c, p);
   const uint8_t* length = s.groups(s.length, c, p);
+  const uint8_t* rows = s.groups(s.rows, c, p);
   const int64_t g = s.columns(), per = kSliceRows / s.group_rows;
   for (int64_t i = 0; i < s.spc; ++i)
     for (int64_t j = ptr[i]; j < ptr[i + 1]; ++j)
       for (int64_t r = 0; r < kSliceRows; ++r) {
-        const bool stored = j - ptr[i] < length[i * per + r / s.group_rows];
+        const int64_t group = i * per + r / s.group_rows;
+        const int64_t n = s.first_row(c) + rows[group] * s.group_rows + r % s.group_rows;
+        const int64_t k = (p * kPanelWords + s.indices()[j * per + r / s.group_rows]) * g;
+        const bool stored = j - ptr[i] < length[group] && n < s.n;
         for (int64_t e = 0; e < g; ++e) {
-          const float v = stored ? sums[((j - ptr[0]) * kSliceRows + r) * g + e] : 0.0f;
+          const bool inside = stored && k + e < s.k;
+          const float v = inside ? sums[((j - ptr[0]) * kSliceRows + r) * g + e] : 0.0f;
           const int64_t at = (j * kSliceRows + r) * g + e;
           if (s.kind == kWordF32) {
             static_cast<float*>(out)[at] = v;
