@@ -188,16 +188,30 @@ void input_gradient(const CompressedCall& call, const SparseStorage& s, const Ti
   if (!sound.load()) broken_sparse();
 }
 
-// Sums [steps][16][columns] of one panel of one chunk: padding becomes 0 again.
+// Sums [steps][16][columns] of one panel of one chunk: padding becomes 0 again, and so do rows and
+// columns past the matrix, where the sum may be 0 * inf.
 void clear_padding(const SparseStorage& s, int64_t c, int64_t p, float* sums) {
   const int32_t* ptr = s.ptr(c, p);
   const uint8_t* lengths = s.groups(s.length, c, p);
-  const int64_t per = kSliceRows / s.group_rows, size = s.group_rows * s.columns();
+  const uint8_t* groups = s.groups(s.rows, c, p);
+  const int64_t g = s.columns(), group = s.group_rows, per = kSliceRows / group;
+  const int64_t last_word = s.k / g - p * kPanelWords;  // the one that K cuts, if any
+  const auto zero = [](float* at, int64_t n) { std::memset(at, 0, static_cast<size_t>(n * 4)); };
   for (int64_t place = 0; place < s.spc * per; ++place) {
     const int64_t i = place / per, steps = ptr[i + 1] - ptr[i];
-    for (int64_t j = lengths[place]; j < steps; ++j)
-      std::memset(sums + ((ptr[i] - ptr[0] + j) * per + place % per) * size, 0,
-                  static_cast<size_t>(size * 4));
+    const int64_t inside = s.n - s.first_row(c) - groups[place] * group;  // rows of the group
+    const uint8_t* index = s.indices() + int64_t(ptr[i]) * per + place % per;
+    float* at = sums + ((ptr[i] - ptr[0]) * per + place % per) * group * g;
+    for (int64_t j = 0; j < steps; ++j, index += per, at += kSliceRows * g) {
+      if (j >= lengths[place]) {
+        zero(at, group * g);
+        continue;
+      }
+      if (inside < group)
+        zero(at + (inside > 0 ? inside : 0) * g, (group - (inside > 0 ? inside : 0)) * g);
+      if (s.k % g != 0 && *index == last_word)
+        for (int64_t r = 0; r < group; ++r) zero(at + r * g + s.k % g, g - s.k % g);
+    }
   }
 }
 
