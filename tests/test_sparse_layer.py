@@ -1,6 +1,7 @@
 """bigops.nn.SparseLinear: every pattern, its three states, storage of any size to load."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -265,6 +266,70 @@ def test_frozen_compiles_without_breaks() -> None:
     assert torch.equal(compiled(x), layer(x))
 
 
+def test_what_a_pattern_dropped_does_not_come_back() -> None:
+    linear = Linear(40, 32)
+    layer = SparseLinear.from_linear(linear, 0.75)
+    kept = layer.pattern.expand(layer.mask, 32, 40)
+    for sparsity, pattern in ((0.2, "1x4"), (0.5, "1x1"), (None, "2:4")):
+        again = SparseLinear.from_linear(layer, sparsity, pattern, "fp32")
+        full = again.pattern.expand(again.mask, 32, 40)
+        assert full.any()
+        assert not (full & ~kept).any()
+        assert torch.equal(again.freeze().dense_weight(), linear.weight.detach() * full)
+    with pytest.raises(ValueError, match=r"pattern: expected 1x4, which the layer has, or one of"):
+        SparseLinear.from_linear(layer, 0.5, "16x16")
+    whole = SparseLinear.from_linear(linear, 0.0)  # nothing went, so nothing can come back
+    assert SparseLinear.from_linear(whole, 0.5, "16x16").density < 1
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("n", [4, 24, 70])
+def test_density_counts_no_rows_past_the_last(pattern: str, n: int) -> None:
+    linear = Linear(40, n)
+    layer = SparseLinear.from_linear(linear, None if ":" in pattern else 0.5, pattern, "fp32")
+    full = layer.pattern.expand(layer.mask, n, 40)
+    layer.freeze()
+    assert torch.equal(layer.storage().pattern(), full)
+    assert layer.density == pytest.approx(float(full.float().mean()))
+
+
+@pytest.mark.parametrize("state", ["recovery", "frozen", "thawed"])
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_state_copies_loads_and_runs(pattern: str, values: str, state: str) -> None:
+    layer = _layer(values, 38, None if ":" in pattern else 0.6, pattern).eval()
+    x = torch.randn(7, 38)
+    with torch.no_grad():
+        expected = layer(x)
+    if state != "recovery":
+        layer.freeze()
+    if state == "thawed" and values == "int8":
+        with pytest.raises(ValueError, match="got int8"):
+            layer.thaw()
+    elif state == "thawed":
+        layer.thaw()
+        assert [name for name, _ in layer.named_parameters()] == ["bias", "values"]
+    thawed = layer.thawed
+    empty = SparseLinear.from_arguments(layer.arguments())
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), empty.eval()):
+        assert (other.frozen, other.thawed) == (layer.frozen, thawed)
+        assert other.arguments() == layer.arguments()
+        assert set(other.state_dict()) == set(layer.state_dict())
+        with torch.no_grad():
+            assert torch.equal(other(x), expected)
+    for word, told in (("thawed", thawed), ("frozen", layer.frozen and not thawed)):
+        assert (f", {word}," in repr(layer)) is told
+    for t, dtype in ((layer, torch.bfloat16), (layer, torch.float16)):
+        cast = copy.deepcopy(t).to(dtype)
+        assert cast.bias is not None
+        assert cast.bias.dtype == dtype
+        if layer.frozen:
+            assert cast.values.dtype == VALUES[values]
+        with torch.no_grad():
+            assert cast(x.to(dtype)).dtype == dtype
+
+
 def test_n_m_patterns_know_their_sparsity() -> None:
     linear = Linear(40, 24)
     layer = SparseLinear.from_linear(linear, pattern="2:4")
@@ -367,8 +432,110 @@ def test_thawed_state_moves_copies_and_loads() -> None:
     assert torch.equal(frozen(x), expected)
 
 
+def test_a_cast_keeps_values_and_their_gradient() -> None:
+    layer = _layer("fp32").freeze().thaw()
+    layer(torch.randn(4, 40)).sum().backward()
+    values, gradient = layer.values.detach().clone(), layer.values.grad
+    assert gradient is not None
+    optimiser = torch.optim.SGD([layer.values], lr=0.1)
+    gradient = gradient.clone()
+    layer.half()
+    assert torch.equal(layer.values.detach(), values)
+    assert torch.equal(layer.values.grad, gradient)
+    optimiser.step()
+    assert torch.equal(layer.values.detach(), values.add(gradient, alpha=-0.1))
+
+
+def test_loading_another_size_drops_the_gradient_of_the_old() -> None:
+    layer, other = _layer("fp32").freeze(), _layer("fp32", sparsity=0.5).freeze().thaw()
+    other(torch.randn(4, 40)).sum().backward()
+    assert other.values.grad is not None
+    other.load_state_dict(layer.state_dict())
+    assert other.values.grad is None
+    other(torch.randn(4, 40)).sum().backward()
+    assert other.values.grad.shape == layer.values.shape
+
+
+@pytest.mark.parametrize("values", ["fp32", "bf16"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_padding_stays_zero(optimiser: str, pattern: str, values: str) -> None:
+    """Momentum and weight decay keep a 0 whose gradient is 0; odd sizes pad every way there is."""
+    layer = _layer(values, 37, None if ":" in pattern else 0.6, pattern).freeze().thaw()
+    at = layer.storage().positions()
+    below, right = at.row >= 24, at.word >= 37 / layer.values.shape[-1]
+    padding = ~at.stored | below | right
+    last = (at.word == 18) & ~padding  # bf16: column 37 fills the last word of a row
+    step: torch.optim.Optimizer
+    if optimiser == "sgd":
+        step = torch.optim.SGD([layer.values], lr=0.1, momentum=0.9, weight_decay=0.1)
+    else:
+        step = torch.optim.AdamW([layer.values], lr=0.1, weight_decay=0.1)
+    before = layer.values.detach().clone()
+    for _ in range(4):
+        step.zero_grad()
+        layer(torch.randn(9, 37)).square().sum().backward()
+        step.step()
+    assert not layer.values[padding].any()
+    if values == "bf16":
+        assert not layer.values[last][:, 1].any()
+    assert (layer.values != before).any()
+    layer.storage().validate()
+
+
+def test_a_planted_gradient_in_the_padding_is_refused() -> None:
+    layer = _layer("fp32", pattern="1x1").freeze().thaw()
+    padding = ~layer.storage().positions().stored
+    layer.values.grad = padding.unsqueeze(-1).float()
+    torch.optim.SGD([layer.values], lr=0.1).step()
+    with pytest.raises(ValueError, match="values: expected 0 in the padding"):
+        layer.storage().validate()
+
+
+def test_freezing_a_thawed_layer_refuses_nan_and_leaves_it() -> None:
+    layer = _layer("fp32").freeze().thaw()
+    with torch.no_grad():
+        layer.values.view(-1)[0] = torch.nan
+    parameter = layer.values
+    with pytest.raises(ValueError, match="values: expected finite"):
+        layer.freeze()
+    assert layer.thawed
+    assert layer.values is parameter
+
+
+def test_values_loaded_under_inference_mode_can_be_thawed() -> None:
+    source = _layer("fp32").freeze()
+    layer = SparseLinear.from_arguments(source.arguments())
+    with torch.inference_mode():
+        state = {k: v.clone() for k, v in source.state_dict().items()}
+        layer.load_state_dict(state, assign=True)
+    layer.thaw()
+    assert not layer.values.is_inference()
+    assert layer.values.requires_grad
+
+
+def test_bf16_values_under_autocast_and_beside_a_float32_residual() -> None:
+    layer = _layer("bf16").freeze().thaw()
+    x, residual = torch.randn(6, 40), torch.randn(6, 24) + 1000
+    with torch.autocast("cpu", dtype=torch.bfloat16), backend.record() as names:
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert all(".bf16.bf16" in name for name in names), names
+    y.float().sum().backward()
+    assert layer.values.grad is not None
+    assert layer.values.grad.dtype == torch.bfloat16
+    # 1000 has a step of 4 in bfloat16: what is added in float32 is not rounded to it
+    assert torch.equal(layer(x, residual), layer(x) + residual)
+    with pytest.raises(ValueError, match=r"residual: expected shape \[6, 24\]"):
+        layer(x, residual[:1])
+
+
 def test_thaw_refuses() -> None:
     with pytest.raises(ValueError, match="thaw: expected a frozen layer"):
         _layer("fp32").thaw()
     with pytest.raises(ValueError, match="thaw: expected floating values; got int8"):
         _layer().freeze().thaw()
+    with pytest.raises(ValueError, match="got a thawed one"):
+        SparseLinear.from_linear(_layer("fp32").freeze().thaw())
+    with pytest.raises(ValueError, match="chunk: expected 64, 128 or 256; got 32"):
+        SparseLinear(8, 4, chunk=32)
