@@ -248,6 +248,10 @@ def test_errors() -> None:
             SparseLinear(4, 4, pattern=bad)
     with pytest.raises(ValueError, match="values: expected int8, bf16, fp32; got 'fp16'"):
         SparseLinear(4, 4, values="fp16")
+    with pytest.raises(ValueError, match=r"values: expected int8, bf16, fp32; got \['fp32'\]"):
+        SparseLinear(4, 4, values=["fp32"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="sparsity: expected a float; got str"):
+        SparseLinear(4, 4, "0.5")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"mask: expected bool of shape \[4, 2\]; got"):
         SparseLinear.from_linear(nn.Linear(8, 4), mask=torch.ones(4, 8).bool())
     with pytest.raises(TypeError, match=r"linear: expected a torch.nn.Linear; got Conv2d"):

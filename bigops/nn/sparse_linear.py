@@ -289,6 +289,8 @@ def _narrowed(old: SparseLinear, pattern: Pattern, sparsity: float) -> Tensor:
 
 def check_sparsity(sparsity: float | None, pattern: Pattern) -> float:
     """The sparsity that is meant; raise ValueError unless 0 <= sparsity < 1 and N:M agrees."""
+    if sparsity is not None and not isinstance(sparsity, int | float):
+        raise TypeError(f"sparsity: expected a float; got {type(sparsity).__name__}")
     if pattern.m:
         implied = 1 - pattern.n / pattern.m
         if sparsity is not None and abs(sparsity - implied) > 1e-9:
@@ -305,6 +307,6 @@ def check_sparsity(sparsity: float | None, pattern: Pattern) -> float:
 
 def check_values(values: str) -> str:
     """Raise ValueError unless ``values`` names a dtype that can be stored."""
-    if values not in VALUES:
+    if not isinstance(values, str) or values not in VALUES:
         raise ValueError(f"values: expected {', '.join(VALUES)}; got {values!r}")
     return values
