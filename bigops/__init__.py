@@ -12,13 +12,16 @@ __version__ = "0.1.0"
 
 _HOME = {
     "fused_linear": "bigops.ops.fused_linear",
+    "quantize_weight": "bigops.ops.quantized_linear",
     "quantized_linear": "bigops.ops.quantized_linear",
     "sparse_linear": "bigops.ops.sparse_linear",
     "explain": "bigops.backend",
     "report": "bigops.backend",
     "fuse_": "bigops.nn.fuse",
+    "Int4": "bigops.compress.config",
     "Int8": "bigops.compress.config",
     "Sparse": "bigops.compress.config",
+    "W4A8": "bigops.compress.config",
     "compress_": "bigops.compress.apply",
     "freeze_": "bigops.compress.apply",
     "Floors": "bigops.compress.receipt",
@@ -30,8 +33,10 @@ _HOME = {
 _ROOMS = ("backend", "compress", "nn", "ops", "parallel", "timing", "train")
 
 __all__ = [
+    "W4A8",
     "Floors",
     "FormatError",
+    "Int4",
     "Int8",
     "Receipt",
     "Sparse",
@@ -45,6 +50,7 @@ __all__ = [
     "nn",
     "ops",
     "parallel",
+    "quantize_weight",
     "quantized_linear",
     "report",
     "save",
@@ -56,12 +62,12 @@ if TYPE_CHECKING:
     from bigops import compress, nn, ops, parallel, train
     from bigops.backend import explain, report
     from bigops.compress.apply import compress_, freeze_
-    from bigops.compress.config import Int8, Sparse
+    from bigops.compress.config import W4A8, Int4, Int8, Sparse
     from bigops.compress.receipt import Floors, Receipt
     from bigops.compress.store import FormatError, load, save
     from bigops.nn.fuse import fuse_
     from bigops.ops.fused_linear import fused_linear
-    from bigops.ops.quantized_linear import quantized_linear
+    from bigops.ops.quantized_linear import quantize_weight, quantized_linear
     from bigops.ops.sparse_linear import sparse_linear
 
 

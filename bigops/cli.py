@@ -135,9 +135,13 @@ def _explain(args: argparse.Namespace) -> int:
 
         packed = quantize_weight(weight)
     elif args.op == "sparse_linear":
-        from bigops.ops.sparse_linear import block_mask, sparsify_weight
+        from bigops.nn.sparse_linear import VALUES, check_values
+        from bigops.ops.sparse_linear import Pattern, sparsify_weight
 
-        packed = sparsify_weight(weight, block_mask(weight, args.sparsity), not args.fp32_values)
+        pattern = Pattern.parse(args.pattern)
+        stored = VALUES[check_values(args.values)]
+        mask = pattern.mask(weight, args.sparsity)
+        packed = sparsify_weight(weight, mask, stored, (pattern.height, pattern.width))
     print(bigops.explain(args.op, x, packed, activation=args.activation))
     return 0
 
@@ -250,5 +254,6 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), default="fp32")
     add("--activation", default="none")
     add("--sparsity", type=_fraction, default=0.8, help="of sparse_linear's weight")
-    add("--fp32-values", action="store_true", help="sparse_linear: keep fp32 values, not int8")
+    add("--pattern", default="1x4", help="of sparse_linear's weight: 1x4, 16x16, 1x1, 2:4 ...")
+    add("--values", default="int8", help="sparse_linear stores int8, bf16 or fp32")
     parser.set_defaults(command=_explain)

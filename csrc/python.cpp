@@ -60,8 +60,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("op"), py::arg("dtype"), py::arg("max_rows"), py::arg("max_flops"));
   m.def("choose_fused_linear", &choose_fused_linear, py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("dtype"));
-  m.def("choose_quantized_linear", &choose_quantized_linear, py::arg("m"), py::arg("n"),
-        py::arg("k"), py::arg("dtype"));
+  m.def("choose_quantized_linear", &choose_quantized_linear, py::arg("bits"),
+        py::arg("activations"), py::arg("dtype"));
   m.def("choose_sparse_linear", &choose_sparse_linear, py::arg("m"), py::arg("values"),
         py::arg("dtype"));
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigops.ops._quantize import quantize_rows
+from bigops.ops._quantize import quantize_rows, static_grid
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear
 from bigops.ops.sparse_linear import Pattern, SparseWeight, sparse_linear, sparsify_weight
 from tests.kernels_ran import ISAS
@@ -27,12 +27,49 @@ from tests.linear_cases import act, curvature, offset, slope
 from tests.tolerance import check
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-FORMATS = ("int8", "sparse_int8", "sparse_float", "sparse_bf16")
+# What quantize_weight is given, by the name of the format.
+QUANTISED: dict[str, dict[str, Any]] = {
+    "int8": {},
+    "int8_zero": {"symmetric": False},
+    "int8_symmetric": {"activations": "symmetric"},
+    "int8_static": {"symmetric": False, "activations": "static"},
+    "w8": {"activations": "none"},
+    "w8_group": {"group": 32},
+    "w8_zero": {"group": 128, "symmetric": False},
+    "w4": {"bits": 4, "group": 64},
+    "w4_zero": {"bits": 4, "group": 32, "symmetric": False},
+    "w4_row": {"bits": 4},
+    "w4a8": {"bits": 4, "group": 64, "activations": "dynamic"},
+    "w4a8_zero": {"bits": 4, "group": 128, "symmetric": False, "activations": "symmetric"},
+    "w4a8_static": {"bits": 4, "group": 32, "activations": "static"},
+}
+# The roads are the same for all formats of an op: one of each kind of sums travels them.
+FORMATS = ("int8", "w4_zero", "w4a8", "sparse_int8", "sparse_float", "sparse_bf16")
 VALUES = {"s8": torch.int8, "f32": torch.float32, "bf16": torch.bfloat16}  # of sparse_linear
 SPARSE = {"sparse_int8": "s8", "sparse_float": "f32", "sparse_bf16": "bf16"}
 PATTERNS = ("1x1", "1x4", "4x1", "16x1", "16x16", "32x32", "2:4")
 # avx512bf16 adds nothing for quantized_linear: the VNNI kernels serve it
 LEVELS = [level for level in ISAS if level != "avx512bf16"]
+
+
+def kernel_of(form: str, level: str, dtype: str) -> str:
+    """Name of the kernel that serves a format of quantized_linear at a level."""
+    options = QUANTISED[form]
+    rounds = options.get("activations", "none" if {"bits", "group"} & set(options) else "dynamic")
+    pairs = rounds == "none" and dtype == "bf16" and level == "avx512bf16"
+    # Each product is served by the highest level that adds something to it.
+    top = "avx512vnni" if rounds != "none" else "avx512bf16" if pairs else "avx512"
+    order = ["portable", "avx2", "avx512", "avx512vnni", "avx512bf16"]
+    isa = order[min(order.index(level), order.index(top))]
+    bits = options.get("bits", 8)
+    return f"cpu.{isa}.quantized_linear.{dtype}.w{bits}{'a8' if rounds != 'none' else ''}"
+
+
+def backward_of(form: str, level: str, dtype: str) -> str:
+    """The same for the backward op."""
+    isa = level if level in ("portable", "avx2") else "avx512"
+    bits = QUANTISED[form].get("bits", 8)
+    return f"cpu.{isa}.quantized_linear_backward.{dtype}.w{bits}"
 
 
 def served(form: str) -> list[str]:
@@ -77,7 +114,8 @@ class Case:
         """The weight as the raw op takes it: its tensors, then its sizes."""
         if self.sparse:
             return (*self.weight.tensors, self.weight.shape[0], self.weight.chunk)
-        return tuple(self.weight)[:2]
+        arguments: tuple[Any, ...] = self.weight.arguments
+        return arguments
 
     @property
     def op(self) -> str:
@@ -123,7 +161,10 @@ class Case:
         """x as the product sees it, float64."""
         if not self.quantised:
             return self.x.double()
-        rows = quantize_rows(self.x.detach())
+        options = ("dynamic", None)
+        if self.op == "quantized_linear":
+            options = (self.weight.activations, self.weight.x_grid)
+        rows = quantize_rows(self.x.detach(), *options)
         return (rows.q.double() - rows.zero_point.double()) * rows.scale.double()
 
     def truth(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None]]:
@@ -210,17 +251,20 @@ def make(
     pattern: str = "1x4",
     values: bool = False,
 ) -> Case:
-    """A case of a format in FORMATS; x is off centre, so that zero points are of every size.
+    """A case of a format in QUANTISED or FORMATS.
 
-    ``sparsity`` and ``pattern`` are for sparse formats (2:4 has its own sparsity); ``values``:
-    floating values are a leaf.
+    x is off centre, so that zero points are of every size. ``sparsity`` and ``pattern`` are for
+    sparse formats (2:4 has its own sparsity); ``values``: floating values are a leaf.
     """
     shape = [lead] if isinstance(lead, int) else list(lead)
     x = torch.randn(*shape, k) + torch.randn(*shape, 1)
     w = torch.randn(n, k) / max(k, 1) ** 0.5
     weight: Any
-    if form == "int8":
-        weight = quantize_weight(w)
+    if form in QUANTISED:
+        options = dict(QUANTISED[form])
+        if options.get("activations") == "static":
+            options["x_grid"] = static_grid(-2.0, 3.0)  # some of x lies outside
+        weight = quantize_weight(w, **options)
     else:
         how = Pattern.parse(pattern)
         stored = VALUES[SPARSE[form]]
@@ -230,7 +274,7 @@ def make(
         x.to(to),
         weight,
         weight.to_dense(torch.float64),
-        form in ("int8", "sparse_int8"),
+        form == "sparse_int8" or getattr(weight, "activations", "none") != "none",
         torch.randn(n).to(to) if bias else None,
         torch.randn(*shape, n).to(to) if residual else None,
         torch.randn(*shape, n).to(to),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bigops.nn import Linear
 from bigops.ops.fused_linear import fused_linear
-from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
+from bigops.ops.quantized_linear import quantize_weight, quantized_linear
 from bigops.ops.sparse_linear import SparseWeight, block_mask, sparse_linear, sparsify_weight
 from bigops.parallel import init
 
@@ -44,7 +44,7 @@ CASES = {
     "gated_columns": Case("fused", "swiglu", (6, 16), 4, "R00-", "R", silent=False),
     "inner_gelu": Case("fused", "gelu", (6, 16), 8, "11RR", "?", silent=False),
     "quantized_rows": Case("quantized", "none", (6, 16), 8, "0RR0", "0"),
-    "quantized_columns": Case("quantized", "none", (6, 16), 8, "R001", "1"),
+    "quantized_columns": Case("quantized", "none", (6, 16), 32, "R001", "1"),
     "quantized_inner": Case("quantized", "none", (6, 16), 8, "11RR", "?", silent=False),
     "sparse_rows": Case("sparse", "none", (6, 16), 8, "0RR0", "0"),
     "sparse_inner": Case("sparse", "none", (6, 16), 8, "1RRR", "?", silent=False),
@@ -82,7 +82,7 @@ def stored(op: str, weight: Tensor) -> Any:
         return weight.clone().requires_grad_()
     if op == "quantized":
         return quantize_weight(weight)
-    return sparsify_weight(weight, block_mask(weight, 0.5), True)
+    return sparsify_weight(weight, block_mask(weight, 0.5))
 
 
 def run_case(name: str, mesh: Any) -> dict[str, Any]:
@@ -107,14 +107,16 @@ def run_case(name: str, mesh: Any) -> dict[str, Any]:
     if case.op == "fused":
         weight = leaves["weight"] = spread(weight.detach(), layout["weight"]).requires_grad_()
     elif case.op == "quantized":
-        # scale [N] follows the rows of the weight; columns of the weight are no split of it
-        rows = "0" if layout["weight"] == "0" else "R"
-        weight = QuantizedWeight(
-            spread(weight.values, layout["weight"]), spread(weight.scale, rows)
+        # scale [groups, N] follows the tiles of the weight; its columns are no split of it
+        rows = layout["weight"] == "0"
+        weight = weight._replace(
+            values=spread(weight.values, layout["weight"]),
+            scale=spread(weight.scale, "1" if rows else "R"),
+            row_sum=spread(weight.row_sum, "0" if rows else "R"),
         )
     else:
-        parts = (weight.values, weight.index, weight.panel_ptr, weight.scale)
-        weight = SparseWeight(*(spread(part, "R") for part in parts), weight.shape)
+        spreads = (spread(part, "R") for part in weight.tensors)
+        weight = SparseWeight(*spreads, weight.shape, weight.chunk)
     with CommDebugMode() as talk:
         y = call(case.op, weight, leaves["x"], leaves["bias"], leaves["residual"], case.activation)
     if case.silent:

@@ -114,7 +114,7 @@ def test_accuracy_is_in_percent_and_restores_the_mode() -> None:
 
 def test_fine_tuning_keeps_the_pattern(digits: Dataset) -> None:
     model, _ = _trained(digits, batch_size=32, epochs=4, lr=1e-2, precision="fp32")
-    model[0] = bigops.nn.SparseLinear.from_linear(model[0], sparsity=0.5, int8=False)
+    model[0] = bigops.nn.SparseLinear.from_linear(model[0], sparsity=0.5, values="fp32")
     mask = model[0].mask.clone()
     before = model[0].masked_weight().detach().clone()
     mlp.train(model, digits, epochs=1, batch_size=64, precision="bf16-mixed", progress=False)

@@ -19,8 +19,23 @@ def _kernels(call) -> set[str]:  # type: ignore[no-untyped-def]
     return set(names)
 
 
-def _layer(activation: str = "relu") -> QuantLinear:
-    return QuantLinear.from_linear(Linear(40, 24, activation=activation))
+# Each bits, group, kind of scale and of activations once.
+FORMS: list[dict[str, object]] = [
+    {},
+    {"symmetric": False, "activations": "symmetric"},
+    {"activations": "static"},
+    {"group": 32, "symmetric": False},
+    {"bits": 4, "group": 32},
+    {"bits": 4, "group": 64, "symmetric": False, "activations": "dynamic"},
+    {"bits": 4},
+]
+
+
+def _layer(activation: str = "relu", form: dict[str, object] | None = None) -> QuantLinear:
+    layer = QuantLinear.from_linear(Linear(40, 24, activation=activation), **(form or {}))
+    if layer.x_grid is not None:
+        layer.calibrate(torch.tensor([-3.0, 3.0]))
+    return layer
 
 
 def test_inference_runs_the_int8_op_on_the_quantised_weight() -> None:
@@ -35,16 +50,85 @@ def test_inference_runs_the_int8_op_on_the_quantised_weight() -> None:
     assert all("quantized_linear" in name for name in names), names
 
 
-def test_training_runs_on_rounded_weights_with_a_straight_through_gradient() -> None:
-    layer = _layer("none")
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_training_runs_on_rounded_weights_with_a_straight_through_gradient(
+    form: dict[str, object],
+) -> None:
+    layer = _layer("none", form)
     x = torch.randn(6, 40)
-    dense = quantize_weight(layer.weight).to_dense()
+    dense = layer.make_storage().to_dense()
     assert torch.equal(layer.trained_weight(), dense)
     layer(x).sum().backward()
     ref64 = torch.ones(6, 24).double().t() @ x.double()
     assert layer.weight.grad is not None
     plain = torch.ones(6, 24).t() @ x
     tolerance.check(layer.weight.grad, ref64, plain, x.abs().double().sum(0), what="grad")
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form_freezes_saves_and_loads(form: dict[str, object]) -> None:
+    layer = _layer("relu", form).eval()
+    x = torch.randn(5, 40)
+    with torch.no_grad():
+        before = layer(x)
+        names = _kernels(lambda: layer(x))
+    integer = layer.activations != "none"
+    assert all(f".w{layer.bits}{'a8' * integer}" in name for name in names), names
+    layer.freeze()
+    assert torch.equal(layer(x).detach(), before)
+    state = layer.state_dict()
+    assert ("zero_point" in state) is not layer.symmetric
+    assert ("row_sum" in state) is integer
+    assert ("x_grid" in state) is (layer.activations == "static")
+    meta = QuantLinear.from_arguments(layer.arguments())
+    meta.load_state_dict(state, assign=True)
+    assert torch.equal(meta(x).detach(), before)
+    other = _layer("relu", form).freeze()
+    other.load_state_dict(state)
+    with torch.no_grad():
+        other.bias.copy_(layer.bias)
+    assert torch.equal(other(x).detach(), before)
+    for text in (f"bits={layer.bits}", f"activations={layer.activations}"):
+        assert text in repr(layer)
+
+
+def test_static_layers_are_calibrated_first() -> None:
+    layer = QuantLinear.from_linear(Linear(40, 24), activations="static").eval()
+    x = torch.randn(5, 40)
+    with pytest.raises(ValueError, match="x_grid: expected a calibrated layer"):
+        layer.freeze()
+    layer.calibrate(x)
+    layer.calibrate(torch.empty(0, 40))
+    with torch.no_grad():
+        first = layer(x)
+        layer.calibrate(100 * x)  # the pack is made anew
+        assert not torch.equal(layer(x), first)
+    grid = layer.x_grid.clone()
+    layer.calibrate(x)
+    assert torch.equal(layer.x_grid, grid)
+    scale, zero = grid.tolist()
+    assert -zero * scale == pytest.approx(100 * float(x.min()), abs=scale)
+    assert (255 - zero) * scale == pytest.approx(100 * float(x.max()), abs=scale)
+    with pytest.raises(ValueError, match="lo, hi: expected finite"):
+        layer.calibrate(x * torch.inf)
+    with pytest.raises(ValueError, match="calibrate: expected .*; got a frozen one"):
+        layer.freeze().calibrate(x)
+    with pytest.raises(ValueError, match="calibrate: expected .*; got activations 'dynamic'"):
+        _layer().calibrate(x)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"bits": 2}, "bits: expected 8 or 4"),
+        ({"group": 48}, "group: expected None, 32, 64 or 128"),
+        ({"group": 64, "activations": "dynamic"}, "group: expected None with an int8"),
+        ({"activations": "often"}, "activations: expected one of"),
+    ],
+)
+def test_forms_that_are_not_there(form: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        QuantLinear(8, 8, **form)  # type: ignore[arg-type]
 
 
 def test_freeze_leaves_only_the_storage_and_the_same_numbers() -> None:
@@ -56,9 +140,9 @@ def test_freeze_leaves_only_the_storage_and_the_same_numbers() -> None:
     size = layer.nbytes
     assert layer.freeze() is layer
     assert layer.freeze().frozen
-    assert sorted(layer.state_dict()) == ["bias", "scale", "values"]
+    assert sorted(layer.state_dict()) == ["bias", "row_sum", "scale", "values"]
     assert not hasattr(layer, "weight")
-    assert layer.nbytes == 40 * 24 + 24 * 4 + 24 * 4 < size
+    assert layer.nbytes == 40 * 32 + 2 * 32 * 4 + 24 * 4 < size  # in tiles of 16 rows
     for mode in (True, False):
         layer.train(mode)
         assert torch.equal(layer(x).detach(), before)
@@ -200,9 +284,9 @@ def test_frozen_refuses_broken_state() -> None:
     before = layer.values.clone()
     state = layer.state_dict()
     with pytest.raises(RuntimeError, match=r"scale: expected finite values above 0"):
-        layer.load_state_dict({**state, "scale": torch.zeros(24)})
-    with pytest.raises(RuntimeError, match=r"values: expected \[24, 40\]; got \[24, 39\]"):
-        layer.load_state_dict({**state, "values": torch.zeros(24, 39, dtype=torch.int8)})
+        layer.load_state_dict({**state, "scale": torch.zeros(1, 32)})
+    with pytest.raises(RuntimeError, match=r"values: expected shape \[2, 10, 16, 4\]"):
+        layer.load_state_dict({**state, "values": torch.zeros(2, 9, 16, 4, dtype=torch.int8)})
     with pytest.raises(RuntimeError, match=r'Missing key.*"scale"'):
         layer.load_state_dict({k: v for k, v in state.items() if k != "scale"})
     assert torch.equal(layer.values, before)

@@ -171,7 +171,7 @@ def test_bytes_count_storages_once_and_packs() -> None:
     assert measure.model_bytes(layer) == 8 * 8 * 4
     with torch.no_grad():
         layer(torch.randn(2, 8))
-    assert measure.model_bytes(layer) == layer.nbytes == 8 * 8 * 4 + 8 * 8 + 8 * 4
+    assert measure.model_bytes(layer) == layer.nbytes == 8 * 8 * 4 + 16 * 8 + 16 * 8
 
 
 def test_layers_that_are_not_called_and_gated_blocks() -> None:

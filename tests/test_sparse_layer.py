@@ -1,6 +1,7 @@
-"""bigops.nn.SparseLinear: 1x4 blocks, a kept pattern, storage of any size in one state_dict."""
+"""bigops.nn.SparseLinear: every pattern, its three states, storage of any size to load."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -8,21 +9,33 @@ from torch import nn
 
 import bigops.backend as backend
 from bigops.nn import Linear, QuantLinear, SparseLinear
-from bigops.ops.sparse_linear import block_mask, sparse_linear, sparsify_weight
+from bigops.nn.sparse_linear import VALUES
+from bigops.ops.sparse_linear import block_mask, n_m_mask, sparse_linear, sparsify_weight
 from tests import tolerance
 
-
-def _layer(int8: bool = True, k: int = 40, sparsity: float = 0.75) -> SparseLinear:
-    return SparseLinear.from_linear(Linear(k, 24, activation="relu"), sparsity, int8)
+PATTERNS = ("1x1", "1x4", "4x1", "16x1", "16x16", "32x32", "2:4")
 
 
-@pytest.mark.parametrize("int8", [True, False])
-@pytest.mark.parametrize("k", [40, 38, 1100])
-def test_inference_runs_the_sparse_op(int8: bool, k: int) -> None:
-    layer = _layer(int8, k).eval()
+def _layer(
+    values: str = "int8", k: int = 40, sparsity: float | None = 0.75, pattern: str = "1x4"
+) -> SparseLinear:
+    return SparseLinear.from_linear(Linear(k, 24, activation="relu"), sparsity, pattern, values)
+
+
+def _stored(layer: SparseLinear) -> Any:
+    block = (layer.pattern.height, layer.pattern.width)
+    return sparsify_weight(layer.weight, layer.mask, VALUES[layer.stored], block)
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("k", [40, 38, 300])
+def test_inference_runs_the_sparse_op(values: str, pattern: str, k: int) -> None:
+    layer = _layer(values, k, None if ":" in pattern else 0.75, pattern).eval()
     x, residual = torch.randn(5, k), torch.randn(5, 24)
-    storage = sparsify_weight(layer.weight, layer.mask, int8)
-    expected = sparse_linear(x, storage, layer.bias, residual, "relu").detach()
+    if values == "bf16":
+        layer, x, residual = layer.bfloat16(), x.bfloat16(), residual.bfloat16()
+    expected = sparse_linear(x, _stored(layer), layer.bias, residual, "relu").detach()
     with torch.inference_mode(), backend.record() as names:
         out = layer(x, residual)
     assert torch.equal(out, expected)
@@ -31,23 +44,36 @@ def test_inference_runs_the_sparse_op(int8: bool, k: int) -> None:
     assert torch.equal(layer.freeze()(x, residual).detach(), expected)
 
 
-@pytest.mark.parametrize("int8", [True, False])
+def test_bf16_values_take_float32_rows_there_and_back() -> None:
+    layer = _layer("bf16").freeze()
+    x = torch.randn(3, 40, requires_grad=True)
+    y = layer(x)
+    assert y.dtype == torch.float32
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    low = layer.bfloat16()(x.detach().bfloat16())
+    assert torch.equal(low.float(), y)
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("k", [40, 38])
-def test_gradient_and_forward_stay_on_the_pattern(int8: bool, k: int) -> None:
-    layer = _layer(int8, k)
-    pattern = layer.mask.repeat_interleave(4, 1)[:, :k]
-    assert layer.mask.sum() == round(0.25 * layer.mask.numel())
-    dense = sparsify_weight(layer.weight, layer.mask, int8).to_dense()
+def test_gradient_and_forward_stay_on_the_pattern(values: str, pattern: str, k: int) -> None:
+    layer = _layer(values, k, None if ":" in pattern else 0.75, pattern)
+    full = layer.pattern.expand(layer.mask, 24, k)
+    dense = _stored(layer).to_dense()
     assert torch.equal(layer.trained_weight(), dense)
-    assert not dense[~pattern].any()
+    assert not dense[~full].any()
     layer(torch.randn(6, k)).square().sum().backward()
     assert layer.weight.grad is not None
-    assert not layer.weight.grad[~pattern].any()
-    assert layer.weight.grad[pattern].any()
+    assert not layer.weight.grad[~full].any()
+    if full.any():
+        assert layer.weight.grad[full].any()
 
 
 def test_gradient_is_that_of_the_masked_dense_layer() -> None:
-    layer = _layer(int8=False)
+    layer = _layer("fp32")
     x = torch.randn(6, 40)
     layer(x).sum().backward()
 
@@ -95,7 +121,7 @@ def test_pack_follows_weight_and_mask() -> None:
         assert torch.equal(layer.storage().values, layer.make_storage().values)
         layer.mask.logical_not_()
         layer(x)
-    assert layer.storage().values.shape[0] == layer.mask.sum()
+    assert int(layer.storage().length.sum()) == layer.mask.sum()
 
 
 def test_frozen_state_dict_round_trips_into_another_size() -> None:
@@ -115,15 +141,15 @@ def test_frozen_state_dict_round_trips_into_another_size() -> None:
 
 
 def _break_pointer(state: dict) -> None:
-    state["panel_ptr"][3] = 10_000
+    state["ptr"][3] = 10_000
 
 
 def _break_end(state: dict) -> None:
-    state["panel_ptr"][-1] += 1
+    state["ptr"][-1] += 1
 
 
 def _break_index(state: dict) -> None:
-    state["index"][0] = 127
+    state["index"][0, 0] = 10
 
 
 def _break_dtype(state: dict) -> None:
@@ -134,14 +160,29 @@ def _break_scale(state: dict) -> None:
     state["scale"][0] = torch.nan
 
 
+def _break_sums(state: dict) -> None:
+    state["sums"][5] += 1
+
+
+def _break_rows(state: dict) -> None:
+    state["rows"][0, 1] = state["rows"][0, 0]
+
+
+def _break_values(state: dict) -> None:
+    state["values"] = state["values"][:, :, :2].float()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_break_pointer, "panel_ptr: expected values that rise"),
-        (_break_end, "panel_ptr: expected values that rise"),
-        (_break_index, "index: expected block columns below 10"),
+        (_break_pointer, "ptr: expected values that rise"),
+        (_break_end, "ptr: expected values that rise"),
+        (_break_index, "index: expected words inside the 40 columns"),
         (_break_dtype, "index: expected dtype uint8; got int32"),
         (_break_scale, "scale: expected finite values above 0"),
+        (_break_sums, "sums: expected the sum"),
+        (_break_rows, "rows: expected each of"),
+        (_break_values, "values: expected dtype int8"),
     ],
 )
 def test_frozen_refuses_invalid_storage(damage, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -181,15 +222,17 @@ def test_sources_and_patterns() -> None:
 
 
 def test_casts_leave_the_storage_alone() -> None:
-    layer = _layer(int8=False).freeze().half()
+    layer = _layer("fp32").freeze().half()
     assert layer.values.dtype == torch.float32
     assert layer(torch.randn(2, 40, dtype=torch.float16)).dtype == torch.float16
 
 
 def test_bytes_and_repr() -> None:
     layer = _layer().freeze()
-    parts = (layer.values, layer.index, layer.panel_ptr, layer.scale, layer.bias)
-    assert layer.nbytes == sum(t.nbytes for t in parts)
+    storage = layer.storage()
+    assert layer.bias is not None
+    assert layer.nbytes == storage.nbytes + layer.bias.nbytes
+    assert "pattern=1x4, values=int8" in repr(layer)
     assert "density=0.250" in repr(layer)
     assert "frozen" in repr(layer)
 
@@ -197,6 +240,15 @@ def test_bytes_and_repr() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"sparsity: expected 0 <= sparsity < 1; got 1.0"):
         SparseLinear(4, 4, sparsity=1.0)
+    with pytest.raises(ValueError, match=r"sparsity: expected 0.5 or None for 2:4; got 0.8"):
+        SparseLinear(4, 4, 0.8, pattern="2:4")
+    for bad in ("0x4", "4:2", "x", "1x", ""):
+        with pytest.raises(ValueError, match="pattern: expected HxW"):
+            SparseLinear(4, 4, pattern=bad)
+    with pytest.raises(ValueError, match="values: expected int8, bf16, fp32; got 'fp16'"):
+        SparseLinear(4, 4, values="fp16")
+    with pytest.raises(ValueError, match=r"mask: expected bool of shape \[4, 2\]; got"):
+        SparseLinear.from_linear(nn.Linear(8, 4), mask=torch.ones(4, 8).bool())
     with pytest.raises(TypeError, match=r"linear: expected a torch.nn.Linear; got Conv2d"):
         SparseLinear.from_linear(nn.Conv2d(1, 1, 1))
     linear = nn.Linear(8, 4)
@@ -211,3 +263,112 @@ def test_frozen_compiles_without_breaks() -> None:
     x = torch.randn(3, 40)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))
+
+
+def test_n_m_patterns_know_their_sparsity() -> None:
+    linear = Linear(40, 24)
+    layer = SparseLinear.from_linear(linear, pattern="2:4")
+    assert torch.equal(layer.mask, n_m_mask(linear.weight, 2, 4))
+    assert layer.density == 0.5
+    assert SparseLinear(8, 4, pattern="1:4").density == 0.25
+
+
+# thawed ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_thawed_layer_trains_as_the_masked_dense_one(pattern: str) -> None:
+    """The same steps of AdamW with weight decay, by the rule on the weights that come out."""
+    k, n, steps = 70, 40, 3
+    torch.manual_seed(2)
+    linear = Linear(k, n, activation="gelu")
+    sparsity = None if ":" in pattern else 0.6
+    layer = SparseLinear.from_linear(linear, sparsity, pattern, "fp32")
+    full = layer.pattern.expand(layer.mask, n, k)
+    start = layer.masked_weight().detach().clone()
+    layer.freeze().thaw()
+    assert [name for name, _ in layer.named_parameters()] == ["bias", "values"]
+    x, target = torch.randn(30, k), torch.randn(30, n)
+    padding = ~layer.storage().positions().stored
+
+    def run(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+        optimiser = torch.optim.AdamW([weight, bias], lr=1e-2, weight_decay=0.1)
+        for _ in range(steps):
+            y = nn.functional.gelu(nn.functional.linear(x.to(weight.dtype), weight * full, bias))
+            loss = (y - target.to(weight.dtype)).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        return weight.detach() * full
+
+    assert linear.bias is not None
+    truth = run(start.double(), linear.bias.detach().double())
+    plain = run(start, linear.bias.detach())
+    optimiser = torch.optim.AdamW(layer.parameters(), lr=1e-2, weight_decay=0.1)
+    with backend.record() as names:
+        for _ in range(steps):
+            loss = (layer(x) - target).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            assert layer.values.grad is not None
+            assert not layer.values.grad[padding].any()
+            optimiser.step()
+    assert not any(name.startswith("reference") for name in names), names
+    assert any(name.endswith("f32_sample") for name in names), names
+    assert not layer.values[padding].any()
+    # an update of AdamW is lr wherever the gradient is: the scale of what a step may move
+    tolerance.check(layer.dense_weight(), truth, plain, truth.abs() + steps * 1e-2)
+
+
+@pytest.mark.parametrize("values", ["fp32", "bf16"])
+def test_a_thawed_layer_learns_and_freezes_again(values: str) -> None:
+    torch.manual_seed(1)
+    layer = _layer(values).freeze().thaw()
+    assert layer.thaw().thawed
+    x, y = torch.randn(64, 40), torch.randn(64, 24).relu()
+    optimiser = torch.optim.SGD(layer.parameters(), lr=0.5, momentum=0.9, weight_decay=1e-4)
+    keys = set(layer.state_dict())
+    losses = []
+    for _ in range(40):
+        optimiser.zero_grad()
+        loss = (layer(x) - y).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    density = layer.density
+    layer.freeze()
+    assert not layer.thawed
+    assert set(layer.state_dict()) == keys
+    assert layer.density == density
+    layer.storage().validate()
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+
+
+def test_thawed_state_moves_copies_and_loads() -> None:
+    layer = _layer("fp32").freeze().thaw()
+    x = torch.randn(4, 40)
+    expected = layer(x).detach()
+    twin = copy.deepcopy(layer)
+    assert twin.thawed
+    assert torch.equal(twin(x), expected)
+    parameter = twin.values
+    half = twin.half()
+    assert half.values is parameter
+    assert half.values.dtype == torch.float32
+    other = _layer("fp32", sparsity=0.5).freeze().thaw()
+    parameter = other.values
+    other.load_state_dict(layer.state_dict())
+    assert other.values is parameter
+    assert torch.equal(other(x), expected)
+    frozen = _layer("fp32", sparsity=0.5).freeze()
+    frozen.load_state_dict(layer.state_dict())
+    assert torch.equal(frozen(x), expected)
+
+
+def test_thaw_refuses() -> None:
+    with pytest.raises(ValueError, match="thaw: expected a frozen layer"):
+        _layer("fp32").thaw()
+    with pytest.raises(ValueError, match="thaw: expected floating values; got int8"):
+        _layer().freeze().thaw()

@@ -80,7 +80,7 @@ def run(case: Case, level: str, dtype: str, m: int) -> None:
     if case.weight.values.dtype == torch.bfloat16:
         kind = "bf16"
     leaves = case.leaves()
-    gradients = "scatter_sample" if case.trains else "scatter"
+    gradients = "transposed_sample" if case.trains else "transposed"
     with (
         isa(level),
         expect(

@@ -1,14 +1,16 @@
 """Compression: configs, the verb, the receipt, one file."""
 
 from bigops.compress.apply import compress_, freeze_
-from bigops.compress.config import Int8, Sparse, SparseInt8
+from bigops.compress.config import W4A8, Int4, Int8, Sparse, SparseInt8
 from bigops.compress.receipt import FloorBreached, Floors, Receipt
 from bigops.compress.store import FormatError, load, save
 
 __all__ = [
+    "W4A8",
     "FloorBreached",
     "Floors",
     "FormatError",
+    "Int4",
     "Int8",
     "Receipt",
     "Sparse",

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from bigops.compress.config import Config, Int8, Plan, Sparse, check_config
+from bigops.compress.config import Config, Int4, Int8, Plan, Sparse, check_config
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
@@ -30,13 +30,13 @@ def compress_(
     Args:
         model: any module; its `nn.Linear`, `bigops.nn.Linear` (the activation is kept) and
             compressed layers that are not frozen are compressed.
-        config: `Sparse(0.8)`, `Int8()` or `Sparse(0.8) + Int8()` for every layer, or a mapping of
-            name patterns (`fnmatch`) to configs. The first pattern that matches wins; layers that
-            none matches stay as they are.
+        config: `Sparse(0.8)`, `Int8()`, `Sparse(0.8) + Int8()`, `Int4()` or `W4A8` for every layer,
+            or a mapping of name patterns (`fnmatch`) to configs. The first pattern that matches
+            wins; layers that none matches stay as they are.
         example_inputs: what the model is called with: x, a tuple of positions or a mapping of
             keywords. Each layer is then timed against what it replaces, interleaved, on the input
             that it sees; where the original wins, the original stays and the record says so.
-            Without them nothing is timed.
+            Without them nothing is timed. Static activations take their range from them.
         freeze: True: only the compressed storage is kept. False: the layers stay trainable in
             floating point, with their pattern kept, until `freeze_`; they share the Parameter
             objects of the old layers, so an optimiser goes on working.
@@ -45,8 +45,8 @@ def compress_(
         What was done, layer by layer, and what was left with the reason.
 
     Raises:
-        ValueError: a pattern or config that matches no layer, or NaN or inf in a layer's weight
-            or bias. The model is unchanged.
+        ValueError: a pattern or config that matches no layer, NaN or inf in a layer's weight or
+            bias, or static activations without example_inputs. The model is unchanged.
         TypeError: a config of another type. The model is unchanged.
     """
     sites = Sites(model)
@@ -69,21 +69,27 @@ def compress_(
 
     timed: dict[str, Contest] = {}
     built: dict[str, CompressedLinear] = {}
+    static = [n for n, c in chosen.items() if getattr(c, "activations", None) == "static"]
+    if example_inputs is None and static:
+        raise ValueError(
+            f"example_inputs: expected inputs to calibrate the static activations of "
+            f"{', '.join(static)}; got None"
+        )
     if example_inputs is not None:
         seen = capture(model, {name: layers[name] for name in chosen}, example_inputs)
     cache: dict[Any, Contest] = {}
     for name, value in chosen.items():
         old = layers[name]
-        new = build(old, value)
+        if example_inputs is not None and name not in seen:
+            reason = "the example inputs never call it, so its weight may be used elsewhere"
+            skipped.append(Skipped(name, reason))
+            continue
+        x = None if example_inputs is None else seen[name]
+        new = build(old, value, x)
         if freeze:
             new.freeze()
-        if example_inputs is not None:
-            if name not in seen:
-                reason = "the example inputs never call it, so its weight may be used elsewhere"
-                skipped.append(Skipped(name, reason))
-                continue
-            x = seen[name]
-            frozen = new if freeze else build(old, value).freeze()
+        if x is not None:
+            frozen = new if freeze else build(old, value, x).freeze()
             key = (x.shape, x.dtype, str(value), old.weight.shape, old.weight.dtype, type(old),
                    old.bias is None, frozen.activation)  # fmt: skip
             if key not in cache:
@@ -99,17 +105,31 @@ def compress_(
     return Record("compress_", done, skipped, notes)
 
 
-def build(layer: nn.Module, config: Config) -> CompressedLinear:
-    """A compressed layer in recovery state beside ``layer``, which is not changed."""
-    if isinstance(config, Int8):
-        if not isinstance(layer, SparseLinear):
-            return QuantLinear.from_linear(layer)
-        new = SparseLinear.from_linear(layer, 0.0, int8=True)  # keep the pattern there is
-        new.mask = layer.mask
-        return new
+def build(layer: nn.Module, config: Config, x: Tensor | None = None) -> CompressedLinear:
+    """A compressed layer in recovery state beside ``layer``, which is not changed.
+
+    Args:
+        x: an input of the layer, from which static activations take their range.
+    """
+    if isinstance(config, Int8) and isinstance(layer, SparseLinear):
+        if config != Int8():
+            raise ValueError(f"config: expected Int8() for a sparse layer; got {config}")
+        # the pattern there is stays
+        return SparseLinear.from_linear(layer, pattern=str(layer.pattern), mask=layer.mask)
+    if isinstance(config, Int8 | Int4):
+        quantised = QuantLinear.from_linear(
+            layer,
+            bits=8 if isinstance(config, Int8) else 4,
+            group=config.group,
+            symmetric=config.symmetric,
+            activations=config.activations,
+        )
+        if x is not None and config.activations == "static":
+            quantised.calibrate(x)
+        return quantised
     if isinstance(config, Sparse):
-        return SparseLinear.from_linear(layer, config.sparsity, int8=False)
-    return SparseLinear.from_linear(layer, config.sparse.sparsity, int8=True)
+        return SparseLinear.from_linear(layer, config.sparsity, config.pattern, config.values)
+    return SparseLinear.from_linear(layer, config.sparse.sparsity, config.sparse.pattern)
 
 
 def freeze_(model: nn.Module) -> Record:

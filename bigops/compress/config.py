@@ -1,51 +1,130 @@
-"""What to do with a layer, as data: `Sparse(0.8)`, `Int8()` and `Sparse(0.8) + Int8()`."""
+"""What to do with a layer, as data: `Sparse(0.8)`, `Int8()`, `Sparse(0.8) + Int8()`, `Int4()`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
+
+from bigops.nn.sparse_linear import check_sparsity
+from bigops.ops._quantized_weight import check_form
+from bigops.ops.sparse_linear import Pattern
 
 
 @dataclass(frozen=True)
 class Sparse:
-    """Keep the largest 1x4 blocks of the weight by L2 norm and store only those.
+    """Keep the largest blocks of the weight by L2 norm and store only those.
 
     Args:
-        sparsity: share of the blocks that goes, 0 <= sparsity < 1.
+        sparsity: share of the blocks that goes, 0 <= sparsity < 1; None where the pattern says it.
+        pattern: "1x4" (rows x columns of a block), "1x1" for single entries, "2:4" for N:M.
+        values: how the kept ones are stored, "fp32" or "bf16"; `+ Int8()` stores int8.
     """
 
-    sparsity: float
+    sparsity: float | None = None
+    pattern: str = "1x4"
+    values: str = "fp32"
 
     def __post_init__(self) -> None:
-        value = self.sparsity
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        pattern, value = Pattern.parse(self.pattern), self.sparsity
+        if value is None and not pattern.m:
+            raise ValueError(f"sparsity: expected a number for pattern {pattern}; got None")
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise TypeError(f"sparsity: expected a float; got {type(value).__name__}")
-        if not 0 <= value < 1:
-            raise ValueError(f"sparsity: expected 0 <= sparsity < 1; got {value}")
-        object.__setattr__(self, "sparsity", float(value))
+        object.__setattr__(self, "sparsity", float(check_sparsity(value, pattern)))
+        if self.values not in ("fp32", "bf16"):
+            raise ValueError(f"values: expected fp32 or bf16; got {self.values!r}")
 
     def __add__(self, other: object) -> SparseInt8:
         if isinstance(other, Int8):
+            if self.values != "fp32":
+                raise ValueError(f"{self} + Int8(): expected no values of its own; got both")
             return SparseInt8(self, other)
         raise TypeError(f"Sparse + {type(other).__name__}: only Sparse + Int8 compose")
 
     def __str__(self) -> str:
-        return f"Sparse({self.sparsity:g})"
+        more = {k: v for k, v in _more(self).items() if k != "sparsity"}
+        return f"Sparse({self.sparsity:g}{''.join(f', {k}={v}' for k, v in more.items())})"
 
 
 @dataclass(frozen=True)
 class Int8:
-    """Store the weight as int8 with one scale per row; activations are quantised per token."""
+    """Store the weight as int8.
+
+    Args:
+        activations: what the product does with x. "dynamic": each row becomes u8 with its own
+            scale and zero point; "symmetric": with its own scale only; "static": with a grid that
+            `compress_` takes from ``example_inputs``; "none": x stays in floating point.
+        group: columns that share a scale, 32, 64 or 128, with "none" only; None: one a row.
+        symmetric: no zero points of the weight.
+    """
+
+    activations: str = "dynamic"
+    group: int | None = None
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        _check_form(self, 8)
 
     def __add__(self, other: object) -> SparseInt8:
         if isinstance(other, Sparse):
-            return SparseInt8(other, self)
+            return other + self
         raise TypeError(f"Int8 + {type(other).__name__}: only Sparse + Int8 compose")
 
     def __str__(self) -> str:
-        return "Int8()"
+        return f"Int8({_arguments(self)})"
+
+
+@dataclass(frozen=True)
+class Int4:
+    """Store the weight in 4 bits; `W4A8` is ``Int4(group=64, activations="dynamic")``.
+
+    Args:
+        group: columns that share a scale: 32, 64 or 128; None: all of a row.
+        activations: as in `Int8`.
+        symmetric: no zero points; with them a group takes all 16 steps, which pays where its
+            values are not centred.
+    """
+
+    group: int | None = 64
+    activations: str = "none"
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        _check_form(self, 4)
+
+    def __add__(self, other: object) -> SparseInt8:
+        raise TypeError(f"Int4 + {type(other).__name__}: only Sparse + Int8 compose")
+
+    def __str__(self) -> str:
+        return f"Int4({_arguments(self)})"
+
+
+def _check_form(config: Int8 | Int4, bits: int) -> None:
+    group = config.group
+    if group is not None and (isinstance(group, bool) or not isinstance(group, int)):
+        raise TypeError(f"group: expected an int or None; got {type(group).__name__}")
+    if not isinstance(config.symmetric, bool):
+        raise TypeError(f"symmetric: expected a bool; got {type(config.symmetric).__name__}")
+    check_form(bits, group or 0, config.activations)
+
+
+def _changed(config: Int8 | Int4) -> dict[str, Any]:
+    """The arguments that are not the default."""
+    plain = type(config)()
+    return {
+        field.name: getattr(config, field.name)
+        for field in fields(config)
+        if getattr(config, field.name) != getattr(plain, field.name)
+    }
+
+
+def _arguments(config: Int8 | Int4) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in _changed(config).items())
+
+
+W4A8 = Int4(group=64, activations="dynamic")
 
 
 @dataclass(frozen=True)
@@ -55,6 +134,10 @@ class SparseInt8:
     sparse: Sparse
     int8: Int8 = Int8()
 
+    def __post_init__(self) -> None:
+        if self.int8 != Int8():
+            raise ValueError(f"int8: expected Int8() beside Sparse; got {self.int8}")
+
     def __add__(self, other: object) -> SparseInt8:
         raise TypeError(f"{self} + {type(other).__name__}: only Sparse + Int8 compose")
 
@@ -62,15 +145,15 @@ class SparseInt8:
         return f"{self.sparse} + {self.int8}"
 
 
-Config: TypeAlias = Sparse | Int8 | SparseInt8
+Config: TypeAlias = Sparse | Int8 | Int4 | SparseInt8
 Plan: TypeAlias = Config | Mapping[str, Config]
 
 
 def check_config(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a config."""
-    if not isinstance(value, Sparse | Int8 | SparseInt8):
+    if not isinstance(value, Sparse | Int8 | Int4 | SparseInt8):
         raise TypeError(
-            f"{name}: expected Sparse(..), Int8() or Sparse(..) + Int8(); got {value!r}"
+            f"{name}: expected Sparse(..), Int8(..), Int4(..) or Sparse(..) + Int8(); got {value!r}"
         )
 
 
@@ -106,30 +189,46 @@ def from_json(text: str) -> Plan:
     return _decode(data)
 
 
+def _more(config: Sparse) -> dict[str, Any]:
+    """The fields that are not the default, the sparsity always."""
+    data: dict[str, Any] = {"sparsity": config.sparsity}
+    if config.pattern != "1x4":
+        data["pattern"] = config.pattern
+    if config.values != "fp32":
+        data["values"] = config.values
+    return data
+
+
 def _encode(config: Config) -> dict[str, Any]:
     data: dict[str, Any] = {}
     if isinstance(config, Sparse):
-        data["sparse"] = {"sparsity": config.sparsity}
+        data["sparse"] = _more(config)
     elif isinstance(config, SparseInt8):
-        data["sparse"] = {"sparsity": config.sparse.sparsity}
-    if isinstance(config, Int8 | SparseInt8):
+        data["sparse"] = _more(config.sparse)
         data["int8"] = {}
+    elif isinstance(config, Int8):
+        data["int8"] = _changed(config)
+    else:
+        data["int4"] = _changed(config)
     return data
 
 
 def _decode(data: Any) -> Config:
-    known = isinstance(data, dict) and data and set(data) <= {"sparse", "int8"}
-    if known and "sparse" in data:
-        known = isinstance(data["sparse"], dict) and set(data["sparse"]) == {"sparsity"}
-    if not known or data.get("int8", {}) != {}:
-        raise ValueError(
-            'config: expected {"sparse": {"sparsity": s}}, {"int8": {}} or both; '
-            f"got {json.dumps(data)[:80]}"
-        )
+    kinds = {"sparse": Sparse, "int8": Int8, "int4": Int4}
+    made: dict[str, Any] = {}
+    shaped = isinstance(data, dict) and data and set(data) <= set(kinds)
     try:
-        sparse = Sparse(**data["sparse"]) if "sparse" in data else None
-    except TypeError as error:
-        raise ValueError(f"config: {error}") from None
-    if sparse is None:
-        return Int8()
-    return sparse + Int8() if "int8" in data else sparse
+        if shaped:
+            made = {name: kinds[name](**arguments) for name, arguments in data.items()}
+    except TypeError as error:  # no mapping, an unknown argument, or a value of another type
+        raise ValueError(f"config: expected the arguments of a config; {error}") from None
+    if set(made) == {"sparse", "int8"}:
+        both: SparseInt8 = made["sparse"] + made["int8"]
+        return both
+    if len(made) != 1:
+        raise ValueError(
+            'config: expected {"sparse": {"sparsity": s}}, {"int8": {..}}, both of them, or '
+            f'{{"int4": {{..}}}}; got {json.dumps(data)[:80]}'
+        )
+    single: Config = next(iter(made.values()))
+    return single

@@ -176,14 +176,29 @@ class CompressedLinear(nn.Module):
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.drop_pack()
-        fixed = {n: self._buffers.get(n) for n in self.storage_names} if self.frozen else {}
+        fixed = {n: self._stored(n) for n in self.storage_names} if self.frozen else {}
+        # torch casts a Parameter in place, so what it holds is kept aside
+        kept = {n: None if t is None else t.detach() for n, t in fixed.items()}
         super()._apply(fn, recurse)
-        for name, old in fixed.items():
-            new = self._buffers[name]
+        for name, old in kept.items():
+            new = self._stored(name)
             # .half() and .bfloat16() mean the activations: storage keeps its own dtypes.
             if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+                self._store(name, old.to(new.device))
         return self
+
+    def _stored(self, name: str) -> Tensor | None:
+        """A storage tensor: a buffer, or a Parameter where it is trained."""
+        found: Tensor | None = self._parameters.get(name, self._buffers.get(name))
+        return found
+
+    def _store(self, name: str, value: Tensor | None) -> None:
+        if name in self._parameters and value is not None:
+            parameter = self._parameters[name]
+            assert parameter is not None
+            parameter.data = value.detach()  # optimisers keep the object
+        else:
+            self._buffers[name] = value
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pack": None}  # pickle, copy and deepcopy all come by here
@@ -216,7 +231,7 @@ class CompressedLinear(nn.Module):
         error_msgs: list[str],
     ) -> dict[str, Any]:
         """Take whole, valid storage of whatever size; give the dict that is left to load."""
-        names = [name for name in self.storage_names if self._buffers[name] is not None]
+        names = [name for name in self.storage_names if self._stored(name) is not None]
         if any(prefix + name not in state_dict for name in names):
             return state_dict  # torch names what is missing
         found: dict[str, Tensor | None] = dict.fromkeys(self.storage_names)
@@ -226,15 +241,16 @@ class CompressedLinear(nn.Module):
             self.check_storage(storage)
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
-            found = {name: self._buffers[name] for name in self.storage_names}
+            found = {name: self._stored(name) for name in self.storage_names}
         else:
             if not local_metadata.get("assign_to_params_buffers", False):
                 for name in names:
-                    old, new = self._buffers[name], found[name]
+                    old, new = self._stored(name), found[name]
                     assert old is not None
                     assert new is not None
                     found[name] = new.detach().to(old.device, copy=True)
-            self._buffers.update(found)
+            for name, value in found.items():
+                self._store(name, value)
         return {**state_dict, **{prefix + name: found[name] for name in names}}
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""QuantLinear: int8 weight with one scale per row, activations quantised per token."""
+"""QuantLinear: int8 or int4 weight, activations in floating point or in u8."""
 
 from __future__ import annotations
 
@@ -9,29 +9,33 @@ from torch import Tensor, nn
 
 from bigops.nn.compressed_linear import CompressedLinear, check_source
 from bigops.ops import _quantize as quantize
+from bigops.ops._quantized_weight import check_form, sizes
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
 
 
 class QuantLinear(CompressedLinear):
-    """``act(x @ weight.T + bias) + residual`` with the weight in int8.
+    """``act(x @ weight.T + bias) + residual`` with the weight in int8 or int4.
 
-    Recovery state: a float ``weight`` [N, K], rounded to its int8 values in the forward pass with
-    a straight-through gradient (arXiv 1308.3432); in eval with gradients off the int8 kernel runs.
-    `freeze()` leaves the buffers ``values`` int8 [N, K] and ``scale`` float32 [N].
+    Recovery state: a float ``weight`` [N, K], rounded to its grid in the forward pass with a
+    straight-through gradient (arXiv 1308.3432); in eval with gradients off the real kernel runs.
+    `freeze()` leaves the fields of `QuantizedWeight` as buffers.
 
     Args:
         in_features: K.
         out_features: N.
         bias: whether the layer has a bias [N].
         activation: none, relu, relu2, gelu, gelu_tanh, silu, sigmoid or tanh.
+        bits, group, symmetric, activations: the form of the weight and of x, as `quantize_weight`
+            takes them. With "static" the layer has a buffer ``x_grid`` that `calibrate` fills.
 
     Shapes: x [.., K] float32, bfloat16 or float16; residual [.., N] or None; result [.., N].
 
     Raises:
-        ValueError: unknown activation, or a size below 0.
+        ValueError: unknown activation, a size below 0, or a form that is not there.
     """
 
-    storage_names = ("values", "scale")
+    storage_names = ("values", "scale", "zero_point", "row_sum", "x_grid")
+    x_grid: Tensor | None
 
     def __init__(
         self,
@@ -41,14 +45,34 @@ class QuantLinear(CompressedLinear):
         activation: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bits: int = 8,
+        group: int | None = None,
+        symmetric: bool = True,
+        activations: str | None = None,
     ) -> None:
         super().__init__(in_features, out_features, activation)
+        if activations is None:
+            activations = "dynamic" if bits == 8 and group is None else "none"
+        check_form(bits, group or 0, activations)
+        self.bits, self.group, self.symmetric = bits, group, symmetric
+        self.activations = activations
         source = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self.weight, self.bias = source.weight, source.bias
+        # A scale of 0 says that nothing was seen yet; make_storage refuses it.
+        empty = torch.zeros(2, device=device) if activations == "static" else None
+        self.register_buffer("x_grid", empty)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, activation: str | None = None) -> QuantLinear:
+    def from_linear(
+        cls, linear: nn.Module, activation: str | None = None, **form: Any
+    ) -> QuantLinear:
         """A layer in recovery state that shares the Parameter objects of ``linear``.
+
+        Args:
+            linear: an `nn.Linear` or a compressed layer that is not frozen.
+            activation: None: that of ``linear``.
+            form: bits, group, symmetric and activations.
 
         Raises:
             TypeError: ``linear`` is no `nn.Linear` and no compressed layer.
@@ -56,8 +80,10 @@ class QuantLinear(CompressedLinear):
         """
         source = check_source(linear)
         name = source.activation if activation is None else activation
-        new = cls(source.in_features, source.out_features, False, name, device="meta")
+        new = cls(source.in_features, source.out_features, False, name, device="meta", **form)
         new.weight, new.bias = source.weight, source.bias
+        if new.x_grid is not None:
+            new.x_grid = torch.zeros(2, device=source.weight.device)
         return new.train(linear.training)
 
     @classmethod
@@ -66,34 +92,95 @@ class QuantLinear(CompressedLinear):
         frozen = arguments["frozen"]
         new = cls(**{k: v for k, v in arguments.items() if k != "frozen"}, device="meta")
         if frozen:
-            n, k = new.out_features, new.in_features
-            values = torch.empty(n, k, dtype=torch.int8, device="meta")
-            new.set_storage(QuantizedWeight(values, torch.empty(n, device="meta")))
+            n, k, bits = new.out_features, new.in_features, new.bits
+            values, scale = sizes(n, k, bits, new.group or 0)
+            integer = new.activations != "none"
+
+            def empty(shape: list[int], dtype: torch.dtype, there: bool = True) -> Tensor | None:
+                return torch.empty(shape, dtype=dtype, device="meta") if there else None
+
+            new.set_storage(
+                new.make_frozen(
+                    {
+                        "values": empty(values, torch.int8 if bits == 8 else torch.uint8),
+                        "scale": empty(scale, torch.float32),
+                        "zero_point": empty(scale, torch.int8, not new.symmetric),
+                        "row_sum": empty(
+                            scale[1:], torch.int32 if bits == 8 else torch.float32, integer
+                        ),
+                        "x_grid": empty([2], torch.float32, new.activations == "static"),
+                    }
+                )
+            )
         return new
 
+    def calibrate(self, x: Tensor) -> None:
+        """Widen the static grid of x so that it takes in ``x`` [.., K].
+
+        Raises:
+            ValueError: the layer's activations are not "static", it is frozen, or ``x`` holds NaN
+                or inf.
+        """
+        if self.x_grid is None or self.frozen:
+            state = "a frozen one" if self.frozen else f"activations {self.activations!r}"
+            raise ValueError(f"calibrate: expected a trainable layer with 'static'; got {state}")
+        if x.numel() == 0:
+            return
+        seen = x.detach().float()
+        scale, zero = self.x_grid.tolist()
+        lo = min(float(seen.min()), -zero * scale)
+        hi = max(float(seen.max()), (255 - zero) * scale)
+        self.x_grid.copy_(quantize.static_grid(lo, hi))
+
     def make_storage(self) -> QuantizedWeight:
-        return quantize_weight(self.weight)
+        if self.x_grid is not None and not float(self.x_grid[0]) > 0:
+            raise ValueError(
+                "x_grid: expected a calibrated layer (calibrate(x), or example_inputs for "
+                "compress_); got one that has seen no input"
+            )
+        return quantize_weight(
+            self.weight, self.bits, self.group, self.symmetric, self.activations, self.x_grid
+        )
 
     def make_frozen(self, tensors: dict[str, Any]) -> QuantizedWeight:
-        return QuantizedWeight(tensors["values"], tensors["scale"])
+        kept = (tensors[name] for name in self.storage_names)
+        form = (self.bits, self.group or 0, self.activations)
+        return QuantizedWeight._make((*kept, self.out_features, self.in_features, *form))
 
-    def check_storage(self, storage: Any) -> None:
-        super().check_storage(storage)
-        expected = [self.out_features, self.in_features]
-        if list(storage.values.shape) != expected:
-            raise ValueError(f"values: expected {expected}; got {list(storage.values.shape)}")
+    def pack_sources(self) -> tuple[Tensor, ...]:
+        return (self.weight,) if self.x_grid is None else (self.weight, self.x_grid)
 
     def trained_weight(self) -> Tensor:
-        return straight_through(self.weight)
+        return straight_through(self.weight, self.bits, self.group, self.symmetric)
 
     def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
         return quantized_linear(x, storage, self.bias, residual, self.activation)
 
+    def arguments(self) -> dict[str, Any]:
+        return {
+            **super().arguments(),
+            "bits": self.bits,
+            "group": self.group,
+            "symmetric": self.symmetric,
+            "activations": self.activations,
+        }
 
-def straight_through(weight: Tensor) -> Tensor:
-    """``weight`` [N, K] rounded to its int8 grid; the gradient passes as if it were not."""
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, bits={self.bits}"
+        if self.group is not None:
+            text += f", group={self.group}"
+        if not self.symmetric:
+            text += ", symmetric=False"
+        return f"{text}, activations={self.activations}"
+
+
+def straight_through(
+    weight: Tensor, bits: int = 8, group: int | None = None, symmetric: bool = True
+) -> Tensor:
+    """``weight`` [N, K] rounded to its grid; the gradient passes as if it were not."""
+    columns = group or 0
     with torch.no_grad():
-        scale = quantize.row_scales(weight).unsqueeze(1)
-        rounded = (weight / scale).round_().mul_(scale).to(weight.dtype)
+        grid = quantize.round_weight(weight, bits, columns, symmetric)
+        rounded = grid.dense(columns).to(weight.dtype)
     # weight - weight is 0 exactly, so the value is that of `rounded` to the last bit.
     return rounded + (weight - weight.detach())

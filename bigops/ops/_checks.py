@@ -47,6 +47,12 @@ def matrix(name: str, t: Tensor) -> None:
         raise ValueError(f"{name}: expected 2 dimensions [N, K]; got shape {list(t.shape)}")
 
 
+def dims(name: str, t: Tensor, expected: int) -> None:
+    """Raise ValueError unless t has the expected number of dimensions."""
+    if t.dim() != expected:
+        raise ValueError(f"{name}: expected {expected} dimensions; got shape {list(t.shape)}")
+
+
 def shape(name: str, t: Tensor, expected: Sequence[int]) -> None:
     """Raise ValueError unless t has exactly the expected shape."""
     if list(t.shape) != list(expected):

@@ -1,8 +1,9 @@
-"""The int8 quantisers that quantized_linear and sparse_linear share, in plain torch.
+"""The quantisers that quantized_linear and sparse_linear share, in plain torch.
 
-Weights: symmetric, one scale per output row. Activations: asymmetric u8, one scale and zero point
-per row of x, found at run time. The C++ quantiser (csrc/cpu/simd/quantize.inl) agrees with
-`quantize_rows` to the bit; both hold every step in float32.
+Weights: one scale per output row or per group of columns, symmetric or with a zero point.
+Activations: u8 with one scale and zero point per row of x, found at run time, or given. The C++
+quantisers (csrc/cpu/simd/quantize.inl, quantized_linear.inl) agree with `quantize_rows` to the
+bit; both hold every step in float32.
 """
 
 from __future__ import annotations
@@ -26,20 +27,48 @@ class Rows(NamedTuple):
     zero_point: Tensor  # [.., 1] float32, whole numbers 0..255
 
 
-def quantize_rows(x: Tensor) -> Rows:
-    """Quantise each row of ``x`` [.., K] to u8 so that zero is represented exactly."""
+def quantize_rows(x: Tensor, activations: str = "dynamic", grid: Tensor | None = None) -> Rows:
+    """Quantise each row of ``x`` [.., K] to u8 so that zero is represented exactly.
+
+    Args:
+        x: floating.
+        activations: "dynamic": the range of each row, with a zero point. "symmetric": the
+            largest magnitude of each row, zero point 128. "static": ``grid`` for all rows.
+        grid: float32 [2], scale and zero point.
+    """
     x = x.float()
+    one = x.new_ones((*x.shape[:-1], 1))
     if x.shape[-1] == 0:
-        one = x.new_ones((*x.shape[:-1], 1))
         return Rows(x, one, torch.zeros_like(one))
     lo = x.amin(-1, keepdim=True).clamp(max=0)
     hi = x.amax(-1, keepdim=True).clamp(min=0)
     finite = lo.isfinite() & hi.isfinite()
-    scale = (hi / 255 - lo / 255).clamp(min=TINY)
+    least = 0
+    if activations == "static":
+        assert grid is not None
+        scale, zero_point = one * grid[0], one * grid[1]
+    elif activations == "symmetric":
+        scale, zero_point = (torch.maximum(-lo, hi) / 127).clamp(min=TINY), one * 128
+        least = 1
+    else:
+        scale = (hi / 255 - lo / 255).clamp(min=TINY)
+        zero_point = torch.where(finite, torch.round(-lo * (1 / scale)).clamp(0, 255), 0)
     inverse = 1 / scale
-    zero_point = torch.where(finite, torch.round(-lo * inverse).clamp(0, 255), 0)
-    q = torch.where(finite, (torch.round(x * inverse) + zero_point).clamp(0, 255), 0)
+    q = torch.where(finite, (torch.round(x * inverse) + zero_point).clamp(least, 255), 0)
     return Rows(q, torch.where(finite, scale, torch.nan), zero_point)
+
+
+def static_grid(lo: float, hi: float) -> Tensor:
+    """Scale and zero point, float32 [2], of a u8 grid over [lo, hi]; the range takes in 0.
+
+    Raises:
+        ValueError: NaN, inf, or lo above hi.
+    """
+    if not (-float("inf") < lo <= hi < float("inf")):
+        raise ValueError(f"lo, hi: expected finite numbers, lo <= hi; got {lo}, {hi}")
+    low, high = torch.tensor(min(lo, 0.0)), torch.tensor(max(hi, 0.0))
+    scale = (high / 255 - low / 255).clamp(min=TINY)
+    return torch.stack([scale, torch.round(-low / scale).clamp(0, 255)])
 
 
 def row_scales(w: Tensor) -> Tensor:
@@ -51,6 +80,61 @@ def row_scales(w: Tensor) -> Tensor:
 def to_int8(w: Tensor, scale: Tensor) -> Tensor:
     """``w / scale`` rounded to int8 in -127..127; scale broadcasts against w."""
     return torch.round(w.float() / scale).clamp(-127, 127).to(torch.int8)
+
+
+class Grid(NamedTuple):
+    """A rounded weight: ``scale * (q - zero_point)``, groups along K."""
+
+    q: Tensor  # [N, K] float32, whole numbers
+    scale: Tensor  # [N, groups] float32
+    zero_point: Tensor | None  # [N, groups] float32, whole numbers
+
+    def dense(self, group: int) -> Tensor:
+        """[N, K] float32."""
+        k = self.q.shape[1]
+        q = self.q if self.zero_point is None else self.q - widen(self.zero_point, group, k)
+        return q * widen(self.scale, group, k)
+
+
+def widen(t: Tensor, group: int, k: int) -> Tensor:
+    """[N, groups] as [N, K]; a group of 0 is all of K."""
+    return t.expand(-1, k) if group == 0 else t.repeat_interleave(group, 1)[:, :k]
+
+
+def round_weight(w: Tensor, bits: int, group: int, symmetric: bool) -> Grid:
+    """Round ``w`` [N, K] to the grids of its groups (float32 throughout).
+
+    Symmetric: the largest magnitude of a group goes to 127; in 4 bits to 7.5, so that the grid
+    -8..7 is half a step off at both ends and finer than with 7. With a zero point the range of
+    the group, 0 included, takes the whole grid.
+    """
+    w = w.float()
+    k = w.shape[1]
+    low, high = (-128, 127) if bits == 8 else (-8, 7)
+    if symmetric:
+        top = 127.0 if bits == 8 else 7.5
+        hi = _by_group(w.abs(), group).amax(2)
+        scale = torch.where(hi > 0, (hi / top).clamp(min=TINY), 1)
+        zero = None
+        q = w / widen(scale, group, k)
+        low = -127 if bits == 8 else low
+    else:
+        parts = _by_group(w, group)
+        lo, hi = parts.amin(2).clamp(max=0), parts.amax(2).clamp(min=0)
+        scale = hi / (high - low) - lo / (high - low)
+        scale = torch.where(scale > 0, scale.clamp(min=TINY), 1)
+        zero = (torch.round(-lo / scale) + low).clamp(low, high)
+        zero = torch.where((lo == 0) & (hi == 0), 0, zero)  # a group of zeros is exact in any form
+        q = w / widen(scale, group, k) + widen(zero, group, k)
+    return Grid(torch.round(q).clamp(low, high), scale, zero)
+
+
+def _by_group(w: Tensor, group: int) -> Tensor:
+    """[N, groups, length], the last group filled with zeros, which no range minds."""
+    n, k = w.shape
+    length = group or max(k, 1)
+    groups = 1 if group == 0 else -(-k // group)
+    return torch.nn.functional.pad(w, (0, groups * length - k)).view(n, groups, length)
 
 
 def check_weight(w: Tensor) -> None:

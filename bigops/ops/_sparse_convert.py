@@ -133,6 +133,7 @@ def sparsify_weight(
     mask: Tensor,
     dtype: torch.dtype = torch.int8,
     block: tuple[int, int] = (1, 4),
+    chunk: int | None = None,
 ) -> SparseWeight:
     """Store the blocks of ``w`` that ``mask`` keeps.
 
@@ -141,6 +142,7 @@ def sparsify_weight(
         mask: bool ``[ceil(N / rows), ceil(K / columns)]``, as `block_mask` gives it.
         dtype: of the stored values: int8 (one symmetric scale a row), bfloat16 or float32.
         block: rows and columns of a block; (1, 1) for a mask of single entries.
+        chunk: rows of a chunk, 64, 128 or 256; None chooses by N.
 
     Raises:
         ValueError: mask of another shape, w no matrix, or NaN or inf in it.
@@ -161,7 +163,7 @@ def sparsify_weight(
     if dtype == torch.int8:
         scale = quantize.row_scales(kept)
         kept = quantize.to_int8(kept, scale.unsqueeze(1))
-    return _store(kept.to(dtype), full, scale)
+    return _store(kept.to(dtype), full, scale, chunk_rows(n) if chunk is None else chunk)
 
 
 def from_dense(w: Tensor, dtype: torch.dtype | None = None) -> SparseWeight:
@@ -184,9 +186,8 @@ def _check_block(block: Any) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _store(values: Tensor, mask: Tensor, scale: Tensor | None) -> SparseWeight:
+def _store(values: Tensor, mask: Tensor, scale: Tensor | None, chunk: int) -> SparseWeight:
     n, k = values.shape
-    chunk = chunk_rows(n)
     size = sizes(n, k, chunk, values.dtype)
     right = size.panels * PANEL * size.columns - k
     below = size.chunks * chunk - n

@@ -33,7 +33,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigops.ops import _checks as checks
-from bigops.ops import _quantize as quantize
 
 SLICE = 16
 PANEL = 64  # words
@@ -87,8 +86,8 @@ def positions(
 ) -> Positions:
     """Rows and words of stored values; `values` gives the number of steps and the dtype only."""
     steps = values.shape[0]
-    columns = COLUMNS[values.dtype]
-    panels = -(-(-(-k // columns)) // PANEL)
+    words = -(-k // COLUMNS[values.dtype])
+    panels = -(-words // PANEL)
     per, slices = chunk // SLICE, ptr.shape[0] - 1
     group = SLICE // index.shape[1]
     device = index.device
@@ -121,7 +120,7 @@ def to_dense(values: Tensor, at: Positions, n: int, k: int, chunk: int) -> Tenso
 
 
 def sample(dense: Tensor, at: Positions, chunk: int, dtype: torch.dtype) -> Tensor:
-    """The entries of a matrix [N, K] at the stored positions, 0 at padding: [steps, 16, columns]."""
+    """Entries of a matrix [N, K] at the stored positions, 0 at padding: [steps, 16, columns]."""
     n, k = dense.shape
     size = sizes(n, k, chunk, dtype)
     right, below = size.panels * PANEL * size.columns - k, size.chunks * chunk - n
@@ -204,7 +203,7 @@ class SparseWeight(NamedTuple):
             bits = name == "values" and t is not None and t.dtype == torch.uint16
             found.append(t.view(torch.bfloat16) if bits and t is not None else t)
         n, k = arrays["shape"]
-        weight = cls(*found, (int(n), int(k)), int(arrays["chunk"]))
+        weight = cls(*found, (int(n), int(k)), int(arrays["chunk"]))  # type: ignore[call-arg]
         weight.validate()
         return weight
 
@@ -241,14 +240,15 @@ class SparseWeight(NamedTuple):
         for name in TENSORS[:5]:
             if getattr(self, name) is None:
                 raise TypeError(f"{name}: expected a torch.Tensor; got None")
-        check_storage(*self.tensors, n, self.chunk, k)  # type: ignore[arg-type]
+        check_storage(*self.tensors, n, self.chunk, k)  # type: ignore[arg-type, call-arg]
         check_structure(*self[:5], n, self.chunk, k)
         if not bool(torch.isfinite(self.values).all()):
             raise ValueError("values: expected finite values; got NaN or inf")
         if self.scale is not None:
             if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
                 raise ValueError("scale: expected finite values above 0")
-            if not torch.equal(row_sums(self.values, self.positions(), n, self.chunk), self.sums):
+            sums = row_sums(self.values, self.positions(), n, self.chunk)
+            if self.sums is None or not torch.equal(sums, self.sums):
                 raise ValueError("sums: expected the sum of the values of each row; got others")
 
 
@@ -294,15 +294,15 @@ def check_storage(
     for name, t in (("rows", rows), ("length", length)):
         checks.shape(name, t, [size.total, index.shape[1]])
     checks.shape("ptr", ptr, [size.total + 1])
-    for name, t, dtype in (("scale", scale, torch.float32), ("sums", sums, torch.int32)):
-        if (t is None) == (values.dtype == torch.int8):
+    for name, row, dtype in (("scale", scale, torch.float32), ("sums", sums, torch.int32)):
+        if (row is None) == (values.dtype == torch.int8):
             raise TypeError(
                 f"{name}: expected a tensor with int8 values and None with others; got "
-                f"{'None' if t is None else 'a tensor'} with {checks.short_name(values.dtype)}"
+                f"{'None' if row is None else 'a tensor'} with {checks.short_name(values.dtype)}"
             )
-        if t is not None:
-            checks.dtype(name, t, dtype)
-            checks.shape(name, t, [n])
+        if row is not None:
+            checks.dtype(name, row, dtype)
+            checks.shape(name, row, [n])
 
 
 def check_structure(

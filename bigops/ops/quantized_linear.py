@@ -1,14 +1,13 @@
-"""quantized_linear: y = act(x W^T + bias) + residual, W int8 per row, x quantised at run time.
+"""quantized_linear: y = act(x W^T + bias) + residual, W int8 or int4, x in floating point or u8.
 
-Reference, op (schema, fake, autograd, vmap come from `_frozen`), conversion, dispatch, public
-function, in that order.
+Reference, op (schema, fake, autograd, vmap come from `_frozen`), dispatch, public function, in
+that order; the storage and its conversion are in `_quantized_weight`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bigops import backend
@@ -16,23 +15,51 @@ from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
 from bigops.ops import _frozen
 from bigops.ops import _quantize as quantize
+from bigops.ops._quantized_weight import (
+    TILE,
+    QuantizedWeight,
+    check_storage,
+    quantize_weight,
+)
+
+__all__ = ["QuantizedWeight", "quantize_weight", "quantized_linear", "reference"]
 
 # --- reference -----------------------------------------------------------------------------
 
 
 def reference(
     x: Tensor,
-    weight: Tensor,
+    values: Tensor,
     scale: Tensor,
+    zero_point: Tensor | None,
+    row_sum: Tensor | None,
+    x_grid: Tensor | None,
+    pad: int,
+    k: int,
+    bits: int,
+    group: int,
+    activations: str,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
 ) -> Tensor:
-    """The meaning of `quantized_linear` in plain torch; weight int8 [N, K], scale float32 [N]."""
-    rows = quantize.quantize_rows(x)
-    # whole numbers below 2^53: the product is exact, in whatever order it is summed
-    total = torch.matmul((rows.q - rows.zero_point).double(), weight.double().t()).float()
-    z = total * (rows.scale * scale)
+    """The meaning of `quantized_linear` in plain torch; the storage as in `QuantizedWeight`."""
+    weight = QuantizedWeight.of(
+        values, scale, zero_point, row_sum, x_grid, pad, k, bits, group, activations
+    )
+    if activations == "none":
+        z = F.linear(x.float(), weight.to_dense())
+    else:
+        rows = quantize.quantize_rows(x, activations, x_grid)
+        whole = (rows.q - rows.zero_point).double()
+        if bits == 8:
+            # whole numbers below 2^53: the product is exact, in whatever order it is summed
+            q, by, zero = weight.grid()
+            total = torch.matmul(whole, (q if zero is None else q - zero).double().t()).float()
+            z = total * (rows.scale * by[:, 0])
+        else:
+            dense = weight.to_dense(torch.float64)
+            z = torch.matmul(whole, dense.t()).float() * rows.scale
     if bias is not None:
         z = z + bias.float()
     y = act.apply(activation, z)
@@ -41,93 +68,57 @@ def reference(
     return y.to(x.dtype)
 
 
-def _dense(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    return weight.float() * scale.unsqueeze(1)
+def _dense(x: Tensor, *fixed: object) -> Tensor:
+    return QuantizedWeight.of(*fixed).to_dense()
 
 
 def check(
     x: Tensor,
-    weight: Tensor,
+    values: Tensor,
     scale: Tensor,
+    zero_point: Tensor | None,
+    row_sum: Tensor | None,
+    x_grid: Tensor | None,
+    pad: int,
+    k: int,
+    bits: int,
+    group: int,
+    activations: str,
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str,
 ) -> None:
     """Raise ValueError or TypeError naming the argument, what was expected and what came."""
-    checks.matrix("weight", weight)
-    checks.dtype("weight", weight, torch.int8)
-    checks.device("weight", weight, x)
-    n, k = weight.shape
+    checks.dims("values", values, 4)
+    n = values.shape[0] * TILE - pad
+    if not (0 <= pad < TILE and n >= 0):
+        raise ValueError(f"pad: expected the rows that fill up the last tile of {TILE}; got {pad}")
+    check_storage(values, scale, zero_point, row_sum, x_grid, n, k, bits, group, activations)
+    checks.device("values", values, x)
     _frozen.check_call(x, n, k, bias, residual, activation, quantize.SERVED)
-    checks.shape("scale", scale, [n])
-    checks.dtype("scale", scale, torch.float32)
-    checks.device("scale", scale, x)
 
 
 # --- op ------------------------------------------------------------------------------------
 
 
 class _QuantizedLinear(_frozen.FrozenLinear):
-    def rows(self, x: Tensor, *storage: Tensor | None) -> int:
-        weight = storage[0]
-        assert weight is not None
-        return weight.shape[0]
+    def rows(self, x: Tensor, *fixed: object) -> int:
+        values, pad = fixed[0], fixed[5]
+        assert isinstance(values, Tensor)
+        assert isinstance(pad, int)
+        return values.shape[0] * TILE - pad
 
 
 _op = _QuantizedLinear(
     "quantized_linear",
-    "Tensor weight, Tensor scale",
+    "Tensor values, Tensor scale, Tensor? zero_point, Tensor? row_sum, Tensor? x_grid, "
+    "int pad, int k, int bits, int group, str activations",
     reference=reference,
     dense=_dense,
     check=check,
-    rounds=lambda *storage: True,
+    rounds=lambda *fixed: fixed[-1] != "none",
 )
 reference_backward = _op.reference_backward
-
-
-# --- conversion ----------------------------------------------------------------------------
-
-
-class QuantizedWeight(NamedTuple):
-    """An int8 weight as it is stored and saved: row n of the matrix is ``scale[n] * values[n]``."""
-
-    values: Tensor  # [N, K] int8, -127..127
-    scale: Tensor  # [N] float32
-
-    def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix [N, K] that this weight stands for."""
-        return (self.values.float() * self.scale.unsqueeze(1)).to(dtype)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the storage."""
-        return self.values.nbytes + self.scale.nbytes
-
-    def validate(self) -> None:
-        """Raise ValueError or TypeError unless the storage is whole (asked when a file loads)."""
-        checks.tensors(values=self.values, scale=self.scale)
-        checks.matrix("values", self.values)
-        checks.dtype("values", self.values, torch.int8)
-        checks.shape("scale", self.scale, [self.values.shape[0]])
-        checks.dtype("scale", self.scale, torch.float32)
-        if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
-            raise ValueError("scale: expected finite values above 0")
-
-
-def quantize_weight(w: Tensor) -> QuantizedWeight:
-    """Round a matrix to int8 with one symmetric scale per row (largest magnitude -> 127).
-
-    Args:
-        w: ``[N, K]``, any floating dtype.
-
-    Raises:
-        ValueError: w is no matrix, or holds NaN or inf.
-        TypeError: w is no floating tensor.
-    """
-    quantize.check_weight(w)
-    w = w.detach()
-    scale = quantize.row_scales(w)
-    return QuantizedWeight(quantize.to_int8(w, scale.unsqueeze(1)).contiguous(), scale)
 
 
 # --- dispatch ------------------------------------------------------------------------------
@@ -142,14 +133,13 @@ def _explain(
     activation: str = "none",
     device: str | None = None,
 ) -> backend.Explanation:
-    values, scale = weight
-    check(x, values, scale, bias, residual, activation)
-    n, k = values.shape
-    m = x.numel() // k if k else x.shape[:-1].numel()
+    _op.check(x, *weight.arguments, bias, residual, activation)
     extension = backend.extension
 
     def choose() -> tuple[str, str]:
-        return extension.choose_quantized_linear(m, n, k, checks.short(x.dtype))  # type: ignore
+        return extension.choose_quantized_linear(  # type: ignore
+            weight.bits, weight.activations, checks.short(x.dtype)
+        )
 
     return _frozen.explain("quantized_linear", x, device, choose if extension else None)
 
@@ -164,10 +154,12 @@ def quantized_linear(
     residual: Tensor | None = None,
     activation: str = "none",
 ) -> Tensor:
-    """``act(x @ W.T + bias) + residual`` with W in int8 and x quantised row by row at run time.
+    """``act(x @ W.T + bias) + residual`` with W in int8 or int4.
 
-    Each row of x becomes u8 with its own scale and zero point, sums are exact int32, and the
-    epilogue is held in float32. A row of x with NaN or inf gives a row of NaN.
+    What happens to x is part of the weight (`quantize_weight`): it stays in floating point, or
+    each row becomes u8 and the products are whole numbers. Sums of int8 by u8 are exact; groups
+    are summed by themselves and added up in float32, as is the epilogue. A row of x with NaN or
+    inf gives a row of NaN where x is quantised.
 
     Args:
         x: ``[.., K]``; float32, bfloat16 or float16, any strides.
@@ -186,5 +178,4 @@ def quantized_linear(
             that requires a gradient.
         TypeError: a dtype that is not served, or dtypes that differ.
     """
-    values, scale = weight
-    return _op.apply(x, values, scale, bias, residual, activation)
+    return _op.apply(x, *weight.arguments, bias, residual, activation)

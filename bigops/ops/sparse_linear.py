@@ -125,7 +125,7 @@ class _SparseLinear(_frozen.FrozenLinear):
 
     def _serve(self, x, *rest):  # type: ignore[no-untyped-def]
         self.check(x, *rest)
-        storage.check_structure(*rest[:5], *rest[7:9], x.shape[-1])
+        storage.check_structure(*rest[:5], *rest[7:9], x.shape[-1])  # type: ignore[call-arg]
         return super()._serve(x, *rest)
 
 
@@ -163,7 +163,7 @@ def _explain(
     device: str | None = None,
 ) -> backend.Explanation:
     _check_weight_shape(x, weight)
-    check(x, *weight.tensors, weight.shape[0], weight.chunk, bias, residual, activation)  # type: ignore[arg-type]
+    check(x, *weight.tensors, weight.shape[0], weight.chunk, bias, residual, activation)  # type: ignore[arg-type, call-arg]
     m = x.shape[:-1].numel()
     stored = checks.short(weight.values.dtype)
     extension = backend.extension

@@ -18,8 +18,9 @@ activation, dense only
 ========================  ==================  ================  ==========================
 
 A gated weight [2N, K] has a gate row and an up row for each column of y, half the weight apart:
-its first half of rows is no half of the op. A dynamically quantised row needs all of K for its
-range. The storage of ``sparse_linear`` has no sub-tensor that belongs to some rows alone.
+its first half of rows is no half of the op. The rows of a quantised weight split by whole tiles of
+16, as many for each rank; a dynamically quantised row of x needs all of K for its range. The
+storage of ``sparse_linear`` has no sub-tensor that belongs to some rows alone.
 """
 
 from __future__ import annotations
@@ -134,27 +135,65 @@ def _fused_linear_backward(
     return rules
 
 
+def _quantized_weight(tensors: tuple[Any, ...], row: Placement, lane: Placement) -> list[Any]:
+    """Placements of the storage and of its five numbers: tiles by ``row``, lanes by ``lane``."""
+    from torch.distributed.tensor import Replicate
+
+    given = zip(tensors, (row, lane, lane, row, Replicate()), strict=True)
+    return [*(_if(tensor, placement) for tensor, placement in given), *[None] * 5]
+
+
+def _whole_tiles(values: Any, pad: int) -> bool:
+    """Whether every rank gets as many tiles, none of them padded."""
+    return pad == 0 and values.shape[0] % values.mesh.size() == 0
+
+
 def _quantized_linear(
-    x: Any, weight: Any, scale: Any, bias: Any, residual: Any, activation: str
+    x: Any,
+    values: Any,
+    scale: Any,
+    zero_point: Any,
+    row_sum: Any,
+    x_grid: Any,
+    pad: int,
+    k: int,
+    bits: int,
+    group: int,
+    activations: str,
+    bias: Any,
+    residual: Any,
+    activation: str,
 ) -> list[Rule]:
     from torch.distributed.tensor import Replicate, Shard
 
     last = x.ndim - 1
+    tensors = (values, scale, zero_point, row_sum, x_grid)
 
-    def rule(y: Any, x_: Any, weight_: Any) -> Rule:
-        return [y], [x_, weight_, weight_, _if(bias, weight_), _if(residual, y), None]
+    def rule(y: Any, x_: Any, row: Any, lane: Any) -> Rule:
+        weight = _quantized_weight(tensors, row, lane)
+        return [y], [x_, *weight, _if(bias, row), _if(residual, y), None]
 
-    rules = [rule(Replicate(), Replicate(), Replicate())]
-    rules += [rule(Shard(d), Shard(d), Replicate()) for d in range(last)]
-    rules.append(rule(Shard(last), Replicate(), Shard(0)))
+    whole = Replicate()
+    rules = [rule(whole, whole, whole, whole)]
+    rules += [rule(Shard(d), Shard(d), whole, whole) for d in range(last)]
+    if _whole_tiles(values, pad):
+        rules.append(rule(Shard(last), whole, Shard(0), Shard(1)))
     return rules
 
 
 def _quantized_linear_backward(
     grad: Any,
     x: Any,
-    weight: Any,
+    values: Any,
     scale: Any,
+    zero_point: Any,
+    row_sum: Any,
+    x_grid: Any,
+    pad: int,
+    k: int,
+    bits: int,
+    group: int,
+    activations: str,
     bias: Any,
     activation: str,
     need_x: bool,
@@ -163,15 +202,18 @@ def _quantized_linear_backward(
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     last = x.ndim - 1
+    tensors = (values, scale, zero_point, row_sum, x_grid)
     whole = Replicate()
 
-    def rule(gx: Any, gb: Any, grad_: Any, x_: Any, weight_: Any) -> Rule:
+    def rule(gx: Any, gb: Any, grad_: Any, x_: Any, row: Any, lane: Any) -> Rule:
         results = [gx if need_x else whole, gb if need_bias else whole]
-        return results, [grad_, x_, weight_, weight_, _if(bias, weight_), None, None, None]
+        weight = _quantized_weight(tensors, row, lane)
+        return results, [grad_, x_, *weight, _if(bias, row), None, None, None]
 
-    rules = [rule(whole, whole, whole, whole, whole)]
-    rules += [rule(Shard(d), Partial(), Shard(d), Shard(d), whole) for d in range(last)]
-    rules.append(rule(Partial(), Shard(0), Shard(last), whole, Shard(0)))
+    rules = [rule(whole, whole, whole, whole, whole, whole)]
+    rules += [rule(Shard(d), Partial(), Shard(d), Shard(d), whole, whole) for d in range(last)]
+    if _whole_tiles(values, pad):
+        rules.append(rule(Partial(), Shard(0), Shard(last), whole, Shard(0), Shard(1)))
     return rules
 
 
@@ -179,8 +221,13 @@ def _sparse_linear(
     x: Any,
     values: Any,
     index: Any,
-    panel_ptr: Any,
+    rows_: Any,
+    length: Any,
+    ptr: Any,
     scale: Any,
+    sums: Any,
+    n: int,
+    chunk: int,
     bias: Any,
     residual: Any,
     activation: str,
@@ -189,7 +236,7 @@ def _sparse_linear(
 
     def rule(rows: Any) -> Rule:
         whole = Replicate()
-        weight = [whole, whole, whole, _if(scale, whole)]
+        weight = [*[whole] * 5, _if(scale, whole), _if(sums, whole), None, None]
         return [rows], [rows, *weight, _if(bias, whole), _if(residual, rows), None]
 
     return [rule(Replicate()), *(rule(Shard(d)) for d in range(x.ndim - 1))]
@@ -200,21 +247,28 @@ def _sparse_linear_backward(
     x: Any,
     values: Any,
     index: Any,
-    panel_ptr: Any,
+    rows_: Any,
+    length: Any,
+    ptr: Any,
     scale: Any,
+    sums: Any,
+    n: int,
+    chunk: int,
     bias: Any,
     activation: str,
     need_x: bool,
+    need_values: bool,
     need_bias: bool,
 ) -> list[Rule]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     whole = Replicate()
 
-    def rule(rows: Any, gb: Any) -> Rule:
-        results = [rows if need_x else whole, gb if need_bias else whole]
-        weight = [whole, whole, whole, _if(scale, whole)]
-        return results, [rows, rows, *weight, _if(bias, whole), None, None, None]
+    def rule(rows: Any, summed: Any) -> Rule:
+        results = [rows if need_x else whole]
+        results += [summed if need else whole for need in (need_values, need_bias)]
+        weight = [*[whole] * 5, _if(scale, whole), _if(sums, whole), None, None]
+        return results, [rows, rows, *weight, _if(bias, whole), None, None, None, None]
 
     return [rule(whole, whole), *(rule(Shard(d), Partial()) for d in range(x.ndim - 1))]
 

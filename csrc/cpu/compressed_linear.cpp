@@ -140,30 +140,6 @@ Activations Activations::tiles(const CompressedCall& call) {
   return make_tiles(call, call.kernels().max_vectors);
 }
 
-Sums::Sums(bool wide, int64_t* memory, int64_t rows, int64_t columns)
-    : memory_(wide ? memory : nullptr), rows_(rows), columns_(columns) {
-  if (memory_ != nullptr)
-    std::memset(memory_, 0, static_cast<size_t>(rows * columns) * sizeof(int64_t));
-}
-
-void Sums::add(const int32_t* tile, int64_t stride, const int32_t* zero_point,
-               const int32_t* sums) {
-  if (memory_ == nullptr) return;
-  for (int64_t m = 0; m < rows_; ++m)
-    for (int64_t n = 0; n < columns_; ++n)
-      memory_[m * columns_ + n] +=
-          tile[m * stride + n] - static_cast<int64_t>(zero_point[m]) * sums[n];
-}
-
-void Sums::to_float(int32_t* tile, int64_t stride, const float* row_scale,
-                    const float* scale) const {
-  for (int64_t m = 0; m < rows_; ++m)
-    for (int64_t n = 0; n < columns_; ++n) {
-      const float z = static_cast<float>(memory_[m * columns_ + n]) * (row_scale[m] * scale[n]);
-      std::memcpy(tile + m * stride + n, &z, sizeof(z));
-    }
-}
-
 int64_t task_rows(int64_t n, int64_t step, int64_t most) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t even = round_up((n + 4 * threads - 1) / (4 * threads), step);

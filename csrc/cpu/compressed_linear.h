@@ -19,7 +19,8 @@ struct SelectedCompressed {
 SelectedCompressed select_compressed();
 
 // The kernel that a call of this shape takes and why (bigops.explain asks through python.cpp).
-std::pair<std::string, std::string> choose_quantized_linear(int64_t m, int64_t n, int64_t k,
+std::pair<std::string, std::string> choose_quantized_linear(int64_t bits,
+                                                            const std::string& activations,
                                                             const std::string& dtype);
 std::pair<std::string, std::string> choose_sparse_linear(int64_t m, const std::string& values,
                                                          const std::string& dtype);
@@ -94,21 +95,6 @@ class Activations {
   int64_t stride_;  // bytes of a row of x in either form
   int64_t tile_rows_ = 1;
   int width_ = 1;
-};
-
-// Sums of one tile of y: int32 by itself, or many int32 parts where K is past kExactColumns.
-class Sums {
- public:
-  // memory: [rows][columns] int64, used only when `wide`.
-  Sums(bool wide, int64_t* memory, int64_t rows, int64_t columns);
-  // Adds tile - zero_point * sums of one part of K; tile [rows][stride].
-  void add(const int32_t* tile, int64_t stride, const int32_t* zero_point, const int32_t* sums);
-  // Rewrites the tile as float z once all parts are in.
-  void to_float(int32_t* tile, int64_t stride, const float* row_scale, const float* scale) const;
-
- private:
-  int64_t* memory_;
-  int64_t rows_, columns_;
 };
 
 // f(task) over [0, tasks): each thread takes the next one when it is done, so rows of uneven

@@ -1,4 +1,8 @@
-// quantized_linear on the CPU: dense int8 weight, activations to u8 row by row.
+// quantized_linear on the CPU: int8 and int4 weights, activations in floating point or in u8.
+
+#include "cpu/simd/quantized_linear.h"
+
+#include <cstring>
 
 #include "common/record.h"
 #include "cpu/compressed_linear.h"
@@ -6,173 +10,432 @@
 namespace bigops {
 namespace {
 
-constexpr int64_t kDotRows = 8;       // rows of x up to which the dot form wins (measured)
-constexpr int64_t kTaskColumns = 48;  // weight rows of a task; its sums stay in the L1 cache
-static_assert(kTaskColumns % kRowBlock == 0, "results are padded to kRowBlock rows");
+constexpr int64_t kChunkRows = 24;     // rows of x between two epilogues: four register blocks
+constexpr int64_t kPanelTiles = 8;     // tiles of a task, where one chunk takes all rows;
+constexpr int64_t kReadAgain = 4;      // else 256 KB of int8 at K = 4096 stay in L2 for all chunks
+constexpr int64_t kDecodedTiles = 16;  // 64 KB of floats in the backward
+constexpr int64_t kGradChunk = 192;    // rows of a gradient that share them, 48 KB
 
-bool dot_form(int64_t m) { return m <= kDotRows; }
-const char* form(int64_t m) { return dot_form(m) ? "dot" : "columns"; }
+// K whose sums fit int32: 255 * 128 a column before the zero points are taken off (which may
+// wrap), 255 * 255 after.
+constexpr int64_t exact_columns(bool zero_points) { return zero_points ? 32768 : kExactColumns; }
 
-CompressedCall check_all(const Tensor& x, const Tensor& weight, const Tensor& scale,
-                         const OptTensor& bias, const OptTensor& residual,
-                         std::string_view activation) {
-  check_cpu("weight", weight);
-  check_cpu("scale", scale);
-  check_dtype("weight", weight, ScalarType::Char);
-  if (weight.dim() != 2) fail("weight", "2 dimensions [N, K]", shape_of(weight));
-  check_dtype("scale", scale, ScalarType::Float);
-  check_vector("scale", scale, weight.size(0));
-  return check_compressed(x, weight.size(0), weight.size(1), bias, residual, activation);
+enum Activate { kFloating, kDynamic, kSymmetric, kStatic };
+
+// The weight as the schema gives it, checked and contiguous.
+struct Weight {
+  Tensor values_tensor, scale_tensor;
+  OptTensor zero_tensor, sum_tensor, grid_tensor;
+  int64_t n, k, bits, group;
+  Activate mode;
+  int64_t columns, lines, tiles, group_lines, stride;
+
+  const uint8_t* values() const {
+    return static_cast<const uint8_t*>(values_tensor.const_data_ptr());
+  }
+  const float* scale() const { return static_cast<const float*>(scale_tensor.const_data_ptr()); }
+  const int8_t* zero() const { return static_cast<const int8_t*>(data(zero_tensor)); }
+  const float* grid() const { return static_cast<const float*>(data(grid_tensor)); }
+  bool integer() const { return mode != kFloating; }
+  bool exact() const { return integer() && bits == 8; }  // int32 sums over all of K
+  int64_t tile_bytes() const { return lines * kLineBytes; }
+  const char* form() const {
+    return integer() ? (bits == 8 ? "w8a8" : "w4a8") : (bits == 8 ? "w8" : "w4");
+  }
+};
+
+Activate activations_code(std::string_view name) {
+  if (name == "none") return kFloating;
+  if (name == "dynamic") return kDynamic;
+  if (name == "symmetric") return kSymmetric;
+  if (name == "static") return kStatic;
+  fail("activations", "none, dynamic, symmetric or static", std::string(name));
 }
 
-FinishTask finish_task(const CompressedCall& call, const Activations& a, const float* scale,
-                       void* y, bool y_float) {
-  FinishTask f{};
-  f.row_scale = a.scale();
-  f.zero_point = a.zero_point();
-  f.scale = scale;
-  f.bias = data(call.bias);
-  f.residual = data(call.residual);
-  f.y = y;
-  f.y_float = y_float;
-  f.n = call.n;
-  f.activation = call.activation;
-  return f;
+void check_sizes(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  int64_t i = 0;
+  std::string text = "[";
+  for (int64_t size : sizes) {
+    text += (i ? ", " : "") + std::to_string(size);
+    same = same && t.size(i) == size;
+    ++i;
+  }
+  if (!same) fail(name, "shape " + text + "]", shape_of(t));
+}
+
+void check_optional(const char* name, const OptTensor& t, bool wanted, ScalarType dtype,
+                    std::initializer_list<int64_t> sizes) {
+  if (wanted != t.has_value())
+    fail(name, wanted ? "a tensor" : "None", wanted ? "None" : "a tensor");
+  if (!wanted) return;
+  check_cpu(name, *t);
+  check_dtype(name, *t, dtype);
+  check_sizes(name, *t, sizes);
+}
+
+Weight check_weight(const Tensor& values, const Tensor& scale, const OptTensor& zero_point,
+                    const OptTensor& row_sum, const OptTensor& x_grid, int64_t pad, int64_t k,
+                    int64_t bits, int64_t group, std::string_view activations) {
+  const Activate mode = activations_code(activations);
+  if (bits != 8 && bits != 4) fail("bits", "8 or 4", std::to_string(bits));
+  if (k < 0) fail("k", "at least 0", std::to_string(k));
+  const bool exact = mode != kFloating && bits == 8;
+  if (group < 0 || group % 8 != 0 || (exact && group != 0))
+    fail("group", exact ? "0 with int8 activations and weights" : "0 or a multiple of 8",
+         std::to_string(group));
+  const int64_t columns = bits == 8 ? 4 : 8;
+  const int64_t lines = (k + columns - 1) / columns, tiles = values.dim() > 0 ? values.size(0) : 0;
+  const int64_t n = tiles * kWeightTile - pad;
+  if (pad < 0 || pad >= kWeightTile || n < 0)
+    fail("pad", "the rows that fill up the last tile of 16", std::to_string(pad));
+  const int64_t groups = group == 0 ? 1 : (k + group - 1) / group, stride = tiles * kWeightTile;
+  check_cpu("values", values);
+  check_cpu("scale", scale);
+  check_dtype("values", values, bits == 8 ? ScalarType::Char : ScalarType::Byte);
+  check_sizes("values", values, {tiles, lines, kWeightTile, 4});
+  check_dtype("scale", scale, ScalarType::Float);
+  check_sizes("scale", scale, {groups, stride});
+  check_optional("zero_point", zero_point, zero_point.has_value(), ScalarType::Char,
+                 {groups, stride});
+  check_optional("row_sum", row_sum, mode != kFloating,
+                 bits == 8 ? ScalarType::Int : ScalarType::Float, {stride});
+  check_optional("x_grid", x_grid, mode == kStatic, ScalarType::Float, {2});
+  const int64_t all = lines > 0 ? lines : 1;
+  return {dense(values),
+          dense(scale),
+          dense(zero_point),
+          dense(row_sum),
+          dense(x_grid),
+          n,
+          k,
+          bits,
+          group,
+          mode,
+          columns,
+          lines,
+          tiles,
+          group == 0 ? all : group / columns,
+          stride};
+}
+
+struct Chosen {
+  Isa isa;
+  void (*product)(const QuantizedTask&);
+  bool pairs;  // x stays bf16
+};
+
+const QuantizedKernels& baseline(Isa isa) {
+#if defined(__x86_64__)
+  if (isa >= Isa::avx512) return avx512_quantized;
+  if (isa >= Isa::avx2) return avx2_quantized;
+#endif
+  return portable_quantized;
+}
+
+Isa at_most(Isa isa, Isa limit) { return isa < limit ? isa : limit; }
+
+// Each product by the highest instruction set that adds something to it.
+Chosen choose(int64_t bits, bool integer, bool bf16) {
+  const Isa isa = active_isa();
+  const IntegerProducts* integers = &baseline(isa).integer;
+  const FloatProducts* floats = &baseline(isa).floats;
+  bool pairs = false;
+#if defined(__x86_64__)
+  if (isa >= Isa::avx512vnni) integers = &avx512vnni_quantized;
+  if (isa >= Isa::avx512bf16 && bf16) {
+    floats = &avx512bf16_quantized;
+    pairs = true;
+  }
+#endif
+  if (integer)
+    return {at_most(isa, Isa::avx512vnni), bits == 8 ? integers->w8a8 : integers->w4a8, false};
+  return {at_most(isa, pairs ? Isa::avx512bf16 : Isa::avx512), bits == 8 ? floats->w8 : floats->w4,
+          pairs};
+}
+
+Chosen choose(const CompressedCall& call, const Weight& w) {
+  return choose(w.bits, w.integer(), call.kind == kBFloat16);
+}
+
+// x as the kernels read it: rows of whole lines, zero beyond K, in u8, float or bf16.
+class Rows {
+ public:
+  Rows(const CompressedCall& call, const Weight& w, const Chosen& chosen)
+      : item_(w.integer()    ? 1
+              : chosen.pairs ? 2
+                             : 4),
+        stride_(w.lines * w.columns * item_),
+        head_(round_up(call.m * 4, 64)),
+        direct_(!w.integer() && stride_ == call.k * static_cast<int64_t>(call.item()) &&
+                item_ == static_cast<int64_t>(call.item())),
+        buffer_(w.integer() ? 3 * head_ + call.m * stride_
+                : direct_   ? 0
+                            : call.m * stride_),
+        base_(direct_ ? call.row(0) : buffer_.at(w.integer() ? 3 * head_ : 0)) {
+    if (direct_) return;
+    const QuantizedKernels& kernels = baseline(active_isa());
+    const auto fill = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        char* to = const_cast<char*>(at(i));
+        if (w.integer())
+          quantize(call, w, kernels, i, reinterpret_cast<uint8_t*>(to));
+        else if (chosen.pairs)
+          std::memcpy(to, call.row(i), static_cast<size_t>(call.k * 2));
+        else
+          call.kernels().widen[call.kind](call.row(i), call.k, reinterpret_cast<float*>(to));
+        if (!w.integer())
+          std::memset(to + call.k * item_, 0, static_cast<size_t>(stride_ - call.k * item_));
+      }
+    };
+    for_tasks(call.m, call.m * call.k > kWorthThreads / 4, fill);
+  }
+
+  const char* at(int64_t row) const { return base_ + row * stride_; }
+  int64_t stride() const { return stride_; }
+  float* scale() const { return reinterpret_cast<float*>(buffer_.at(0)); }
+  int32_t* zero() const { return reinterpret_cast<int32_t*>(buffer_.at(head_)); }
+  int32_t* sum() const { return reinterpret_cast<int32_t*>(buffer_.at(2 * head_)); }
+
+ private:
+  void quantize(const CompressedCall& call, const Weight& w, const QuantizedKernels& kernels,
+                int64_t i, uint8_t* q) {
+    const void* x = call.row(i);
+    if (w.mode == kStatic)
+      kernels.quantize_static[call.kind](
+          x, call.k, q, w.grid()[0], static_cast<int32_t>(w.grid()[1]), scale() + i, zero() + i);
+    else if (w.mode == kSymmetric)
+      kernels.quantize_symmetric[call.kind](x, call.k, q, scale() + i, zero() + i);
+    else
+      call.kernels().quantize[call.kind](x, call.k, q, scale() + i, zero() + i);
+    std::memset(q + call.k, 0, static_cast<size_t>(stride_ - call.k));
+    if (w.bits == 8 && w.zero() != nullptr)
+      sum()[i] = kernels.sum(q, call.k) - static_cast<int32_t>(call.k) * zero()[i];
+    if (w.bits == 4) kernels.interleave(q, stride_);
+  }
+
+  int64_t item_, stride_, head_;
+  bool direct_;
+  Buffer buffer_;
+  const char* base_;
+};
+
+// Sums past int32: parts of K added in int64, then z in float. tile [rows][stride].
+void wide_sums(const Weight& w, const Rows& x, const Chosen& chosen, QuantizedTask t, int64_t m0,
+               int64_t tile0, int64_t* total, int32_t* tile) {
+  const int64_t columns = t.tiles * kWeightTile, part = kExactColumns / w.columns;
+  std::memset(total, 0, static_cast<size_t>(t.rows * columns) * sizeof(int64_t));
+  t.zero_point = nullptr;
+  for (int64_t line = 0; line < w.lines; line += part) {
+    QuantizedTask p = t;
+    p.lines = w.lines - line < part ? w.lines - line : part;
+    p.values += line * kLineBytes;
+    p.x = static_cast<const uint8_t*>(p.x) + line * w.columns;
+    chosen.product(p);
+    for (int64_t m = 0; m < t.rows; ++m)
+      for (int64_t n = 0; n < columns; ++n) total[m * columns + n] += tile[m * t.out_stride + n];
+  }
+  const int32_t* sums = static_cast<const int32_t*>(data(w.sum_tensor)) + tile0 * kWeightTile;
+  const int8_t* zero = w.zero() == nullptr ? nullptr : w.zero() + tile0 * kWeightTile;
+  const float* scale = w.scale() + tile0 * kWeightTile;
+  for (int64_t m = 0; m < t.rows; ++m)
+    for (int64_t n = 0; n < columns; ++n) {
+      int64_t sum = total[m * columns + n] - static_cast<int64_t>(x.zero()[m0 + m]) * sums[n];
+      if (zero != nullptr) sum -= static_cast<int64_t>(zero[n]) * x.sum()[m0 + m];
+      const float z = static_cast<float>(sum) * (x.scale()[m0 + m] * scale[n]);
+      std::memcpy(tile + m * t.out_stride + n, &z, sizeof(z));
+    }
 }
 
 // y: [M, N] in x's dtype, or float when y_float.
-void product(const CompressedCall& call, const int8_t* weight, const float* scale, void* y,
-             bool y_float) {
+void product(const CompressedCall& call, const Weight& w, void* y, bool y_float) {
   const CompressedKernels& kernels = call.kernels();
-  const bool dot = dot_form(call.m);
-  const Activations a =
-      dot ? Activations::rows(call, round_up(call.k, 64)) : Activations::tiles(call);
-  const FinishTask base = finish_task(call, a, scale, y, y_float);
-  const bool wide = call.k > kExactColumns;
-  const int64_t tiles = dot ? 1 : a.count();
-  const int64_t most = dot ? call.m : int64_t(kernels.width) * kernels.max_vectors;  // rows of x
-  const int64_t chunks = (call.n + kTaskColumns - 1) / kTaskColumns;
-  // A task takes all tiles of its weight rows (which then stay cached), unless tasks run short.
-  const int64_t split = chunks < 4 * int64_t(torch::stable::get_num_threads()) ? tiles : 1;
+  const Chosen chosen = choose(call, w);
+  const Rows x(call, w, chosen);
+  const bool wide = w.exact() && call.k > exact_columns(w.zero() != nullptr);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t panel =
+      call.m > kChunkRows || w.tiles < 4 * threads * kPanelTiles ? kReadAgain : kPanelTiles;
+  const int64_t panels = (w.tiles + panel - 1) / panel;
+  // A task takes all rows of x, so that its panel is read from memory once, unless tasks run short.
+  const int64_t chunks = (call.m + kChunkRows - 1) / kChunkRows;
+  const int64_t split = panels >= 4 * threads ? 1 : chunks < 4 ? chunks : 4;
+  const int64_t per_task = (chunks + split - 1) / split * kChunkRows;
+  const int64_t stride = panel * kWeightTile;
+
+  QuantizedTask base{};
+  base.x_stride = x.stride();
+  base.tile_stride = w.tile_bytes();
+  base.lines = w.lines;
+  base.out_stride = stride;
+  base.group_lines = w.group_lines;
+  base.stride = w.stride;
+  FinishTask finish{};
+  finish.bias = data(call.bias);
+  finish.residual = data(call.residual);
+  finish.y = y;
+  finish.y_float = y_float;
+  finish.n = call.n;
+  finish.activation = call.activation;
+  finish.stride = stride;
+  if (w.exact()) {
+    finish.row_scale = x.scale();
+    finish.zero_point = x.zero();
+    finish.scale = wide ? nullptr : w.scale();
+  }
+
   const auto run = [&](int64_t task) {
-    const int64_t n0 = task / split * kTaskColumns;
-    const int64_t n1 = n0 + kTaskColumns < call.n ? n0 + kTaskColumns : call.n;
-    const int64_t first = split == 1 ? 0 : task % split;
-    const int64_t last = split == 1 ? tiles : first + 1;
-    char* memory = scratch(most * kTaskColumns * (4 + 4 + (wide ? 8 : 0)) + kTaskColumns * 4);
-    int64_t* parts = reinterpret_cast<int64_t*>(memory);
-    int32_t* tile = reinterpret_cast<int32_t*>(memory + (wide ? most * kTaskColumns * 8 : 0));
-    int32_t* columns = tile + most * kTaskColumns;
-    int32_t* sums = columns + most * kTaskColumns;
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t m0 = dot ? 0 : a.first_row(i), rows = dot ? call.m : a.row_count(i);
-      const int64_t lanes = dot ? 0 : int64_t(a.vectors(i)) * kernels.width;
-      Sums total(wide, parts, rows, n1 - n0);
-      for (int64_t k0 = 0; k0 == 0 || k0 < call.k; k0 += kExactColumns) {
-        DenseTask t{};
-        t.k = call.k - k0 < kExactColumns ? call.k - k0 : kExactColumns;
-        t.weight = weight + n0 * call.k + k0;
-        t.weight_stride = call.k;
-        t.n = n1 - n0;
-        t.m = rows;
-        t.sums = sums;
-        if (dot) {
-          t.x = reinterpret_cast<const uint8_t*>(a.data()) + k0;
-          t.x_stride = a.stride();
-          t.out = tile;
-          t.out_stride = kTaskColumns;
-          kernels.dense_dot(t);
-        } else {
-          t.x = reinterpret_cast<const uint8_t*>(a.tile(i)) + k0 * lanes;
-          t.vectors = a.vectors(i);
-          t.out = columns;
-          kernels.dense_columns(t);
-          if (wide || i == first) kernels.row_sums(t.weight, t.weight_stride, t.n, t.k, sums);
-          kernels.transpose({columns, lanes, t.n, rows, tile, kTaskColumns});
-        }
-        total.add(tile, kTaskColumns, a.zero_point() + m0, sums);
+    const int64_t tile = task / split * panel, row = task % split * per_task;
+    QuantizedTask t = base;
+    t.values = w.values() + tile * w.tile_bytes();
+    t.tiles = w.tiles - tile < panel ? w.tiles - tile : panel;
+    t.scale = w.scale() + tile * kWeightTile;
+    if (w.zero() != nullptr) t.zero_point = w.zero() + tile * kWeightTile;
+    const int64_t sums = kChunkRows * stride;
+    char* memory = scratch(sums * (wide ? 12 : 4));
+    t.out = memory + (wide ? sums * 8 : 0);
+    FinishTask f = finish;
+    f.tile = t.out;
+    f.n0 = tile * kWeightTile;
+    f.n1 = f.n0 + stride < call.n ? f.n0 + stride : call.n;
+    if (w.exact())
+      f.sums = static_cast<const int32_t*>(data(w.sum_tensor)) + f.n0;
+    else if (w.integer())
+      t.row_sum = static_cast<const float*>(data(w.sum_tensor)) + f.n0;
+    const int64_t stop = row + per_task < call.m ? row + per_task : call.m;
+    for (int64_t m = row; m < stop; m += kChunkRows) {
+      t.rows = stop - m < kChunkRows ? stop - m : kChunkRows;
+      t.x = x.at(m);
+      if (w.integer()) {
+        t.x_scale = x.scale() + m;
+        t.x_zero = x.zero() + m;
+        t.x_sum = x.sum() + m;
       }
-      FinishTask f = base;
-      if (wide) {
-        total.to_float(tile, kTaskColumns, a.scale() + m0, scale + n0);
-        f.scale = nullptr;
-      }
-      f.tile = tile;
-      f.stride = kTaskColumns;
-      f.sums = sums;
-      f.m0 = m0;
-      f.m1 = m0 + rows;
-      f.n0 = n0;
-      f.n1 = n1;
+      if (wide)
+        wide_sums(w, x, chosen, t, m, tile, reinterpret_cast<int64_t*>(memory),
+                  static_cast<int32_t*>(t.out));
+      else
+        chosen.product(t);
+      f.m0 = m;
+      f.m1 = m + t.rows;
       kernels.finish[call.kind](f);
     }
   };
-  for_each_task(chunks * split, call.m * call.n * (call.k + 16) > kWorthThreads, run);
+  for_each_task(panels * split, call.m * call.n * (call.k + 16) > kWorthThreads, run);
 }
 
-Tensor quantized_linear(const Tensor& x, const Tensor& weight_any, const Tensor& scale_any,
-                        const OptTensor& bias, const OptTensor& residual,
-                        std::string_view activation) {
-  const CompressedCall call = check_all(x, weight_any, scale_any, bias, residual, activation);
-  record(call.selected.isa, "quantized_linear", short_name(call.dtype), form(call.m));
+// gx [M, K] = gz [M, N] times the dequantised weight.
+void gradient(const CompressedCall& call, const Weight& w, const float* gz, void* gx) {
+  const CompressedKernels& kernels = call.kernels();
+  const QuantizedKernels& quantized = baseline(active_isa());
+  const auto decode = w.bits == 8 ? quantized.decode8 : quantized.decode4;
+  const int64_t block_lines = kGradColumns / w.columns;
+  const auto run = [&](int64_t block) {
+    constexpr int64_t kTile = kGradColumns * kWeightTile;
+    float* columns = reinterpret_cast<float*>(
+        scratch((kTile * (1 + kDecodedTiles) + kGradChunk * kGradColumns) * 4));
+    float* rows = columns + kTile;
+    float* sums = rows + kTile * kDecodedTiles;
+    DecodeTask d{};
+    d.first = block * block_lines;
+    d.lines = w.lines - d.first < block_lines ? w.lines - d.first : block_lines;
+    d.group_lines = w.group_lines;
+    d.stride = w.stride;
+    d.out = columns;
+    std::memset(columns, 0, kTile * 4);  // columns past the end of K
+    const int64_t k0 = block * kGradColumns;
+    const int64_t k1 = k0 + kGradColumns < call.k ? k0 + kGradColumns : call.k;
+    for (int64_t m0 = 0; m0 < call.m; m0 += kGradChunk) {
+      const int64_t m1 = m0 + kGradChunk < call.m ? m0 + kGradChunk : call.m;
+      for (int64_t tile0 = 0; tile0 < w.tiles; tile0 += kDecodedTiles) {
+        const int64_t tiles = w.tiles - tile0 < kDecodedTiles ? w.tiles - tile0 : kDecodedTiles;
+        for (int64_t i = 0; i < tiles; ++i) {
+          const int64_t n = (tile0 + i) * kWeightTile;
+          d.values = w.values() + (tile0 + i) * w.tile_bytes() + d.first * kLineBytes;
+          d.scale = w.scale() + n;
+          d.zero_point = w.zero() == nullptr ? nullptr : w.zero() + n;
+          decode(d);
+          kernels.transpose(
+              {columns, kWeightTile, kGradColumns, kWeightTile, rows + i * kTile, kGradColumns});
+        }
+        const int64_t n0 = tile0 * kWeightTile, n1 = n0 + tiles * kWeightTile;
+        FloatGradTask t{};
+        t.grad_stride = call.n;
+        t.n = (n1 < call.n ? n1 : call.n) - n0;
+        t.weight = rows;
+        t.first = tile0 == 0;
+        for (int64_t m = m0; m < m1; m += kGradRows) {
+          t.grad = gz + m * call.n + n0;
+          t.m = m1 - m < kGradRows ? m1 - m : kGradRows;
+          t.out = sums + (m - m0) * kGradColumns;
+          quantized.grad(t);
+        }
+      }
+      if (w.tiles == 0) std::memset(sums, 0, static_cast<size_t>((m1 - m0) * kGradColumns) * 4);
+      store_tile(call, sums, kGradColumns, m0, m1, k0, k1, gx);
+    }
+  };
+  for_each_task(call.m > 0 ? (call.k + kGradColumns - 1) / kGradColumns : 0,
+                call.m * call.n * call.k > kWorthThreads, run);
+}
+
+Tensor quantized_linear(const Tensor& x, const Tensor& values, const Tensor& scale,
+                        const OptTensor& zero_point, const OptTensor& row_sum,
+                        const OptTensor& x_grid, int64_t pad, int64_t k, int64_t bits,
+                        int64_t group, std::string_view activations, const OptTensor& bias,
+                        const OptTensor& residual, std::string_view activation) {
+  const Weight w =
+      check_weight(values, scale, zero_point, row_sum, x_grid, pad, k, bits, group, activations);
+  const CompressedCall call = check_compressed(x, w.n, k, bias, residual, activation);
+  record(choose(call, w).isa, "quantized_linear", short_name(call.dtype), w.form());
   Tensor y = empty_rows_like(x, call.n, call.dtype);
-  if (call.empty()) return y;
-  const Tensor weight = dense(weight_any), scale = dense(scale_any);
-  product(call, static_cast<const int8_t*>(weight.const_data_ptr()),
-          static_cast<const float*>(scale.const_data_ptr()), y.mutable_data_ptr(), false);
+  if (!call.empty()) product(call, w, y.mutable_data_ptr(), false);
   return y;
 }
 
-std::tuple<Tensor, Tensor> quantized_linear_backward(const Tensor& grad_any, const Tensor& x,
-                                                     const Tensor& weight_any,
-                                                     const Tensor& scale_any, const OptTensor& bias,
-                                                     std::string_view activation, bool need_x,
-                                                     bool need_bias) {
-  CompressedCall call = check_all(x, weight_any, scale_any, bias, OptTensor(grad_any), activation);
+std::tuple<Tensor, Tensor> quantized_linear_backward(
+    const Tensor& grad_any, const Tensor& x, const Tensor& values, const Tensor& scale,
+    const OptTensor& zero_point, const OptTensor& row_sum, const OptTensor& x_grid, int64_t pad,
+    int64_t k, int64_t bits, int64_t group, std::string_view activations, const OptTensor& bias,
+    std::string_view activation, bool need_x, bool need_bias) {
+  const Weight w =
+      check_weight(values, scale, zero_point, row_sum, x_grid, pad, k, bits, group, activations);
+  CompressedCall call = check_compressed(x, w.n, k, bias, OptTensor(grad_any), activation);
   const Tensor grad = *call.residual;  // checked as such: grad has the shape of y
   call.residual.reset();
-  record(call.selected.isa, "quantized_linear_backward", short_name(call.dtype), "direct");
-  const Tensor weight = dense(weight_any), scale_tensor = dense(scale_any);
-  const int8_t* w = static_cast<const int8_t*>(weight.const_data_ptr());
-  const float* scale = static_cast<const float*>(scale_tensor.const_data_ptr());
+  record(at_most(active_isa(), Isa::avx512), "quantized_linear_backward", short_name(call.dtype),
+         w.bits == 8 ? "w8" : "w4");
 
   const bool pointwise = call.activation != kNone;
   const Buffer z(pointwise ? call.m * call.n * 4 : 0);
-  const float* z_data = pointwise ? reinterpret_cast<const float*>(z.at(0)) : nullptr;
   if (pointwise && !call.empty()) {
     CompressedCall plain = call;
     plain.activation = kNone;
-    product(plain, w, scale, z.at(0), true);
+    product(plain, w, z.at(0), true);
   }
-  const Pointwise p = pointwise_backward(call, grad, z_data, scale, need_x, need_bias);
+  const Pointwise p =
+      pointwise_backward(call, grad, pointwise ? reinterpret_cast<const float*>(z.at(0)) : nullptr,
+                         nullptr, need_x, need_bias);
   if (!need_x) return {no_gradient(call.dtype), p.bias_grad};
-
   Tensor gx = empty_rows_like(x, call.k, call.dtype);
-  const CompressedKernels& kernels = call.kernels();
-  const float* gz = reinterpret_cast<const float*>(p.gz.at(0));
-  const int64_t width = kernels.grad_columns;
-  const auto run = [&](int64_t block) {
-    const int64_t k0 = block * width, k1 = k0 + width < call.k ? k0 + width : call.k;
-    float* tile = reinterpret_cast<float*>(scratch(kGradRows * width * 4));
-    for (int64_t m = 0; m < call.m; m += kGradRows) {
-      const int64_t rows = call.m - m < kGradRows ? call.m - m : kGradRows;
-      kernels.dense_grad({gz + m * call.n, rows, call.n, w + k0, call.k, k1 - k0, tile});
-      store_tile(call, tile, width, m, m + rows, k0, k1, gx.mutable_data_ptr());
-    }
-  };
-  for_each_task(call.m > 0 ? (call.k + width - 1) / width : 0,
-                call.m * call.n * call.k > kWorthThreads, run);
+  gradient(call, w, reinterpret_cast<const float*>(p.gz.at(0)), gx.mutable_data_ptr());
   return {gx, p.bias_grad};
 }
 
 }  // namespace
 
-std::pair<std::string, std::string> choose_quantized_linear(int64_t m, int64_t, int64_t,
+std::pair<std::string, std::string> choose_quantized_linear(int64_t bits,
+                                                            const std::string& activations,
                                                             const std::string& dtype) {
-  const std::string limit = std::to_string(kDotRows) + " rows of x";
-  return {kernel_name(select_compressed().isa, "quantized_linear", dtype.c_str(), form(m)),
-          dot_form(m) ? "both operands run along K, up to " + limit
-                      : "one row of x a lane, above " + limit};
+  const bool integer = activations_code(activations) != kFloating;
+  const Chosen chosen = choose(bits, integer, dtype == "bf16");
+  const std::string width = bits == 8 ? "8" : "4";
+  const std::string form = "w" + width + (integer ? "a8" : "");
+  const std::string weight = "int" + width + " weight in tiles of 16 rows, ";
+  return {kernel_name(chosen.isa, "quantized_linear", dtype.c_str(), form.c_str()),
+          weight + (integer        ? "u8 activations, integer sums"
+                    : chosen.pairs ? "pairs of bf16 activations, float sums"
+                                   : "float activations and sums")};
 }
 
 }  // namespace bigops

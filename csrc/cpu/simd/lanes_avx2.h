@@ -24,8 +24,6 @@ struct Avx2Lanes {
   using wreg = pair;
   static constexpr int width = 8;
   static constexpr int max_vectors = 2;
-  static constexpr int dense_rows = 2;
-  static constexpr int dot_rows = 2;
   static constexpr int grad_vectors = 2;
   static constexpr int sparse_sums = 8;
 

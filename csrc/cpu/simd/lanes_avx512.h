@@ -23,8 +23,6 @@ struct Avx512Lanes {
   using wreg = pair;
   static constexpr int width = 16;
   static constexpr int max_vectors = 4;
-  static constexpr int dense_rows = 4;  // weight rows of a register block, columns form
-  static constexpr int dot_rows = 4;    // rows of x of a register block, dot form
   static constexpr int grad_vectors = 4;
   static constexpr int sparse_sums = 16;  // registers of sums of the sparse columns form
 

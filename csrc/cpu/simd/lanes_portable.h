@@ -24,8 +24,6 @@ struct PortableLanes {
   using wreg = xreg;
   static constexpr int width = 1;
   static constexpr int max_vectors = 4;
-  static constexpr int dense_rows = 4;
-  static constexpr int dot_rows = 4;
   static constexpr int grad_vectors = 4;
   static constexpr int sparse_sums = 16;
 

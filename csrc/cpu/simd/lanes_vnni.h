@@ -1,4 +1,4 @@
-// AVX-512 with VNNI: four u8 times s8 products added to an int32 lane in one instruction.
+// 32-bit lanes of AVX-512 with VNNI for the int8 and sparse kernels. Internal linkage.
 #pragma once
 
 #include "cpu/simd/lanes_avx512.h"
@@ -9,7 +9,6 @@ namespace {
 struct VnniLanes : Avx512Lanes {
   using xreg = __m512i;
   using wreg = __m512i;
-  static constexpr int dense_rows = 6;  // 24 accumulators, 4 vectors of x, one weight
 
   static xreg x_of(ireg v) { return v; }
   static wreg w_of(ireg v) { return v; }

@@ -5,6 +5,13 @@
 namespace bigops {
 namespace {
 
+template <class L>
+inline typename L::wreg broadcast4(const void* p) {
+  int32_t v;
+  memcpy(&v, p, 4);
+  return L::w_of(L::iset1(v));
+}
+
 // One row of x to u8, exactly as quantize_rows in bigops/ops/_quantize.py: every step in float,
 // two true divisions, rounding half to even. `q` is written for k entries.
 template <class L, class T>
@@ -226,25 +233,6 @@ int max_index(const uint8_t* index, int64_t n) {
   for (int j = 0; j < B; ++j) best = bytes[j] > best ? bytes[j] : best;
   for (; i < n; ++i) best = index[i] > best ? index[i] : best;
   return best;
-}
-
-template <class L>
-void row_sums(const int8_t* weight, int64_t stride, int64_t n, int64_t k, int32_t* sums) {
-  constexpr int B = 4 * L::width;
-  const auto ones = L::x_of(L::iset1(0x01010101));
-  for (int64_t r = 0; r < n; ++r) {
-    const int8_t* w = weight + r * stride;
-    auto sum = L::izero();
-    int64_t i = 0;
-    for (; i + B <= k; i += B) sum = L::dot(sum, ones, L::w_of(L::iload(w + i)));
-    if (i < k) sum = L::dot(sum, ones, L::w_of(L::iload_bytes(w + i, static_cast<int>(k - i))));
-    sums[r] = L::isum(sum);
-  }
-}
-
-template <class L>
-void reduce(const int32_t* partial, int64_t n, int32_t* sums) {
-  for (int64_t r = 0; r < n; ++r) sums[r] = L::isum(L::iload(partial + r * L::width));
 }
 
 }  // namespace

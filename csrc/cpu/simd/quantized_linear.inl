@@ -1,181 +1,471 @@
-// int8 products with a dense weight, and the product with its transpose.
-// Include after a lanes header and compressed.h. Internal linkage throughout.
+// Products with a quantised weight in tiles, its decoder and the quantisers of activations.
+// Q: the lines of an instruction set (lines_*.h). Include after such a header.
+// Internal linkage throughout.
+
+#include "cpu/simd/quantized_linear.h"
 
 namespace bigops {
 namespace {
 
-template <class L>
-inline typename L::wreg broadcast4(const void* p) {
-  int32_t v;
-  memcpy(&v, p, 4);
-  return L::w_of(L::iset1(v));
+#define BIGOPS_INLINE inline __attribute__((always_inline))
+// One loop over the sums that is left rolled keeps them all in memory (gcc 12: half the speed).
+#define BIGOPS_UNROLL _Pragma("GCC unroll 8")
+
+// --- int8 weight, u8 activations: exact int32 sums ----------------------------------------------
+
+template <class Q, int MR, int NV, int U>
+BIGOPS_INLINE void w8a8_block(const QuantizedTask& t, int64_t tile, int64_t row) {
+  typename Q::I acc[U][MR][NV];
+  BIGOPS_UNROLL
+  for (int u = 0; u < U; ++u) BIGOPS_UNROLL
+  for (int m = 0; m < MR; ++m) BIGOPS_UNROLL
+  for (int v = 0; v < NV; ++v) acc[u][m][v] = Q::izero();
+  const uint8_t* w = t.values + tile * t.tile_stride;
+  const uint8_t* x = static_cast<const uint8_t*>(t.x) + row * t.x_stride;
+  const int64_t wide = t.tile_stride, stride = t.x_stride, lines = t.lines;
+  int64_t k = 0;
+  for (; k + U <= lines; k += U) {
+    BIGOPS_UNROLL
+    for (int u = 0; u < U; ++u) {
+      typename Q::W wv[NV];
+      BIGOPS_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        wv[v] = Q::bytes(Q::iload(w + v * wide + (k + u) * kLineBytes));
+      }
+      BIGOPS_UNROLL
+      for (int m = 0; m < MR; ++m) {
+        const auto xv = Q::word(x + m * stride + (k + u) * 4);
+        BIGOPS_UNROLL
+        for (int v = 0; v < NV; ++v) acc[u][m][v] = Q::dot(acc[u][m][v], xv, wv[v]);
+      }
+    }
+  }
+  if (U > 1)
+    for (; k < lines; ++k) BIGOPS_UNROLL
+  for (int v = 0; v < NV; ++v) {
+    const auto wv = Q::bytes(Q::iload(w + v * wide + k * kLineBytes));
+    BIGOPS_UNROLL
+    for (int m = 0; m < MR; ++m)
+      acc[0][m][v] = Q::dot(acc[0][m][v], Q::word(x + m * stride + k * 4), wv);
+  }
+  int32_t* out = static_cast<int32_t*>(t.out) + row * t.out_stride + tile * kWeightTile;
+  BIGOPS_UNROLL
+  for (int m = 0; m < MR; ++m) BIGOPS_UNROLL
+  for (int v = 0; v < NV; ++v) {
+    auto sum = acc[0][m][v];
+    BIGOPS_UNROLL
+    for (int u = 1; u < U; ++u) sum = Q::iadd(sum, acc[u][m][v]);
+    if (t.zero_point != nullptr) {  // sum (x - x_zero) (w - zero) = .. - zero * x_sum
+      const auto zero = Q::iload_s8(t.zero_point + (tile + v) * kWeightTile);
+      sum = Q::isub(sum, Q::imul(zero, Q::iset1(t.x_sum[row + m])));
+    }
+    Q::istore(out + m * t.out_stride + v * kWeightTile, sum);
+  }
 }
 
-// One step along K: R weight rows by MB rows of x; the sums of the weight rows where wanted.
-template <class L, int R, int MB, bool kSums>
-inline __attribute__((always_inline)) void dot_step(typename L::ireg (&acc)[R][MB],
-                                                    typename L::ireg (&sum)[R],
-                                                    const typename L::ireg (&weight)[R],
-                                                    const uint8_t* x, int64_t stride) {
-  typename L::wreg w[R];
-  for (int r = 0; r < R; ++r) w[r] = L::w_of(weight[r]);
-  for (int m = 0; m < MB; ++m) {
-    const auto xv = L::x_of(L::iload(x + m * stride));
-    for (int r = 0; r < R; ++r) acc[r][m] = L::dot(acc[r][m], xv, w[r]);
+template <class Q>
+struct W8A8 {
+  static constexpr int rows = Q::sum_rows, tiles = Q::sum_tiles;
+  template <int MR, int NV>
+  static void block(const QuantizedTask& t, int64_t tile, int64_t row) {
+    // enough independent sums to cover the latency of vpdpbusd (4 cycles)
+    w8a8_block < Q, MR, NV, MR* NV == 1 ? 4 : MR * NV<4 ? 2 : 1>(t, tile, row);
   }
-  if (kSums) {
-    const auto ones = L::x_of(L::iset1(0x01010101));
-    for (int r = 0; r < R; ++r) sum[r] = L::dot(sum[r], ones, w[r]);
+};
+
+// --- groups along K: the sums of a group, then total += scale * sum ------------------------------
+
+// D says how a line becomes operands: D::steps of them, each against one word of x.
+template <class Q, class D, int MR, int NV, int U>
+BIGOPS_INLINE void group_block(const QuantizedTask& t, int64_t tile, int64_t row) {
+  typename Q::F total[MR][NV];
+  BIGOPS_UNROLL
+  for (int m = 0; m < MR; ++m) BIGOPS_UNROLL
+  for (int v = 0; v < NV; ++v) total[m][v] = Q::fzero();
+  const D decode;
+  const uint8_t* w = t.values + tile * t.tile_stride;
+  const uint8_t* x = static_cast<const uint8_t*>(t.x) + row * t.x_stride;
+  const int64_t wide = t.tile_stride, stride = t.x_stride;
+  const float* scale = t.scale + tile * kWeightTile;
+  const int8_t* zero = t.zero_point;
+  if (zero != nullptr) zero += tile * kWeightTile;
+  for (int64_t k = 0; k < t.lines;) {
+    const int64_t end = k + t.group_lines < t.lines ? k + t.group_lines : t.lines;
+    typename D::Sum acc[U][MR][NV];
+    BIGOPS_UNROLL
+    for (int u = 0; u < U; ++u) BIGOPS_UNROLL
+    for (int m = 0; m < MR; ++m) BIGOPS_UNROLL
+    for (int v = 0; v < NV; ++v) acc[u][m][v] = D::nothing();
+    typename D::Zero z[NV];
+    BIGOPS_UNROLL
+    for (int v = 0; v < NV; ++v) z[v] = D::zero(zero == nullptr ? nullptr : zero + v * kWeightTile);
+    for (; k < end; ++k) {
+      typename Q::I line[NV];
+      BIGOPS_UNROLL
+      for (int v = 0; v < NV; ++v) line[v] = Q::iload(w + v * wide + k * kLineBytes);
+      const uint8_t* words = x + k * (D::steps * 4);
+      D::each_step([&](auto step) __attribute__((always_inline)) {
+        constexpr int s = decltype(step)::value;
+        typename D::W wv[NV];
+        BIGOPS_UNROLL
+        for (int v = 0; v < NV; ++v) wv[v] = decode.template operand<s>(line[v], z[v]);
+        BIGOPS_UNROLL
+        for (int m = 0; m < MR; ++m) {
+          const auto xv = D::word(words + m * stride + s * 4);
+          BIGOPS_UNROLL
+          for (int v = 0; v < NV; ++v) acc[s % U][m][v] = D::mac(acc[s % U][m][v], xv, wv[v]);
+        }
+      });
+    }
+    BIGOPS_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      const auto by = Q::fload(scale + v * kWeightTile);
+      BIGOPS_UNROLL
+      for (int m = 0; m < MR; ++m) {
+        auto sum = acc[0][m][v];
+        BIGOPS_UNROLL
+        for (int u = 1; u < U; ++u) sum = D::add(sum, acc[u][m][v]);
+        total[m][v] = Q::fma(D::to_float(sum), by, total[m][v]);
+      }
+    }
+    scale += t.stride;
+    if (zero != nullptr) zero += t.stride;
+  }
+  float* out = static_cast<float*>(t.out) + row * t.out_stride + tile * kWeightTile;
+  BIGOPS_UNROLL
+  for (int m = 0; m < MR; ++m) BIGOPS_UNROLL
+  for (int v = 0; v < NV; ++v) {
+    auto y = total[m][v];
+    if (D::integer) {  // x = x_scale (u - x_zero)
+      const auto sums = Q::fload(t.row_sum + (tile + v) * kWeightTile);
+      y = Q::fsub(y, Q::fmul(Q::fset1(static_cast<float>(t.x_zero[row + m])), sums));
+      y = Q::fmul(y, Q::fset1(t.x_scale[row + m]));
+    }
+    Q::fstore(out + m * t.out_stride + v * kWeightTile, y);
   }
 }
 
-// Few rows of x: both operands run along K, R weight rows by MB rows of x, one sum per lane.
-template <class L, int MB, bool kSums>
-void dot_block(const DenseTask& t, int64_t n0, int64_t m0) {
-  constexpr int R = 4, B = 4 * L::width;
-  const int8_t* w[R];
-  typename L::ireg acc[R][MB], sum[R], weight[R];
-  for (int r = 0; r < R; ++r) {  // rows past the end repeat the last one and are not stored
-    w[r] = t.weight + (n0 + r < t.n ? n0 + r : t.n - 1) * t.weight_stride;
-    sum[r] = L::izero();
-    for (int m = 0; m < MB; ++m) acc[r][m] = L::izero();
+template <int N>
+struct Step {
+  static constexpr int value = N;
+};
+
+template <class Q>
+struct FloatSums {
+  using Sum = typename Q::F;
+  using W = typename Q::F;
+  static constexpr bool integer = false;
+  static Sum nothing() { return Q::fzero(); }
+  static Sum add(Sum a, Sum b) { return Q::fadd(a, b); }
+  static Sum to_float(Sum a) { return a; }
+  static Sum word(const uint8_t* p) {
+    float v;
+    memcpy(&v, p, 4);
+    return Q::fset1(v);
   }
-  const uint8_t* x = t.x + m0 * t.x_stride;
-  const int64_t k = t.k, stride = t.x_stride;
-  int64_t i = 0;
-  for (; i + B <= k; i += B) {
-    for (int r = 0; r < R; ++r) weight[r] = L::iload(w[r] + i);
-    dot_step<L, R, MB, kSums>(acc, sum, weight, x + i, stride);
+  static Sum mac(Sum acc, Sum x, W w) { return Q::fma(x, w, acc); }
+};
+
+template <class Q, bool kZero>
+struct NibblesToFloat : FloatSums<Q> {
+  using F = typename Q::F;
+  using Zero = F;
+  static constexpr int steps = 8;
+  F table = Q::table();
+  static F zero(const int8_t* p) { return kZero ? Q::to_float(Q::iload_s8(p)) : Q::fzero(); }
+  template <int s>
+  BIGOPS_INLINE F operand(typename Q::I line, F zero) const {
+    const F q = Q::template nibble_column<s>(line, table);
+    return kZero ? Q::fsub(q, zero) : q;
   }
-  if (i < k) {  // x is padded, so a zero weight is enough
-    for (int r = 0; r < R; ++r) weight[r] = L::iload_bytes(w[r] + i, static_cast<int>(k - i));
-    dot_step<L, R, MB, kSums>(acc, sum, weight, x + i, stride);
+  template <class G>
+  static BIGOPS_INLINE void each_step(const G& g) {
+    g(Step<0>());
+    g(Step<1>());
+    g(Step<2>());
+    g(Step<3>());
+    g(Step<4>());
+    g(Step<5>());
+    g(Step<6>());
+    g(Step<7>());
   }
-  int32_t total[R][MB], sums[R];  // all of them: a loop that may stop early keeps acc in memory
-  for (int r = 0; r < R; ++r) {
-    for (int m = 0; m < MB; ++m) total[r][m] = L::isum(acc[r][m]);
-    sums[r] = kSums ? L::isum(sum[r]) : 0;
+};
+
+template <class Q, bool kZero>
+struct BytesToFloat : FloatSums<Q> {
+  using F = typename Q::F;
+  using Zero = F;
+  static constexpr int steps = 4;
+  static F zero(const int8_t* p) { return kZero ? Q::to_float(Q::iload_s8(p)) : Q::fzero(); }
+  template <int s>
+  BIGOPS_INLINE F operand(typename Q::I line, F zero) const {
+    const F q = Q::template byte_column<s>(line);
+    return kZero ? Q::fsub(q, zero) : q;
   }
-  for (int r = 0; r < R && n0 + r < t.n; ++r) {
-    for (int m = 0; m < MB; ++m) t.out[(m0 + m) * t.out_stride + n0 + r] = total[r][m];
-    if (kSums) t.sums[n0 + r] = sums[r];
+  template <class G>
+  static BIGOPS_INLINE void each_step(const G& g) {
+    g(Step<0>());
+    g(Step<1>());
+    g(Step<2>());
+    g(Step<3>());
+  }
+};
+
+template <class Q>
+struct NibblesToBytes {
+  using Sum = typename Q::I;
+  using W = typename Q::W;
+  using Zero = typename Q::I;
+  static constexpr bool integer = true;
+  static constexpr int steps = 2;
+  static Sum nothing() { return Q::izero(); }
+  static Sum add(Sum a, Sum b) { return Q::iadd(a, b); }
+  static typename Q::F to_float(Sum a) { return Q::to_float(a); }
+  static typename Q::X word(const uint8_t* p) { return Q::word(p); }
+  static Sum mac(Sum acc, typename Q::X x, W w) { return Q::dot(acc, x, w); }
+  static Zero zero(const int8_t* p) {  // a nibble holds q + 8
+    const auto eight = Q::iset1(8);
+    return Q::spread(p == nullptr ? eight : Q::iadd(Q::iload_s8(p), eight));
+  }
+  template <int s>
+  BIGOPS_INLINE W operand(typename Q::I line, Zero zero) const {
+    return Q::bytes(Q::template nibbles<s>(line, zero));
+  }
+  template <class G>
+  static BIGOPS_INLINE void each_step(const G& g) {
+    g(Step<0>());
+    g(Step<1>());
+  }
+};
+
+template <class Q, class D>
+struct Groups {
+  static constexpr int rows = Q::total_rows, tiles = Q::total_tiles;
+  template <int MR, int NV>
+  static void block(const QuantizedTask& t, int64_t tile, int64_t row) {
+    // as many sums as cover the latency (6 cycles for vdpbf16ps); a step has one of them
+    constexpr int want = MR * NV == 1 ? 4 : MR * NV < 6 ? 2 : 1;
+    group_block<Q, D, MR, NV, (want < D::steps ? want : D::steps)>(t, tile, row);
+  }
+};
+
+// --- blocks of rows and tiles ------------------------------------------------------------------
+
+template <class B, int MR, int NV, bool kFits = true>
+struct Pick {
+  static void run(int rows, const QuantizedTask& t, int64_t tile, int64_t row) {
+    if (rows == MR)
+      B::template block<MR, NV>(t, tile, row);
+    else
+      Pick<B, MR - 1, NV, (MR > 1)>::run(rows, t, tile, row);
+  }
+};
+template <class B, int MR, int NV>
+struct Pick<B, MR, NV, false> {
+  static void run(int, const QuantizedTask&, int64_t, int64_t) {}
+};
+
+template <int MR, int NV>
+struct Shape {
+  static constexpr int rows = MR, tiles = NV;
+};
+
+// All rows of x against NV tiles, in blocks of at most MR rows of nearly the same size.
+template <class B, int MR, int NV>
+void all_rows(const QuantizedTask& t, int64_t tile) {
+  for (int64_t row = 0, left = (t.rows + MR - 1) / MR; row < t.rows; --left) {
+    const int64_t take = (t.rows - row + left - 1) / left;
+    Pick<B, MR, NV>::run(static_cast<int>(take), t, tile, row);
+    row += take;
   }
 }
 
-template <class L, int MB>
-void dot_rows(const DenseTask& t, int64_t n, int64_t m) {
-  if (m == 0)
-    dot_block<L, MB, true>(t, n, m);
+// One or two rows only wait for memory, and several streams of lines are read faster than one: 25
+// against 17 GB/s a core (Zen 4). More rows compute: as many sums as fit the registers.
+template <class Q, class B>
+void product(const QuantizedTask& t) {
+  int64_t tile = 0;
+  const auto take = [&](auto shape) {
+    constexpr int MR = decltype(shape)::rows, NV = decltype(shape)::tiles;
+    for (; tile + NV <= t.tiles; tile += NV) all_rows<B, MR, NV>(t, tile);
+  };
+  if (t.rows == 1)
+    take(Shape<1, Q::one_row_tiles>());
+  else if (t.rows == 2)
+    take(Shape<2, Q::two_row_tiles>());
   else
-    dot_block<L, MB, false>(t, n, m);
+    take(Shape<B::rows, B::tiles>());
+  take(Shape<Q::tail_rows, 1>());
 }
 
-template <class L>
-void dense_dot(const DenseTask& t) {
-  constexpr int MB = L::dot_rows;
-  for (int64_t n = 0; n < t.n; n += 4) {
-    int64_t m = 0;
-    for (; m + MB <= t.m; m += MB) dot_rows<L, MB>(t, n, m);
-    for (; m + 2 <= t.m; m += 2) dot_rows<L, 2>(t, n, m);
-    if (m < t.m) dot_rows<L, 1>(t, n, m);
-  }
-}
-
-// One group of 4 columns: R weight rows by VR vectors. A free function over named arrays: written
-// as a lambda, gcc 12 stored every accumulator in every step.
-template <class L, int R, int VR>
-inline __attribute__((always_inline)) void dense_step(typename L::ireg (&acc)[R][VR],
-                                                      const uint8_t* x, const int8_t* const (&w)[R],
-                                                      int64_t at) {
-  typename L::xreg xv[VR];
-  for (int v = 0; v < VR; ++v) xv[v] = L::x_of(L::iload(x + v * L::width * 4));
-  for (int r = 0; r < R; ++r) {
-    const auto wv = broadcast4<L>(w[r] + at);
-    for (int v = 0; v < VR; ++v) acc[r][v] = L::dot(acc[r][v], xv[v], wv);
-  }
-}
-
-// Many rows of x: a lane is a row of x, dense_rows weight rows by VR vectors stay in registers.
-template <class L, int VR>
-void dense_columns_of(const DenseTask& t) {
-  constexpr int R = L::dense_rows, W = L::width;
-  constexpr int64_t lanes = VR * W;
-  const int64_t whole = t.k / 4 * 4;
-  for (int64_t n = 0; n < t.n; n += R) {
-    const int8_t *w[R], *ends[R];
-    int8_t tail[R][4] = {};
-    typename L::ireg acc[R][VR];
-    for (int r = 0; r < R; ++r) {  // rows past the end repeat the last one and are not used
-      w[r] = t.weight + (n + r < t.n ? n + r : t.n - 1) * t.weight_stride;
-      memcpy(tail[r], w[r] + whole, static_cast<size_t>(t.k - whole));
-      ends[r] = tail[r];
-      for (int v = 0; v < VR; ++v) acc[r][v] = L::izero();
-    }
-    const uint8_t* x = t.x;
-    for (int64_t i = 0; i < whole; i += 4, x += lanes * 4) dense_step<L, R, VR>(acc, x, w, i);
-    if (whole < t.k) dense_step<L, R, VR>(acc, x, ends, 0);
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < VR; ++v) L::istore(t.out + (n + r) * lanes + v * W, acc[r][v]);
-  }
-}
-
-template <class L>
-void dense_columns(const DenseTask& t) {
-  if (t.vectors == 1)
-    dense_columns_of<L, 1>(t);
-  else if (t.vectors == 2)
-    dense_columns_of<L, 2>(t);
-  else if (t.vectors == 3 && L::max_vectors > 2)
-    dense_columns_of < L, L::max_vectors<3 ? 2 : 3>(t);
+template <class Q, template <class, bool> class D>
+void group_product(const QuantizedTask& t) {
+  if (t.zero_point != nullptr)
+    product<Q, Groups<Q, D<Q, true>>>(t);
   else
-    dense_columns_of<L, L::max_vectors>(t);
+    product<Q, Groups<Q, D<Q, false>>>(t);
 }
 
-template <class L, int MR, bool kTail>
-void dense_grad_of(const DenseGradTask& t) {
-  using V = typename L::V;
-  constexpr int KV = L::grad_vectors, W = L::width;
-  typename V::reg acc[MR][KV];
-  for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < KV; ++v) acc[m][v] = V::zero();
-  for (int64_t n = 0; n < t.n; ++n) {
-    const int8_t* at = t.weight + n * t.weight_stride;
-    typename V::reg w[KV];
-    for (int v = 0; v < KV; ++v) {
-      const int64_t left = t.columns - v * W;
-      if (!kTail)
-        w[v] = L::load_s8(at + v * W);
-      else
-        w[v] = left > 0 ? L::load_s8(at + v * W, static_cast<int>(left < W ? left : W)) : V::zero();
-    }
-    for (int m = 0; m < MR; ++m) {
-      const auto g = V::set1(t.grad[m * t.n + n]);
-      for (int v = 0; v < KV; ++v) acc[m][v] = V::fma(g, w[v], acc[m][v]);
-    }
+// --- backward ----------------------------------------------------------------------------------
+
+template <class Q, class D>
+void decode_lines(const DecodeTask& t) {
+  const D decode;
+  float* out = t.out;
+  for (int64_t i = 0; i < t.lines; ++i) {
+    const int64_t group = (t.first + i) / t.group_lines;
+    const auto scale = Q::fload(t.scale + group * t.stride);
+    const auto zero = D::zero(t.zero_point == nullptr ? nullptr : t.zero_point + group * t.stride);
+    const auto line = Q::iload(t.values + i * kLineBytes);
+    D::each_step([&](auto step) __attribute__((always_inline)) {
+      constexpr int s = decltype(step)::value;
+      Q::fstore(out + s * kWeightTile, Q::fmul(decode.template operand<s>(line, zero), scale));
+    });
+    out += D::steps * kWeightTile;
   }
-  for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < KV; ++v) V::store(t.out + (m * KV + v) * W, acc[m][v]);
+}
+
+template <class Q, template <class, bool> class D>
+void decode(const DecodeTask& t) {
+  if (t.zero_point != nullptr)
+    decode_lines<Q, D<Q, true>>(t);
+  else
+    decode_lines<Q, D<Q, false>>(t);
 }
 
 template <class L, int MR>
-void dense_grad_rows(const DenseGradTask& t) {
-  if (t.columns == L::grad_vectors * L::width)
-    dense_grad_of<L, MR, false>(t);
-  else
-    dense_grad_of<L, MR, true>(t);
+void float_grad_rows(const FloatGradTask& t) {
+  using V = typename L::V;
+  constexpr int KV = L::grad_vectors, W = L::width;
+  for (int64_t c = 0; c < kGradColumns; c += KV * W) {
+    typename V::reg acc[MR][KV];
+    BIGOPS_UNROLL
+    for (int m = 0; m < MR; ++m) BIGOPS_UNROLL
+    for (int v = 0; v < KV; ++v)
+      acc[m][v] = t.first ? V::zero() : V::load(t.out + m * kGradColumns + c + v * W);
+    for (int64_t n = 0; n < t.n; ++n) {
+      typename V::reg w[KV];
+      BIGOPS_UNROLL
+      for (int v = 0; v < KV; ++v) w[v] = V::load(t.weight + n * kGradColumns + c + v * W);
+      BIGOPS_UNROLL
+      for (int m = 0; m < MR; ++m) {
+        const auto g = V::set1(t.grad[m * t.grad_stride + n]);
+        BIGOPS_UNROLL
+        for (int v = 0; v < KV; ++v) acc[m][v] = V::fma(g, w[v], acc[m][v]);
+      }
+    }
+    BIGOPS_UNROLL
+    for (int m = 0; m < MR; ++m) BIGOPS_UNROLL
+    for (int v = 0; v < KV; ++v) V::store(t.out + m * kGradColumns + c + v * W, acc[m][v]);
+  }
 }
 
 template <class L>
-void dense_grad(const DenseGradTask& t) {
+void float_grad(const FloatGradTask& t) {
   static_assert(kGradRows == 6, "one case per number of rows");
   switch (t.m) {
-    case 1: return dense_grad_rows<L, 1>(t);
-    case 2: return dense_grad_rows<L, 2>(t);
-    case 3: return dense_grad_rows<L, 3>(t);
-    case 4: return dense_grad_rows<L, 4>(t);
-    case 5: return dense_grad_rows<L, 5>(t);
-    default: return dense_grad_rows<L, 6>(t);
+    case 1: return float_grad_rows<L, 1>(t);
+    case 2: return float_grad_rows<L, 2>(t);
+    case 3: return float_grad_rows<L, 3>(t);
+    case 4: return float_grad_rows<L, 4>(t);
+    case 5: return float_grad_rows<L, 5>(t);
+    default: return float_grad_rows<L, 6>(t);
   }
+}
+
+// --- activations -------------------------------------------------------------------------------
+
+// The largest magnitude of a row; NaN where the row holds NaN or inf.
+template <class L, class T>
+float magnitude(const T* x, int64_t k) {
+  using V = typename L::V;
+  constexpr int W = L::width;
+  auto top = V::zero(), bad = V::zero();
+  for (int64_t i = 0; i < k; i += W) {
+    const auto a = V::load_n(x + i, static_cast<int>(k - i < W ? k - i : W));
+    top = V::max(top, V::max(a, V::sub(V::zero(), a)));
+    bad = V::fma(a, V::zero(), bad);  // x * 0 is NaN for NaN and inf
+  }
+  float tops[W], most = 0.0f;
+  V::store(tops, top);
+  for (int j = 0; j < W; ++j) most = tops[j] > most ? tops[j] : most;
+  return V::reduce(bad) == 0.0f ? most : __builtin_nanf("");
+}
+
+template <class L, class T>
+void round_row(const T* x, int64_t k, float inverse, float zero, float low, uint8_t* q) {
+  using V = typename L::V;
+  constexpr int W = L::width;
+  const auto vi = V::set1(inverse), vz = V::set1(zero);
+  const auto bottom = V::set1(low), top = V::set1(255.0f);
+  for (int64_t i = 0; i < k; i += W) {
+    const int n = static_cast<int>(k - i < W ? k - i : W);
+    const auto r = V::add(V::round(V::mul(V::load_n(x + i, n), vi)), vz);
+    L::store_u8(q + i, V::min(V::max(r, bottom), top), n);
+  }
+}
+
+template <class L, class T>
+void quantize_static(const void* xv, int64_t k, uint8_t* q, float grid_scale, int32_t grid_zero,
+                     float* scale, int32_t* zero_point) {
+  const T* x = static_cast<const T*>(xv);
+  const float most = magnitude<L, T>(x, k);
+  *zero_point = grid_zero;
+  *scale = most == most ? grid_scale : most;
+  if (most == most)
+    round_row<L, T>(x, k, 1.0f / grid_scale, static_cast<float>(grid_zero), 0.0f, q);
+  else
+    memset(q, 0, static_cast<size_t>(k));
+}
+
+template <class L, class T>
+void quantize_symmetric(const void* xv, int64_t k, uint8_t* q, float* scale, int32_t* zero_point) {
+  constexpr float kTiny = 1.17549435e-38f;  // FLT_MIN
+  const T* x = static_cast<const T*>(xv);
+  const float most = magnitude<L, T>(x, k);
+  *zero_point = 128;
+  if (most == most) {
+    *scale = most / 127.0f > kTiny ? most / 127.0f : kTiny;
+    round_row<L, T>(x, k, 1.0f / *scale, 128.0f, 1.0f, q);
+  } else {
+    *scale = most;
+    memset(q, 0, static_cast<size_t>(k));
+  }
+}
+
+template <class L>
+void interleave(uint8_t* q, int64_t n) {
+  for (int64_t i = 0; i < n; i += 8) {
+    uint8_t to[8];
+    for (int j = 0; j < 8; ++j) to[j] = q[i + j % 2 * 4 + j / 2];
+    memcpy(q + i, to, 8);
+  }
+}
+
+template <class L>
+int32_t sum(const uint8_t* q, int64_t n) {
+  int32_t total = 0;
+  for (int64_t i = 0; i < n; ++i) total += q[i];
+  return total;
+}
+
+template <class Q>
+constexpr IntegerProducts integer_products() {
+  return {product<Q, W8A8<Q>>, product<Q, Groups<Q, NibblesToBytes<Q>>>};
+}
+
+template <class Q>
+constexpr QuantizedKernels quantized_table() {
+  using L = typename Q::L;
+  return {integer_products<Q>(),
+          {group_product<Q, BytesToFloat>, group_product<Q, NibblesToFloat>},
+          {quantize_static<L, float>, quantize_static<L, bf16>, quantize_static<L, f16>},
+          {quantize_symmetric<L, float>, quantize_symmetric<L, bf16>, quantize_symmetric<L, f16>},
+          interleave<L>,
+          sum<L>,
+          decode<Q, BytesToFloat>,
+          decode<Q, NibblesToFloat>,
+          float_grad<L>};
 }
 
 }  // namespace

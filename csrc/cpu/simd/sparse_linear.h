@@ -35,18 +35,6 @@ struct SparseTask {
   int64_t acc_stride;
 };
 
-// gx^T += W^T gz^T for one panel, `vectors` of rows of x, all slices of one chunk.
-struct ScatterTask {
-  const int32_t* ptr;
-  const uint8_t* index;
-  const uint8_t* rows;
-  const void* words;
-  int64_t slices;
-  int vectors;
-  const float* grad;  // [chunk][vectors * width]
-  float* x_grad;      // [64 * columns of a word][vectors * width], added to
-};
-
 // The product of gz^T and x at the stored positions of one panel of one chunk.
 struct SampleTask {
   const int32_t* ptr;
@@ -62,10 +50,9 @@ struct SampleTask {
 struct SparseKernels {
   int width;         // lanes of a vector
   int max_vectors;   // vectors of the widest tile of x, columns form
-  int grad_vectors;  // the same for scatter and sample
+  int grad_vectors;  // the same for sample
   void (*rows[kGroupKinds])(const SparseTask&);
   void (*columns[kGroupKinds])(const SparseTask&);
-  void (*scatter[kGroupKinds])(const ScatterTask&);
   void (*sample[kGroupKinds])(const SampleTask&);
 };
 

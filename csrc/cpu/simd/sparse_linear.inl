@@ -126,41 +126,6 @@ void sparse_rows(const SparseTask& t) {
     sparse_rows_of<W, G, 1>(t);
 }
 
-// The transposed product: every step adds to the columns of its word, for all rows of x.
-template <class W, int G, int VR>
-void sparse_scatter_of(const ScatterTask& t) {
-  using L = typename W::L;
-  using V = typename L::V;
-  constexpr int R = G < 4 ? G : 4;  // rows whose parts are summed before the store
-  constexpr int kIndices = 16 / G, C = W::columns;
-  constexpr int64_t lanes = int64_t(VR) * L::width;
-  for (int64_t s = 0; s < t.slices; ++s) {
-    const int64_t steps = t.ptr[s + 1] - t.ptr[s];
-    if (steps == 0) continue;
-    const uint8_t* rows = t.rows + s * kIndices;
-    for (int i = 0; i < 16; i += R) {
-      const char* w = static_cast<const char*>(t.words) + (int64_t(t.ptr[s]) * 16 + i) * 4;
-      const uint8_t* index = t.index + int64_t(t.ptr[s]) * kIndices + i / G;
-      const float* from = t.grad + (int64_t(rows[i / G]) * G + i % G) * lanes;
-      typename V::reg g[R][VR];
-      for (int u = 0; u < R; ++u)
-        for (int v = 0; v < VR; ++v) g[u][v] = V::load(from + u * lanes + v * L::width);
-      for (int64_t j = 0; j < steps; ++j, w += 64, index += kIndices) {
-        float* to = t.x_grad + int64_t(*index) * (C * lanes);
-        for (int c = 0; c < C; ++c) {
-          typename V::reg sum[VR];
-          for (int v = 0; v < VR; ++v) sum[v] = V::load(to + c * lanes + v * L::width);
-          for (int u = 0; u < R; ++u) {
-            const auto wv = V::set1(W::element(w + 4 * u, c));
-            for (int v = 0; v < VR; ++v) sum[v] = V::fma(wv, g[u][v], sum[v]);
-          }
-          for (int v = 0; v < VR; ++v) V::store(to + c * lanes + v * L::width, sum[v]);
-        }
-      }
-    }
-  }
-}
-
 // The sampled product: rows i .. i + 3 of a slice at a time, since their 4 sums of one step lie
 // side by side.
 template <class W, int G, int VR>
@@ -199,23 +164,10 @@ void sparse_sample_of(const SampleTask& t) {
   }
 }
 
-// Vectors of rows of x for scatter and sample: 64 words of floats fill 16 KB with AVX-512.
+// Vectors of rows of x of the sampled product: 64 words of floats fill 16 KB with AVX-512.
 template <class W>
 constexpr int kGradVectors =
     W::L::max_vectors / W::columns > 0 ? W::L::max_vectors / W::columns : 1;
-
-template <class W, int G>
-void sparse_scatter(const ScatterTask& t) {
-  constexpr int most = kGradVectors<W>;
-  if (t.vectors == 1)
-    sparse_scatter_of<W, G, 1>(t);
-  else if (t.vectors == 2 || most < 3)
-    sparse_scatter_of < W, G, most<2 ? 1 : 2>(t);
-  else if (t.vectors == 3)
-    sparse_scatter_of < W, G, most<3 ? 1 : 3>(t);
-  else
-    sparse_scatter_of<W, G, most>(t);
-}
 
 template <class W, int G>
 void sparse_sample(const SampleTask& t) {
@@ -238,7 +190,6 @@ constexpr SparseKernels sparse_table() {
           kGradVectors<W>,
           {sparse_rows<W, 1>, sparse_rows<W, 4>, sparse_rows<W, 16>},
           {sparse_columns<W, 1>, sparse_columns<W, 4>, sparse_columns<W, 16>},
-          {sparse_scatter<W, 1>, sparse_scatter<W, 4>, sparse_scatter<W, 16>},
           {sparse_sample<W, 1>, sparse_sample<W, 4>, sparse_sample<W, 16>}};
 }
 
