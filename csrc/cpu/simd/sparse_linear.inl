@@ -29,7 +29,7 @@ void sparse_columns_of(const SparseTask& t) {
 #pragma GCC unroll 16
       for (int u = 0; u < R; ++u) {
         at[u] = out + (int64_t(rows[(i + u) / G]) * G + (i + u) % G) * lanes;
-        for (int v = 0; v < VR; ++v) sum[u][v] = W::load_acc(at[u] + v * L::width);
+        for (int v = 0; v < VR; ++v) sum[u][v] = W::zero_acc();
       }
       for (int64_t j = 0; j < steps; ++j, w += 64, index += kIndices) {
 #pragma GCC unroll 16
@@ -55,7 +55,10 @@ void sparse_columns_of(const SparseTask& t) {
       }
 #pragma GCC unroll 16
       for (int u = 0; u < R; ++u)
-        for (int v = 0; v < VR; ++v) W::store_acc(at[u] + v * L::width, sum[u][v]);
+        for (int v = 0; v < VR; ++v) {
+          int32_t* to = at[u] + v * L::width;
+          W::store_acc(to, W::add(W::load_acc(to), sum[u][v]));
+        }
     }
   }
 }
