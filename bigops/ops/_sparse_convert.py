@@ -153,7 +153,8 @@ def sparsify_weight(
         raise TypeError(f"dtype: expected int8, bfloat16 or float32; got {dtype}")
     n, k = w.shape
     rows, columns = _check_block(block)
-    checks.tensors(mask=mask)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a torch.Tensor; got {type(mask).__name__}")
     checks.dtype("mask", mask, torch.bool)
     checks.shape("mask", mask, [-(-n // rows), -(-k // columns)])
     full = Pattern(rows, columns).expand(mask, n, k)
@@ -172,6 +173,7 @@ def from_dense(w: Tensor, dtype: torch.dtype | None = None) -> SparseWeight:
         w: ``[N, K]``, any floating dtype.
         dtype: of the stored values; None keeps bfloat16 and takes float32 for the rest.
     """
+    quantize.check_weight(w)
     if dtype is None:
         dtype = torch.bfloat16 if w.dtype == torch.bfloat16 else torch.float32
     return sparsify_weight(w, w != 0, dtype, (1, 1))
