@@ -13,16 +13,8 @@ import torch
 from torch import Tensor
 
 import bigops
-from bigops.benches import rivals
-from bigops.benches.harness import (
-    DTYPES,
-    OWN,
-    Case,
-    Side,
-    copies,
-    in_turn,
-    optional_side,
-)
+from bigops.benches import families, rivals
+from bigops.benches.harness import DTYPES, OWN, Case, Side, copies, in_turn
 from bigops.benches.limits import Cost
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
 
@@ -70,11 +62,11 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
         rivals.dense_compiled(case, x, weight, bias, plain, dense),
     ]
     if device == "cpu":
-        optional_side(sides, rivals.onednn_prepacked, case, x, weight, bias, activation, dense)
-        for engine in rivals.INT8_ENGINES:
-            optional_side(
-                sides, rivals.dynamic_int8, case, engine, x, weight, bias, activation, int8
-            )
+        if case.dtype == "fp32":
+            sides += families.dense_fp32_sides(case, x, weight, bias, activation)
+        else:
+            sides += families.dense_bf16_sides(case, x, weight, bias, activation)
+        sides += families.dense_int8_sides(case, x, weight, bias, activation)
     return reference, sides
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import bigops
-from bigops.benches import rivals
+from bigops.benches import families, rivals
 from bigops.benches.harness import (
     DTYPES,
     OWN,
@@ -85,11 +85,8 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
             "fp32", 2.0 * case.m * kept, 8.0 * kept + moved
         )  # value and column, 4 bytes each
         optional_side(sides, rivals.csr, case, x, weight, bias, activation, csr)
-        dense_int8 = Cost("int8", total, float(case.n * case.k + moved))
-        for engine in rivals.INT8_ENGINES:
-            optional_side(
-                sides, rivals.dynamic_int8, case, engine, x, weight, bias, activation, dense_int8
-            )
+        sides += families.dense_fp32_sides(case, x, weight, bias, activation)
+        sides += families.dense_int8_sides(case, x, weight, bias, activation)
     return reference, sides
 
 
