@@ -213,7 +213,7 @@ def test_cases_have_their_own_names_and_a_quick_part(op: str) -> None:
 @pytest.mark.parametrize("op", harness.op_names())
 def test_every_side_of_a_small_case_agrees_with_float64(op: str) -> None:
     module = harness.bench_module(op)
-    case = next(c for c in module.cases() if c.name.startswith("mlp") and c.dtype == "fp32")
+    case = next(c for c in module.cases() if "mlp" in c.name and c.dtype == "fp32")
     small = replace(case, m=16, k=64, n=32)
     with torch.inference_mode():
         reference, sides = module.build(small, "cpu")
