@@ -27,6 +27,11 @@ ISA_FLAGS = {
 }  # fmt: skip
 X86_ONLY = set(ISA_FLAGS) - {"portable"}
 TORCH_TARGET = "0x020a000000000000"  # stable ABI of torch 2.10: one build serves later versions
+FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
+         "-Wall", "-Wno-maybe-uninitialized",  # the latter: gcc 12's own avx512fintrin.h
+         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]  # fmt: skip
+# --no-as-needed: the stable shims live in libtorch_cpu and look unused to the linker
+LINK = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
 def is_x86() -> bool:
@@ -94,8 +99,7 @@ class BuildExt(build_ext):
         extension = self.extensions[0]
         extension.include_dirs = [str(ROOT / "csrc"), pybind11.get_include(), *include_paths()]
         extension.library_dirs = library_paths()
-        # --no-as-needed: the stable shims live in libtorch_cpu and look unused to the linker
-        extension.extra_link_args = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+        extension.extra_link_args = LINK
         self.parallel_objects(extension)
         super().build_extensions()
 
@@ -108,12 +112,9 @@ class BuildExt(build_ext):
             p.stat().st_mtime for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".inl")
         )
         newest_header = max(newest_header, Path(__file__).stat().st_mtime)
-        base = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
-                "-Wall", "-Wno-maybe-uninitialized",  # the latter: gcc 12's own avx512fintrin.h
-                f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]  # fmt: skip
 
         def compile_one(source: str) -> str:
-            flags = [*base, *ISA_FLAGS[isa_of(source) or "portable"]]
+            flags = [*FLAGS, "-O3", "-g0", *ISA_FLAGS[isa_of(source) or "portable"]]
             (obj,) = compiler.object_filenames([source], output_dir=self.build_temp)
             newest = max(newest_header, (ROOT / source).stat().st_mtime)
             if not Path(obj).exists() or Path(obj).stat().st_mtime < newest:

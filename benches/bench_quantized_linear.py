@@ -14,17 +14,8 @@ import torch
 from torch import Tensor
 
 import bigops
-from bigops.benches import rivals
-from bigops.benches.harness import (
-    DTYPES,
-    OWN,
-    Case,
-    LeftOut,
-    Side,
-    copies,
-    in_turn,
-    optional_side,
-)
+from bigops.benches import families, rivals
+from bigops.benches.harness import DTYPES, OWN, Case, Side, copies, in_turn
 from bigops.benches.limits import Cost
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
 
@@ -84,7 +75,6 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
         weight = own.to_dense(dtype)
     flops = 2.0 * case.m * case.k * case.n
     moved = x.element_size() * case.m * (case.k + case.n)
-    integer = Cost("int8", flops, float(case.n * case.k + moved))
     dense = Cost(case.dtype, flops, float(x.element_size() * case.n * case.k + moved))
     unit = "int8" if own.activations != "none" else case.dtype
     plain = rivals.eager(activation, False)
@@ -101,37 +91,13 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
         rivals.dense_compiled(case, x, weight, bias, plain, dense),
     ]
     if device == "cpu":
-        optional_side(sides, rivals.onednn_prepacked, case, x, weight, bias, activation, dense)
-        for engine in rivals.INT8_ENGINES:
-            optional_side(
-                sides, rivals.dynamic_int8, case, engine, x, weight, bias, activation, integer
-            )
-        if own.bits == 4 and own.activations == "none" and activation == "none":
-            optional_side(sides, _int4pack, case, x, own, bias, flops)
+        if own.bits == 4:
+            grid = own.grid()
+            same = rivals.Int4Weight(grid.q.to(torch.int8), grid.scale.float())
+            sides += families.int4_sides(case, x, same, bias, activation)
+        else:
+            sides += families.dense_int8_sides(case, x, weight, bias, activation)
     return reference, sides
-
-
-def _int4pack(case: Case, x: Tensor, weight: QuantizedWeight, bias: Tensor, flops: float) -> Side:
-    """torch's int4 product: the same whole numbers, scales in x's dtype.
-
-    Raises:
-        LeftOut: this torch has no such product.
-    """
-    for name in ("_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu"):
-        if not hasattr(torch.ops.aten, name):
-            raise LeftOut(f"torch int4: no {name} in this torch")
-    grid = weight.grid()
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((grid.q + 8).int(), 1)
-    scale = grid.scale.t().to(x.dtype)
-    factors = torch.stack([scale, torch.zeros_like(scale)], -1).contiguous()
-    take = in_turn(copies(case, packed, packed.nbytes, Tensor.clone))
-    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-    return Side(
-        "torch int4",
-        lambda: multiply(x, take(), weight.group, factors) + bias,
-        Cost(case.dtype, flops, float(packed.nbytes + factors.nbytes)),
-        "aten int4pack",
-    )
 
 
 def _copy(weight: QuantizedWeight) -> QuantizedWeight:

@@ -1,20 +1,22 @@
-"""sparse_linear (1x4 blocks, int8 or fp32) against dense, dense int8 and torch's CSR.
+"""sparse_linear against dense, dense int8 and torch's CSR: every format, forward and backward.
 
 The weights are pruned first, and every error is against the float64 product with the pruned
 weights: what pruning itself costs belongs to a receipt, not to a kernel. A limit counts the
-useful work only, that of the blocks kept.
+useful work only, that of the entries kept. In the backward cases the other sides are torch's dense
+products of the same dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import bigops
-from bigops.benches import rivals
+from bigops.benches import families, rivals
 from bigops.benches.harness import (
     DTYPES,
     OWN,
@@ -25,51 +27,85 @@ from bigops.benches.harness import (
     optional_side,
 )
 from bigops.benches.limits import Cost
-from bigops.ops.sparse_linear import SparseWeight, block_mask, sparsify_weight
+from bigops.ops.quantized_linear import quantize_weight
+from bigops.ops.sparse_linear import Pattern, SparseWeight, sparsify_weight
+
+ROWS = (1, 4, 16, 64, 128, 256, 1024)
+SHAPES = ((768, 3072), (1024, 1024), (4096, 4096), (4096, 11008))
+PATTERNS = ("1x1", "1x4", "4x1", "16x1", "16x16", "32x32", "2:4")
+VALUES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
+UNITS = {"int8": "int8", "bf16": "bf16", "fp32": "fp32"}
+
+
+def _case(
+    name: str, m: int, k: int, n: int, sparsity: float, values: str = "int8",
+    pattern: str = "1x4", **more: Any,
+) -> Case:  # fmt: skip
+    params = {
+        "activation": more.pop("activation", "none"),
+        "sparsity": sparsity,
+        "values": values,
+        "pattern": pattern,
+    }
+    dtype = "bf16" if values == "bf16" else "fp32"
+    name = f"{name}-{values}-{pattern}-{sparsity * 100:.0f}%"
+    return Case("sparse_linear", name, m, k, n, dtype, params=params, **more)
 
 
 def cases() -> list[Case]:
-    """The demo's layers, and 4096x4096 from DRAM, at several sparsities."""
-
-    def case(name: str, m: int, k: int, n: int, sparsity: float, **more: Any) -> Case:
-        params = {
-            "activation": more.pop("activation", "none"),
-            "sparsity": sparsity,
-            "values": more.pop("values", "int8"),
-        }
-        return Case("sparse_linear", name, m, k, n, "fp32", params=params, **more)
-
+    """The demo's layers, the grid of shapes, all patterns, and the two products of backward."""
     found = [
-        case("overhead80", 8, 8, 8, 0.8, activation="relu", quick=True),
-        case("mlp80", 64, 784, 2048, 0.8, activation="relu", quick=True),
-        case("mlp2-80", 64, 2048, 1024, 0.8, activation="relu", quick=True),
-        case("mlp80-fp32", 64, 784, 2048, 0.8, activation="relu", values="fp32"),
-        case("mlp90", 64, 784, 2048, 0.9, activation="relu"),
+        _case("overhead", 8, 8, 8, 0.8, activation="relu", quick=True),
+        _case("mlp", 64, 784, 2048, 0.8, activation="relu", quick=True),
+        _case("mlp2", 64, 2048, 1024, 0.8, activation="relu", quick=True),
+        _case("mlp", 64, 784, 2048, 0.8, "fp32", activation="relu"),
     ]
-    for percent in (50, 80, 90):
-        found += [
-            case(f"square{percent}", m, 4096, 4096, percent / 100, rotate=True)
-            for m in (1, 16, 128)
-        ]
-    found += [
-        case("square90-fp32", m, 4096, 4096, 0.9, values="fp32", rotate=True) for m in (1, 128)
-    ]
+    for k, n in SHAPES:
+        rotate = k * n >= 1 << 24
+        for m in ROWS:
+            found += [_case("grid", m, k, n, s, rotate=rotate) for s in (0.8, 0.9)]
+            found += [
+                _case("grid", m, k, n, s, "fp32", "1x1", rotate=rotate)
+                for s in (0.5, 0.6, 0.8, 0.9)
+            ]
+    for m in (16, 128):
+        found += [_case("gelu", m, 768, 3072, s, activation="gelu") for s in (0.8, 0.9)]
+    for values in VALUES:
+        for pattern in PATTERNS:
+            levels = (0.5,) if ":" in pattern else (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+            found += [
+                _case("pattern", m, 2048, 2048, s, values, pattern)
+                for s in levels
+                for m in (1, 16, 128)
+            ]
+    for k, n in SHAPES[:3]:
+        for values in ("fp32", "bf16"):
+            found += [
+                _case("backward", 256, k, n, 0.8, values, pattern, direction=direction)
+                for direction in ("backward-x", "backward-values")
+                for pattern in (("1x1", "1x4") if values == "fp32" else ("1x4",))
+            ]
     return found
 
 
 def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     """The float64 truth of a case and its sides."""
     dtype, activation = DTYPES[case.dtype], str(case.params["activation"])
-    sparsity, int8 = float(case.params["sparsity"]), case.params["values"] == "int8"
+    sparsity, values = float(case.params["sparsity"]), str(case.params["values"])
+    pattern = Pattern.parse(str(case.params["pattern"]))
     x = torch.randn(case.m, case.k, device=device).to(dtype)
     weight = torch.randn(case.n, case.k, device=device) * case.k**-0.5
-    mask = block_mask(weight, sparsity)
-    weight = (weight * mask.repeat_interleave(4, dim=1)[:, : case.k]).to(dtype)
+    mask = pattern.mask(weight, sparsity)
+    full = pattern.expand(mask, case.n, case.k)
+    weight = torch.where(full, weight, 0).to(dtype)
+    own = sparsify_weight(weight, mask, VALUES[values], (pattern.height, pattern.width))
+    if case.direction.startswith("backward"):
+        return _backward(case, x, weight, own, full)
     bias = torch.randn(case.n, device=device).to(dtype)
-    own = sparsify_weight(weight, mask, int8)
     size, moved = x.element_size(), x.element_size() * case.m * (case.k + case.n)
     total = 2.0 * case.m * case.k * case.n
-    sparse = Cost("int8" if int8 else "fp32", total * own.density, float(own.nbytes + moved))
+    kept = float(full.float().mean())
+    sparse = Cost(UNITS[values], total * kept, float(own.nbytes + moved))
     dense = Cost(case.dtype, total, float(size * case.n * case.k + moved))
     plain = rivals.eager(activation, False)
     reference = [plain(x.double().cpu(), weight.double().cpu(), bias.double().cpu())]
@@ -80,26 +116,65 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
         rivals.dense_compiled(case, x, weight, bias, plain, dense),
     ]
     if device == "cpu":
-        kept = own.density * case.n * case.k
         csr = Cost(
-            "fp32", 2.0 * case.m * kept, 8.0 * kept + moved
+            "fp32", 2.0 * case.m * kept * case.n * case.k, 8.0 * kept * case.n * case.k + moved
         )  # value and column, 4 bytes each
-        optional_side(sides, rivals.csr, case, x, weight, bias, activation, csr)
-        dense_int8 = Cost("int8", total, float(case.n * case.k + moved))
-        for engine in rivals.INT8_ENGINES:
-            optional_side(
-                sides, rivals.dynamic_int8, case, engine, x, weight, bias, activation, dense_int8
-            )
+        if values == "int8":
+            sides.append(_dense_int8(case, x, weight, bias, activation, total, moved))
+            sides += families.dense_int8_sides(case, x, weight, bias, activation)
+        elif values == "bf16":
+            sides += families.dense_bf16_sides(case, x, weight, bias, activation)
+        else:
+            optional_side(sides, rivals.csr, case, x, weight, bias, activation, csr)
+            sides += families.dense_fp32_sides(case, x, weight, bias, activation)
     return reference, sides
 
 
-def _copy(weight: SparseWeight) -> SparseWeight:
-    return weight._replace(
-        values=weight.values.clone(),
-        index=weight.index.clone(),
-        panel_ptr=weight.panel_ptr.clone(),
-        scale=None if weight.scale is None else weight.scale.clone(),
+def _dense_int8(
+    case: Case, x: Tensor, weight: Tensor, bias: Tensor, activation: str, flops: float, moved: int
+) -> Side:
+    """Our own dense int8: sparse int8 is to beat the best dense one, whoever made it."""
+    own = quantize_weight(weight)
+    take = in_turn(copies(case, own, own.nbytes, lambda w: w._replace(values=w.values.clone())))
+    return Side(
+        "dense int8 of bigops",
+        lambda: bigops.quantized_linear(x, take(), bias, None, activation),
+        Cost("int8", flops, float(own.nbytes + moved)),
     )
+
+
+def _backward(
+    case: Case, x: Tensor, weight: Tensor, own: SparseWeight, full: Tensor
+) -> tuple[list[Tensor], list[Side]]:
+    """One product of the backward pass: gx = gz W, or gz^T x at the stored positions."""
+    grad = torch.randn(case.m, case.n, device=x.device).to(x.dtype)
+    want_x = case.direction == "backward-x"
+    op = torch.ops.bigops.sparse_linear_backward
+    fixed = (*own.tensors, case.n, own.chunk, None, "none", want_x, not want_x, False)
+
+    def ours() -> Tensor:
+        gx, gv, _ = op(grad, x, *fixed)
+        return gx if want_x else gv
+
+    def eager() -> Tensor:
+        return grad @ weight if want_x else grad.t() @ x
+
+    x64, g64 = x.double(), grad.double()
+    truth = g64 @ own.to_dense(torch.float64) if want_x else torch.where(full, g64.t() @ x64, 0)
+    total = 2.0 * case.m * case.k * case.n
+    kept = float(full.float().mean())
+    moved = x.element_size() * (case.m * (case.k + case.n) + case.n * case.k)
+    # both kernels multiply in float32, whatever the values' dtype
+    mine = Side(OWN, ours, Cost("fp32", total * kept, float(own.nbytes + moved)))
+    theirs = Side("eager", eager, Cost(case.dtype, total, float(moved)), "aten mm")
+    if not want_x:
+        mine = replace(mine, shown=lambda v: own._replace(values=v, scale=None).to_dense())
+        theirs = replace(theirs, shown=lambda g: torch.where(full, g, 0))
+    return [truth], [mine, theirs]
+
+
+def _copy(weight: SparseWeight) -> SparseWeight:
+    return weight._replace(values=weight.values.clone(), index=weight.index.clone())
 
 
 def test_sparse_linear(case: Case, versus: Callable[[Case], None]) -> None:

@@ -135,10 +135,34 @@ def _explain(args: argparse.Namespace) -> int:
 
         packed = quantize_weight(weight)
     elif args.op == "sparse_linear":
-        from bigops.ops.sparse_linear import block_mask, sparsify_weight
+        from bigops.nn.sparse_linear import VALUES, check_sparsity, check_values
+        from bigops.ops.sparse_linear import Pattern, sparsify_weight
 
-        packed = sparsify_weight(weight, block_mask(weight, args.sparsity), not args.fp32_values)
-    print(bigops.explain(args.op, x, packed, activation=args.activation))
+        pattern = Pattern.parse(args.pattern)
+        stored = VALUES[check_values(args.values)]
+        mask = pattern.mask(weight, check_sparsity(args.sparsity, pattern))
+        packed = sparsify_weight(weight, mask, stored, (pattern.height, pattern.width))
+    try:
+        print(bigops.explain(args.op, x, packed, activation=args.activation))
+    except TypeError as error:  # a --dtype that the op does not take
+        raise ValueError(str(error)) from error
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from bigops.compress.store import load_compressed
+    from bigops.nn import SparseLinear
+
+    layers = load_compressed(args.model)
+    if not layers:
+        raise ValueError(f"{args.model}: expected a model with compressed layers; it has none")
+    if args.layer is not None and args.layer not in layers:
+        raise ValueError(f"--layer: expected one of {', '.join(layers)}; got {args.layer!r}")
+    for name, layer in layers.items():
+        if args.layer in (None, name):
+            print(f"{name or 'the model'}: {layer}, {layer.nbytes:,} bytes")
+            if isinstance(layer, SparseLinear):
+                print(layer.storage().picture())
     return 0
 
 
@@ -204,6 +228,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
     doctor.set_defaults(command=_doctor)
     _add_explain(commands.add_parser("explain", help="kernel, config and reason for one call"))
+    show = commands.add_parser("show", help="the compressed layers of a saved model, as pictures")
+    show.add_argument("model", metavar="MODEL", help="a file written by bigops.save")
+    show.add_argument("--layer", metavar="NAME", help="only this one")
+    show.set_defaults(command=_show)
     return parser
 
 
@@ -249,6 +277,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     add("--n", type=integer, help="output features")
     add("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), default="fp32")
     add("--activation", default="none")
-    add("--sparsity", type=_fraction, default=0.8, help="of sparse_linear's weight")
-    add("--fp32-values", action="store_true", help="sparse_linear: keep fp32 values, not int8")
+    add("--sparsity", type=_fraction, help="of sparse_linear's weight (default: 0.8, or of N:M)")
+    add("--pattern", default="1x4", help="of sparse_linear's weight: 1x4, 16x16, 1x1, 2:4 ...")
+    add("--values", default="int8", help="sparse_linear stores int8, bf16 or fp32")
     parser.set_defaults(command=_explain)

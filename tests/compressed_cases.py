@@ -4,12 +4,15 @@ The truth is the product with the dequantised weight; where the op quantises its
 truth takes them quantised in the same way (the quantiser is held to its own definition in
 test_quantized_linear.py). `plain` is float32 torch rounded once to the dtype of x: tighter than
 torch in bf16, which would round the weight too.
+
+A case of sparse floating values may train them (`make(.., values=True)`): they are a leaf then,
+after x, and their truth is the dense gradient of W at the stored positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +21,12 @@ from torch import Tensor
 
 from bigops.ops._quantize import quantize_rows, static_grid
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear
-from bigops.ops.sparse_linear import block_mask, sparse_linear, sparsify_weight
+from bigops.ops.sparse_linear import Pattern, SparseWeight, sparse_linear, sparsify_weight
 from tests.kernels_ran import ISAS
 from tests.linear_cases import act, curvature, offset, slope
 from tests.tolerance import check
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-NAMES = ("x", "bias", "residual")
 # What quantize_weight is given, by the name of the format.
 QUANTISED: dict[str, dict[str, Any]] = {
     "int8": {},
@@ -42,8 +44,11 @@ QUANTISED: dict[str, dict[str, Any]] = {
     "w4a8_static": {"bits": 4, "group": 32, "activations": "static"},
 }
 # The roads are the same for all formats of an op: one of each kind of sums travels them.
-FORMATS = ("int8", "w4_zero", "w4a8", "sparse_int8", "sparse_float")
-# avx512bf16 adds nothing for sparse_linear: the VNNI kernels serve it
+FORMATS = ("int8", "w4_zero", "w4a8", "sparse_int8", "sparse_float", "sparse_bf16")
+VALUES = {"s8": torch.int8, "f32": torch.float32, "bf16": torch.bfloat16}  # of sparse_linear
+SPARSE = {"sparse_int8": "s8", "sparse_float": "f32", "sparse_bf16": "bf16"}
+PATTERNS = ("1x1", "1x4", "4x1", "16x1", "16x16", "32x32", "2:4")
+# avx512bf16 adds nothing for quantized_linear: the VNNI kernels serve it
 LEVELS = [level for level in ISAS if level != "avx512bf16"]
 
 
@@ -67,6 +72,16 @@ def backward_of(form: str, level: str, dtype: str) -> str:
     return f"cpu.{isa}.quantized_linear_backward.{dtype}.w{bits}"
 
 
+def served(form: str) -> list[str]:
+    """Dtypes of x that a format takes."""
+    return ["bf16"] if form == "sparse_bf16" else list(DTYPES)
+
+
+def dtype_of(form: str) -> str:
+    """One of them, for tests that need no other: float32 where it is served."""
+    return "bf16" if form == "sparse_bf16" else "f32"
+
+
 @dataclass
 class Case:
     """Inputs of one call; ``weight`` is the storage, ``dense`` what it stands for in float64."""
@@ -79,37 +94,68 @@ class Case:
     residual: Tensor | None
     grad: Tensor
     name: str
+    trains: bool = False  # the values are a leaf
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self.x, self.bias, self.residual
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the leaves, in order."""
+        return ("x", "values", "bias", "residual") if self.trains else ("x", "bias", "residual")
+
+    @property
+    def sparse(self) -> bool:
+        return isinstance(self.weight, SparseWeight)
+
+    @property
     def storage(self) -> tuple[Any, ...]:
-        """The weight as the raw op takes it."""
-        if self.op == "sparse_linear":
-            return tuple(self.weight)[:4]
+        """The weight as the raw op takes it: its tensors, then its sizes."""
+        if self.sparse:
+            return (*self.weight.tensors, self.weight.shape[0], self.weight.chunk)
         arguments: tuple[Any, ...] = self.weight.arguments
         return arguments
 
     @property
     def op(self) -> str:
-        return "sparse_linear" if hasattr(self.weight, "panel_ptr") else "quantized_linear"
+        return "sparse_linear" if self.sparse else "quantized_linear"
 
-    def public(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        """The call by the public function."""
-        f: Any = sparse_linear if self.op == "sparse_linear" else quantized_linear
-        y: Tensor = f(x, self.weight, bias, residual, self.name)
+    def public(self, x: Tensor, *rest: Tensor | None) -> Tensor:
+        """The call by the public function: x, values where they are a leaf, bias, residual."""
+        *values, bias, residual = rest
+        weight = self.weight._replace(values=values[0]) if values else self.weight
+        f: Any = sparse_linear if self.sparse else quantized_linear
+        y: Tensor = f(x, weight, bias, residual, self.name)
         return y
 
-    def raw(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    def raw(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         """The call by `torch.ops`."""
-        y: Tensor = getattr(torch.ops.bigops, self.op)(x, *self.storage, bias, residual, self.name)
+        *values, bias, residual = rest
+        storage = (*values, *self.storage[len(values) :])
+        y: Tensor = getattr(torch.ops.bigops, self.op)(x, *storage, bias, residual, self.name)
         return y
+
+    def with_values(self, values: Tensor) -> Case:
+        """The same case with other stored values."""
+        weight = self.weight._replace(values=values)
+        return replace(self, weight=weight, dense=weight.to_dense(torch.float64))
 
     def leaves(self) -> list[Tensor | None]:
-        """Fresh copies of x, bias, residual that require gradients."""
-        return [None if t is None else t.detach().clone().requires_grad_() for t in self.inputs]
+        """Fresh copies of the inputs that require gradients."""
+        given = [self.x, self.weight.values, *self.inputs[1:]] if self.trains else self.inputs
+        return [None if t is None else t.detach().clone().requires_grad_() for t in given]
+
+    def at_stored(self, dense: Tensor) -> Tensor:
+        """Entries of a matrix [N, K] where the values lie, 0 where they only pad."""
+        weight: SparseWeight = self.weight
+        (n, k), at, columns = weight.shape, weight.positions(), weight.values.shape[2]
+        out = dense.new_zeros(weight.values.shape)
+        for c in range(columns):
+            column = at.word * columns + c
+            inside = at.stored & (column < k) & (at.row < n)
+            out[..., c][inside] = dense[at.row[inside], column[inside]]
+        return out
 
     def seen_x(self) -> Tensor:
         """x as the product sees it, float64."""
@@ -122,17 +168,24 @@ class Case:
         return (rows.q.double() - rows.zero_point.double()) * rows.scale.double()
 
     def truth(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None]]:
-        """(y, gradients of x, bias, residual) by torch autograd in ``dtype``, straight through."""
+        """(y, gradients of the leaves) by torch autograd in ``dtype``, straight through."""
         leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in self.inputs]
         x, bias, residual = leaves
         assert x is not None
         seen = x + (self.seen_x().to(dtype) - x.detach())
-        y = act(self.name, F.linear(seen, self.dense.to(dtype), bias))
+        dense = self.dense.to(dtype).requires_grad_(self.trains)
+        y = act(self.name, F.linear(seen, dense, bias))
         if residual is not None:
             y = y + residual
+        if self.trains:
+            leaves.insert(1, dense)
         wanted = [t for t in leaves if t is not None]
         found = iter(torch.autograd.grad(y, wanted, self.grad.to(dtype)))
-        return y.detach(), [None if t is None else next(found) for t in leaves]
+        grads = [None if t is None else next(found) for t in leaves]
+        if self.trains:
+            assert grads[1] is not None
+            grads[1] = self.at_stored(grads[1])
+        return y.detach(), grads
 
     def scales(self) -> tuple[Tensor, list[Tensor | None]]:
         """Error scales of y and of each gradient, float64."""
@@ -148,11 +201,16 @@ class Case:
         if self.name != "none":
             gz = grad * (slope(self.name, z) + curvature(self.name) * z_scale)
         rows = list(range(gz.dim() - 1))
-        return y_scale, [
+        scales = [
             gz @ weight.abs(),
             None if bias is None else (gz.sum(rows) if rows else gz),
             None if self.residual is None else grad,
         ]
+        if self.trains:
+            n, k = weight.shape
+            values = gz.reshape(-1, n).t() @ x.abs().reshape(-1, k) if n and k else weight
+            scales.insert(1, self.at_stored(values))
+        return y_scale, scales
 
     def check_forward(self, y: Tensor, what: str = "y") -> None:
         assert y.dtype == self.x.dtype
@@ -160,10 +218,10 @@ class Case:
         check(y, self.truth(torch.float64)[0], plain, self.scales()[0], what=f"{self.name} {what}")
 
     def check_gradients(self, grads: Sequence[Tensor | None], what: str = "") -> None:
-        """Gradients of x, bias, residual, in that order; None where there is no input."""
+        """Gradients of the leaves, in their order; None where there is no input."""
         truth, plain = self.truth(torch.float64)[1], self.truth(torch.float32)[1]
         for name, got, ref, base, scale in zip(
-            NAMES, grads, truth, plain, self.scales()[1], strict=True
+            self.names, grads, truth, plain, self.scales()[1], strict=True
         ):
             label = f"{self.name} {what} gradient of {name}"
             if ref is None:
@@ -172,6 +230,10 @@ class Case:
             assert got is not None, f"{label}: None"
             assert base is not None
             assert scale is not None
+            if name == "values":
+                assert got.dtype == self.weight.values.dtype
+                only_padding = self.at_stored(torch.ones(self.weight.shape)) == 0
+                assert not got[only_padding].any(), f"{label}: not 0 where values only pad"
             check(got, ref, base.to(got.dtype), scale, what=label)
 
 
@@ -186,10 +248,13 @@ def make(
     bias: bool = True,
     residual: bool = True,
     sparsity: float = 0.6,
+    pattern: str = "1x4",
+    values: bool = False,
 ) -> Case:
     """A case of a format in QUANTISED or FORMATS.
 
-    x is off centre, so that zero points are of every size.
+    x is off centre, so that zero points are of every size. ``sparsity`` and ``pattern`` are for
+    sparse formats (2:4 has its own sparsity); ``values``: floating values are a leaf.
     """
     shape = [lead] if isinstance(lead, int) else list(lead)
     x = torch.randn(*shape, k) + torch.randn(*shape, 1)
@@ -201,7 +266,9 @@ def make(
             options["x_grid"] = static_grid(-2.0, 3.0)  # some of x lies outside
         weight = quantize_weight(w, **options)
     else:
-        weight = sparsify_weight(w, block_mask(w, sparsity), form == "sparse_int8")
+        how = Pattern.parse(pattern)
+        stored = VALUES[SPARSE[form]]
+        weight = sparsify_weight(w, how.mask(w, sparsity), stored, (how.height, how.width))
     to = DTYPES[dtype]
     return Case(
         x.to(to),
@@ -212,4 +279,5 @@ def make(
         torch.randn(*shape, n).to(to) if residual else None,
         torch.randn(*shape, n).to(to),
         name,
+        values,
     )

@@ -13,9 +13,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from torch import nn
 
 import bigops
-from bigops import backend, cli, doctor
+from bigops import backend, cli, doctor, save
 from bigops.benches import harness, rows
 from tests.test_bench_harness import COLUMNS, ROW
 
@@ -84,6 +85,34 @@ MISTAKES = {
         ("explain", "fused_linear", "--k", "8", "--n", "8", "--activation", "mish"),
         "activation: expected one of",
     ),
+    "bad pattern": (
+        ("explain", "sparse_linear", "--k", "8", "--n", "8", "--pattern", "4:2"),
+        "pattern: expected HxW such as '1x4', or N:M with N < M; got '4:2'",
+    ),
+    "two sparsities": (
+        (
+            "explain",
+            "sparse_linear",
+            "--k",
+            "8",
+            "--n",
+            "8",
+            "--pattern",
+            "2:4",
+            "--sparsity",
+            ".8",
+        ),
+        "sparsity: expected 0.5 or None for 2:4; got 0.8",
+    ),
+    "bad values": (
+        ("explain", "sparse_linear", "--k", "8", "--n", "8", "--values", "fp8"),
+        "values: expected int8, bf16, fp32; got 'fp8'",
+    ),
+    "unserved dtype": (
+        ("explain", "sparse_linear", "--k", "8", "--n", "8", "--values", "bf16"),
+        "x: expected dtype bfloat16; got float32",
+    ),
+    "nothing to show": (("show", "nothing.safetensors"), "nothing.safetensors: expected a file"),
     "full sparsity": (
         ("explain", "sparse_linear", "--k", "8", "--n", "8", "--sparsity", "1"),
         "from 0 up to below 1, got '1'",
@@ -336,6 +365,37 @@ def test_explain_names_a_kernel_and_a_reason(op: str, capsys: pytest.CaptureFixt
     assert out.startswith(f"{op}: ")
     kernel = out.removeprefix(f"{op}: ").split(";")[0]
     assert "." in kernel, "a kernel's name says where it runs: cpu.<isa>.., triton.., reference.."
+
+
+@pytest.mark.parametrize("values", ["int8", "bf16", "fp32"])
+@pytest.mark.parametrize("pattern", ["1x1", "16x1", "2:4"])
+def test_explain_of_sparse_weights(
+    pattern: str, values: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("--k", "64", "--n", "32", "--pattern", pattern, "--values", values, "--dtype", "bf16")
+    code, out, err = run(capsys, "explain", "sparse_linear", *argv)
+    assert code == 0, err
+    assert {"int8": "s8", "bf16": "bf16", "fp32": "f32"}[values] in out.split(";")[0]
+
+
+def test_show_draws_the_sparse_layers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
+    save(model, tmp_path / "dense")
+    bigops.compress_(model, {"0": bigops.Sparse(0.5, "16x16"), "2": bigops.Int8()})
+    save(model, tmp_path / "small")
+    code, out, _ = run(capsys, "show", str(tmp_path / "small"))
+    assert code == 0
+    assert out.startswith("0: SparseLinear(in_features=64")
+    assert model[0].storage().picture() in out
+    assert "\n2: QuantLinear(in_features=32" in out
+    code, out, _ = run(capsys, "show", str(tmp_path / "small"), "--layer", "2")
+    assert (code, out.count("\n")) == (0, 1)
+    code, _, err = run(capsys, "show", str(tmp_path / "small"), "--layer", "1")
+    assert code == cli.MISUSE
+    assert "--layer: expected one of 0, 2; got '1'" in err
+    code, _, err = run(capsys, "show", str(tmp_path / "dense"))
+    assert code == cli.MISUSE
+    assert "expected a model with compressed layers; it has none" in err
 
 
 def test_explain_of_a_gated_pair(capsys: pytest.CaptureFixture[str]) -> None:

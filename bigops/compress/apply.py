@@ -114,9 +114,8 @@ def build(layer: nn.Module, config: Config, x: Tensor | None = None) -> Compress
     if isinstance(config, Int8) and isinstance(layer, SparseLinear):
         if config != Int8():
             raise ValueError(f"config: expected Int8() for a sparse layer; got {config}")
-        new = SparseLinear.from_linear(layer, 0.0, int8=True)  # keep the pattern there is
-        new.mask = layer.mask
-        return new
+        # the pattern there is stays
+        return SparseLinear.from_linear(layer, pattern=str(layer.pattern), mask=layer.mask)
     if isinstance(config, Int8 | Int4):
         quantised = QuantLinear.from_linear(
             layer,
@@ -129,12 +128,14 @@ def build(layer: nn.Module, config: Config, x: Tensor | None = None) -> Compress
             quantised.calibrate(x)
         return quantised
     if isinstance(config, Sparse):
-        return SparseLinear.from_linear(layer, config.sparsity, int8=False)
-    return SparseLinear.from_linear(layer, config.sparse.sparsity, int8=True)
+        return SparseLinear.from_linear(layer, config.sparsity, config.pattern, config.values)
+    return SparseLinear.from_linear(layer, config.sparse.sparsity, config.sparse.pattern)
 
 
 def freeze_(model: nn.Module) -> Record:
     """Freeze every compressed layer of ``model`` in place: the float weights go.
+
+    Of a thawed layer the stored values become a buffer again.
 
     Raises:
         ValueError: no compressed layer, or NaN or inf in a weight. The model is unchanged.
@@ -142,10 +143,10 @@ def freeze_(model: nn.Module) -> Record:
     found = [(n, m) for n, m in Sites(model).unique() if isinstance(m, CompressedLinear)]
     if not found:
         raise ValueError("model: expected compressed layers (compress_ makes them); found none")
-    skipped = [Skipped(n, "it is frozen already") for n, m in found if m.frozen]
+    skipped = [Skipped(n, "it is frozen already") for n, m in found if m.frozen and not m.thawed]
     storages = []
     for name, layer in found:
-        if not layer.frozen:
+        if not layer.frozen or layer.thawed:
             _check_finite(name, layer)
             storages.append((name, layer, layer._convert()))
     done = []
@@ -173,7 +174,7 @@ def _layers(sites: Sites) -> tuple[dict[str, Any], dict[str, str]]:
         if isinstance(module, GatedMLP):
             left[path] = "its gate and up projection: gated pairs have no compressed kernel"
         if isinstance(module, CompressedLinear) and module.frozen:
-            left[path] = "it is frozen already"
+            left[path] = "it is thawed" if module.thawed else "it is frozen already"
         elif isinstance(module, nn.Linear | CompressedLinear):
             reason = sites.reason_to_leave(path, _EXACT, weight_goes=True)
             if reason is None and module.weight.dtype not in _SERVED:
@@ -210,7 +211,7 @@ def _choose(
 
 
 def _check_finite(name: str, layer: Any) -> None:
-    for leaf in ("weight", "bias"):
+    for leaf in ("weight", "values", "bias"):
         value = getattr(layer, leaf, None)
         if value is not None and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())

@@ -7,26 +7,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
+from bigops.nn.sparse_linear import check_sparsity
 from bigops.ops._quantized_weight import check_form
+from bigops.ops.sparse_linear import Pattern
 
 
 @dataclass(frozen=True)
 class Sparse:
-    """Keep the largest 1x4 blocks of the weight by L2 norm and store only those.
+    """Keep the largest blocks of the weight by L2 norm and store only those.
 
     Args:
-        sparsity: share of the blocks that goes, 0 <= sparsity < 1.
+        sparsity: share of the blocks that goes, 0 <= sparsity < 1; None where the pattern says it.
+        pattern: "1x4" (rows x columns of a block), "1x1" for single entries, "2:4" for N:M.
+        values: how the kept ones are stored, "fp32" or "bf16"; `+ Int8()` stores int8.
     """
 
-    sparsity: float
+    sparsity: float | None = None
+    pattern: str = "1x4"
+    values: str = "fp32"
 
     def __post_init__(self) -> None:
-        value = self.sparsity
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        pattern, value = Pattern.parse(self.pattern), self.sparsity
+        if value is None and not pattern.m:
+            raise ValueError(f"sparsity: expected a number for pattern {pattern}; got None")
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise TypeError(f"sparsity: expected a float; got {type(value).__name__}")
-        if not 0 <= value < 1:
-            raise ValueError(f"sparsity: expected 0 <= sparsity < 1; got {value}")
-        object.__setattr__(self, "sparsity", float(value))
+        object.__setattr__(self, "sparsity", float(check_sparsity(value, pattern)))
+        if self.values not in ("fp32", "bf16"):
+            raise ValueError(f"values: expected fp32 or bf16; got {self.values!r}")
 
     def __add__(self, other: object) -> SparseInt8:
         if isinstance(other, Int8):
@@ -34,7 +42,8 @@ class Sparse:
         raise TypeError(f"Sparse + {type(other).__name__}: only Sparse + Int8 compose")
 
     def __str__(self) -> str:
-        return f"Sparse({self.sparsity:g})"
+        more = {k: v for k, v in _more(self).items() if k != "sparsity"}
+        return f"Sparse({self.sparsity:g}{''.join(f', {k}={v}' for k, v in more.items())})"
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class Int8:
 
     def __add__(self, other: object) -> SparseInt8:
         if isinstance(other, Sparse):
-            return SparseInt8(other, self)
+            return other + self
         raise TypeError(f"Int8 + {type(other).__name__}: only Sparse + Int8 compose")
 
     def __str__(self) -> str:
@@ -124,6 +133,10 @@ class SparseInt8:
     int8: Int8 = Int8()
 
     def __post_init__(self) -> None:
+        if self.sparse.values != "fp32":
+            raise ValueError(
+                f"values: expected none of its own for a Sparse beside Int8(); got {self.sparse}"
+            )
         if self.int8 != Int8():
             raise ValueError(f"int8: expected Int8() beside Sparse; got {self.int8}")
 
@@ -178,12 +191,22 @@ def from_json(text: str) -> Plan:
     return _decode(data)
 
 
+def _more(config: Sparse) -> dict[str, Any]:
+    """The fields that are not the default, the sparsity always."""
+    data: dict[str, Any] = {"sparsity": config.sparsity}
+    if config.pattern != "1x4":
+        data["pattern"] = config.pattern
+    if config.values != "fp32":
+        data["values"] = config.values
+    return data
+
+
 def _encode(config: Config) -> dict[str, Any]:
     data: dict[str, Any] = {}
     if isinstance(config, Sparse):
-        data["sparse"] = {"sparsity": config.sparsity}
+        data["sparse"] = _more(config)
     elif isinstance(config, SparseInt8):
-        data["sparse"] = {"sparsity": config.sparse.sparsity}
+        data["sparse"] = _more(config.sparse)
         data["int8"] = {}
     elif isinstance(config, Int8):
         data["int8"] = _changed(config)

@@ -4,7 +4,8 @@ Recovery: a float ``weight`` Parameter is trained in the form it will be stored 
 gradients off the real kernel runs from a pack that is made on first use. The pack is no part of
 the module's state: `deepcopy`, pickle, `.to()`, `train()`, `eval()` and `load_state_dict` drop it.
 
-Frozen: only the compressed storage is left, as buffers.
+Frozen: only the compressed storage is left, as buffers. `SparseLinear` can thaw it: the stored
+values then are a Parameter.
 """
 
 from __future__ import annotations
@@ -81,6 +82,11 @@ class CompressedLinear(nn.Module):
         """The tensors that `make_storage` reads."""
         return (self.weight,)
 
+    @property
+    def thawed(self) -> bool:
+        """Whether the stored values are trained; of a layer that is frozen otherwise."""
+        return False
+
     # --- forward ----------------------------------------------------------------------------
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -141,14 +147,14 @@ class CompressedLinear(nn.Module):
         Raises:
             ValueError: NaN or inf in the weight. The layer stays as it was.
         """
-        if not self.frozen:
+        if not self.frozen or self.thawed:
             self.set_storage(self._convert())
         return self
 
     def set_storage(self, storage: Any) -> None:
         """Become frozen with this storage."""
         self.drop_pack()
-        for name in ("weight", "mask"):
+        for name in ("weight", "mask", *self.storage_names):
             self._parameters.pop(name, None)
             self._buffers.pop(name, None)
         for name in self.storage_names:
@@ -176,14 +182,32 @@ class CompressedLinear(nn.Module):
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.drop_pack()
-        fixed = {n: self._buffers.get(n) for n in self.storage_names} if self.frozen else {}
-        super()._apply(fn, recurse)
-        for name, old in fixed.items():
-            new = self._buffers[name]
+        storage = [self._stored(name) for name in self.storage_names] if self.frozen else []
+        ids = {id(t) for s in storage if s is not None for t in (s, s.grad) if t is not None}
+
+        def move(t: Tensor) -> Tensor:
+            new = fn(t)
             # .half() and .bfloat16() mean the activations: storage keeps its own dtypes.
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+            return t.to(new.device) if id(t) in ids and new.dtype != t.dtype else new
+
+        super()._apply(move, recurse)
         return self
+
+    def _stored(self, name: str) -> Tensor | None:
+        """A storage tensor: a buffer, or a Parameter where it is trained."""
+        found: Tensor | None = self._parameters.get(name, self._buffers.get(name))
+        return found
+
+    def _store(self, name: str, value: Tensor | None) -> None:
+        parameter = self._parameters.get(name)
+        if parameter is None or value is None:
+            self._buffers[name] = value
+        elif parameter.is_meta:  # its data cannot come from another device
+            self._parameters[name] = nn.Parameter(value.detach(), parameter.requires_grad)
+        else:
+            if parameter.shape != value.shape:
+                parameter.grad = None
+            parameter.data = value.detach()  # optimisers keep the object
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pack": None}  # pickle, copy and deepcopy all come by here
@@ -216,7 +240,7 @@ class CompressedLinear(nn.Module):
         error_msgs: list[str],
     ) -> dict[str, Any]:
         """Take whole, valid storage of whatever size; give the dict that is left to load."""
-        names = [name for name in self.storage_names if self._buffers[name] is not None]
+        names = [name for name in self.storage_names if self._stored(name) is not None]
         if any(prefix + name not in state_dict for name in names):
             return state_dict  # torch names what is missing
         found: dict[str, Tensor | None] = dict.fromkeys(self.storage_names)
@@ -226,15 +250,16 @@ class CompressedLinear(nn.Module):
             self.check_storage(storage)
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
-            found = {name: self._buffers[name] for name in self.storage_names}
+            found = {name: self._stored(name) for name in self.storage_names}
         else:
             if not local_metadata.get("assign_to_params_buffers", False):
                 for name in names:
-                    old, new = self._buffers[name], found[name]
+                    old, new = self._stored(name), found[name]
                     assert old is not None
                     assert new is not None
                     found[name] = new.detach().to(old.device, copy=True)
-            self._buffers.update(found)
+            for name, value in found.items():
+                self._store(name, value)
         return {**state_dict, **{prefix + name: found[name] for name in names}}
 
     def extra_repr(self) -> str:
@@ -244,7 +269,7 @@ class CompressedLinear(nn.Module):
         )
         if self.activation != "none":
             text += f", activation={self.activation}"
-        return text + (", frozen" if self.frozen else "")
+        return text + (", thawed" if self.thawed else ", frozen" if self.frozen else "")
 
     def arguments(self) -> dict[str, Any]:
         """What `from_arguments` needs to make this layer again, as plain data."""
@@ -272,6 +297,7 @@ def check_source(linear: nn.Module) -> Source:
     if not isinstance(linear, nn.Linear | CompressedLinear):
         raise TypeError(f"linear: expected a torch.nn.Linear; got {type(linear).__name__}")
     if isinstance(linear, CompressedLinear) and linear.frozen:
-        raise ValueError("linear: expected a layer with a float weight; got a frozen one")
+        state = "thawed" if linear.thawed else "frozen"
+        raise ValueError(f"linear: expected a layer with a float weight; got a {state} one")
     activation = getattr(linear, "activation", "none")
     return Source(linear.in_features, linear.out_features, linear.weight, linear.bias, activation)

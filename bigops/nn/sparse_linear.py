@@ -1,4 +1,4 @@
-"""SparseLinear: weight in 1x4 blocks, of int8 or float32 values."""
+"""SparseLinear: a sparse weight of any pattern, stored as int8, bfloat16 or float32 values."""
 
 from __future__ import annotations
 
@@ -9,89 +9,122 @@ from torch import Tensor, nn
 
 from bigops.nn.compressed_linear import CompressedLinear, check_source
 from bigops.nn.quant_linear import straight_through
-from bigops.ops.sparse_linear import (
-    BLOCK,
-    SparseWeight,
-    block_mask,
-    panels,
-    sparse_linear,
-    sparsify_weight,
-)
+from bigops.ops import _checks as checks
+from bigops.ops._sparse_weight import CHUNKS, COLUMNS, SLICE, TENSORS, chunk_rows, sizes
+from bigops.ops.sparse_linear import Pattern, SparseWeight, sparse_linear, sparsify_weight
+
+VALUES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
+SPARSITY = 0.8  # where none is given and the pattern does not say it
 
 
 class SparseLinear(CompressedLinear):
-    """``act(x @ weight.T + bias) + residual``, most 1x4 blocks of the weight gone.
+    """``act(x @ weight.T + bias) + residual``, most of the weight gone.
 
-    Recovery state: a float ``weight`` [N, K] and the pattern ``mask`` bool [N, ceil(K / 4)]. The
-    forward pass uses ``weight * mask`` (rounded to int8 with a straight-through gradient where
-    ``int8``), so the gradient stays on the pattern; in eval with gradients off the sparse kernel
-    runs. `freeze()` leaves the buffers ``values``, ``index``, ``panel_ptr`` and ``scale``, whose
-    layout `bigops.ops.sparse_linear` describes.
+    Three states:
+
+    - Recovery: a float ``weight`` [N, K] and the pattern ``mask``, bool, one entry a block. The
+      forward pass uses ``weight * mask`` (rounded to ``values`` with a straight-through gradient),
+      dense, so the gradient stays on the pattern; in eval with gradients off the sparse kernel
+      runs. For fine-tuning right after pruning, with the optimiser of the layer that it replaces,
+      and for int8, whose rounding is trained through.
+    - Frozen (`freeze`): the buffers ``values``, ``index``, ``rows``, ``length``, ``ptr``,
+      ``scale`` and ``sums``, whose layout `bigops.ops._sparse_weight` describes. For inference,
+      and under adapters that are trained around it: x has a gradient, the weight has none.
+    - Thawed (`thaw`, from frozen, floating values only): ``values`` is a Parameter. Forward and
+      backward run the sparse kernels; gradient and optimiser state have the size of what is
+      stored, and padding stays 0. For long training at a fixed pattern, where the dense weight
+      does not fit or its product costs too much.
 
     Args:
         in_features: K.
         out_features: N.
-        sparsity: share of the blocks that goes, 0 <= sparsity < 1; the smallest L2 norms go.
-        int8: whether the values are stored as int8 (activations are then quantised per token).
+        sparsity: share of the blocks that goes, 0 <= sparsity < 1; the smallest L2 norms go. None:
+            0.8, or what an N:M pattern says.
+        pattern: "1x4" (rows x columns of a block), "1x1" for single entries, "2:4" for N:M.
+        values: "int8" (activations are then quantised per token), "bf16" (the product is in bf16,
+            x of another dtype is cast there and back, outside autocast) or "fp32".
         bias: whether the layer has a bias [N].
         activation: none, relu, relu2, gelu, gelu_tanh, silu, sigmoid or tanh.
+        chunk: rows of a chunk of the storage, 64, 128 or 256; None chooses by N.
 
     Shapes: x [.., K] float32, bfloat16 or float16; residual [.., N] or None; result [.., N].
 
     Raises:
-        ValueError: unknown activation, sparsity out of range, or a size below 0.
+        ValueError: unknown activation, pattern or values, sparsity out of range, a size below 0.
     """
 
-    storage_names = ("values", "index", "panel_ptr", "scale")
+    storage_names = TENSORS
     mask: Tensor
+    values: Tensor  # once frozen
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        sparsity: float = 0.8,
-        int8: bool = True,
+        sparsity: float | None = None,
+        pattern: str = "1x4",
+        values: str = "int8",
         bias: bool = True,
         activation: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        chunk: int | None = None,
     ) -> None:
         super().__init__(in_features, out_features, activation)
-        check_sparsity(sparsity)
-        self.int8 = bool(int8)
+        self.pattern = Pattern.parse(pattern)
+        sparsity = check_sparsity(sparsity, self.pattern)
+        self.stored = check_values(values)
+        self.chunk = chunk_rows(out_features) if chunk is None else chunk
+        if self.chunk not in CHUNKS:
+            raise ValueError(f"chunk: expected 64, 128 or 256; got {chunk}")
         source = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self.weight, self.bias = source.weight, source.bias
         if self.weight.is_meta:
-            blocks = (in_features + BLOCK - 1) // BLOCK
-            mask = torch.empty(out_features, blocks, dtype=torch.bool, device="meta")
+            shape = self.pattern.mask_shape(out_features, in_features)
+            mask = torch.empty(shape, dtype=torch.bool, device="meta")
         else:
-            mask = block_mask(self.weight, sparsity)
+            mask = self.pattern.mask(self.weight, sparsity)
         self.register_buffer("mask", mask)
 
     @classmethod
     def from_linear(
         cls,
         linear: nn.Module,
-        sparsity: float = 0.8,
-        int8: bool = True,
+        sparsity: float | None = None,
+        pattern: str = "1x4",
+        values: str = "int8",
         activation: str | None = None,
+        mask: Tensor | None = None,
     ) -> SparseLinear:
         """A layer in recovery state that shares the Parameter objects of ``linear``.
 
         The values outside the pattern are left in the weight and masked in every use; what
-        `freeze()` stores has no trace of them.
+        `freeze()` stores has no trace of them. A ``mask`` of the caller's, one entry a block,
+        takes the place of the choice by size. What the pattern of a `SparseLinear` dropped does
+        not come back by a new choice.
 
         Raises:
             TypeError: ``linear`` is no `nn.Linear` and no compressed layer.
-            ValueError: ``linear`` is frozen, sparsity out of range, or NaN or inf in the weight.
+            ValueError: ``linear`` is frozen or thawed, sparsity out of range, a mask of another
+                shape, NaN or inf in the weight, or a pattern whose blocks would bring back entries
+                that the pattern of ``linear`` dropped.
         """
         source = check_source(linear)
-        check_sparsity(sparsity)
-        # What an earlier pattern dropped does not come back.
-        weight = linear.masked_weight() if isinstance(linear, SparseLinear) else source.weight
-        mask = block_mask(weight, sparsity)
         name = source.activation if activation is None else activation
-        new = cls(source.in_features, source.out_features, 0.0, int8, False, name, device="meta")
+        new = cls(
+            source.in_features, source.out_features, sparsity, pattern, values, False, name, "meta"
+        )
+        if mask is None:
+            sparsity = check_sparsity(sparsity, new.pattern)
+            if isinstance(linear, SparseLinear):
+                mask = _narrowed(linear, new.pattern, sparsity)
+            else:
+                mask = new.pattern.mask(source.weight, sparsity)
+        elif mask.dtype != torch.bool or mask.shape != new.mask.shape:
+            raise ValueError(
+                f"mask: expected bool of shape {list(new.mask.shape)}; got {mask.dtype} of "
+                f"{list(mask.shape)}"
+            )
         new.weight, new.bias = source.weight, source.bias
         new.mask = mask
         return new.train(linear.training)
@@ -99,70 +132,181 @@ class SparseLinear(CompressedLinear):
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> SparseLinear:
         """An empty layer on "meta" as `arguments()` describes it, to be loaded."""
-        frozen = arguments["frozen"]
-        rest = {k: v for k, v in arguments.items() if k != "frozen"}
-        new = cls(**rest, sparsity=0.0, device="meta")
+        frozen, thawed = arguments["frozen"], arguments["thawed"]
+        states = ("frozen", "thawed")
+        new = cls(**{k: v for k, v in arguments.items() if k not in states}, device="meta")
         if frozen:
             n, k = new.out_features, new.in_features
+            dtype = VALUES[new.stored]
+            count = sizes(n, k, new.chunk, dtype).total
+            int8 = dtype == torch.int8
 
             def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
                 return torch.empty(shape, dtype=dtype, device="meta")
 
             new.set_storage(
                 SparseWeight(
-                    empty((0, BLOCK), torch.int8 if new.int8 else torch.float32),
-                    empty((0,), torch.uint8),
-                    empty((panels(k) * n + 1,), torch.int32),
-                    empty((n,), torch.float32) if new.int8 else None,
+                    empty((0, SLICE, COLUMNS[dtype]), dtype),
+                    empty((0, SLICE), torch.uint8),
+                    empty((count, SLICE), torch.uint8),
+                    empty((count, SLICE), torch.uint8),
+                    empty((count + 1,), torch.int32),
+                    empty((n,), torch.float32) if int8 else None,
+                    empty((n,), torch.int32) if int8 else None,
                     (n, k),
+                    new.chunk,
                 )
             )
-        return new
+        return new.thaw() if thawed else new
 
     def make_storage(self) -> SparseWeight:
-        return sparsify_weight(self.weight, self.mask, self.int8)
+        if self.thawed:
+            storage = self.make_frozen({name: self._stored(name) for name in TENSORS})
+            if not bool(torch.isfinite(storage.values).all()):
+                raise ValueError("values: expected finite values; got NaN or inf")
+            return storage
+        block = (self.pattern.height, self.pattern.width)
+        return sparsify_weight(self.weight, self.mask, VALUES[self.stored], block, self.chunk)
 
     def make_frozen(self, tensors: dict[str, Any]) -> SparseWeight:
         shape = (self.out_features, self.in_features)
-        values, index, panel_ptr, scale = (tensors[name] for name in self.storage_names)
-        return SparseWeight(values, index, panel_ptr, scale, shape)
+        return SparseWeight(*(tensors[name] for name in TENSORS), shape, self.chunk)  # type: ignore[call-arg]
+
+    def check_storage(self, storage: Any) -> None:
+        if storage.values is not None and storage.values.dtype != VALUES[self.stored]:
+            raise TypeError(
+                f"values: expected dtype {self.stored} as the layer has; got {storage.values.dtype}"
+            )
+        super().check_storage(storage)
 
     def masked_weight(self) -> Tensor:
         """``weight * mask`` [N, K], differentiable (recovery state only)."""
         n, k = self.weight.shape
-        mask = self.mask.unsqueeze(-1)
-        if k % BLOCK == 0:
-            return (self.weight.reshape(n, k // BLOCK, BLOCK) * mask).view(n, k)
-        return self.weight * mask.expand(-1, -1, BLOCK).reshape(n, -1)[:, :k]
+        height, width = self.pattern.height, self.pattern.width
+        if n % height or k % width or not self.weight.numel():
+            return self.weight * self.pattern.expand(self.mask, n, k)
+        blocks = self.weight.reshape(n // height, height, k // width, width)
+        return (blocks * self.mask[:, None, :, None]).view(n, k)
 
     def trained_weight(self) -> Tensor:
         weight = self.masked_weight()
-        return straight_through(weight) if self.int8 else weight
+        if self.stored == "int8":
+            return straight_through(weight)
+        if self.stored == "bf16" and weight.dtype != torch.bfloat16:
+            rounded = weight.detach().to(torch.bfloat16).to(weight.dtype)
+            return rounded + (weight - weight.detach())
+        return weight
 
     def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
-        return sparse_linear(x, storage, self.bias, residual, self.activation)
+        bias, low = self.bias, torch.bfloat16
+        served = storage.values.dtype != low or x.dtype == low
+        if served or torch.is_autocast_enabled(x.device.type):  # autocast casts by itself
+            return sparse_linear(x, storage, bias, residual, self.activation)
+        bias = None if bias is None else bias.to(low)
+        y = sparse_linear(x.to(low), storage, bias, None, self.activation).to(x.dtype)
+        if residual is None:
+            return y
+        checks.shape("residual", residual, list(y.shape))
+        checks.like("residual", residual, x)
+        return y + residual  # in x's dtype: a residual stream keeps its precision
 
     def pack_sources(self) -> tuple[Tensor, ...]:
         return (self.weight, self.mask)
 
+    # --- training on the stored values ------------------------------------------------------
+
+    @property
+    def thawed(self) -> bool:
+        """Whether ``values`` is a Parameter."""
+        return "values" in self._parameters
+
+    def thaw(self) -> SparseLinear:
+        """Make the stored values of a frozen layer trainable, in place; twice is once.
+
+        The gradient is on the stored positions only. With bfloat16 values these are pairs of
+        neighbours: an entry that was pruned beside one that was kept is trained too.
+
+        Raises:
+            ValueError: the layer is not frozen, or stores int8.
+        """
+        if not self.frozen:
+            raise ValueError("thaw: expected a frozen layer (freeze() makes it one)")
+        if self.stored == "int8":
+            raise ValueError(
+                "thaw: expected floating values; got int8 (train in recovery state, or store "
+                "values='fp32')"
+            )
+        if not self.thawed:
+            values = self._buffers.pop("values")
+            assert values is not None
+            if values.is_inference():  # loaded under inference_mode: it could not be trained
+                values = values.clone()
+            self.register_parameter("values", nn.Parameter(values))
+        return self
+
     @property
     def density(self) -> float:
-        """Share of the 1x4 blocks that are kept."""
+        """Share of the entries that are stored (recovery: of the blocks that are kept)."""
         if self.frozen:
             return float(self.storage().density)
         return float(self.mask.float().mean()) if self.mask.numel() else 1.0
 
     def arguments(self) -> dict[str, Any]:
-        return {**super().arguments(), "int8": self.int8}
+        return {
+            **super().arguments(),
+            "pattern": str(self.pattern),
+            "values": self.stored,
+            "chunk": self.chunk,
+            "thawed": self.thawed,
+        }
 
     def extra_repr(self) -> str:
         known = "" if any(t is not None and t.is_meta for t in self.buffers()) else (
             f", density={self.density:.3f}"
         )  # fmt: skip
-        return super().extra_repr() + f", int8={self.int8}" + known
+        return super().extra_repr() + f", pattern={self.pattern}, values={self.stored}{known}"
 
 
-def check_sparsity(sparsity: float) -> None:
-    """Raise ValueError unless 0 <= sparsity < 1."""
+def _narrowed(old: SparseLinear, pattern: Pattern, sparsity: float) -> Tensor:
+    """The mask of a new pattern for a layer that has one; what that dropped does not come back.
+
+    The dropped entries still stand in the shared weight, so a block that holds one cannot stay.
+    """
+    n, k = old.weight.shape
+    mask = pattern.mask(old.masked_weight(), sparsity)
+    if pattern == old.pattern:
+        return mask & old.mask
+    kept = old.pattern.expand(old.mask, n, k)
+    if (pattern.height, pattern.width) == (1, 1):
+        return mask & kept
+    if bool((pattern.expand(mask, n, k) & ~kept).any()):
+        raise ValueError(
+            f"pattern: expected {old.pattern}, which the layer has, or one of single entries; got "
+            f"{pattern}, whose blocks would bring back what was dropped"
+        )
+    return mask
+
+
+def check_sparsity(sparsity: float | None, pattern: Pattern) -> float:
+    """The sparsity that is meant; raise ValueError unless 0 <= sparsity < 1 and N:M agrees."""
+    if sparsity is not None and not isinstance(sparsity, int | float):
+        raise TypeError(f"sparsity: expected a float; got {type(sparsity).__name__}")
+    if pattern.m:
+        implied = 1 - pattern.n / pattern.m
+        if sparsity is not None and abs(sparsity - implied) > 1e-9:
+            raise ValueError(
+                f"sparsity: expected {implied:g} or None for {pattern}; got {sparsity}"
+            )
+        return implied
+    if sparsity is None:
+        return SPARSITY
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity: expected 0 <= sparsity < 1; got {sparsity}")
+    return sparsity
+
+
+def check_values(values: str) -> str:
+    """Raise ValueError unless ``values`` names a dtype that can be stored."""
+    if not isinstance(values, str) or values not in VALUES:
+        raise ValueError(f"values: expected {', '.join(VALUES)}; got {values!r}")
+    return values

@@ -20,7 +20,8 @@ activation, dense only
 A gated weight [2N, K] has a gate row and an up row for each column of y, half the weight apart:
 its first half of rows is no half of the op. The rows of a quantised weight split by whole tiles of
 16, as many for each rank; a dynamically quantised row of x needs all of K for its range. The
-storage of ``sparse_linear`` has no sub-tensor that belongs to some rows alone.
+storage of ``sparse_linear`` has no sub-tensor that belongs to some rows alone; where its values are
+trained, their gradient is an open sum over the ranks' rows of x.
 """
 
 from __future__ import annotations
@@ -221,8 +222,13 @@ def _sparse_linear(
     x: Any,
     values: Any,
     index: Any,
-    panel_ptr: Any,
+    rows_: Any,
+    length: Any,
+    ptr: Any,
     scale: Any,
+    sums: Any,
+    n: int,
+    chunk: int,
     bias: Any,
     residual: Any,
     activation: str,
@@ -231,7 +237,7 @@ def _sparse_linear(
 
     def rule(rows: Any) -> Rule:
         whole = Replicate()
-        weight = [whole, whole, whole, _if(scale, whole)]
+        weight = [*[whole] * 5, _if(scale, whole), _if(sums, whole), None, None]
         return [rows], [rows, *weight, _if(bias, whole), _if(residual, rows), None]
 
     return [rule(Replicate()), *(rule(Shard(d)) for d in range(x.ndim - 1))]
@@ -242,21 +248,28 @@ def _sparse_linear_backward(
     x: Any,
     values: Any,
     index: Any,
-    panel_ptr: Any,
+    rows_: Any,
+    length: Any,
+    ptr: Any,
     scale: Any,
+    sums: Any,
+    n: int,
+    chunk: int,
     bias: Any,
     activation: str,
     need_x: bool,
+    need_values: bool,
     need_bias: bool,
 ) -> list[Rule]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     whole = Replicate()
 
-    def rule(rows: Any, gb: Any) -> Rule:
-        results = [rows if need_x else whole, gb if need_bias else whole]
-        weight = [whole, whole, whole, _if(scale, whole)]
-        return results, [rows, rows, *weight, _if(bias, whole), None, None, None]
+    def rule(rows: Any, summed: Any) -> Rule:
+        results = [rows if need_x else whole]
+        results += [summed if need else whole for need in (need_values, need_bias)]
+        weight = [*[whole] * 5, _if(scale, whole), _if(sums, whole), None, None]
+        return results, [rows, rows, *weight, _if(bias, whole), None, None, None, None]
 
     return [rule(whole, whole), *(rule(Shard(d), Partial()) for d in range(x.ndim - 1))]
 

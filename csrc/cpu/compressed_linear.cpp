@@ -102,10 +102,10 @@ Activations Activations::rows(const CompressedCall& call, int64_t stride) {
   return a;
 }
 
-Activations Activations::make_tiles(const CompressedCall& call, int vectors, bool as_float) {
+Activations Activations::make_tiles(const CompressedCall& call, int vectors) {
   const CompressedKernels& kernels = call.kernels();
   const int64_t w = kernels.width;
-  const int64_t words = as_float ? round_up(call.k, kBlock) : (call.k + 3) / 4;  // of a row
+  const int64_t words = (call.k + 3) / 4;  // of a row
   Activations a(call, words * 4, round_up(call.m, w));
   a.width_ = kernels.width;
   a.tile_rows_ = w * vectors;
@@ -120,9 +120,6 @@ Activations Activations::make_tiles(const CompressedCall& call, int vectors, boo
         char* q = row + j * row_bytes;
         if (i >= call.m) {
           std::memset(q, 0, static_cast<size_t>(row_bytes));
-        } else if (as_float) {
-          kernels.widen[call.kind](call.row(i), call.k, reinterpret_cast<float*>(q));
-          std::memset(q + call.k * 4, 0, static_cast<size_t>(row_bytes - call.k * 4));
         } else {
           kernels.quantize[call.kind](call.row(i), call.k, reinterpret_cast<uint8_t*>(q), scale + i,
                                       zero_point + i);
@@ -140,11 +137,7 @@ Activations Activations::make_tiles(const CompressedCall& call, int vectors, boo
 }
 
 Activations Activations::tiles(const CompressedCall& call) {
-  return make_tiles(call, call.kernels().max_vectors, false);
-}
-
-Activations Activations::float_tiles(const CompressedCall& call, int vectors) {
-  return make_tiles(call, vectors, true);
+  return make_tiles(call, call.kernels().max_vectors);
 }
 
 int64_t task_rows(int64_t n, int64_t step, int64_t most) {

@@ -22,8 +22,7 @@ SelectedCompressed select_compressed();
 std::pair<std::string, std::string> choose_quantized_linear(int64_t bits,
                                                             const std::string& activations,
                                                             const std::string& dtype);
-std::pair<std::string, std::string> choose_sparse_linear(int64_t m, int64_t n, int64_t k,
-                                                         int64_t blocks, const std::string& values,
+std::pair<std::string, std::string> choose_sparse_linear(int64_t m, const std::string& values,
                                                          const std::string& dtype);
 
 // Arguments besides the storage, checked and contiguous.
@@ -67,8 +66,7 @@ inline int64_t round_up(int64_t v, int64_t step) { return (v + step - 1) / step 
 class Activations {
  public:
   static Activations rows(const CompressedCall& call, int64_t stride);
-  static Activations tiles(const CompressedCall& call);                     // u8
-  static Activations float_tiles(const CompressedCall& call, int vectors);  // float
+  static Activations tiles(const CompressedCall& call);  // u8
 
   const float* scale() const { return reinterpret_cast<const float*>(buffer_.at(0)); }
   const int32_t* zero_point() const {
@@ -90,7 +88,7 @@ class Activations {
 
  private:
   Activations(const CompressedCall& call, int64_t stride, int64_t padded_rows);
-  static Activations make_tiles(const CompressedCall& call, int vectors, bool as_float);
+  static Activations make_tiles(const CompressedCall& call, int vectors);
 
   Buffer buffer_;
   int64_t m_, zero_point_, data_;

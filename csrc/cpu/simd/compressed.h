@@ -9,9 +9,6 @@ namespace bigops {
 // Positions of the per-dtype entries below.
 enum FloatKind : int { kFloat32 = 0, kBFloat16, kFloat16, kFloatKinds };
 
-constexpr int64_t kBlock = 4;    // columns of a sparse block, bytes of a group
-constexpr int64_t kPanel = 512;  // columns of a sparse panel
-constexpr int64_t kPanelBlocks = kPanel / kBlock;
 constexpr int64_t kExactColumns = 65536;  // K whose int32 sums cannot overflow:
 static_assert(kExactColumns * 255 * 128 < (int64_t(1) << 31), "int32 sums must be exact");
 
@@ -26,32 +23,11 @@ struct TransposeTask {
   int64_t dst_stride;
 };
 
-// Blocks of rows [0, n) in one panel: acc += W x. acc is [n][lanes], int32 or float.
-struct SparseTask {
-  const int32_t* ptr;    // n + 1 entries
-  const uint8_t* index;  // whole arrays
-  const void* values;    // int8 or float [blocks][4]
-  const void* x;         // the panel: [128][lanes][4] u8, or [512][lanes] float
-  int vectors;
-  int64_t n;
-  void* acc;
-  int32_t* sums;  // [n][width] partial sums of the values, or null (float values, later tiles)
-  bool first;     // acc and sums start at zero
-};
-
-// gx^T += W^T gz^T for one panel: x_grad is [512][lanes], grad is [N][lanes], lanes = width.
-struct SparseGradTask {
-  const int32_t* ptr;  // n + 1 entries
-  const uint8_t* index;
-  const void* values;
-  int64_t n;
-  const float* grad;
-  float* x_grad;
-};
-
 // y[m0:m1, n0:n1] = act(z + bias) + residual with z from a tile.
 struct FinishTask {
-  const void* tile;  // [m1 - m0][stride]: int32 sums when `scale` is set, else float z
+  // finish: [m1 - m0][stride]; finish_columns: [n1 - n0][stride], a lane is a row of x.
+  // int32 sums when `scale` is set, else float z
+  const void* tile;
   int64_t stride;
   const float* row_scale;     // [M]
   const int32_t* zero_point;  // [M]
@@ -83,15 +59,10 @@ struct CompressedKernels {
                                 int32_t* zero_point);
   void (*widen[kFloatKinds])(const void* x, int64_t n, float* out);
   void (*finish[kFloatKinds])(const FinishTask&);
+  void (*finish_columns[kFloatKinds])(const FinishTask&);
   void (*gradient[kFloatKinds])(const GradTask&);
   void (*transpose)(const TransposeTask&);
   int (*max_index)(const uint8_t* index, int64_t n);
-  void (*reduce)(const int32_t* partial, int64_t n, int32_t* sums);  // [n][width] -> [n]
-  void (*sparse_s8)(const SparseTask&);
-  void (*sparse_f32)(const SparseTask&);
-  void (*sparse_permute)(const SparseTask&);  // one row of x: acc is [n][width] partial sums; null
-  void (*sparse_grad_s8)(const SparseGradTask&);
-  void (*sparse_grad_f32)(const SparseGradTask&);
 };
 
 extern const CompressedKernels portable_compressed, avx2_compressed, avx512_compressed,

@@ -3,27 +3,21 @@
 
 #include "cpu/simd/activation.inl"
 #include "cpu/simd/quantize.inl"
-#include "cpu/simd/sparse_linear.inl"
 
 namespace bigops {
 namespace {
 
 template <class L>
-constexpr CompressedKernels compressed_table(void (*permute)(const SparseTask&) = nullptr) {
+constexpr CompressedKernels compressed_table() {
   return {L::width,
           L::max_vectors,
           {quantize<L, float>, quantize<L, bf16>, quantize<L, f16>},
           {widen<L, float>, widen<L, bf16>, widen<L, f16>},
           {finish<L, float>, finish<L, bf16>, finish<L, f16>},
+          {finish<L, float, true>, finish<L, bf16, true>, finish<L, f16, true>},
           {gradient<L, float>, gradient<L, bf16>, gradient<L, f16>},
           transpose<L>,
-          max_index<L>,
-          reduce<L>,
-          sparse_s8<L>,
-          sparse_f32<L>,
-          permute,
-          sparse_grad<L, int8_t>,
-          sparse_grad<L, float>};
+          max_index<L>};
 }
 
 }  // namespace

@@ -11,6 +11,9 @@
 namespace bigops {
 namespace {
 
+template <class L, int G>
+struct GatherTable;  // sparse_words.inl
+
 struct Avx2Lanes {
   using V = Avx2;
   using ireg = __m256i;
@@ -22,6 +25,7 @@ struct Avx2Lanes {
   static constexpr int width = 8;
   static constexpr int max_vectors = 2;
   static constexpr int grad_vectors = 2;
+  static constexpr int sparse_sums = 8;
 
   static ireg izero() { return _mm256_setzero_si256(); }
   static ireg iset1(int32_t v) { return _mm256_set1_epi32(v); }
@@ -60,6 +64,21 @@ struct Avx2Lanes {
   static ireg dot(ireg acc, xreg x, wreg w) {
     return iadd(iadd(acc, _mm256_madd_epi16(x.even, w.even)), _mm256_madd_epi16(x.odd, w.odd));
   }
+
+  static __m256 as_float(ireg v) { return _mm256_castsi256_ps(v); }
+  // Pairs of bf16 in each lane, low half first.
+  static __m256 dot_bf16(__m256 acc, ireg x, ireg w) {
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    acc = V::fma(as_float(_mm256_slli_epi32(x, 16)), as_float(_mm256_slli_epi32(w, 16)), acc);
+    return V::fma(as_float(_mm256_and_si256(x, high)), as_float(_mm256_and_si256(w, high)), acc);
+  }
+  // out[i] = sum of the lanes of v[i]
+  static void reduce4(const __m256 (&v)[4], float* out) {
+    const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+  }
+  template <int G>
+  using Table = GatherTable<Avx2Lanes, G>;
 
   static void store_u8(uint8_t* p, __m256 v, int n) {
     const __m256i i = _mm256_cvtps_epi32(v);

@@ -24,6 +24,7 @@ struct Avx512Lanes {
   static constexpr int width = 16;
   static constexpr int max_vectors = 4;
   static constexpr int grad_vectors = 4;
+  static constexpr int sparse_sums = 16;  // registers of sums of the sparse columns form
 
   static __mmask16 first(int n) { return Avx512::first(n); }
   static __mmask64 bytes(int n) { return n >= 64 ? ~0ull : (1ull << n) - 1ull; }
@@ -51,6 +52,60 @@ struct Avx512Lanes {
   }
   static ireg dot(ireg acc, xreg x, wreg w) {
     return iadd(iadd(acc, _mm512_madd_epi16(x.even, w.even)), _mm512_madd_epi16(x.odd, w.odd));
+  }
+
+  static __m512 as_float(ireg v) { return _mm512_castsi512_ps(v); }
+  // Pairs of bf16 in each lane, low half first.
+  static __m512 dot_bf16(__m512 acc, ireg x, ireg w) {
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    acc = V::fma(as_float(_mm512_slli_epi32(x, 16)), as_float(_mm512_slli_epi32(w, 16)), acc);
+    return V::fma(as_float(_mm512_and_si512(x, high)), as_float(_mm512_and_si512(w, high)), acc);
+  }
+  // out[i] = sum of the lanes of v[i]
+  static void reduce4(const __m512 (&v)[4], float* out) {
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512 c = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    const __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1)));
+  }
+
+  // The 64 words of a panel in 4 registers; vpermt2d looks 16 of them up at once, where a gather
+  // would go through memory for each lane. Indices past 63 wrap: nothing is read outside.
+  template <int G>
+  struct Table {
+    __m512i words[4];
+    struct Place {
+      __m512i at;
+      __mmask16 upper;
+    };
+
+    void load(const char* p) {
+      for (int i = 0; i < 4; ++i) words[i] = iload(p + 64 * i);
+    }
+    static Place place(const uint8_t* index) {
+      __m512i at;
+      if (G == 1) {
+        at = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index)));
+      } else if (G == 4) {
+        const __m128i four = _mm_cvtsi32_si128(static_cast<int>(load32(index)));
+        at = _mm512_cvtepu8_epi32(
+            _mm_shuffle_epi8(four, _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)));
+      } else {
+        at = _mm512_set1_epi32(*index);
+      }
+      return {at, _mm512_test_epi32_mask(at, _mm512_set1_epi32(32))};
+    }
+    ireg find(const Place& p, int) const {
+      const __m512i low = _mm512_permutex2var_epi32(words[0], p.at, words[1]);
+      const __m512i high = _mm512_permutex2var_epi32(words[2], p.at, words[3]);
+      return _mm512_mask_mov_epi32(low, p.upper, high);
+    }
+  };
+  static uint32_t load32(const uint8_t* p) {
+    uint32_t v;
+    memcpy(&v, p, 4);
+    return v;
   }
 
   // 8 bits per lane, already within 0..255.

@@ -12,6 +12,9 @@ struct PortableVec : Scalar<float> {
   static reg round(reg v) { return rintf(v); }
 };
 
+template <class L, int G>
+struct GatherTable;  // sparse_words.inl
+
 struct PortableLanes {
   using V = PortableVec;
   using ireg = int32_t;
@@ -22,6 +25,7 @@ struct PortableLanes {
   static constexpr int width = 1;
   static constexpr int max_vectors = 4;
   static constexpr int grad_vectors = 4;
+  static constexpr int sparse_sums = 16;
 
   static ireg izero() { return 0; }
   static ireg iset1(int32_t v) { return v; }
@@ -73,6 +77,24 @@ struct PortableLanes {
   static ireg dot(ireg acc, xreg x, wreg w) {
     return iadd(acc, x.v[0] * w.v[0] + x.v[1] * w.v[1] + x.v[2] * w.v[2] + x.v[3] * w.v[3]);
   }
+
+  static float as_float(ireg v) {
+    float f;
+    memcpy(&f, &v, 4);
+    return f;
+  }
+  // A pair of bf16, low half first.
+  static float dot_bf16(float acc, ireg x, ireg w) {
+    const uint32_t xv = static_cast<uint32_t>(x), wv = static_cast<uint32_t>(w);
+    acc = V::fma(as_float(static_cast<ireg>(xv << 16)), as_float(static_cast<ireg>(wv << 16)), acc);
+    return V::fma(as_float(static_cast<ireg>(xv & 0xffff0000u)),
+                  as_float(static_cast<ireg>(wv & 0xffff0000u)), acc);
+  }
+  static void reduce4(const float (&v)[4], float* out) {
+    for (int i = 0; i < 4; ++i) out[i] = v[i];
+  }
+  template <int G>
+  using Table = GatherTable<PortableLanes, G>;
 
   static void store_u8(uint8_t* p, float v, int n) {
     if (n > 0) *p = static_cast<uint8_t>(v);

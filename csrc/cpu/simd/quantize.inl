@@ -79,41 +79,107 @@ void widen(const void* xv, int64_t n, float* out) {
     V::store_n(out + i, V::load_n(x + i, static_cast<int>(n - i)), static_cast<int>(n - i));
 }
 
-template <class L, class T, class O>
-void finish_as(const FinishTask& t) {
+// One vector of y: z from sums (or z itself), bias, activation, residual.
+template <class L, bool kFull>
+struct Finisher {
   using V = typename L::V;
-  constexpr int W = L::width;
-  const T* bias = static_cast<const T*>(t.bias);
-  const T* residual = static_cast<const T*>(t.residual);
-  O* y = static_cast<O*>(t.y);
-  for (int64_t m = t.m0; m < t.m1; ++m) {
-    const char* tile = static_cast<const char*>(t.tile) + (m - t.m0) * t.stride * 4;
-    for (int64_t n = t.n0; n < t.n1; n += W) {
-      const int c = static_cast<int>(t.n1 - n < W ? t.n1 - n : W);
-      const char* at = tile + (n - t.n0) * 4;
-      auto z = V::zero();
-      if (t.scale != nullptr) {
-        const auto sums = L::iload_n(t.sums + (n - t.n0), c);
-        const auto total = L::isub(L::iload_n(at, c), L::imul(L::iset1(t.zero_point[m]), sums));
-        const auto scale = V::mul(V::set1(t.row_scale[m]), V::load_n(t.scale + n, c));
-        z = V::mul(L::to_float(total), scale);
-      } else {
-        z = V::load_n(reinterpret_cast<const float*>(at), c);
-      }
-      if (bias != nullptr) z = V::add(z, V::load_n(bias + n, c));
-      z = activate<V>(t.activation, z);
-      if (residual != nullptr) z = V::add(z, V::load_n(residual + m * t.n + n, c));
+  typename V::reg scale, bias;
+  typename L::ireg sums;
+  int c;  // columns of the vector
+
+  template <class T>
+  static typename V::reg get(const T* p, int c) {
+    return kFull ? V::load(p) : V::load_n(p, c);
+  }
+
+  template <class T>
+  void columns(const FinishTask& t, int64_t n, const T* b) {
+    const int64_t left = t.n1 - n;
+    c = static_cast<int>(left < L::width ? left : L::width);
+    if (t.scale != nullptr) {
+      scale = get(t.scale + n, c);
+      sums = L::iload_n(t.sums + (n - t.n0), c);
+    }
+    if (b != nullptr) bias = get(b + n, c);
+  }
+
+  template <class T, class O>
+  void row(const FinishTask& t, int64_t m, int64_t n, typename L::ireg tile, bool has_bias,
+           const T* residual, O* y) const {
+    auto z = V::zero();
+    if (t.scale != nullptr) {
+      const auto total = L::isub(tile, L::imul(L::iset1(t.zero_point[m]), sums));
+      z = V::mul(L::to_float(total), V::mul(V::set1(t.row_scale[m]), scale));
+    } else {
+      z = L::as_float(tile);
+    }
+    if (has_bias) z = V::add(z, bias);
+    z = activate<V>(t.activation, z);
+    if (residual != nullptr) z = V::add(z, get(residual + m * t.n + n, c));
+    if (kFull)
+      V::store(y + m * t.n + n, z);
+    else
       V::store_n(y + m * t.n + n, z, c);
+  }
+};
+
+// From a tile [m][stride].
+template <class L, bool kFull, class T, class O>
+void finish_vector(const FinishTask& t, int64_t n) {
+  const T* bias = static_cast<const T*>(t.bias);
+  Finisher<L, kFull> f;
+  f.columns(t, n, bias);
+  const char* at = static_cast<const char*>(t.tile) + (n - t.n0) * 4;
+  for (int64_t m = t.m0; m < t.m1; ++m, at += t.stride * 4)
+    f.row(t, m, n, kFull ? L::iload(at) : L::iload_n(at, f.c), bias != nullptr,
+          static_cast<const T*>(t.residual), static_cast<O*>(t.y));
+}
+
+// From a tile [n][stride] whose lanes are rows of x: transposed in registers on the way.
+template <class L, bool kFull, class T, class O>
+void finish_block(const FinishTask& t, int64_t n) {
+  constexpr int W = L::width, kAhead = 6;
+  const T* bias = static_cast<const T*>(t.bias);
+  Finisher<L, kFull> f;
+  f.columns(t, n, bias);
+  const char* tile = static_cast<const char*>(t.tile) + (n - t.n0) * t.stride * 4;
+  for (int64_t m = t.m0; m < t.m1; m += W) {
+    typename L::ireg block[W];
+    for (int i = 0; i < W; ++i)
+      block[i] = kFull || i < f.c ? L::iload(tile + (i * t.stride + m - t.m0) * 4) : L::izero();
+    L::transpose(block);
+    const int rows = static_cast<int>(t.m1 - m < W ? t.m1 - m : W);
+    O* y = static_cast<O*>(t.y);
+    for (int j = 0; j < rows; ++j) {
+      // Rows of y lie N apart, often in one set of the L1 cache: few of them ahead, not all.
+      __builtin_prefetch(y + (m + j + kAhead) * t.n + n, 1);
+      f.row(t, m + j, n, block[j], bias != nullptr, static_cast<const T*>(t.residual), y);
     }
   }
 }
 
-template <class L, class T>
+template <class L, class T, class O, bool kColumns>
+void finish_as(const FinishTask& t) {
+  int64_t n = t.n0;
+  for (; n + L::width <= t.n1; n += L::width)
+    if (kColumns)
+      finish_block<L, true, T, O>(t, n);
+    else
+      finish_vector<L, true, T, O>(t, n);
+  if (n < t.n1) {
+    if (kColumns)
+      finish_block<L, false, T, O>(t, n);
+    else
+      finish_vector<L, false, T, O>(t, n);
+  }
+}
+
+template <class L, class T, bool kColumns = false>
 void finish(const FinishTask& t) {
   if (t.y_float)
-    finish_as<L, T, float>(t);
+    finish_as<L, T, float, kColumns>(t);
   else
-    finish_as<L, T, T>(t);
+    finish_as<L, T, T, kColumns>(t);
 }
 
 template <class L, class T>
@@ -167,11 +233,6 @@ int max_index(const uint8_t* index, int64_t n) {
   for (int j = 0; j < B; ++j) best = bytes[j] > best ? bytes[j] : best;
   for (; i < n; ++i) best = index[i] > best ? index[i] : best;
   return best;
-}
-
-template <class L>
-void reduce(const int32_t* partial, int64_t n, int32_t* sums) {
-  for (int64_t r = 0; r < n; ++r) sums[r] = L::isum(L::iload(partial + r * L::width));
 }
 
 }  // namespace

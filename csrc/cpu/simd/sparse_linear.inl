@@ -1,131 +1,199 @@
-// Products with 1x4 blocks in panels (layout: bigops/ops/sparse_linear.py). The panel of x stays
-// in the L1 cache while weight rows stream past; a lane is a row of x.
-// Include after a lanes header and compressed.h. Internal linkage throughout.
+// Products with a sparse weight in slices (layout: bigops/ops/sparse_linear.py).
+// Include after a lanes header and sparse_linear.h. Internal linkage throughout.
+
+#include "cpu/simd/sparse_words.inl"
 
 namespace bigops {
 namespace {
 
-// U blocks at a time, each with sums of its own: one chain of additions would wait for itself.
-template <class L, int VR, int U>
-void sparse_s8_of(const SparseTask& t) {
-  constexpr int W = L::width, B = 4 * W;
-  constexpr int64_t lanes = VR * W;
-  const int8_t* values = static_cast<const int8_t*>(t.values);
-  const uint8_t* x = static_cast<const uint8_t*>(t.x);
+// Columns form: a lane is a row of x, the panel of x stays in the L1 cache. R rows of W at a time:
+// all rows of a slice have the same number of steps, so the loop's end is guessed wrong once in R
+// rows and not once a row, and R * VR chains of additions hide the latency of each.
+template <class W, int G, int VR, int R>
+void sparse_columns_of(const SparseTask& t) {
+  using L = typename W::L;
+  constexpr int64_t lanes = int64_t(VR) * L::width;
+  constexpr int kShared = R < G ? R : G;  // rows of the block that share an index
+  constexpr int kIndices = 16 / G;        // of one step
+  const char* x = static_cast<const char*>(t.x);
   int32_t* out = static_cast<int32_t*>(t.acc);
-  const auto ones = L::x_of(L::iset1(0x01010101));
-  for (int64_t r = 0; r < t.n; ++r, out += lanes) {
-    const int64_t begin = t.ptr[r], end = t.ptr[r + 1];
-    typename L::ireg acc[U][VR];
-    for (int u = 0; u < U; ++u)
-      for (int v = 0; v < VR; ++v)
-        acc[u][v] = u == 0 && !t.first ? L::iload(out + v * W) : L::izero();
-    int64_t i = begin;
-    for (; i + U <= end; i += U)
-      for (int u = 0; u < U; ++u) {
-        const auto w = broadcast4<L>(values + 4 * (i + u));
-        const uint8_t* at = x + t.index[i + u] * (4 * lanes);
-        for (int v = 0; v < VR; ++v)
-          acc[u][v] = L::dot(acc[u][v], L::x_of(L::iload(at + v * W * 4)), w);
+  for (int64_t s = 0; s < t.slices; ++s) {
+    const int64_t steps = t.ptr[s + 1] - t.ptr[s];
+    if (steps == 0) continue;
+    const uint8_t* rows = t.rows + s * kIndices;
+    for (int i = 0; i < 16; i += R) {
+      const char* w = static_cast<const char*>(t.words) + (int64_t(t.ptr[s]) * 16 + i) * 4;
+      const uint8_t* index = t.index + int64_t(t.ptr[s]) * kIndices + i / G;
+      int32_t* at[R];
+      typename W::acc sum[R][VR];
+#pragma GCC unroll 16
+      for (int u = 0; u < R; ++u) {
+        at[u] = out + (int64_t(rows[(i + u) / G]) * G + (i + u) % G) * lanes;
+        for (int v = 0; v < VR; ++v) sum[u][v] = W::zero_acc();
       }
-    for (; i < end; ++i) {
-      const auto w = broadcast4<L>(values + 4 * i);
-      const uint8_t* at = x + t.index[i] * (4 * lanes);
-      for (int v = 0; v < VR; ++v)
-        acc[0][v] = L::dot(acc[0][v], L::x_of(L::iload(at + v * W * 4)), w);
-    }
-    for (int v = 0; v < VR; ++v) {
-      for (int u = 1; u < U; ++u) acc[0][v] = L::iadd(acc[0][v], acc[u][v]);
-      L::istore(out + v * W, acc[0][v]);
-    }
-    if (t.sums != nullptr) {  // W blocks a step: a sixteenth of the work above
-      auto sum = t.first ? L::izero() : L::iload(t.sums + r * W);
-      const int8_t *at = values + 4 * begin, *stop = values + 4 * end;
-      for (; at + B <= stop; at += B) sum = L::dot(sum, ones, L::w_of(L::iload(at)));
-      if (at < stop)
-        sum = L::dot(sum, ones, L::w_of(L::iload_bytes(at, static_cast<int>(stop - at))));
-      L::istore(t.sums + r * W, sum);
+      for (int64_t j = 0; j < steps; ++j, w += 64, index += kIndices) {
+#pragma GCC unroll 16
+        for (int u = 0; u < R; u += kShared) {
+          const char* from = x + int64_t(index[u / G]) * (lanes * 4);
+          if constexpr (kShared == 1) {
+            const auto wv = W::broadcast(w + 4 * u);
+#pragma GCC unroll 4
+            for (int v = 0; v < VR; ++v)
+              sum[u][v] = W::mac(sum[u][v], W::load_x(from + v * L::width * 4), wv);
+          } else {
+            typename W::x xv[VR];
+#pragma GCC unroll 4
+            for (int v = 0; v < VR; ++v) xv[v] = W::load_x(from + v * L::width * 4);
+#pragma GCC unroll 16
+            for (int c = 0; c < kShared; ++c) {
+              const auto wv = W::broadcast(w + 4 * (u + c));
+#pragma GCC unroll 4
+              for (int v = 0; v < VR; ++v) sum[u + c][v] = W::mac(sum[u + c][v], xv[v], wv);
+            }
+          }
+        }
+      }
+#pragma GCC unroll 16
+      for (int u = 0; u < R; ++u)
+        for (int v = 0; v < VR; ++v) {
+          int32_t* to = at[u] + v * L::width;
+          W::store_acc(to, W::add(W::load_acc(to), sum[u][v]));
+        }
     }
   }
 }
 
-template <class L>
-void sparse_s8(const SparseTask& t) {
+template <class W, int G>
+void sparse_columns(const SparseTask& t) {
+  using L = typename W::L;
+  constexpr int R = L::sparse_sums;  // sums in registers: rows times vectors
+  constexpr int most = L::max_vectors;
   if (t.vectors == 1)
-    sparse_s8_of<L, 1, 4>(t);
+    sparse_columns_of<W, G, 1, R>(t);
   else if (t.vectors == 2)
-    sparse_s8_of<L, 2, 2>(t);
-  else if (t.vectors == 3 && L::max_vectors > 2)
-    sparse_s8_of < L, L::max_vectors<3 ? 2 : 3, 2>(t);
+    sparse_columns_of<W, G, 2, R / 2>(t);
+  else if (t.vectors == 3 && most > 2)
+    sparse_columns_of < W, G, most<3 ? 2 : 3, R / 4>(t);
   else
-    sparse_s8_of<L, L::max_vectors, 2>(t);
+    sparse_columns_of<W, G, most, R / most>(t);
 }
 
-// acc += one block: 4 columns, VR vectors of rows of x.
-template <class L, int VR>
-inline __attribute__((always_inline)) void float_block(typename L::V::reg (&acc)[VR],
-                                                       const float* values, const float* x) {
-  using V = typename L::V;
-  constexpr int W = L::width;
-  for (int c = 0; c < 4; ++c) {
-    const auto w = V::set1(values[c]);
-    for (int v = 0; v < VR; ++v) acc[v] = V::fma(w, V::load(x + (c * VR + v) * W), acc[v]);
-  }
-}
-
-template <class L, int VR, int U>
-void sparse_f32_of(const SparseTask& t) {
-  using V = typename L::V;
-  constexpr int W = L::width;
-  constexpr int64_t lanes = VR * W;
-  const float* values = static_cast<const float*>(t.values);
-  const float* x = static_cast<const float*>(t.x);
-  float* out = static_cast<float*>(t.acc);
-  for (int64_t r = 0; r < t.n; ++r, out += lanes) {
-    const int64_t begin = t.ptr[r], end = t.ptr[r + 1];
-    typename V::reg acc[U][VR];
-    for (int u = 0; u < U; ++u)
-      for (int v = 0; v < VR; ++v)
-        acc[u][v] = u == 0 && !t.first ? V::load(out + v * W) : V::zero();
-    int64_t i = begin;
-    for (; i + U <= end; i += U)
-      for (int u = 0; u < U; ++u)
-        float_block<L, VR>(acc[u], values + 4 * (i + u), x + t.index[i + u] * (4 * lanes));
-    for (; i < end; ++i) float_block<L, VR>(acc[0], values + 4 * i, x + t.index[i] * (4 * lanes));
-    for (int v = 0; v < VR; ++v) {
-      for (int u = 1; u < U; ++u) acc[0][v] = V::add(acc[0][v], acc[u][v]);
-      V::store(out + v * W, acc[0][v]);
+// Rows form, for few rows of x: a lane is a row of W, and the words of x are looked up in the
+// panel, which fills 4 registers of AVX-512. Nothing is padded to a tile of x.
+template <class W, int G, int M>
+void sparse_rows_of(const SparseTask& t) {
+  using L = typename W::L;
+  constexpr int V = 16 / L::width;  // vectors of a slice
+  constexpr int kIndices = 16 / G;
+  typename L::template Table<G> table[M];
+  for (int m = 0; m < M; ++m) table[m].load(static_cast<const char*>(t.x) + m * t.x_stride);
+  for (int64_t s = 0; s < t.slices; ++s) {
+    const int64_t begin = t.ptr[s], end = t.ptr[s + 1];
+    if (begin == end) continue;
+    typename W::acc sum[M][V];
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < V; ++v) sum[m][v] = W::zero_acc();
+    const char* w = static_cast<const char*>(t.words) + begin * 64;
+    const uint8_t* index = t.index + begin * kIndices;
+    for (int64_t j = begin; j < end; ++j, w += 64, index += kIndices) {
+      const auto where = L::template Table<G>::place(index);
+      for (int v = 0; v < V; ++v) {
+        const auto wv = W::load_w(w + v * L::width * 4);
+        for (int m = 0; m < M; ++m)
+          sum[m][v] = W::mac(sum[m][v], W::x_of(table[m].find(where, v)), wv);
+      }
+    }
+    const uint8_t* rows = t.rows + s * kIndices;
+    for (int m = 0; m < M; ++m) {
+      typename W::scalar part[16];
+      for (int v = 0; v < V; ++v)
+        W::store_acc(reinterpret_cast<int32_t*>(part + v * L::width), sum[m][v]);
+      typename W::scalar* out = static_cast<typename W::scalar*>(t.acc) + m * t.acc_stride;
+      for (int i = 0; i < 16; ++i) {
+        typename W::scalar& to = out[int64_t(rows[i / G]) * G + i % G];
+        to = W::add_scalar(to, part[i]);
+      }
     }
   }
 }
 
-template <class L>
-void sparse_f32(const SparseTask& t) {
+template <class W, int G>
+void sparse_rows(const SparseTask& t) {
+  if (t.m == 4)
+    sparse_rows_of<W, G, 4>(t);
+  else if (t.m == 3)
+    sparse_rows_of<W, G, 3>(t);
+  else if (t.m == 2)
+    sparse_rows_of<W, G, 2>(t);
+  else
+    sparse_rows_of<W, G, 1>(t);
+}
+
+// The sampled product: rows i .. i + 3 of a slice at a time, since their 4 sums of one step lie
+// side by side.
+template <class W, int G, int VR>
+void sparse_sample_of(const SampleTask& t) {
+  using L = typename W::L;
+  using V = typename L::V;
+  constexpr int kIndices = 16 / G, C = W::columns;
+  constexpr int64_t lanes = int64_t(VR) * L::width;
+  float* out = t.out;
+  for (int64_t s = 0; s < t.slices; ++s) {
+    const int64_t steps = t.ptr[s + 1] - t.ptr[s];
+    const uint8_t* rows = t.rows + s * kIndices;
+    for (int i = 0; i < 16; i += 4) {
+      const uint8_t* index = t.index + int64_t(t.ptr[s]) * kIndices + i / G;
+      typename V::reg g[4][VR];
+      for (int u = 0; u < 4; ++u)
+        for (int v = 0; v < VR; ++v)
+          g[u][v] = V::load(t.grad + (int64_t(rows[(i + u) / G]) * G + (i + u) % G) * lanes +
+                            v * L::width);
+      float* to = out + i * C;
+      for (int64_t j = 0; j < steps; ++j, to += 16 * C, index += kIndices)
+        for (int c = 0; c < C; ++c) {
+          typename V::reg sum[4];
+          for (int u = 0; u < 4; ++u) {
+            const float* x = t.x + (int64_t(index[G == 1 ? u : 0]) * C + c) * lanes;
+            sum[u] = V::mul(g[u][0], V::load(x));
+            for (int v = 1; v < VR; ++v)
+              sum[u] = V::fma(g[u][v], V::load(x + v * L::width), sum[u]);
+          }
+          float four[4];
+          L::reduce4(sum, four);
+          for (int u = 0; u < 4; ++u) to[u * C + c] += four[u];
+        }
+    }
+    out += steps * 16 * C;
+  }
+}
+
+// Vectors of rows of x of the sampled product: 64 words of floats fill 16 KB with AVX-512.
+template <class W>
+constexpr int kGradVectors =
+    W::L::max_vectors / W::columns > 0 ? W::L::max_vectors / W::columns : 1;
+
+template <class W, int G>
+void sparse_sample(const SampleTask& t) {
+  constexpr int most = kGradVectors<W>;
   if (t.vectors == 1)
-    sparse_f32_of<L, 1, 4>(t);
-  else if (t.vectors == 2)
-    sparse_f32_of<L, 2, 4>(t);
-  else if (t.vectors == 3 && L::max_vectors > 2)
-    sparse_f32_of < L, L::max_vectors<3 ? 2 : 3, 2>(t);
+    sparse_sample_of<W, G, 1>(t);
+  else if (t.vectors == 2 || most < 3)
+    sparse_sample_of < W, G, most<2 ? 1 : 2>(t);
+  else if (t.vectors == 3)
+    sparse_sample_of < W, G, most<3 ? 1 : 3>(t);
   else
-    sparse_f32_of<L, L::max_vectors, 2>(t);
+    sparse_sample_of<W, G, most>(t);
 }
 
-// The transposed product, one vector of rows of x: each block adds to its 4 columns.
-template <class L, class Value>
-void sparse_grad(const SparseGradTask& t) {
-  using V = typename L::V;
-  constexpr int W = L::width;
-  const Value* values = static_cast<const Value*>(t.values);
-  for (int64_t r = 0; r < t.n; ++r) {
-    const auto g = V::load(t.grad + r * W);
-    for (int64_t i = t.ptr[r]; i < t.ptr[r + 1]; ++i) {
-      float* at = t.x_grad + t.index[i] * (4 * W);
-      for (int c = 0; c < 4; ++c)
-        V::store(at + c * W,
-                 V::fma(V::set1(static_cast<float>(values[4 * i + c])), g, V::load(at + c * W)));
-    }
-  }
+template <class W>
+constexpr SparseKernels sparse_table() {
+  using L = typename W::L;
+  return {L::width,
+          L::max_vectors,
+          kGradVectors<W>,
+          {sparse_rows<W, 1>, sparse_rows<W, 4>, sparse_rows<W, 16>},
+          {sparse_columns<W, 1>, sparse_columns<W, 4>, sparse_columns<W, 16>},
+          {sparse_sample<W, 1>, sparse_sample<W, 4>, sparse_sample<W, 16>}};
 }
 
 }  // namespace

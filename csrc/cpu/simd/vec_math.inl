@@ -46,25 +46,21 @@ struct VecMath {
     return V::select(V::less(a, V::set1(0.625f)), small, V::copysign(big, x));
   }
 
-  // Phi(x) = erfc(-x / sqrt 2) / 2, accurate in the left tail too.
+  // Phi(x) = (1 + erf(x / sqrt 2)) / 2 with an error below 2e-7 (that of a float 1 + erf); erf as
+  // u P(u^2) / Q(u^2), since a form for the tails too costs 70 cycles a vector where this takes 20.
   static reg normal_cdf(reg x) {
-    static constexpr float p[] = {1.1283791065216064f,   -0.3761262595653534f,
-                                  0.11283600330352783f,  -0.026854444295167923f,
-                                  0.005189535208046436f, -0.0008020841050893068f,
-                                  7.889119297033176e-05f};  // erf(u)/u in u^2, 1.2e-9, |u| <= 1
-    static constexpr float q[] = {
-        0.5641998052597046f, -0.00047772639663890004f, -0.27357515692710876f, -0.07834475487470627f,
-        0.8375796675682068f, -1.2856075763702393f,     1.0197267532348633f,   -0.43500474095344543f,
-        0.07908742129802704f};  // erfc(u) e^(u^2) u in 1/u, 2.1e-7
-    const reg u = V::mul(x, V::set1(0.70710678118654752f));
-    const reg a = V::abs(u);
+    static constexpr float p[] = {1.1283791f,    0.19155161f,    0.05287562f,
+                                  0.0038082171f, 0.00028468887f, 2.025897e-06f};
+    static constexpr float q[] = {1.0f,         0.50309086f,  0.114560165f,
+                                  0.015055202f, 0.001170739f, 3.7831745e-05f};  // 2.1e-8
+    const reg limit = V::set1(3.95f);  // erf is 1 to the last bit beyond
+    reg u = V::min(limit, V::mul(x, V::set1(0.70710678118654752f)));
+    u = V::max(V::sub(V::zero(), limit), u);
     const reg t = V::mul(u, u);
     const reg half = V::set1(0.5f);
-    const reg near = V::fma(V::mul(u, half), horner(t, p), half);
-    const reg s = V::div(V::set1(1.0f), V::max(V::set1(1.0f), a));
-    const reg tail = V::mul(V::mul(half, exp(V::sub(V::zero(), t))), V::mul(s, horner(s, q)));
-    const reg far = V::select(V::less(u, V::zero()), tail, V::sub(V::set1(1.0f), tail));
-    return V::select(V::less(a, V::set1(1.0f)), near, far);
+    const reg phi = V::fma(V::mul(u, half), V::div(horner(t, p), horner(t, q)), half);
+    // exactly 0 far left: -inf * Phi(-inf) is NaN
+    return V::select(V::less(x, V::set1(-5.58f)), V::zero(), phi);
   }
 
   static reg normal_pdf(reg x) {

@@ -1,0 +1,122 @@
+// Words of a sparse weight: how 4 bytes of W meet 4 bytes of x, on the lanes of any instruction
+// set; and how the rows form looks words of x up.
+// Include after a lanes header and sparse_linear.h. Internal linkage throughout.
+
+namespace bigops {
+namespace {
+
+template <class L_>
+struct WordF32 {
+  using L = L_;
+  using V = typename L::V;
+  using acc = typename V::reg;
+  using x = typename V::reg;
+  using w = typename V::reg;
+  using scalar = float;
+  static constexpr int columns = 1;
+
+  static acc zero_acc() { return V::zero(); }
+  static acc load_acc(const int32_t* p) { return V::load(reinterpret_cast<const float*>(p)); }
+  static void store_acc(int32_t* p, acc v) { V::store(reinterpret_cast<float*>(p), v); }
+  static acc add(acc a, acc b) { return V::add(a, b); }
+  static x load_x(const char* p) { return V::load(reinterpret_cast<const float*>(p)); }
+  static x x_of(typename L::ireg v) { return L::as_float(v); }
+  static w load_w(const char* p) { return V::load(reinterpret_cast<const float*>(p)); }
+  static w broadcast(const char* p) { return V::set1(element(p, 0)); }
+  static acc mac(acc a, x xv, w wv) { return V::fma(wv, xv, a); }
+  static float element(const char* p, int) {
+    float v;
+    memcpy(&v, p, 4);
+    return v;
+  }
+  static float add_scalar(float a, float b) { return a + b; }
+};
+
+template <class L_>
+struct WordBf16 {
+  using L = L_;
+  using V = typename L::V;
+  using acc = typename V::reg;
+  using x = typename L::ireg;
+  using w = typename L::ireg;
+  using scalar = float;
+  static constexpr int columns = 2;
+
+  static acc zero_acc() { return V::zero(); }
+  static acc load_acc(const int32_t* p) { return V::load(reinterpret_cast<const float*>(p)); }
+  static void store_acc(int32_t* p, acc v) { V::store(reinterpret_cast<float*>(p), v); }
+  static acc add(acc a, acc b) { return V::add(a, b); }
+  static x load_x(const char* p) { return L::iload(p); }
+  static x x_of(typename L::ireg v) { return v; }
+  static w load_w(const char* p) { return L::iload(p); }
+  static w broadcast(const char* p) {
+    int32_t v;
+    memcpy(&v, p, 4);
+    return L::iset1(v);
+  }
+  static acc mac(acc a, x xv, w wv) { return L::dot_bf16(a, xv, wv); }
+  static float element(const char* p, int c) {
+    uint16_t bits;
+    memcpy(&bits, p + 2 * c, 2);
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float v;
+    memcpy(&v, &wide, 4);
+    return v;
+  }
+  static float add_scalar(float a, float b) { return a + b; }
+};
+
+template <class L_>
+struct WordS8 {
+  using L = L_;
+  using acc = typename L::ireg;
+  using x = typename L::xreg;
+  using w = typename L::wreg;
+  using scalar = int32_t;
+  static constexpr int columns = 4;
+
+  static acc zero_acc() { return L::izero(); }
+  static acc load_acc(const int32_t* p) { return L::iload(p); }
+  static void store_acc(int32_t* p, acc v) { L::istore(p, v); }
+  static acc add(acc a, acc b) { return L::iadd(a, b); }
+  static x load_x(const char* p) { return L::x_of(L::iload(p)); }
+  static x x_of(typename L::ireg v) { return L::x_of(v); }
+  static w load_w(const char* p) { return L::w_of(L::iload(p)); }
+  static w broadcast(const char* p) {
+    int32_t v;
+    memcpy(&v, p, 4);
+    return L::w_of(L::iset1(v));
+  }
+  static acc mac(acc a, x xv, w wv) { return L::dot(a, xv, wv); }
+  static float element(const char* p, int c) {
+    return static_cast<float>(reinterpret_cast<const int8_t*>(p)[c]);
+  }
+  // wraps, as vectors do: broken storage must not be undefined behaviour
+  static int32_t add_scalar(int32_t a, int32_t b) {
+    return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+  }
+};
+
+// The words of x that a step needs, gathered through memory: for sets without a wide permute.
+template <class L, int G>
+struct GatherTable {
+  const int32_t* words;
+  struct Place {
+    uint8_t at[16];
+  };
+
+  void load(const char* p) { words = reinterpret_cast<const int32_t*>(p); }
+  static Place place(const uint8_t* index) {
+    Place p;
+    for (int i = 0; i < 16; ++i) p.at[i] = index[i / G];
+    return p;
+  }
+  typename L::ireg find(const Place& p, int v) const {
+    int32_t found[L::width];
+    for (int i = 0; i < L::width; ++i) found[i] = words[p.at[v * L::width + i]];
+    return L::iload(found);
+  }
+};
+
+}  // namespace
+}  // namespace bigops
