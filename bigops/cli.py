@@ -76,10 +76,12 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from bigops.benches import rows
+    from bigops.benches import plots, rows, summary
     from bigops.files import check_writable
 
-    for path in filter(None, (args.csv, args.plot)):  # before minutes are spent on measuring
+    for path in filter(
+        None, (args.csv, args.plot, args.summary)
+    ):  # before minutes are spent on measuring
         if Path(path).is_dir():
             raise ValueError(f"{path}: expected a file to write; it is a folder")
         check_writable(Path(path).resolve().parent)
@@ -88,12 +90,16 @@ def _bench(args: argparse.Namespace) -> int:
         print(rows.table(found))
     else:
         found = list(_measured(args))
+    print(f"\n{summary.markdown(found)}")
     if args.csv:
         rows.write_csv(found, args.csv)
         print(f"wrote {args.csv}")
     if args.plot:
-        rows.plot(found, args.plot)
-        print(f"wrote {args.plot}")
+        for written in plots.plot(found, args.plot):
+            print(f"wrote {written}")
+    if args.summary:
+        summary.write(found, args.summary)
+        print(f"wrote {args.summary}")
     return 0
 
 
@@ -264,7 +270,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=integer, metavar="N", help="CPU threads (default: torch's choice)")
     add("--pairs", type=integer, default=30, metavar="N", help="interleaved rounds per case")
     add("--csv", metavar="FILE", help="write the rows as CSV")
-    add("--plot", metavar="FILE", help="write the speed-ups as a PNG")
+    add("--plot", metavar="FILE", help="write the speed-ups, one PNG per op (FILE-op.png)")
+    add("--summary", metavar="FILE", help="write where we stand against the best rival (Markdown)")
     add("--from-json", metavar="FILE", help="take rows from `pytest benches --benchmark-json`")
     parser.set_defaults(command=_bench)
 

@@ -73,6 +73,7 @@ MISTAKES = {
     "unknown op": (("bench", "--op", "conv"), "op: expected one of fused_linear"),
     "no case": (("bench", "--match", "zzz"), "has 'zzz' in its name"),
     "no folder": (("bench", "--csv", "no/such/folder/b.csv"), "expected an existing folder"),
+    "no summary": (("bench", "--summary", "no/such/folder/b.md"), "expected an existing folder"),
     "no pairs": (("bench", "--pairs", "0"), "expected a positive number, got '0'"),
     "no json": (("bench", "--from-json", "missing.json"), "missing.json: No such file"),
     "unknown data": (("demo", "--data", "imagenet"), "invalid choice: 'imagenet'"),
@@ -208,7 +209,7 @@ def test_an_interrupt_is_130_and_one_line(
 # --- bench ---------------------------------------------------------------------------------------
 
 
-def test_bench_writes_the_csv_and_the_plot(
+def test_bench_writes_the_csv_the_plots_and_the_summary(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
 ) -> None:
     asked: list[Any] = []
@@ -218,17 +219,20 @@ def test_bench_writes_the_csv_and_the_plot(
         return iter([ROW, rows.Row(**{**vars(ROW), "case": "d"})])
 
     monkeypatch.setattr(harness, "run", measured)
-    out, png = tmp_path / "b.csv", tmp_path / "b.png"
-    argv = ("bench", "--op", "fused_linear", "--quick", "--csv", str(out), "--plot", str(png))
-    code, text, _ = run(capsys, *argv)
+    out, png, summary = tmp_path / "b.csv", tmp_path / "b.png", tmp_path / "b.md"
+    files = ("--csv", str(out), "--plot", str(png), "--summary", str(summary))
+    code, text, _ = run(capsys, "bench", "--op", "fused_linear", "--quick", *files)
     assert code == 0
     assert asked == [
         ((["fused_linear"],), {"quick": True, "match": "", "device": "cpu", "pairs": 30})
     ]
-    assert text.count("an_op") == 2
+    assert text.count("an_op c 1x2x3") == 1
+    assert text.count("| an_op |") == 2
+    assert "2 cells: 2 first" in text
+    assert "2 cells: 2 first" in summary.read_text()
     assert out.read_text().splitlines()[0] == COLUMNS
     assert [row["case"] for row in csv.DictReader(out.open())] == ["c", "d"]
-    assert png.exists()
+    assert (tmp_path / "b-an_op.png").exists()
 
 
 def test_an_interrupted_bench_leaves_no_file(
