@@ -2,7 +2,7 @@
 #
 #   make demo [ARGS="--batch 128"]      the main job on real data, ends with the receipt
 #   make test [ARGS="-k fused_linear"]  the unit suite;  make test-slow  the wide sweeps
-#   make bench                          pytest-benchmark -> bench.json, bench.csv, bench.png
+#   make bench                          pytest-benchmark -> bench.json, .csv, .md, a .png per op
 #   make lint                           ruff, mypy, clang-format
 #   make gpu-report                     compile the GPU kernels for every target and read the code
 #
@@ -42,7 +42,8 @@ test-slow: dev
 
 bench: dev
 	$(PY) -m pytest benches --benchmark-json=bench.json $(ARGS)
-	$(VENV)/bin/bigops bench --from-json bench.json --csv bench.csv --plot bench.png
+	$(VENV)/bin/bigops bench --from-json bench.json --csv bench.csv --plot bench.png \
+	  --summary bench.md
 
 lint: dev
 	$(VENV)/bin/ruff check .
@@ -92,4 +93,4 @@ $(VENV)/.dev: $(VENV)/.installed requirements/dev.txt
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info bigops/*.so demo-out bench.csv bench.json bench.png
+	rm -rf build dist *.egg-info bigops/*.so demo-out bench.csv bench.json bench.md bench-*.png

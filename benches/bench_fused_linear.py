@@ -1,4 +1,4 @@
-"""fused_linear against eager torch, torch.compile and oneDNN, forward and backward."""
+"""fused_linear against eager torch, torch.compile and all dense rivals, forward and backward."""
 
 from __future__ import annotations
 
@@ -9,19 +9,11 @@ import torch
 from torch import Tensor
 
 import bigops
-from bigops.benches import rivals
-from bigops.benches.harness import (
-    DTYPES,
-    OWN,
-    Case,
-    Side,
-    clones,
-    in_turn,
-    optional_side,
-)
+from bigops.benches import families, rivals
+from bigops.benches.harness import DTYPES, OWN, Case, Side, clones, in_turn
 from bigops.benches.limits import Cost
 
-_GATED = ("swiglu", "geglu", "geglu_tanh", "reglu")
+_GATED = tuple(rivals.GATED)
 
 
 def cases() -> list[Case]:
@@ -110,10 +102,10 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     ]
     if learns or device != "cpu":
         return reference, sides
-    if residual is None:
-        optional_side(sides, rivals.onednn_prepacked, case, x, weight, bias, activation, cost)
-    for plugin in ("zentorch", "openvino"):
-        optional_side(sides, rivals.plugin_side, plugin, plain, case, x, weight, rest, cost)
+    if case.dtype == "fp32":
+        sides += families.dense_fp32_sides(case, x, weight, bias, activation, residual)
+    elif case.dtype == "bf16":
+        sides += families.dense_bf16_sides(case, x, weight, bias, activation, residual)
     return reference, sides
 
 

@@ -1,7 +1,8 @@
-"""quantized_linear (int8 weights, dynamic int8 activations) against dense and torch's int8.
+"""quantized_linear against dense layers and torch's own quantised ones, format by format.
 
-Every error is against the float64 product with the original weights, so a row shows what its
-provider's number format costs.
+int8 and W4A8 errors are against the float64 product with the original weights, so a row shows what
+its provider's number format costs. Weight-only int4 is held to the product with the rounded
+weights, which all int4 sides share: what is left is the arithmetic.
 """
 
 from __future__ import annotations
@@ -13,68 +14,89 @@ import torch
 from torch import Tensor
 
 import bigops
-from bigops.benches import rivals
-from bigops.benches.harness import (
-    DTYPES,
-    OWN,
-    Case,
-    Side,
-    copies,
-    in_turn,
-    optional_side,
-)
+from bigops.benches import families, rivals
+from bigops.benches.harness import DTYPES, OWN, Case, Side, copies, in_turn
 from bigops.benches.limits import Cost
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
 
+ROWS = (1, 4, 16, 64, 128, 256, 1024)
+LAYERS = ((768, 3072), (1024, 1024), (4096, 4096), (4096, 11008))  # (K, N)
+# What quantize_weight is given, and the dtypes of x that the format is measured with.
+FORMATS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "int8": ({}, ("fp32", "bf16")),
+    "w4": ({"bits": 4, "group": 64}, ("bf16", "fp32")),
+    "w4a8": ({"bits": 4, "group": 64, "activations": "dynamic"}, ("fp32",)),
+    "w8": ({"group": 64}, ("bf16",)),
+}
+
 
 def cases() -> list[Case]:
-    """The demo's layers, a transformer's, and 4096x4096 from DRAM."""
+    """The demo's layers, and each format on four layers by seven numbers of rows."""
 
-    def case(name: str, m: int, k: int, n: int, dtype: str = "fp32", **more: Any) -> Case:
-        params = {"activation": more.pop("activation", "gelu"), "bias": True}
+    def case(name: str, m: int, k: int, n: int, dtype: str, form: str, **more: Any) -> Case:
+        params = {"form": form, "activation": more.pop("activation", "none"), "bias": True}
         return Case("quantized_linear", name, m, k, n, dtype, params=params, **more)
 
-    found = [case("overhead", 8, 8, 8, activation="relu", quick=True)]
+    found = [case("int8-overhead", 8, 8, 8, "fp32", "int8", activation="relu", quick=True)]
     for dtype in ("fp32", "bf16"):
         found += [
-            case("mlp", 64, 784, 2048, dtype, activation="relu", quick=True),
-            case("mlp2", 64, 2048, 1024, dtype, activation="relu", quick=dtype == "fp32"),
-            case("ffn", 16, 768, 3072, dtype),
-            case("ffn", 128, 768, 3072, dtype),
+            case("int8-mlp", 64, 784, 2048, dtype, "int8", activation="relu", quick=True),
+            case("int8-mlp2", 64, 2048, 1024, dtype, "int8", activation="relu"),
+            case("int8-ffn", 16, 768, 3072, dtype, "int8", activation="gelu"),
         ]
-        found += [
-            case("square", m, 4096, 4096, dtype, activation="none", rotate=True)
-            for m in (1, 16, 64, 256)
-        ]
+    for form, (_, dtypes) in FORMATS.items():
+        for dtype in dtypes:
+            found += [
+                case(
+                    f"{form}-grid",
+                    m,
+                    k,
+                    n,
+                    dtype,
+                    form,
+                    rotate=k * n >= 4096 * 4096,  # smaller weights stay in the cache
+                    quick=form != "int8" and (m, n) == (16, 3072) and dtype == dtypes[0],
+                )
+                for k, n in LAYERS
+                for m in ROWS
+            ]
     return found
 
 
 def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     """The float64 truth of a case and its sides."""
     dtype, activation = DTYPES[case.dtype], str(case.params["activation"])
+    form = str(case.params["form"])
     x = torch.randn(case.m, case.k, device=device).to(dtype)
     weight = (torch.randn(case.n, case.k, device=device) * case.k**-0.5).to(dtype)
     bias = torch.randn(case.n, device=device).to(dtype)
+    own = quantize_weight(weight, **FORMATS[form][0])
+    if own.activations == "none":
+        weight = own.to_dense(dtype)
     flops = 2.0 * case.m * case.k * case.n
     moved = x.element_size() * case.m * (case.k + case.n)
-    int8 = Cost("int8", flops, float(case.n * case.k + moved))
     dense = Cost(case.dtype, flops, float(x.element_size() * case.n * case.k + moved))
+    unit = "int8" if own.activations != "none" else case.dtype
     plain = rivals.eager(activation, False)
     reference = [plain(x.double().cpu(), weight.double().cpu(), bias.double().cpu())]
 
-    own = quantize_weight(weight)
     take_own = in_turn(copies(case, own, own.nbytes, _copy))
     sides = [
-        Side(OWN, lambda: bigops.quantized_linear(x, take_own(), bias, None, activation), int8),
+        Side(
+            OWN,
+            lambda: bigops.quantized_linear(x, take_own(), bias, None, activation),
+            Cost(unit, flops, float(own.nbytes + moved)),
+        ),
         rivals.eager_side(case, x, weight, (bias,), plain, dense),
         rivals.dense_compiled(case, x, weight, bias, plain, dense),
     ]
     if device == "cpu":
-        optional_side(sides, rivals.onednn_prepacked, case, x, weight, bias, activation, dense)
-        for engine in rivals.INT8_ENGINES:
-            optional_side(
-                sides, rivals.dynamic_int8, case, engine, x, weight, bias, activation, int8
-            )
+        if own.bits == 4:
+            grid = own.grid()
+            same = rivals.Int4Weight(grid.q.to(torch.int8), grid.scale.float())
+            sides += families.int4_sides(case, x, same, bias, activation)
+        else:
+            sides += families.dense_int8_sides(case, x, weight, bias, activation)
     return reference, sides
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import bigops
-from bigops.benches import rivals
+from bigops.benches import families, rivals
 from bigops.benches.harness import (
     DTYPES,
     OWN,
@@ -27,6 +27,7 @@ from bigops.benches.harness import (
     optional_side,
 )
 from bigops.benches.limits import Cost
+from bigops.ops.quantized_linear import quantize_weight
 from bigops.ops.sparse_linear import Pattern, SparseWeight, sparsify_weight
 
 ROWS = (1, 4, 16, 64, 128, 256, 1024)
@@ -118,15 +119,28 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
         csr = Cost(
             "fp32", 2.0 * case.m * kept * case.n * case.k, 8.0 * kept * case.n * case.k + moved
         )  # value and column, 4 bytes each
-        if values == "fp32":
+        if values == "int8":
+            sides.append(_dense_int8(case, x, weight, bias, activation, total, moved))
+            sides += families.dense_int8_sides(case, x, weight, bias, activation)
+        elif values == "bf16":
+            sides += families.dense_bf16_sides(case, x, weight, bias, activation)
+        else:
             optional_side(sides, rivals.csr, case, x, weight, bias, activation, csr)
-        optional_side(sides, rivals.onednn_prepacked, case, x, weight, bias, activation, dense)
-        dense_int8 = Cost("int8", total, float(case.n * case.k + moved))
-        for engine in rivals.INT8_ENGINES if values == "int8" else ():
-            optional_side(
-                sides, rivals.dynamic_int8, case, engine, x, weight, bias, activation, dense_int8
-            )
+            sides += families.dense_fp32_sides(case, x, weight, bias, activation)
     return reference, sides
+
+
+def _dense_int8(
+    case: Case, x: Tensor, weight: Tensor, bias: Tensor, activation: str, flops: float, moved: int
+) -> Side:
+    """Our own dense int8: sparse int8 is to beat the best dense one, whoever made it."""
+    own = quantize_weight(weight)
+    take = in_turn(copies(case, own, own.nbytes, lambda w: w._replace(values=w.values.clone())))
+    return Side(
+        "dense int8 of bigops",
+        lambda: bigops.quantized_linear(x, take(), bias, None, activation),
+        Cost("int8", flops, float(own.nbytes + moved)),
+    )
 
 
 def _backward(

@@ -45,13 +45,15 @@ def versus(
         pairs = request.config.getoption("--pairs")
         result = harness.run_case(case, request.module.build, limits, pairs=pairs)
         done.extend(result)
-        own = next(row for row in result if row.provider == harness.OWN)
+        own = next(row for row in result if rows.is_own(row.provider))
         benchmark.group = f"{case.op} {case.direction} {case.dtype}"
         benchmark.extra_info.update(
             rows=[asdict(row) for row in result],
             ratio_to_eager=own.ratio_to_eager,
             ratio_interval=[own.ratio_low, own.ratio_high],
+            best_rival=own.best_rival,
             ratio_to_best_rival=own.ratio_to_best_rival,
+            best_rival_interval=[own.best_low, own.best_high],
             limits=str(limits),
         )
         benchmark.pedantic(own_call(case, request.module.build), rounds=5, warmup_rounds=1)
@@ -63,4 +65,4 @@ def versus(
 def own_call(case: harness.Case, build: harness.Build) -> Callable[[], object]:
     """This package's side of a case, on its own."""
     _, sides = build(case, "cpu")
-    return next(side.call for side in sides if side.provider == harness.OWN)
+    return next(side.call for side in sides if rows.is_own(side.provider))

@@ -5,7 +5,8 @@ interleaved rounds (`bigops.timing`), holds their results against float64, and m
 provider. `pytest benches` and `bigops bench` are two doors to the same `run_case`.
 
 `ratio_to_eager` is eager time / provider time: a speed-up, above 1 the provider is the faster one.
-`ratio_to_best_rival` is the time of the fastest provider that is not bigops / provider time.
+`ratio_to_best_rival` is the time of the fastest provider that is not ours / provider time. Ours
+are those whose name starts with `bigops`; a case may hold several.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from torch import Tensor
 import bigops
 from bigops import backend, timing
 from bigops.benches.limits import Cost, Limits
-from bigops.benches.rows import Row
+from bigops.benches.rows import OWN as OWN  # bench files take it from here
+from bigops.benches.rows import Row, is_own
 
-OWN = "bigops"
 EAGER = "eager"
 PAST_CACHE = 128 << 20  # bytes that a rotation must cover so that every call reads from DRAM
 WRONG = 0.1  # relative error past which a rival computes something else; int8 stays below 0.02
@@ -146,12 +147,13 @@ def run_case(
             idle=any(side.own_pool for side in ready),
             sync=torch.cuda.synchronize if device != "cpu" else _nothing,
         )
-    rivals = [s.provider for s in ready if s.provider != OWN]
+    rivals = [s.provider for s in ready if not is_own(s.provider)]
     best = min(rivals, key=lambda name: timing.median(samples[name]))
     rows = []
     for side in ready:
         mine = samples[side.provider]
         ratio = timing.speedup(samples[EAGER], mine)
+        to_best = timing.speedup(samples[best], mine)
         seconds = timing.median(mine)
         floor = limits.floor_seconds(side.cost, case.rotate, device)
         rows.append(
@@ -173,7 +175,10 @@ def run_case(
                 ratio_to_eager=ratio.value,
                 ratio_low=ratio.low,
                 ratio_high=ratio.high,
-                ratio_to_best_rival=timing.speedup(samples[best], mine).value,
+                best_rival=best,
+                ratio_to_best_rival=to_best.value,
+                best_low=to_best.low,
+                best_high=to_best.high,
                 fraction_of_limit=None if floor is None else floor / seconds,
                 rel_error=errors[side.provider],
                 versions=versions(),
@@ -194,18 +199,19 @@ def _tried(
     errors: dict[str, float] = {}
     kernels: dict[str, str] = {}
     for side in sides:
+        ours_or_eager = is_own(side.provider) or side.provider == EAGER
         try:
             with backend.record() as names:
                 out = side.call()
             if side.shown is not None:
                 out = side.shown(out)
         except Exception as failure:
-            if side.provider in (OWN, EAGER):
+            if ours_or_eager:
                 raise
             say_once(f"{case.id}: {side.provider} left out: {failure!s:.200}")
             continue
         error = relative_error(out, reference)
-        if error > WRONG and side.provider not in (OWN, EAGER):
+        if error > WRONG and not ours_or_eager:
             say_once(f"{case.id}: {side.provider} left out: wrong by {error:.2g} of the result")
             continue
         ready.append(side)

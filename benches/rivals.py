@@ -1,7 +1,8 @@
-"""The other sides of a case: eager torch, torch.compile, and the best that is installed.
+"""The sides of a case that stock torch can take: eager, torch.compile, oneDNN, int8, int4, CSR.
 
-Nothing here is a dependency of bigops. Each maker raises `LeftOut` with the reason where its
-provider cannot take part; private entry points of torch are asked for by name and guarded.
+`families` lists all makers of one number format, those of other packages too. Nothing here is a
+dependency of bigops. Each maker raises `LeftOut` with the reason where its provider cannot take
+part; private entry points of torch are asked for by name and guarded.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from torch import Tensor
 from bigops.benches.harness import Case, LeftOut, Side, clones, compiled, copies, in_turn
 from bigops.benches.limits import Cost
 
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": lambda z: F.relu(z).square(),
     "gelu": F.gelu,
@@ -28,7 +30,7 @@ _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
-_GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
 # oneDNN's name of the activation and its algorithm argument
 _ONEDNN = {
     "none": ("none", ""),
@@ -45,10 +47,93 @@ INT8_ENGINES = ("fbgemm", "onednn")
 Linear = Callable[..., Tensor]
 
 
+@dataclass(frozen=True)
+class Layer:
+    """What a case asks of every maker: ``y = act(x W^T + bias) + residual``.
+
+    x is [M, K], weight [N, K] (gated activations: [2N, K]), bias [N], residual [M, N].
+    """
+
+    case: Case
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    activation: str
+    residual: Tensor | None = None
+
+    def cost(self, unit: str, weight_bytes: float) -> Cost:
+        """The cost of all products on one unit, with a weight of so many bytes."""
+        (m, k), n = self.x.shape, self.weight.shape[0]
+        moved = self.x.element_size() * m * (k + n)
+        return Cost(unit, 2.0 * m * k * n, weight_bytes + moved)
+
+    def finish(self, y: Tensor) -> Tensor:
+        """Activation and residual by eager torch, for a provider that only multiplies."""
+        if self.activation in GATED:
+            gate, up = y.chunk(2, dim=-1)
+            y = PLAIN[GATED[self.activation]](gate) * up
+        elif self.activation != "none":
+            y = PLAIN[self.activation](y)
+        return y if self.residual is None else y + self.residual
+
+
+class Int8Weight(NamedTuple):
+    """Row n of a weight is ``scale[n] * values[n]``; one rounding for all int8 rivals."""
+
+    values: Tensor  # [N, K] int8
+    scale: Tensor  # [N] float32
+
+
+def round_int8(weight: Tensor) -> Int8Weight:
+    """One symmetric scale per row, as all dynamic int8 providers have it."""
+    wide = weight.float()
+    scale = (wide.abs().amax(1) / 127).clamp_min(1e-12)
+    return Int8Weight((wide / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale)
+
+
+class Int4Weight(NamedTuple):
+    """A weight in 4 bits: entry ``[n, k]`` is ``values[n, k] * scale[n, k // group]``.
+
+    The rounding belongs to the case: all sides get the same integers, and the reference is of
+    ``to_dense()``, so that a row's error is what its provider adds.
+    """
+
+    values: Tensor  # [N, K] int8, -8..7
+    scale: Tensor  # [N, K / group] float32, exact in bf16, which several providers store
+
+    @property
+    def group(self) -> int:
+        return self.values.shape[1] // self.scale.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that no provider can avoid: the nibbles, and the scales in 2 bytes each."""
+        return self.values.numel() // 2 + 2 * self.scale.numel()
+
+    def to_dense(self) -> Tensor:
+        """The matrix [N, K] in float32."""
+        return self.values.float() * self.scale.repeat_interleave(self.group, dim=1)
+
+
+def round_int4(weight: Tensor, group: int) -> Int4Weight:
+    """Round to the nearest in symmetric groups of ``group`` along K.
+
+    Raises:
+        ValueError: K is no multiple of the group.
+    """
+    n, k = weight.shape
+    if k % group:
+        raise ValueError(f"group: expected a divisor of K = {k}, got {group}")
+    parts = weight.float().view(n, k // group, group)
+    scale = (parts.abs().amax(2) / 7).clamp_min(1e-12).bfloat16().float()
+    values = (parts / scale[:, :, None]).round().clamp(-8, 7)
+    return Int4Weight(values.view(n, k).to(torch.int8), scale)
+
+
 def eager(activation: str, has_residual: bool) -> Linear:
     """``f(x, weight, bias[, residual])`` as a user writes it, with nothing around the calls."""
-    if activation in _GATED:
-        inner = _PLAIN[_GATED[activation]]
+    if activation in GATED:
+        inner = PLAIN[GATED[activation]]
 
         def gated(x: Tensor, w: Tensor, b: Tensor | None, r: Tensor | None = None) -> Tensor:
             gate, up = F.linear(x, w, b).chunk(2, dim=-1)
@@ -60,7 +145,7 @@ def eager(activation: str, has_residual: bool) -> Linear:
         return F.linear
     if activation == "none":
         return lambda x, w, b, r: F.linear(x, w, b) + r
-    plain = _PLAIN[activation]
+    plain = PLAIN[activation]
     if has_residual:
         return lambda x, w, b, r: plain(F.linear(x, w, b)) + r
     return lambda x, w, b: plain(F.linear(x, w, b))
@@ -84,7 +169,7 @@ def csr(case: Case, x: Tensor, weight: Tensor, bias: Tensor, activation: str, co
     """torch's CSR product, ``(W x^T)^T``, which is MKL's inspector-executor on x86."""
     nbytes = 8 * int(weight.count_nonzero())
     take = in_turn(copies(case, _to_csr(weight), nbytes, lambda _: _to_csr(weight)))
-    plain = _PLAIN.get(activation)
+    plain = PLAIN.get(activation)
     columns = x.t()
 
     def call() -> Tensor:
@@ -103,9 +188,6 @@ def _to_csr(weight: Tensor) -> Tensor:
         return torch.sparse_csr_tensor(rows, columns, full.values(), full.shape)
 
 
-_never_freed: list[Tensor] = []
-
-
 def plugin_side(
     provider: str,
     function: Callable[..., Any],
@@ -117,8 +199,7 @@ def plugin_side(
 ) -> Side:
     """zentorch or OpenVINO through the back end they register with torch.compile.
 
-    They get weights of their own that are never freed: zentorch rewrites a weight in place and
-    keys its packs by address (a reused address gave wrong results).
+    They get weights of their own: zentorch rewrites a weight in place.
 
     Raises:
         LeftOut: the package is not installed, or refuses this torch.
@@ -130,9 +211,26 @@ def plugin_side(
     except ImportError as error:
         raise LeftOut(f"{provider} does not load: {error!s:.200}") from None
     own = clones(case, weight.clone())
-    _never_freed.extend(own)
+    if provider == "zentorch":
+        keep_for_zentorch(case, own)
     take, ready = in_turn(own), compiled(function, provider)
-    return Side(provider, lambda: ready(x, take(), *rest), cost, provider, own_pool=True)
+    name = f"{provider} compile"
+    return Side(name, lambda: ready(x, take(), *rest), cost, name, own_pool=True)
+
+
+_kept: list[tuple[Case, list[Tensor]]] = []
+
+
+def keep_for_zentorch(case: Case, tensors: list[Tensor]) -> None:
+    """Keep weights alive as long as zentorch may know their addresses.
+
+    It keys its packs by address, and a reused address gave wrong results. The packs of earlier
+    cases are dropped together with their weights: kept for ever, a whole run needs tens of GB.
+    """
+    if _kept and any(old is not case for old, _ in _kept):
+        torch.ops.zentorch.zentorch_clear_weight_cache()
+        _kept.clear()
+    _kept.append((case, tensors))
 
 
 def onednn_prepacked(
@@ -202,10 +300,10 @@ def dynamic_int8(
         torch.backends.quantized.engine = before
     take = in_turn(packs)
     linear = torch.ops.quantized.linear_dynamic
-    plain = _PLAIN.get(activation)
-    if plain is None:
+    if activation == "none":
         return Side(provider, lambda: linear(x, take()), cost, provider)
-    return Side(provider, lambda: plain(linear(x, take())), cost, provider)
+    layer = Layer(case, x, weight, bias, activation)
+    return Side(provider, lambda: layer.finish(linear(x, take())), cost, provider)
 
 
 def eager_side(
@@ -219,3 +317,53 @@ def eager_side(
     """The case as plain torch calls; every ratio is against this."""
     take = in_turn(clones(case, weight))
     return Side("eager", lambda: function(x, take(), *rest), cost, "aten")
+
+
+def int8_weight_only(layer: Layer) -> Side:
+    """torch's ``_weight_int8pack_mm``: int8 rows, activations as they are (bf16).
+
+    Raises:
+        LeftOut: this torch has no such op.
+    """
+    multiply = getattr(torch.ops.aten, "_weight_int8pack_mm", None)
+    if multiply is None:
+        raise LeftOut("torch int8pack: this torch has no such op")
+    rounded = round_int8(layer.weight)
+    # with fp32 activations it runs at 2 GFLOP/s; through bf16 at 100
+    scale, bias = rounded.scale.bfloat16(), layer.bias
+    dtype = layer.x.dtype
+    take = in_turn(clones(layer.case, rounded.values))
+
+    def call() -> Tensor:
+        y = multiply(layer.x.bfloat16(), take(), scale).to(dtype)
+        return layer.finish(y if bias is None else y + bias)
+
+    cost = layer.cost("bf16", float(rounded.values.nbytes))
+    return Side("torch int8pack", call, cost, "aten int8pack")
+
+
+def int4_weight_only(layer: Layer, weight: Int4Weight) -> Side:
+    """torch's ``_weight_int4pack_mm_for_cpu``: int4 groups, activations in bf16.
+
+    Raises:
+        LeftOut: this torch has no such op, or the group is not one that it serves.
+    """
+    pack = getattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", None)
+    multiply = getattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu", None)
+    if pack is None or multiply is None:
+        raise LeftOut("torch int4pack: this torch has no such op")
+    if weight.group not in (32, 64, 128, 256):
+        raise LeftOut(f"torch int4pack: no groups of {weight.group}")
+    unsigned = weight.values.int() + 8
+    # [K / group, N, 2]: the scale, and the value that the middle of the range stands for
+    scale = weight.scale.t().bfloat16()
+    scales = torch.stack([scale, torch.zeros_like(scale)], dim=2).contiguous()
+    dtype, group, bias = layer.x.dtype, weight.group, layer.bias
+    take = in_turn(clones(layer.case, pack(unsigned, 1)))
+
+    def call() -> Tensor:
+        # with fp32 activations it falls to a slow form
+        y = multiply(layer.x.bfloat16(), take(), group, scales).to(dtype)
+        return layer.finish(y if bias is None else y + bias)
+
+    return Side("torch int4pack", call, layer.cost("bf16", weight.nbytes), "aten int4pack")

@@ -76,10 +76,12 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from bigops.benches import rows
+    from bigops.benches import plots, rows, summary
     from bigops.files import check_writable
 
-    for path in filter(None, (args.csv, args.plot)):  # before minutes are spent on measuring
+    for path in filter(
+        None, (args.csv, args.plot, args.summary)
+    ):  # before minutes are spent on measuring
         if Path(path).is_dir():
             raise ValueError(f"{path}: expected a file to write; it is a folder")
         check_writable(Path(path).resolve().parent)
@@ -88,12 +90,16 @@ def _bench(args: argparse.Namespace) -> int:
         print(rows.table(found))
     else:
         found = list(_measured(args))
+    print(f"\n{summary.markdown(found)}")
     if args.csv:
         rows.write_csv(found, args.csv)
         print(f"wrote {args.csv}")
     if args.plot:
-        rows.plot(found, args.plot)
-        print(f"wrote {args.plot}")
+        for written in plots.plot(found, args.plot):
+            print(f"wrote {written}")
+    if args.summary:
+        summary.write(found, args.summary)
+        print(f"wrote {args.summary}")
     return 0
 
 
@@ -135,14 +141,34 @@ def _explain(args: argparse.Namespace) -> int:
 
         packed = quantize_weight(weight)
     elif args.op == "sparse_linear":
-        from bigops.nn.sparse_linear import VALUES, check_values
+        from bigops.nn.sparse_linear import VALUES, check_sparsity, check_values
         from bigops.ops.sparse_linear import Pattern, sparsify_weight
 
         pattern = Pattern.parse(args.pattern)
         stored = VALUES[check_values(args.values)]
-        mask = pattern.mask(weight, args.sparsity)
+        mask = pattern.mask(weight, check_sparsity(args.sparsity, pattern))
         packed = sparsify_weight(weight, mask, stored, (pattern.height, pattern.width))
-    print(bigops.explain(args.op, x, packed, activation=args.activation))
+    try:
+        print(bigops.explain(args.op, x, packed, activation=args.activation))
+    except TypeError as error:  # a --dtype that the op does not take
+        raise ValueError(str(error)) from error
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from bigops.compress.store import load_compressed
+    from bigops.nn import SparseLinear
+
+    layers = load_compressed(args.model)
+    if not layers:
+        raise ValueError(f"{args.model}: expected a model with compressed layers; it has none")
+    if args.layer is not None and args.layer not in layers:
+        raise ValueError(f"--layer: expected one of {', '.join(layers)}; got {args.layer!r}")
+    for name, layer in layers.items():
+        if args.layer in (None, name):
+            print(f"{name or 'the model'}: {layer}, {layer.nbytes:,} bytes")
+            if isinstance(layer, SparseLinear):
+                print(layer.storage().picture())
     return 0
 
 
@@ -208,6 +234,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
     doctor.set_defaults(command=_doctor)
     _add_explain(commands.add_parser("explain", help="kernel, config and reason for one call"))
+    show = commands.add_parser("show", help="the compressed layers of a saved model, as pictures")
+    show.add_argument("model", metavar="MODEL", help="a file written by bigops.save")
+    show.add_argument("--layer", metavar="NAME", help="only this one")
+    show.set_defaults(command=_show)
     return parser
 
 
@@ -240,7 +270,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=integer, metavar="N", help="CPU threads (default: torch's choice)")
     add("--pairs", type=integer, default=30, metavar="N", help="interleaved rounds per case")
     add("--csv", metavar="FILE", help="write the rows as CSV")
-    add("--plot", metavar="FILE", help="write the speed-ups as a PNG")
+    add("--plot", metavar="FILE", help="write the speed-ups, one PNG per op (FILE-op.png)")
+    add("--summary", metavar="FILE", help="write where we stand against the best rival (Markdown)")
     add("--from-json", metavar="FILE", help="take rows from `pytest benches --benchmark-json`")
     parser.set_defaults(command=_bench)
 
@@ -253,7 +284,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     add("--n", type=integer, help="output features")
     add("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), default="fp32")
     add("--activation", default="none")
-    add("--sparsity", type=_fraction, default=0.8, help="of sparse_linear's weight")
+    add("--sparsity", type=_fraction, help="of sparse_linear's weight (default: 0.8, or of N:M)")
     add("--pattern", default="1x4", help="of sparse_linear's weight: 1x4, 16x16, 1x1, 2:4 ...")
     add("--values", default="int8", help="sparse_linear stores int8, bf16 or fp32")
     parser.set_defaults(command=_explain)

@@ -48,6 +48,10 @@ CASES = {
     "quantized_inner": Case("quantized", "none", (6, 16), 8, "11RR", "?", silent=False),
     "sparse_rows": Case("sparse", "none", (6, 16), 8, "0RR0", "0"),
     "sparse_inner": Case("sparse", "none", (6, 16), 8, "1RRR", "?", silent=False),
+    # float values that are trained: each rank has its rows' share of their gradient
+    "values_rows": Case("values", "gelu", (6, 16), 8, "0RR0", "0"),
+    "values_inner_rows": Case("values", "none", (3, 4, 16), 8, "1R--", "1"),
+    "values_whole": Case("values", "relu", (6, 16), 8, "RRR-", "R"),
 }
 
 
@@ -72,16 +76,19 @@ def tensors(name: str) -> dict[str, Tensor | None]:
 
 def call(op: str, weight: Any, x: Tensor, bias: Any, residual: Any, activation: str) -> Tensor:
     """The public function of the case's op."""
-    function = {"fused": fused_linear, "quantized": quantized_linear, "sparse": sparse_linear}[op]
+    function = {"fused": fused_linear, "quantized": quantized_linear}.get(op, sparse_linear)
     return function(x, weight, bias, residual, activation)  # type: ignore[operator]
 
 
-def stored(op: str, weight: Tensor) -> Any:
+def stored(op: str, weight: Any) -> Any:
     """The weight in the op's format."""
     if op == "fused":
         return weight.clone().requires_grad_()
     if op == "quantized":
         return quantize_weight(weight)
+    if op == "values":
+        weight = sparsify_weight(weight, block_mask(weight, 0.5), torch.float32)
+        return weight._replace(values=weight.values.requires_grad_())
     return sparsify_weight(weight, block_mask(weight, 0.5))
 
 
@@ -115,7 +122,9 @@ def run_case(name: str, mesh: Any) -> dict[str, Any]:
             row_sum=spread(weight.row_sum, "0" if rows else "R"),
         )
     else:
-        spreads = (spread(part, "R") for part in weight.tensors)
+        spreads = [spread(t if t is None else t.detach(), "R") for t in weight.tensors]
+        if case.op == "values":
+            leaves["weight"] = spreads[0] = spreads[0].requires_grad_()
         weight = SparseWeight(*spreads, weight.shape, weight.chunk)
     with CommDebugMode() as talk:
         y = call(case.op, weight, leaves["x"], leaves["bias"], leaves["residual"], case.activation)

@@ -13,9 +13,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from torch import nn
 
 import bigops
-from bigops import backend, cli, doctor
+from bigops import backend, cli, doctor, save
 from bigops.benches import harness, rows
 from tests.test_bench_harness import COLUMNS, ROW
 
@@ -72,6 +73,7 @@ MISTAKES = {
     "unknown op": (("bench", "--op", "conv"), "op: expected one of fused_linear"),
     "no case": (("bench", "--match", "zzz"), "has 'zzz' in its name"),
     "no folder": (("bench", "--csv", "no/such/folder/b.csv"), "expected an existing folder"),
+    "no summary": (("bench", "--summary", "no/such/folder/b.md"), "expected an existing folder"),
     "no pairs": (("bench", "--pairs", "0"), "expected a positive number, got '0'"),
     "no json": (("bench", "--from-json", "missing.json"), "missing.json: No such file"),
     "unknown data": (("demo", "--data", "imagenet"), "invalid choice: 'imagenet'"),
@@ -84,6 +86,34 @@ MISTAKES = {
         ("explain", "fused_linear", "--k", "8", "--n", "8", "--activation", "mish"),
         "activation: expected one of",
     ),
+    "bad pattern": (
+        ("explain", "sparse_linear", "--k", "8", "--n", "8", "--pattern", "4:2"),
+        "pattern: expected HxW such as '1x4', or N:M with N < M; got '4:2'",
+    ),
+    "two sparsities": (
+        (
+            "explain",
+            "sparse_linear",
+            "--k",
+            "8",
+            "--n",
+            "8",
+            "--pattern",
+            "2:4",
+            "--sparsity",
+            ".8",
+        ),
+        "sparsity: expected 0.5 or None for 2:4; got 0.8",
+    ),
+    "bad values": (
+        ("explain", "sparse_linear", "--k", "8", "--n", "8", "--values", "fp8"),
+        "values: expected int8, bf16, fp32; got 'fp8'",
+    ),
+    "unserved dtype": (
+        ("explain", "sparse_linear", "--k", "8", "--n", "8", "--values", "bf16"),
+        "x: expected dtype bfloat16; got float32",
+    ),
+    "nothing to show": (("show", "nothing.safetensors"), "nothing.safetensors: expected a file"),
     "full sparsity": (
         ("explain", "sparse_linear", "--k", "8", "--n", "8", "--sparsity", "1"),
         "from 0 up to below 1, got '1'",
@@ -179,7 +209,7 @@ def test_an_interrupt_is_130_and_one_line(
 # --- bench ---------------------------------------------------------------------------------------
 
 
-def test_bench_writes_the_csv_and_the_plot(
+def test_bench_writes_the_csv_the_plots_and_the_summary(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
 ) -> None:
     asked: list[Any] = []
@@ -189,17 +219,20 @@ def test_bench_writes_the_csv_and_the_plot(
         return iter([ROW, rows.Row(**{**vars(ROW), "case": "d"})])
 
     monkeypatch.setattr(harness, "run", measured)
-    out, png = tmp_path / "b.csv", tmp_path / "b.png"
-    argv = ("bench", "--op", "fused_linear", "--quick", "--csv", str(out), "--plot", str(png))
-    code, text, _ = run(capsys, *argv)
+    out, png, summary = tmp_path / "b.csv", tmp_path / "b.png", tmp_path / "b.md"
+    files = ("--csv", str(out), "--plot", str(png), "--summary", str(summary))
+    code, text, _ = run(capsys, "bench", "--op", "fused_linear", "--quick", *files)
     assert code == 0
     assert asked == [
         ((["fused_linear"],), {"quick": True, "match": "", "device": "cpu", "pairs": 30})
     ]
-    assert text.count("an_op") == 2
+    assert text.count("an_op c 1x2x3") == 1
+    assert text.count("| an_op |") == 2
+    assert "2 cells: 2 first" in text
+    assert "2 cells: 2 first" in summary.read_text()
     assert out.read_text().splitlines()[0] == COLUMNS
     assert [row["case"] for row in csv.DictReader(out.open())] == ["c", "d"]
-    assert png.exists()
+    assert (tmp_path / "b-an_op.png").exists()
 
 
 def test_an_interrupted_bench_leaves_no_file(
@@ -336,6 +369,37 @@ def test_explain_names_a_kernel_and_a_reason(op: str, capsys: pytest.CaptureFixt
     assert out.startswith(f"{op}: ")
     kernel = out.removeprefix(f"{op}: ").split(";")[0]
     assert "." in kernel, "a kernel's name says where it runs: cpu.<isa>.., triton.., reference.."
+
+
+@pytest.mark.parametrize("values", ["int8", "bf16", "fp32"])
+@pytest.mark.parametrize("pattern", ["1x1", "16x1", "2:4"])
+def test_explain_of_sparse_weights(
+    pattern: str, values: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("--k", "64", "--n", "32", "--pattern", pattern, "--values", values, "--dtype", "bf16")
+    code, out, err = run(capsys, "explain", "sparse_linear", *argv)
+    assert code == 0, err
+    assert {"int8": "s8", "bf16": "bf16", "fp32": "f32"}[values] in out.split(";")[0]
+
+
+def test_show_draws_the_sparse_layers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
+    save(model, tmp_path / "dense")
+    bigops.compress_(model, {"0": bigops.Sparse(0.5, "16x16"), "2": bigops.Int8()})
+    save(model, tmp_path / "small")
+    code, out, _ = run(capsys, "show", str(tmp_path / "small"))
+    assert code == 0
+    assert out.startswith("0: SparseLinear(in_features=64")
+    assert model[0].storage().picture() in out
+    assert "\n2: QuantLinear(in_features=32" in out
+    code, out, _ = run(capsys, "show", str(tmp_path / "small"), "--layer", "2")
+    assert (code, out.count("\n")) == (0, 1)
+    code, _, err = run(capsys, "show", str(tmp_path / "small"), "--layer", "1")
+    assert code == cli.MISUSE
+    assert "--layer: expected one of 0, 2; got '1'" in err
+    code, _, err = run(capsys, "show", str(tmp_path / "dense"))
+    assert code == cli.MISUSE
+    assert "expected a model with compressed layers; it has none" in err
 
 
 def test_explain_of_a_gated_pair(capsys: pytest.CaptureFixture[str]) -> None:

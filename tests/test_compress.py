@@ -104,7 +104,10 @@ def test_config_errors() -> None:
             configs.from_json(text)
     for bad in (lambda: Sparse(), lambda: Sparse(0.8, pattern="2:4"), lambda: Sparse(0.5, "4:2"),
                 lambda: Sparse(0.5, values="int8"),
-                lambda: Sparse(0.5, values="bf16") + Int8()):  # fmt: skip
+                lambda: Sparse(0.5, values="bf16") + Int8(),
+                lambda: Int8() + Sparse(0.5, values="bf16"),
+                lambda: SparseInt8(Sparse(0.5, values="bf16")),
+                lambda: Sparse(0.5, "0x4"), lambda: Sparse(0.5, "")):  # fmt: skip
         with pytest.raises(ValueError, match="expected"):
             bad()
 
@@ -234,6 +237,46 @@ def test_recovery_layers_are_compressed_again() -> None:
     assert model[1].density == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("values", ["fp32", "bf16"])
+def test_thawed_layers_are_trained_and_frozen_again(values: str) -> None:
+    model = _model().eval()
+    compress_(model, {"0": Sparse(0.5, "4x1", values), "1": Int8(), "3": Sparse(0.5)})
+    model[0].thaw()
+    optimiser = torch.optim.AdamW(model[0].parameters(), lr=0.01)
+    model(torch.randn(8, 16)).square().sum().backward()
+    optimiser.step()
+    x = torch.randn(4, 16)
+    with torch.no_grad():
+        model[0].bias[0] = torch.inf
+    with pytest.raises(ValueError, match="0.bias: expected finite values"):
+        freeze_(model)
+    assert model[0].thawed
+    with torch.no_grad():
+        model[0].bias[0] = 0
+        expected = model(x)
+    record = freeze_(model)
+    assert not model[0].thawed
+    assert [d.name for d in record.done] == ["0"]
+    assert record.reason("3") == "it is frozen already"
+    assert torch.equal(model(x), expected)
+
+
+def test_thawed_layers_are_left() -> None:
+    model = _model()
+    compress_(model, {"0": Sparse(0.5)})
+    model[0].thaw()
+    assert compress_(model, {"1": Int8()}).reason("0") == "it is thawed"
+
+
+def test_a_pattern_that_would_bring_entries_back_changes_nothing() -> None:
+    model = _model()
+    compress_(model, Sparse(0.5), freeze=False)
+    before = _snapshot(model)
+    with pytest.raises(ValueError, match="pattern: expected 1x4, which the layer has"):
+        compress_(model, Sparse(0.5, "16x16"), freeze=False)
+    assert _snapshot(model) == before
+
+
 def test_example_inputs_time_each_layer(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     model = _model().eval()
     record = compress_(model, {"*": Int8()}, example_inputs=torch.randn(8, 16))
@@ -315,14 +358,19 @@ def test_a_layer_that_is_never_called_is_left() -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("leaf", ["weight", "bias"])
-def test_nan_names_the_layer_and_changes_nothing(value: float, leaf: str) -> None:
+@pytest.mark.parametrize(
+    "config", [Int8(), Sparse(0.5, "16x16"), Sparse(pattern="2:4", values="bf16")], ids=str
+)
+def test_nan_names_the_layer_and_changes_nothing(
+    config: Int8 | Sparse, leaf: str, value: float
+) -> None:
     model = _model()
     with torch.no_grad():
         getattr(model[3], leaf).view(-1)[0] = value
     before = _snapshot(model)
     for freeze in (True, False):
         with pytest.raises(ValueError, match=rf"3.{leaf}: expected finite values; got 1 NaN or"):
-            compress_(model, Int8(), freeze=freeze)
+            compress_(model, config, freeze=freeze)
     assert _snapshot(model) == before
 
 

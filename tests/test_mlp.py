@@ -112,6 +112,21 @@ def test_accuracy_is_in_percent_and_restores_the_mode() -> None:
     assert not model.training
 
 
+@pytest.mark.parametrize("values", ["fp32", "bf16"])
+def test_a_thawed_model_trains_in_mixed_precision(digits: Dataset, values: str) -> None:
+    model, _ = _trained(digits, batch_size=32, epochs=4, lr=1e-2, precision="fp32")
+    layer = bigops.nn.SparseLinear.from_linear(model[0], 0.5, "4x1", values)
+    model[0] = layer.freeze().thaw()
+    before = layer.values.detach().clone()
+    history = mlp.train(
+        model, digits, epochs=1, batch_size=64, precision="bf16-mixed", progress=False
+    )
+    assert history.losses[-1] < history.losses[0]
+    assert layer.values.ne(before).float().mean() > 0.5
+    layer.freeze().storage().validate()  # the padding is 0 yet
+    assert mlp.accuracy(model, digits.test_x, digits.test_y) > 85
+
+
 def test_fine_tuning_keeps_the_pattern(digits: Dataset) -> None:
     model, _ = _trained(digits, batch_size=32, epochs=4, lr=1e-2, precision="fp32")
     model[0] = bigops.nn.SparseLinear.from_linear(model[0], sparsity=0.5, values="fp32")

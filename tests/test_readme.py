@@ -16,29 +16,37 @@ from bigops import cli
 TEXT = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
-def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, Any] = {}
-    for block in blocks[:2]:
+    for block in blocks[:3]:
         exec(block, names)
     x = names["x"]
     with torch.inference_mode():
         assert torch.equal(names["small"](x), names["model"](x))
+    assert names["layer"].thawed
+    assert names["layer"].values.grad.any()
+    # how full it is depends on no seed, the picture and its bytes do
+    shown = re.search(r"^96 x 256, .*? stored as f32", TEXT, re.MULTILINE)
+    assert shown is not None
+    assert shown[0] in capsys.readouterr().out
     model = nn.Linear(784, 10)
     names.update(
         model=model,
         y=torch.zeros(64, dtype=torch.long),
         optimizer=torch.optim.SGD(model.parameters()),
     )
-    exec(blocks[2], names)
+    exec(blocks[3], names)
     assert names["stepped"] is True
 
 
 def test_the_command_lines_of_the_readme_parse() -> None:
     lines = re.findall(r"^bigops .*$", TEXT, re.MULTILINE)
-    assert {line.split()[1] for line in lines} == {"demo", "bench", "doctor", "explain"}
+    assert {line.split()[1] for line in lines} == {"demo", "bench", "doctor", "explain", "show"}
     for line in lines:
         cli._parser().parse_args(shlex.split(line, comments=True)[1:])
 

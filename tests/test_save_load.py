@@ -16,7 +16,7 @@ import bigops
 from bigops import W4A8, Int4, Int8, Sparse, compress_, load, save
 from bigops.compress import structure
 from bigops.compress.apply import build
-from bigops.compress.store import FormatError
+from bigops.compress.store import FormatError, load_compressed
 from bigops.nn import GatedMLP, Linear, QuantLinear, SparseLinear
 
 
@@ -94,6 +94,43 @@ def test_every_quantised_form_round_trips(
     assert [m.arguments() for m in again] == [m.arguments() for m in model]
 
 
+@pytest.mark.parametrize("state", ["recovery", "frozen", "thawed"])
+@pytest.mark.parametrize(
+    "config",
+    [Sparse(0.7, "1x1"), Sparse(0.7, "4x1", "bf16"), Sparse(0.7, "16x16"), Sparse(pattern="2:4"),
+     Sparse(0.7, "16x1") + Int8()],
+    ids=str,
+)  # fmt: skip
+def test_every_sparse_form_round_trips(config: Sparse, state: str, tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 7)), torch.randn(5, 40)
+    compress_(model, config, freeze=state != "recovery")
+    if state == "thawed" and isinstance(config, Sparse):
+        for layer in model:
+            layer.thaw()
+    save(model, tmp_path / "m.safetensors")
+    for again in (
+        load(tmp_path / "m.safetensors"),
+        load(tmp_path / "m.safetensors", model=nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 7))),
+    ):
+        assert torch.equal(again(x), model(x))
+        assert [m.arguments() for m in again] == [m.arguments() for m in model]
+        names = [name for name, _ in model.named_parameters()]
+        assert [name for name, _ in again.named_parameters()] == names
+        again(x).sum().backward()
+        assert all(p.grad is not None for p in again.parameters())
+
+
+def test_compressed_layers_load_without_the_model(tmp_path: Path) -> None:
+    model = Net()
+    compress_(model, {"block.0": Sparse(0.5, "4x1"), "block.2": Int8()})
+    save(model, tmp_path / "m.safetensors")
+    found = load_compressed(tmp_path / "m.safetensors")
+    assert list(found) == ["block.0", "block.2"]
+    assert torch.equal(found["block.0"].dense_weight(), model.block[0].dense_weight())
+    save(model.block[0], tmp_path / "alone.safetensors")
+    assert list(load_compressed(tmp_path / "alone.safetensors")) == [""]
+
+
 def test_fresh_process_without_pickle(tmp_path: Path) -> None:
     model, x = _model(), torch.randn(5, 8, 8)
     save(model, tmp_path / "m.safetensors")
@@ -125,7 +162,7 @@ def test_file_holds_packed_bytes_and_readable_structure(tmp_path: Path) -> None:
     with safe_open(tmp_path / "small", "pt") as file:
         header = json.loads(file.metadata()["bigops"])
         assert "0.weight" not in file.keys()  # noqa: SIM118
-    assert header["format"] == 1
+    assert header["format"] == 2
     node = header["tree"]["children"]["0"]
     assert node["kind"] == "bigops.SparseLinear"
     assert node["args"]["in_features"] == 512
@@ -236,7 +273,11 @@ def _child(header: dict, name: str) -> dict:
 
 
 CHANGES = {
-    "version": (lambda h, t: h.update(format=99), "expected format version 1; got 99"),
+    "version": (lambda h, t: h.update(format=99), "expected format version 2; got 99"),
+    "an earlier version": (
+        lambda h, t: h.update(format=1),
+        "expected format version 2; got 1 .written by another version of bigops",
+    ),
     "no json": (lambda h, t: "{", "the header is no JSON"),
     "deep json": (lambda h, t: "[" * 100_000, "the header is no JSON"),
     "no version": (lambda h, t: "[]", "expected a header with a format version"),
@@ -266,6 +307,25 @@ CHANGES = {
     "bad values": (
         lambda h, t: t["7.values"].__setitem__((0, 0), torch.nan) and None,
         "values: expected finite",
+    ),
+    "bad padding": (
+        lambda h, t: t["7.length"].zero_() is None,
+        "values: expected 0 in the padding",
+    ),
+    "bad sums": (lambda h, t: t["1.sums"].add_(1) is None, "sums: expected the sum of the values"),
+    "bad chunk": (lambda h, t: _child(h, "1")["args"].update(chunk=100), "chunk: expected 64, 128"),
+    "other chunk": (lambda h, t: _child(h, "1")["args"].update(chunk=128), "rows: expected shape"),
+    "bad pattern": (
+        lambda h, t: _child(h, "1")["args"].update(pattern="0x4"),
+        "pattern: expected HxW",
+    ),
+    "other values": (
+        lambda h, t: _child(h, "7")["args"].update(values="bf16"),
+        "values: expected dtype bf16 as the layer has; got torch.float32",
+    ),
+    "thawed int8": (
+        lambda h, t: _child(h, "1")["args"].update(thawed=True),
+        "thaw: expected floating values; got int8",
     ),
     "bad dtype": (
         lambda h, t: t.update({"2.values": t["2.values"].float()}),

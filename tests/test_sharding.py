@@ -29,22 +29,33 @@ def _alone(name: str, dtype: torch.dtype, reference_op: bool) -> dict[str, Tenso
     grad = whole.pop("grad")
     weight: Any = worker.stored(case.op, whole.pop("weight"))
     leaves = {k: None if t is None else t.to(dtype).requires_grad_() for k, t in whole.items()}
+    kept = weight
     if reference_op:
         dense = weight if case.op == "fused" else weight.to_dense()
-        if case.op == "fused":
+        if case.op in ("fused", "values"):
             leaves["weight"] = weight = dense.detach().to(dtype).requires_grad_()
         else:
             weight = dense.to(dtype)
         y = reference(leaves["x"], weight, leaves["bias"], leaves["residual"], case.activation)
     else:
-        if case.op == "fused":
-            leaves["weight"] = weight
+        if case.op in ("fused", "values"):
+            leaves["weight"] = weight if case.op == "fused" else weight.values
         y = worker.call(
             case.op, weight, leaves["x"], leaves["bias"], leaves["residual"], case.activation
         )
     (y * grad.to(dtype)).sum().backward()
     grads = {f"grad_{k}": t.grad for k, t in leaves.items() if t is not None}
+    if reference_op and case.op == "values":
+        grads["grad_weight"] = _sampled(kept, grads["grad_weight"])
     return {"y": y.detach(), **grads}
+
+
+def _sampled(weight: Any, dense: Tensor) -> Tensor:
+    """The entries of a matrix [N, K] where ``weight`` stores its float32 values, in that shape."""
+    at = weight.positions()
+    n, k = (size - 1 for size in weight.shape)
+    inside = dense[at.row.clamp(max=n), at.word.clamp(max=k)]
+    return torch.where(at.stored & (at.row <= n), inside, 0).unsqueeze(-1)
 
 
 def _scales(name: str) -> dict[str, Tensor | float]:
@@ -58,10 +69,11 @@ def _scales(name: str) -> dict[str, Tensor | float]:
     # relu2 and the gate of swiglu are as steep as their input (times the slope of silu) is large.
     slope = {**tolerance.LIPSCHITZ, "relu2": 2 * top, "swiglu": 1.1 * top}[case.activation]
     gz = (grad.max() * slope).expand(*z.shape)
+    grad_weight = gz.reshape(-1, gz.shape[-1]).T @ x.reshape(-1, x.shape[-1])
     scales: dict[str, Tensor | float] = {
         "y": top * slope + (0.0 if whole["residual"] is None else whole["residual"].abs().max()),
         "grad_x": gz @ dense,
-        "grad_weight": gz.reshape(-1, gz.shape[-1]).T @ x.reshape(-1, x.shape[-1]),
+        "grad_weight": _sampled(weight, grad_weight) if case.op == "values" else grad_weight,
         "grad_bias": gz.reshape(-1, gz.shape[-1]).sum(0),
         "grad_residual": grad,
     }
@@ -75,7 +87,7 @@ def test_two_ranks_equal_one(name: str, seen: dict[str, dict[str, Tensor]]) -> N
     plain, scales = _alone(name, torch.float32, True), _scales(name)
     assert set(out) == set(one) == set(truth)
     for key, value in out.items():
-        if key == "y" and worker.CASES[name].op != "fused":
+        if key == "y" and worker.CASES[name].op not in ("fused", "values"):
             # Activations are quantised row by row and summed as integers: nothing may differ.
             assert torch.equal(value, one[key]), f"{name}: {key}"
         else:

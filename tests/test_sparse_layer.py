@@ -1,6 +1,7 @@
 """bigops.nn.SparseLinear: every pattern, its three states, storage of any size to load."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from tests import tolerance
 PATTERNS = ("1x1", "1x4", "4x1", "16x1", "16x16", "32x32", "2:4")
 
 
-def _layer(
+def sparse_layer(
     values: str = "int8", k: int = 40, sparsity: float | None = 0.75, pattern: str = "1x4"
 ) -> SparseLinear:
     return SparseLinear.from_linear(Linear(k, 24, activation="relu"), sparsity, pattern, values)
@@ -31,7 +32,7 @@ def _stored(layer: SparseLinear) -> Any:
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("k", [40, 38, 300])
 def test_inference_runs_the_sparse_op(values: str, pattern: str, k: int) -> None:
-    layer = _layer(values, k, None if ":" in pattern else 0.75, pattern).eval()
+    layer = sparse_layer(values, k, None if ":" in pattern else 0.75, pattern).eval()
     x, residual = torch.randn(5, k), torch.randn(5, 24)
     if values == "bf16":
         layer, x, residual = layer.bfloat16(), x.bfloat16(), residual.bfloat16()
@@ -45,7 +46,7 @@ def test_inference_runs_the_sparse_op(values: str, pattern: str, k: int) -> None
 
 
 def test_bf16_values_take_float32_rows_there_and_back() -> None:
-    layer = _layer("bf16").freeze()
+    layer = sparse_layer("bf16").freeze()
     x = torch.randn(3, 40, requires_grad=True)
     y = layer(x)
     assert y.dtype == torch.float32
@@ -60,7 +61,7 @@ def test_bf16_values_take_float32_rows_there_and_back() -> None:
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("k", [40, 38])
 def test_gradient_and_forward_stay_on_the_pattern(values: str, pattern: str, k: int) -> None:
-    layer = _layer(values, k, None if ":" in pattern else 0.75, pattern)
+    layer = sparse_layer(values, k, None if ":" in pattern else 0.75, pattern)
     full = layer.pattern.expand(layer.mask, 24, k)
     dense = _stored(layer).to_dense()
     assert torch.equal(layer.trained_weight(), dense)
@@ -73,7 +74,7 @@ def test_gradient_and_forward_stay_on_the_pattern(values: str, pattern: str, k: 
 
 
 def test_gradient_is_that_of_the_masked_dense_layer() -> None:
-    layer = _layer("fp32")
+    layer = sparse_layer("fp32")
     x = torch.randn(6, 40)
     layer(x).sum().backward()
 
@@ -93,7 +94,7 @@ def test_gradient_is_that_of_the_masked_dense_layer() -> None:
 
 def test_training_keeps_the_sparsity_and_lowers_the_loss() -> None:
     torch.manual_seed(1)
-    layer = _layer()
+    layer = sparse_layer()
     x, y = torch.randn(64, 40), torch.randn(64, 24).relu()
     optimiser = torch.optim.AdamW(layer.parameters(), lr=1e-2)
     before = layer.mask.clone()
@@ -112,7 +113,7 @@ def test_training_keeps_the_sparsity_and_lowers_the_loss() -> None:
 
 
 def test_pack_follows_weight_and_mask() -> None:
-    layer = _layer().eval()
+    layer = sparse_layer().eval()
     x = torch.randn(2, 40)
     with torch.no_grad():
         layer(x)
@@ -125,7 +126,7 @@ def test_pack_follows_weight_and_mask() -> None:
 
 
 def test_frozen_state_dict_round_trips_into_another_size() -> None:
-    sparse, denser = _layer(sparsity=0.9).freeze(), _layer(sparsity=0.5).freeze()
+    sparse, denser = sparse_layer(sparsity=0.9).freeze(), sparse_layer(sparsity=0.5).freeze()
     x = torch.randn(4, 40)
     expected = sparse(x)
     denser.load_state_dict(sparse.state_dict())
@@ -135,7 +136,7 @@ def test_frozen_state_dict_round_trips_into_another_size() -> None:
     meta = SparseLinear.from_arguments(sparse.arguments())
     meta.load_state_dict(sparse.state_dict(), assign=True)
     assert torch.equal(meta(x), expected)
-    both = nn.Sequential(_layer().freeze(), nn.ReLU())
+    both = nn.Sequential(sparse_layer().freeze(), nn.ReLU())
     both.load_state_dict(nn.Sequential(sparse, nn.ReLU()).state_dict())
     assert torch.equal(both(x), expected.relu())
 
@@ -186,7 +187,7 @@ def _break_values(state: dict) -> None:
     ],
 )
 def test_frozen_refuses_invalid_storage(damage, message: str) -> None:  # type: ignore[no-untyped-def]
-    layer = _layer().freeze()
+    layer = sparse_layer().freeze()
     x = torch.randn(2, 40)
     expected = layer(x)
     state = {k: v.clone() for k, v in layer.state_dict().items()}
@@ -197,9 +198,9 @@ def test_frozen_refuses_invalid_storage(damage, message: str) -> None:  # type: 
 
 
 def test_recovery_state_dict() -> None:
-    layer = _layer()
+    layer = sparse_layer()
     assert sorted(layer.state_dict()) == ["bias", "mask", "weight"]
-    twin = _layer(sparsity=0.5)
+    twin = sparse_layer(sparsity=0.5)
     twin.load_state_dict(layer.state_dict())
     assert torch.equal(twin.mask, layer.mask)
     mask = twin.mask.clone()
@@ -222,13 +223,13 @@ def test_sources_and_patterns() -> None:
 
 
 def test_casts_leave_the_storage_alone() -> None:
-    layer = _layer("fp32").freeze().half()
+    layer = sparse_layer("fp32").freeze().half()
     assert layer.values.dtype == torch.float32
     assert layer(torch.randn(2, 40, dtype=torch.float16)).dtype == torch.float16
 
 
 def test_bytes_and_repr() -> None:
-    layer = _layer().freeze()
+    layer = sparse_layer().freeze()
     storage = layer.storage()
     assert layer.bias is not None
     assert layer.nbytes == storage.nbytes + layer.bias.nbytes
@@ -247,6 +248,10 @@ def test_errors() -> None:
             SparseLinear(4, 4, pattern=bad)
     with pytest.raises(ValueError, match="values: expected int8, bf16, fp32; got 'fp16'"):
         SparseLinear(4, 4, values="fp16")
+    with pytest.raises(ValueError, match=r"values: expected int8, bf16, fp32; got \['fp32'\]"):
+        SparseLinear(4, 4, values=["fp32"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="sparsity: expected a float; got str"):
+        SparseLinear(4, 4, "0.5")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"mask: expected bool of shape \[4, 2\]; got"):
         SparseLinear.from_linear(nn.Linear(8, 4), mask=torch.ones(4, 8).bool())
     with pytest.raises(TypeError, match=r"linear: expected a torch.nn.Linear; got Conv2d"):
@@ -259,10 +264,74 @@ def test_errors() -> None:
 
 
 def test_frozen_compiles_without_breaks() -> None:
-    layer = _layer().freeze().eval()
+    layer = sparse_layer().freeze().eval()
     x = torch.randn(3, 40)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))
+
+
+def test_what_a_pattern_dropped_does_not_come_back() -> None:
+    linear = Linear(40, 32)
+    layer = SparseLinear.from_linear(linear, 0.75)
+    kept = layer.pattern.expand(layer.mask, 32, 40)
+    for sparsity, pattern in ((0.2, "1x4"), (0.5, "1x1"), (None, "2:4")):
+        again = SparseLinear.from_linear(layer, sparsity, pattern, "fp32")
+        full = again.pattern.expand(again.mask, 32, 40)
+        assert full.any()
+        assert not (full & ~kept).any()
+        assert torch.equal(again.freeze().dense_weight(), linear.weight.detach() * full)
+    with pytest.raises(ValueError, match=r"pattern: expected 1x4, which the layer has, or one of"):
+        SparseLinear.from_linear(layer, 0.5, "16x16")
+    whole = SparseLinear.from_linear(linear, 0.0)  # nothing went, so nothing can come back
+    assert SparseLinear.from_linear(whole, 0.5, "16x16").density < 1
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("n", [4, 24, 70])
+def test_density_counts_no_rows_past_the_last(pattern: str, n: int) -> None:
+    linear = Linear(40, n)
+    layer = SparseLinear.from_linear(linear, None if ":" in pattern else 0.5, pattern, "fp32")
+    full = layer.pattern.expand(layer.mask, n, 40)
+    layer.freeze()
+    assert torch.equal(layer.storage().pattern(), full)
+    assert layer.density == pytest.approx(float(full.float().mean()))
+
+
+@pytest.mark.parametrize("state", ["recovery", "frozen", "thawed"])
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_state_copies_loads_and_runs(pattern: str, values: str, state: str) -> None:
+    layer = sparse_layer(values, 38, None if ":" in pattern else 0.6, pattern).eval()
+    x = torch.randn(7, 38)
+    with torch.no_grad():
+        expected = layer(x)
+    if state != "recovery":
+        layer.freeze()
+    if state == "thawed" and values == "int8":
+        with pytest.raises(ValueError, match="got int8"):
+            layer.thaw()
+    elif state == "thawed":
+        layer.thaw()
+        assert [name for name, _ in layer.named_parameters()] == ["bias", "values"]
+    thawed = layer.thawed
+    empty = SparseLinear.from_arguments(layer.arguments())
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), empty.eval()):
+        assert (other.frozen, other.thawed) == (layer.frozen, thawed)
+        assert other.arguments() == layer.arguments()
+        assert set(other.state_dict()) == set(layer.state_dict())
+        with torch.no_grad():
+            assert torch.equal(other(x), expected)
+    for word, told in (("thawed", thawed), ("frozen", layer.frozen and not thawed)):
+        assert (f", {word}," in repr(layer)) is told
+    for t, dtype in ((layer, torch.bfloat16), (layer, torch.float16)):
+        cast = copy.deepcopy(t).to(dtype)
+        assert cast.bias is not None
+        assert cast.bias.dtype == dtype
+        if layer.frozen:
+            assert cast.values.dtype == VALUES[values]
+        with torch.no_grad():
+            assert cast(x.to(dtype)).dtype == dtype
 
 
 def test_n_m_patterns_know_their_sparsity() -> None:
@@ -271,104 +340,3 @@ def test_n_m_patterns_know_their_sparsity() -> None:
     assert torch.equal(layer.mask, n_m_mask(linear.weight, 2, 4))
     assert layer.density == 0.5
     assert SparseLinear(8, 4, pattern="1:4").density == 0.25
-
-
-# thawed ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_thawed_layer_trains_as_the_masked_dense_one(pattern: str) -> None:
-    """The same steps of AdamW with weight decay, by the rule on the weights that come out."""
-    k, n, steps = 70, 40, 3
-    torch.manual_seed(2)
-    linear = Linear(k, n, activation="gelu")
-    sparsity = None if ":" in pattern else 0.6
-    layer = SparseLinear.from_linear(linear, sparsity, pattern, "fp32")
-    full = layer.pattern.expand(layer.mask, n, k)
-    start = layer.masked_weight().detach().clone()
-    layer.freeze().thaw()
-    assert [name for name, _ in layer.named_parameters()] == ["bias", "values"]
-    x, target = torch.randn(30, k), torch.randn(30, n)
-    padding = ~layer.storage().positions().stored
-
-    def run(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
-        optimiser = torch.optim.AdamW([weight, bias], lr=1e-2, weight_decay=0.1)
-        for _ in range(steps):
-            y = nn.functional.gelu(nn.functional.linear(x.to(weight.dtype), weight * full, bias))
-            loss = (y - target.to(weight.dtype)).square().mean()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        return weight.detach() * full
-
-    assert linear.bias is not None
-    truth = run(start.double(), linear.bias.detach().double())
-    plain = run(start, linear.bias.detach())
-    optimiser = torch.optim.AdamW(layer.parameters(), lr=1e-2, weight_decay=0.1)
-    with backend.record() as names:
-        for _ in range(steps):
-            loss = (layer(x) - target).square().mean()
-            optimiser.zero_grad()
-            loss.backward()
-            assert layer.values.grad is not None
-            assert not layer.values.grad[padding].any()
-            optimiser.step()
-    assert not any(name.startswith("reference") for name in names), names
-    assert any(name.endswith("f32_sample") for name in names), names
-    assert not layer.values[padding].any()
-    # an update of AdamW is lr wherever the gradient is: the scale of what a step may move
-    tolerance.check(layer.dense_weight(), truth, plain, truth.abs() + steps * 1e-2)
-
-
-@pytest.mark.parametrize("values", ["fp32", "bf16"])
-def test_a_thawed_layer_learns_and_freezes_again(values: str) -> None:
-    torch.manual_seed(1)
-    layer = _layer(values).freeze().thaw()
-    assert layer.thaw().thawed
-    x, y = torch.randn(64, 40), torch.randn(64, 24).relu()
-    optimiser = torch.optim.SGD(layer.parameters(), lr=0.5, momentum=0.9, weight_decay=1e-4)
-    keys = set(layer.state_dict())
-    losses = []
-    for _ in range(40):
-        optimiser.zero_grad()
-        loss = (layer(x) - y).square().mean()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-    density = layer.density
-    layer.freeze()
-    assert not layer.thawed
-    assert set(layer.state_dict()) == keys
-    assert layer.density == density
-    layer.storage().validate()
-    assert [name for name, _ in layer.named_parameters()] == ["bias"]
-
-
-def test_thawed_state_moves_copies_and_loads() -> None:
-    layer = _layer("fp32").freeze().thaw()
-    x = torch.randn(4, 40)
-    expected = layer(x).detach()
-    twin = copy.deepcopy(layer)
-    assert twin.thawed
-    assert torch.equal(twin(x), expected)
-    parameter = twin.values
-    half = twin.half()
-    assert half.values is parameter
-    assert half.values.dtype == torch.float32
-    other = _layer("fp32", sparsity=0.5).freeze().thaw()
-    parameter = other.values
-    other.load_state_dict(layer.state_dict())
-    assert other.values is parameter
-    assert torch.equal(other(x), expected)
-    frozen = _layer("fp32", sparsity=0.5).freeze()
-    frozen.load_state_dict(layer.state_dict())
-    assert torch.equal(frozen(x), expected)
-
-
-def test_thaw_refuses() -> None:
-    with pytest.raises(ValueError, match="thaw: expected a frozen layer"):
-        _layer("fp32").thaw()
-    with pytest.raises(ValueError, match="thaw: expected floating values; got int8"):
-        _layer().freeze().thaw()

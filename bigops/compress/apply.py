@@ -135,16 +135,18 @@ def build(layer: nn.Module, config: Config, x: Tensor | None = None) -> Compress
 def freeze_(model: nn.Module) -> Record:
     """Freeze every compressed layer of ``model`` in place: the float weights go.
 
+    Of a thawed layer the stored values become a buffer again.
+
     Raises:
         ValueError: no compressed layer, or NaN or inf in a weight. The model is unchanged.
     """
     found = [(n, m) for n, m in Sites(model).unique() if isinstance(m, CompressedLinear)]
     if not found:
         raise ValueError("model: expected compressed layers (compress_ makes them); found none")
-    skipped = [Skipped(n, "it is frozen already") for n, m in found if m.frozen]
+    skipped = [Skipped(n, "it is frozen already") for n, m in found if m.frozen and not m.thawed]
     storages = []
     for name, layer in found:
-        if not layer.frozen:
+        if not layer.frozen or layer.thawed:
             _check_finite(name, layer)
             storages.append((name, layer, layer._convert()))
     done = []
@@ -172,7 +174,7 @@ def _layers(sites: Sites) -> tuple[dict[str, Any], dict[str, str]]:
         if isinstance(module, GatedMLP):
             left[path] = "its gate and up projection: gated pairs have no compressed kernel"
         if isinstance(module, CompressedLinear) and module.frozen:
-            left[path] = "it is frozen already"
+            left[path] = "it is thawed" if module.thawed else "it is frozen already"
         elif isinstance(module, nn.Linear | CompressedLinear):
             reason = sites.reason_to_leave(path, _EXACT, weight_goes=True)
             if reason is None and module.weight.dtype not in _SERVED:
@@ -209,7 +211,7 @@ def _choose(
 
 
 def _check_finite(name: str, layer: Any) -> None:
-    for leaf in ("weight", "bias"):
+    for leaf in ("weight", "values", "bias"):
         value = getattr(layer, leaf, None)
         if value is not None and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())

@@ -38,8 +38,6 @@ class Sparse:
 
     def __add__(self, other: object) -> SparseInt8:
         if isinstance(other, Int8):
-            if self.values != "fp32":
-                raise ValueError(f"{self} + Int8(): expected no values of its own; got both")
             return SparseInt8(self, other)
         raise TypeError(f"Sparse + {type(other).__name__}: only Sparse + Int8 compose")
 
@@ -135,6 +133,10 @@ class SparseInt8:
     int8: Int8 = Int8()
 
     def __post_init__(self) -> None:
+        if self.sparse.values != "fp32":
+            raise ValueError(
+                f"values: expected none of its own for a Sparse beside Int8(); got {self.sparse}"
+            )
         if self.int8 != Int8():
             raise ValueError(f"int8: expected Int8() beside Sparse; got {self.int8}")
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from bigops.compress import structure
 from bigops.files import replacing
+from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.sites import Sites
 
 if TYPE_CHECKING:
     from bigops.compress.receipt import Receipt
 
-FORMAT = 1
+FORMAT = 2  # 1: sparse weights as 1x4 blocks, quantised ones as plain rows
 _HEADER, _RECEIPT = "bigops", "bigops.receipt"
 
 
@@ -122,6 +123,24 @@ def load(
     return model.to(device)
 
 
+def load_compressed(path: str | os.PathLike[str]) -> dict[str, CompressedLinear]:
+    """The compressed layers in a saved file by name, whatever the classes around them.
+
+    Raises:
+        FormatError, FileNotFoundError, IsADirectoryError: as `load`.
+    """
+    path = Path(path)
+    header, tensors = _read(path, torch.device("cpu"))
+    found = {}
+    try:
+        for name, layer in structure.compressed(header["tree"]):
+            _fill(layer, _below(name, tensors), f"module {name!r}")
+            found[name] = layer
+    except structure.StructureError as error:
+        raise FormatError(f"{path}: {error}") from None
+    return found
+
+
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The structure and the receipt (JSON text or None) in the header of a saved file.
 
@@ -188,6 +207,12 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], where: str = "the model"
         raise structure.StructureError(f"the tensors of {where} do not fit: {error}") from None
 
 
+def _below(path: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the module at ``path``, by their names inside it."""
+    prefix = f"{path}." if path else ""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
 def _fill_given(model: nn.Module, tree: Any, tensors: dict[str, Tensor]) -> None:
     """Swap and fill a caller's model; every check comes before the first change."""
     sites = Sites(model)
@@ -198,9 +223,7 @@ def _fill_given(model: nn.Module, tree: Any, tensors: dict[str, Tensor]) -> None
         )
     old: dict[str, nn.Module] = {}
     for path, module in new.items():
-        prefix = path + "."
-        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        _fill(module, own, f"module {path!r}")
+        _fill(module, _below(path, tensors), f"module {path!r}")
         old[path] = sites.modules[path]
         module.train(old[path].training)
     sites.swap(new)

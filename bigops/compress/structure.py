@@ -189,6 +189,21 @@ def replacements(
         yield from replacements(child, below, _join(path, name), depth + 1)
 
 
+def compressed(node: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, CompressedLinear]]:
+    """The compressed layers that a tree describes, by path; tensors on "meta".
+
+    Raises:
+        StructureError: a node that is malformed.
+    """
+    kind = _kind(node, path, depth)
+    if kind is not None and issubclass(kind.cls, CompressedLinear):
+        module = _make(node, path)
+        assert isinstance(module, CompressedLinear)
+        yield path, module
+    for name, child in node.get("children", {}).items():
+        yield from compressed(child, _join(path, name), depth + 1)
+
+
 def _kind(node: Any, path: str, depth: int) -> Kind | None:
     """The node's kind, None for a class that is not in the list."""
     if depth > MAX_DEPTH:

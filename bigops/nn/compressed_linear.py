@@ -4,7 +4,8 @@ Recovery: a float ``weight`` Parameter is trained in the form it will be stored 
 gradients off the real kernel runs from a pack that is made on first use. The pack is no part of
 the module's state: `deepcopy`, pickle, `.to()`, `train()`, `eval()` and `load_state_dict` drop it.
 
-Frozen: only the compressed storage is left, as buffers.
+Frozen: only the compressed storage is left, as buffers. `SparseLinear` can thaw it: the stored
+values then are a Parameter.
 """
 
 from __future__ import annotations
@@ -81,6 +82,11 @@ class CompressedLinear(nn.Module):
         """The tensors that `make_storage` reads."""
         return (self.weight,)
 
+    @property
+    def thawed(self) -> bool:
+        """Whether the stored values are trained; of a layer that is frozen otherwise."""
+        return False
+
     # --- forward ----------------------------------------------------------------------------
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -141,14 +147,14 @@ class CompressedLinear(nn.Module):
         Raises:
             ValueError: NaN or inf in the weight. The layer stays as it was.
         """
-        if not self.frozen:
+        if not self.frozen or self.thawed:
             self.set_storage(self._convert())
         return self
 
     def set_storage(self, storage: Any) -> None:
         """Become frozen with this storage."""
         self.drop_pack()
-        for name in ("weight", "mask"):
+        for name in ("weight", "mask", *self.storage_names):
             self._parameters.pop(name, None)
             self._buffers.pop(name, None)
         for name in self.storage_names:
@@ -176,15 +182,15 @@ class CompressedLinear(nn.Module):
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.drop_pack()
-        fixed = {n: self._stored(n) for n in self.storage_names} if self.frozen else {}
-        # torch casts a Parameter in place, so what it holds is kept aside
-        kept = {n: None if t is None else t.detach() for n, t in fixed.items()}
-        super()._apply(fn, recurse)
-        for name, old in kept.items():
-            new = self._stored(name)
+        storage = [self._stored(name) for name in self.storage_names] if self.frozen else []
+        ids = {id(t) for s in storage if s is not None for t in (s, s.grad) if t is not None}
+
+        def move(t: Tensor) -> Tensor:
+            new = fn(t)
             # .half() and .bfloat16() mean the activations: storage keeps its own dtypes.
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._store(name, old.to(new.device))
+            return t.to(new.device) if id(t) in ids and new.dtype != t.dtype else new
+
+        super()._apply(move, recurse)
         return self
 
     def _stored(self, name: str) -> Tensor | None:
@@ -193,12 +199,15 @@ class CompressedLinear(nn.Module):
         return found
 
     def _store(self, name: str, value: Tensor | None) -> None:
-        if name in self._parameters and value is not None:
-            parameter = self._parameters[name]
-            assert parameter is not None
-            parameter.data = value.detach()  # optimisers keep the object
-        else:
+        parameter = self._parameters.get(name)
+        if parameter is None or value is None:
             self._buffers[name] = value
+        elif parameter.is_meta:  # its data cannot come from another device
+            self._parameters[name] = nn.Parameter(value.detach(), parameter.requires_grad)
+        else:
+            if parameter.shape != value.shape:
+                parameter.grad = None
+            parameter.data = value.detach()  # optimisers keep the object
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pack": None}  # pickle, copy and deepcopy all come by here
@@ -260,7 +269,7 @@ class CompressedLinear(nn.Module):
         )
         if self.activation != "none":
             text += f", activation={self.activation}"
-        return text + (", frozen" if self.frozen else "")
+        return text + (", thawed" if self.thawed else ", frozen" if self.frozen else "")
 
     def arguments(self) -> dict[str, Any]:
         """What `from_arguments` needs to make this layer again, as plain data."""
@@ -288,6 +297,7 @@ def check_source(linear: nn.Module) -> Source:
     if not isinstance(linear, nn.Linear | CompressedLinear):
         raise TypeError(f"linear: expected a torch.nn.Linear; got {type(linear).__name__}")
     if isinstance(linear, CompressedLinear) and linear.frozen:
-        raise ValueError("linear: expected a layer with a float weight; got a frozen one")
+        state = "thawed" if linear.thawed else "frozen"
+        raise ValueError(f"linear: expected a layer with a float weight; got a {state} one")
     activation = getattr(linear, "activation", "none")
     return Source(linear.in_features, linear.out_features, linear.weight, linear.bias, activation)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from bigops.nn.compressed_linear import CompressedLinear, check_source
 from bigops.nn.quant_linear import straight_through
-from bigops.ops._sparse_weight import COLUMNS, SLICE, TENSORS, chunk_rows, sizes
+from bigops.ops import _checks as checks
+from bigops.ops._sparse_weight import CHUNKS, COLUMNS, SLICE, TENSORS, chunk_rows, sizes
 from bigops.ops.sparse_linear import Pattern, SparseWeight, sparse_linear, sparsify_weight
 
 VALUES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -24,12 +25,15 @@ class SparseLinear(CompressedLinear):
     - Recovery: a float ``weight`` [N, K] and the pattern ``mask``, bool, one entry a block. The
       forward pass uses ``weight * mask`` (rounded to ``values`` with a straight-through gradient),
       dense, so the gradient stays on the pattern; in eval with gradients off the sparse kernel
-      runs. For fine-tuning right after pruning, with the optimiser of the layer that it replaces.
+      runs. For fine-tuning right after pruning, with the optimiser of the layer that it replaces,
+      and for int8, whose rounding is trained through.
     - Frozen (`freeze`): the buffers ``values``, ``index``, ``rows``, ``length``, ``ptr``,
-      ``scale`` and ``sums``, whose layout `bigops.ops._sparse_weight` describes.
+      ``scale`` and ``sums``, whose layout `bigops.ops._sparse_weight` describes. For inference,
+      and under adapters that are trained around it: x has a gradient, the weight has none.
     - Thawed (`thaw`, from frozen, floating values only): ``values`` is a Parameter. Forward and
-      backward run the sparse kernels and the gradient has the size of what is stored. For training
-      that is meant to be as cheap as inference.
+      backward run the sparse kernels; gradient and optimiser state have the size of what is
+      stored, and padding stays 0. For long training at a fixed pattern, where the dense weight
+      does not fit or its product costs too much.
 
     Args:
         in_features: K.
@@ -38,9 +42,10 @@ class SparseLinear(CompressedLinear):
             0.8, or what an N:M pattern says.
         pattern: "1x4" (rows x columns of a block), "1x1" for single entries, "2:4" for N:M.
         values: "int8" (activations are then quantised per token), "bf16" (the product is in bf16,
-            x of another dtype is cast there and back) or "fp32".
+            x of another dtype is cast there and back, outside autocast) or "fp32".
         bias: whether the layer has a bias [N].
         activation: none, relu, relu2, gelu, gelu_tanh, silu, sigmoid or tanh.
+        chunk: rows of a chunk of the storage, 64, 128 or 256; None chooses by N.
 
     Shapes: x [.., K] float32, bfloat16 or float16; residual [.., N] or None; result [.., N].
 
@@ -50,6 +55,7 @@ class SparseLinear(CompressedLinear):
 
     storage_names = TENSORS
     mask: Tensor
+    values: Tensor  # once frozen
 
     def __init__(
         self,
@@ -69,6 +75,8 @@ class SparseLinear(CompressedLinear):
         sparsity = check_sparsity(sparsity, self.pattern)
         self.stored = check_values(values)
         self.chunk = chunk_rows(out_features) if chunk is None else chunk
+        if self.chunk not in CHUNKS:
+            raise ValueError(f"chunk: expected 64, 128 or 256; got {chunk}")
         source = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self.weight, self.bias = source.weight, source.bias
         if self.weight.is_meta:
@@ -92,12 +100,14 @@ class SparseLinear(CompressedLinear):
 
         The values outside the pattern are left in the weight and masked in every use; what
         `freeze()` stores has no trace of them. A ``mask`` of the caller's, one entry a block,
-        takes the place of the choice by size.
+        takes the place of the choice by size. What the pattern of a `SparseLinear` dropped does
+        not come back by a new choice.
 
         Raises:
             TypeError: ``linear`` is no `nn.Linear` and no compressed layer.
-            ValueError: ``linear`` is frozen, sparsity out of range, a mask of another shape, or NaN
-                or inf in the weight.
+            ValueError: ``linear`` is frozen or thawed, sparsity out of range, a mask of another
+                shape, NaN or inf in the weight, or a pattern whose blocks would bring back entries
+                that the pattern of ``linear`` dropped.
         """
         source = check_source(linear)
         name = source.activation if activation is None else activation
@@ -105,9 +115,11 @@ class SparseLinear(CompressedLinear):
             source.in_features, source.out_features, sparsity, pattern, values, False, name, "meta"
         )
         if mask is None:
-            # What an earlier pattern dropped does not come back.
-            weight = linear.masked_weight() if isinstance(linear, SparseLinear) else source.weight
-            mask = new.pattern.mask(weight, check_sparsity(sparsity, new.pattern))
+            sparsity = check_sparsity(sparsity, new.pattern)
+            if isinstance(linear, SparseLinear):
+                mask = _narrowed(linear, new.pattern, sparsity)
+            else:
+                mask = new.pattern.mask(source.weight, sparsity)
         elif mask.dtype != torch.bool or mask.shape != new.mask.shape:
             raise ValueError(
                 f"mask: expected bool of shape {list(new.mask.shape)}; got {mask.dtype} of "
@@ -120,8 +132,9 @@ class SparseLinear(CompressedLinear):
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> SparseLinear:
         """An empty layer on "meta" as `arguments()` describes it, to be loaded."""
-        frozen = arguments["frozen"]
-        new = cls(**{k: v for k, v in arguments.items() if k != "frozen"}, device="meta")
+        frozen, thawed = arguments["frozen"], arguments["thawed"]
+        states = ("frozen", "thawed")
+        new = cls(**{k: v for k, v in arguments.items() if k not in states}, device="meta")
         if frozen:
             n, k = new.out_features, new.in_features
             dtype = VALUES[new.stored]
@@ -144,9 +157,14 @@ class SparseLinear(CompressedLinear):
                     new.chunk,
                 )
             )
-        return new
+        return new.thaw() if thawed else new
 
     def make_storage(self) -> SparseWeight:
+        if self.thawed:
+            storage = self.make_frozen({name: self._stored(name) for name in TENSORS})
+            if not bool(torch.isfinite(storage.values).all()):
+                raise ValueError("values: expected finite values; got NaN or inf")
+            return storage
         block = (self.pattern.height, self.pattern.width)
         return sparsify_weight(self.weight, self.mask, VALUES[self.stored], block, self.chunk)
 
@@ -180,11 +198,17 @@ class SparseLinear(CompressedLinear):
         return weight
 
     def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
-        bias = self.bias
-        if storage.values.dtype != torch.bfloat16 or x.dtype == torch.bfloat16:
+        bias, low = self.bias, torch.bfloat16
+        served = storage.values.dtype != low or x.dtype == low
+        if served or torch.is_autocast_enabled(x.device.type):  # autocast casts by itself
             return sparse_linear(x, storage, bias, residual, self.activation)
-        low = [None if t is None else t.to(torch.bfloat16) for t in (x, bias, residual)]
-        return sparse_linear(low[0], storage, low[1], low[2], self.activation).to(x.dtype)  # type: ignore[arg-type]
+        bias = None if bias is None else bias.to(low)
+        y = sparse_linear(x.to(low), storage, bias, None, self.activation).to(x.dtype)
+        if residual is None:
+            return y
+        checks.shape("residual", residual, list(y.shape))
+        checks.like("residual", residual, x)
+        return y + residual  # in x's dtype: a residual stream keeps its precision
 
     def pack_sources(self) -> tuple[Tensor, ...]:
         return (self.weight, self.mask)
@@ -215,16 +239,10 @@ class SparseLinear(CompressedLinear):
         if not self.thawed:
             values = self._buffers.pop("values")
             assert values is not None
+            if values.is_inference():  # loaded under inference_mode: it could not be trained
+                values = values.clone()
             self.register_parameter("values", nn.Parameter(values))
         return self
-
-    def freeze(self) -> SparseLinear:
-        if self.thawed:
-            values = self._parameters.pop("values")
-            assert values is not None
-            self.register_buffer("values", values.detach())
-            return self
-        return super().freeze()
 
     @property
     def density(self) -> float:
@@ -239,20 +257,40 @@ class SparseLinear(CompressedLinear):
             "pattern": str(self.pattern),
             "values": self.stored,
             "chunk": self.chunk,
+            "thawed": self.thawed,
         }
 
     def extra_repr(self) -> str:
         known = "" if any(t is not None and t.is_meta for t in self.buffers()) else (
             f", density={self.density:.3f}"
         )  # fmt: skip
-        thawed = ", thawed" if self.thawed else ""
-        return (
-            super().extra_repr() + f", pattern={self.pattern}, values={self.stored}{thawed}{known}"
+        return super().extra_repr() + f", pattern={self.pattern}, values={self.stored}{known}"
+
+
+def _narrowed(old: SparseLinear, pattern: Pattern, sparsity: float) -> Tensor:
+    """The mask of a new pattern for a layer that has one; what that dropped does not come back.
+
+    The dropped entries still stand in the shared weight, so a block that holds one cannot stay.
+    """
+    n, k = old.weight.shape
+    mask = pattern.mask(old.masked_weight(), sparsity)
+    if pattern == old.pattern:
+        return mask & old.mask
+    kept = old.pattern.expand(old.mask, n, k)
+    if (pattern.height, pattern.width) == (1, 1):
+        return mask & kept
+    if bool((pattern.expand(mask, n, k) & ~kept).any()):
+        raise ValueError(
+            f"pattern: expected {old.pattern}, which the layer has, or one of single entries; got "
+            f"{pattern}, whose blocks would bring back what was dropped"
         )
+    return mask
 
 
 def check_sparsity(sparsity: float | None, pattern: Pattern) -> float:
     """The sparsity that is meant; raise ValueError unless 0 <= sparsity < 1 and N:M agrees."""
+    if sparsity is not None and not isinstance(sparsity, int | float):
+        raise TypeError(f"sparsity: expected a float; got {type(sparsity).__name__}")
     if pattern.m:
         implied = 1 - pattern.n / pattern.m
         if sparsity is not None and abs(sparsity - implied) > 1e-9:
@@ -269,6 +307,6 @@ def check_sparsity(sparsity: float | None, pattern: Pattern) -> float:
 
 def check_values(values: str) -> str:
     """Raise ValueError unless ``values`` names a dtype that can be stored."""
-    if values not in VALUES:
+    if not isinstance(values, str) or values not in VALUES:
         raise ValueError(f"values: expected {', '.join(VALUES)}; got {values!r}")
     return values

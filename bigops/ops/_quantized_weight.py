@@ -46,7 +46,7 @@ def pack(q: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return tiles.to(torch.int8).contiguous()
     nibbles = (tiles + 8).to(torch.uint8)
-    return nibbles[..., _LOW] | nibbles[..., _HIGH] << 4
+    return (nibbles[..., _LOW] | nibbles[..., _HIGH] << 4).contiguous()
 
 
 def unpack(values: Tensor, n: int, k: int, bits: int) -> Tensor:

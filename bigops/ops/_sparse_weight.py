@@ -172,8 +172,14 @@ class SparseWeight(NamedTuple):
     def density(self) -> float:
         """Share of the entries that are stored, zeros that fill a word included (1.0 if empty)."""
         n, k = self.shape
-        total = n * -(-k // COLUMNS[self.values.dtype])
-        return int(self.length.sum()) * self.group / total if total else 1.0
+        size = sizes(n, k, self.chunk, self.values.dtype)
+        if not n * size.words:
+            return 1.0
+        chunk = torch.arange(size.chunks, device=self.rows.device)
+        first = chunk.repeat_interleave(size.panels * size.slices).unsqueeze(1) * self.chunk
+        row = first + self.rows.long() * self.group  # the first of each group
+        inside = (n - row).clamp(0, self.group)  # groups reach past N
+        return int((self.length * inside).sum()) / (n * size.words)
 
     @property
     def nbytes(self) -> int:

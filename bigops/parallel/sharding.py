@@ -20,7 +20,8 @@ activation, dense only
 A gated weight [2N, K] has a gate row and an up row for each column of y, half the weight apart:
 its first half of rows is no half of the op. The rows of a quantised weight split by whole tiles of
 16, as many for each rank; a dynamically quantised row of x needs all of K for its range. The
-storage of ``sparse_linear`` has no sub-tensor that belongs to some rows alone.
+storage of ``sparse_linear`` has no sub-tensor that belongs to some rows alone; where its values are
+trained, their gradient is an open sum over the ranks' rows of x.
 """
 
 from __future__ import annotations

@@ -321,7 +321,7 @@ void product(const CompressedCall& call, const Weight& w, void* y, bool y_float)
       kernels.finish[call.kind](f);
     }
   };
-  for_each_task(panels * split, call.m * call.n * (call.k + 16) > kWorthThreads, run);
+  for_each_task_near(panels * split, call.m * call.n * (call.k + 16) > kWorthThreads, run);
 }
 
 // gx [M, K] = gz [M, N] times the dequantised weight.

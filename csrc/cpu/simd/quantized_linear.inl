@@ -11,6 +11,10 @@ namespace {
 // One loop over the sums that is left rolled keeps them all in memory (gcc 12: half the speed).
 #define BIGOPS_UNROLL _Pragma("GCC unroll 8")
 
+// Bytes of a tile that are asked for ahead of their use where there are sums enough to hide the
+// wait. The processor's own prefetcher stops at each page, and K bytes of a tile are a page or two.
+constexpr int64_t kAhead = 2048;
+
 // --- int8 weight, u8 activations: exact int32 sums ----------------------------------------------
 
 template <class Q, int MR, int NV, int U>
@@ -30,7 +34,9 @@ BIGOPS_INLINE void w8a8_block(const QuantizedTask& t, int64_t tile, int64_t row)
       typename Q::W wv[NV];
       BIGOPS_UNROLL
       for (int v = 0; v < NV; ++v) {
-        wv[v] = Q::bytes(Q::iload(w + v * wide + (k + u) * kLineBytes));
+        const uint8_t* at = w + v * wide + (k + u) * kLineBytes;
+        if (MR > 2) __builtin_prefetch(at + kAhead);
+        wv[v] = Q::bytes(Q::iload(at));
       }
       BIGOPS_UNROLL
       for (int m = 0; m < MR; ++m) {
@@ -102,7 +108,11 @@ BIGOPS_INLINE void group_block(const QuantizedTask& t, int64_t tile, int64_t row
     for (; k < end; ++k) {
       typename Q::I line[NV];
       BIGOPS_UNROLL
-      for (int v = 0; v < NV; ++v) line[v] = Q::iload(w + v * wide + k * kLineBytes);
+      for (int v = 0; v < NV; ++v) {
+        const uint8_t* at = w + v * wide + k * kLineBytes;
+        if (MR > 2) __builtin_prefetch(at + kAhead);
+        line[v] = Q::iload(at);
+      }
       const uint8_t* words = x + k * (D::steps * 4);
       D::each_step([&](auto step) __attribute__((always_inline)) {
         constexpr int s = decltype(step)::value;
