@@ -23,7 +23,12 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("emulated")
-    simd = sorted((ROOT / "csrc" / "cpu" / "simd").glob("*_fused_linear.cpp"))
+    folder_of_sets = ROOT / "csrc" / "cpu" / "simd"
+    simd = [
+        path
+        for op in ("fused_linear", "sparse_linear")
+        for path in sorted(folder_of_sets.glob(f"*_{op}.cpp"))
+    ]
     sources = [*simd, ROOT / "csrc" / "common" / "isa.cpp", ROOT / "tests" / "emulated_cpu.cpp"]
     objects = []
     for source in sources:
@@ -45,6 +50,14 @@ def test_older_cpu_takes_its_own_kernels(binary: Path, cpu: str, level: str) -> 
     run = subprocess.run(["qemu-x86_64", "-cpu", cpu, str(binary)], capture_output=True, text=True)
     assert run.returncode == 0, f"{run.returncode}: {run.stdout}{run.stderr}"
     assert run.stdout.split()[0] == level
+
+
+def test_a_wrong_sparse_kernel_is_seen(binary: Path) -> None:
+    """The planted fault: one bit of one word of the weight flipped for one side."""
+    command = ["qemu-x86_64", "-cpu", "Haswell", str(binary), "planted"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stdout.startswith("avx2 "), run.stdout + run.stderr
 
 
 def test_code_above_the_cpu_is_seen(binary: Path, tmp_path: Path) -> None:

@@ -115,7 +115,9 @@ def to_dense(values: Tensor, at: Positions, n: int, k: int, chunk: int) -> Tenso
     padded = torch.zeros(
         (size.chunks * chunk, size.panels * PANEL, size.columns), device=values.device
     )
-    dense = padded.index_put((at.row, at.word), values.float(), accumulate=True)
+    # Padding lies at words that others store: its gradient is 0, not that of the matrix there.
+    stored = torch.where(at.stored.unsqueeze(-1), values.float(), 0)
+    dense = padded.index_put((at.row, at.word), stored, accumulate=True)
     return dense.flatten(1)[:n, :k]
 
 
