@@ -22,7 +22,6 @@ from bigops.benches.harness import (
     Side,
     copies,
     in_turn,
-    optional_side,
 )
 from bigops.benches.limits import Cost
 from bigops.ops.sparse_linear import SparseWeight, block_mask, sparsify_weight
@@ -80,11 +79,7 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
         rivals.dense_compiled(case, x, weight, bias, plain, dense),
     ]
     if device == "cpu":
-        kept = own.density * case.n * case.k
-        csr = Cost(
-            "fp32", 2.0 * case.m * kept, 8.0 * kept + moved
-        )  # value and column, 4 bytes each
-        optional_side(sides, rivals.csr, case, x, weight, bias, activation, csr)
+        sides += families.sparse_fp32_sides(case, x, weight, bias, activation)
         sides += families.dense_fp32_sides(case, x, weight, bias, activation)
         sides += families.dense_int8_sides(case, x, weight, bias, activation)
     return reference, sides
