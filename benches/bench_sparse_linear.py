@@ -24,7 +24,6 @@ from bigops.benches.harness import (
     Side,
     copies,
     in_turn,
-    optional_side,
 )
 from bigops.benches.limits import Cost
 from bigops.ops.quantized_linear import quantize_weight
@@ -116,16 +115,14 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
         rivals.dense_compiled(case, x, weight, bias, plain, dense),
     ]
     if device == "cpu":
-        csr = Cost(
-            "fp32", 2.0 * case.m * kept * case.n * case.k, 8.0 * kept * case.n * case.k + moved
-        )  # value and column, 4 bytes each
         if values == "int8":
             sides.append(_dense_int8(case, x, weight, bias, activation, total, moved))
             sides += families.dense_int8_sides(case, x, weight, bias, activation)
         elif values == "bf16":
             sides += families.dense_bf16_sides(case, x, weight, bias, activation)
         else:
-            optional_side(sides, rivals.csr, case, x, weight, bias, activation, csr)
+            if pattern == Pattern(1, 1):
+                sides += families.sparse_fp32_sides(case, x, weight, bias, activation)
             sides += families.dense_fp32_sides(case, x, weight, bias, activation)
     return reference, sides
 

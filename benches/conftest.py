@@ -65,4 +65,6 @@ def versus(
 def own_call(case: harness.Case, build: harness.Build) -> Callable[[], object]:
     """This package's side of a case, on its own."""
     _, sides = build(case, "cpu")
+    for side in sides:
+        side.close()
     return next(side.call for side in sides if rows.is_own(side.provider))

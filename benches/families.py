@@ -11,8 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigops.benches import rivals, rivals_onnx, rivals_openvino, rivals_zentorch
+from bigops.benches import (
+    rivals,
+    rivals_deepsparse,
+    rivals_onnx,
+    rivals_openvino,
+    rivals_zentorch,
+)
 from bigops.benches.harness import Case, Side, optional_side
+from bigops.benches.limits import Cost
 from bigops.benches.rivals import Int4Weight, Layer
 
 
@@ -107,6 +114,20 @@ def int4_sides(
         optional_side(sides, rivals_openvino.int4, layer, weight, hint, group)
     for level in (0, 4):
         optional_side(sides, rivals_onnx.int4, layer, weight, level)
+    return sides
+
+
+def sparse_fp32_sides(
+    case: Case, x: Tensor, weight: Tensor, bias: Tensor, activation: str
+) -> list[Side]:
+    """Everyone who multiplies by a pruned weight in float32: torch's CSR (MKL), DeepSparse."""
+    layer = Layer(case, x, weight, bias, activation)
+    kept = int(weight.count_nonzero())
+    dense = layer.cost("fp32", 8.0 * kept)  # value and column, 4 bytes each
+    useful = Cost("fp32", dense.flops * kept / weight.numel(), dense.nbytes)
+    sides: list[Side] = []
+    optional_side(sides, rivals.csr, case, x, weight, bias, activation, useful)
+    optional_side(sides, rivals_deepsparse.deepsparse, layer)
     return sides
 
 

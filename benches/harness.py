@@ -67,7 +67,8 @@ class Side:
     """One provider of a case.
 
     ``call`` runs it once and returns what is compared with the reference: the output, or the
-    gradients.
+    gradients. A side in another process gives ``seconds(n)``, the time that n calls take there, and
+    is ended by ``close``.
     """
 
     provider: str
@@ -76,6 +77,8 @@ class Side:
     kernel: str = ""
     own_pool: bool = False  # runs threads that are not torch's
     shown: Callable[[Any], Tensor] | None = None  # what of the result is compared, if not all
+    seconds: Callable[[int], float] | None = None
+    close: Callable[[], None] = lambda: None
 
 
 class LeftOut(Exception):
@@ -140,13 +143,18 @@ def run_case(
     torch.compiler.reset()  # else the compiled code of all earlier cases is kept and guarded
     with torch.inference_mode(case.direction == "forward"):
         reference, sides = build(case, device)
-        ready, errors, kernels = _tried(case, sides, reference)
-        samples = timing.interleave(
-            {side.provider: side.call for side in ready},
-            pairs=pairs,
-            idle=any(side.own_pool for side in ready),
-            sync=torch.cuda.synchronize if device != "cpu" else _nothing,
-        )
+        try:
+            ready, errors, kernels = _tried(case, sides, reference)
+            samples = timing.interleave(
+                {side.provider: side.call for side in ready},
+                pairs=pairs,
+                idle=any(side.own_pool for side in ready),
+                sync=torch.cuda.synchronize if device != "cpu" else _nothing,
+                remote={side.provider: side.seconds for side in ready if side.seconds},
+            )
+        finally:
+            for side in sides:
+                side.close()
     rivals = [s.provider for s in ready if not is_own(s.provider)]
     best = min(rivals, key=lambda name: timing.median(samples[name]))
     rows = []

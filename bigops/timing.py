@@ -47,15 +47,24 @@ def wait_idle(limit: float = 0.25, window: float = 0.005) -> bool:
     return False
 
 
-def _calls_per_sample(call: Callable[[], object], sync: Callable[[], object], floor: float) -> int:
-    """How many calls one sample needs to last ``floor`` seconds."""
-    calls = 1
-    while calls < 1 << 16:
+def _timer(call: Callable[[], object], sync: Callable[[], object]) -> Callable[[int], float]:
+    """A function that gives the seconds of so many calls in this process."""
+
+    def seconds(calls: int) -> float:
         start = time.perf_counter()
         for _ in range(calls):
             call()
         sync()
-        took = time.perf_counter() - start
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def _calls_per_sample(seconds: Callable[[int], float], floor: float) -> int:
+    """How many calls one sample needs to last ``floor`` seconds."""
+    calls = 1
+    while calls < 1 << 16:
+        took = seconds(calls)
         if took >= floor:
             break
         calls = max(calls * 2, min(calls * 16, int(calls * floor / max(took, 1e-9))))
@@ -70,6 +79,7 @@ def interleave(
     warmup: int = 3,
     idle: bool = False,
     sync: Callable[[], object] = lambda: None,
+    remote: Mapping[str, Callable[[int], float]] | None = None,
 ) -> dict[str, Samples]:
     """Time every side once per round, in rotating order.
 
@@ -80,6 +90,9 @@ def interleave(
         warmup: untimed calls of each side before the first round.
         idle: wait for spinning thread pools before each sample; for sides that own other pools.
         sync: called before the clock is read (``torch.cuda.synchronize`` for a GPU).
+        remote: sides that run in another process: name -> function that has so many calls made
+            there and gives the seconds they took by that process's clock. Their call in ``sides``
+            is not used.
 
     Returns:
         name -> float64 array of shape ``[pairs]``, seconds per call; equal positions are the same
@@ -92,12 +105,14 @@ def interleave(
         raise ValueError("sides: expected at least one call to time, got none")
     if pairs < 1:
         raise ValueError(f"pairs: expected at least 1, got {pairs}")
+    remote = remote or {}
     calls: dict[str, int] = {}
+    timers: dict[str, Callable[[int], float]] = {}
     for name, call in sides.items():
-        for _ in range(warmup):
-            call()
-        sync()
-        calls[name] = _calls_per_sample(call, sync, sample_seconds)
+        timers[name] = seconds = remote.get(name) or _timer(call, sync)
+        if warmup:
+            seconds(warmup)
+        calls[name] = _calls_per_sample(seconds, sample_seconds)
     names = list(sides)
     samples: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
@@ -106,16 +121,12 @@ def interleave(
         for turn in range(pairs):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                call, repeat = sides[name], calls[name]
                 if idle:
                     wait_idle()
-                call()  # wakes this side's own pool and warms what it may keep in cache
-                sync()
-                start = time.perf_counter()
-                for _ in range(repeat):
-                    call()
-                sync()
-                samples[name].append((time.perf_counter() - start) / repeat)
+                if name not in remote:
+                    sides[name]()  # wakes this side's own pool and warms what it may keep in cache
+                    sync()
+                samples[name].append(timers[name](calls[name]) / calls[name])
     finally:
         if collecting:
             gc.enable()

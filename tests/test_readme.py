@@ -23,7 +23,7 @@ def test_the_python_of_the_readme_runs(
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert len(blocks) == 5
     names: dict[str, Any] = {}
-    for block in blocks[:3]:
+    for block in blocks[:4]:
         exec(block, names)
     x = names["x"]
     with torch.inference_mode():
@@ -40,7 +40,7 @@ def test_the_python_of_the_readme_runs(
         y=torch.zeros(64, dtype=torch.long),
         optimizer=torch.optim.SGD(model.parameters()),
     )
-    exec(blocks[3], names)
+    exec(blocks[4], names)
     assert names["stepped"] is True
 
 
