@@ -67,7 +67,8 @@ class Side:
     """One provider of a case.
 
     ``call`` runs it once and returns what is compared with the reference: the output, or the
-    gradients. A side in another process gives ``seconds(n)``, the time that n calls take there, and
+    gradients; ``reference`` is there where that is not the case's own, such as of a pruned model. A
+    side in another process gives ``seconds(n)``, the time that n calls take there, and
     is ended by ``close``.
     """
 
@@ -79,6 +80,7 @@ class Side:
     shown: Callable[[Any], Tensor] | None = None  # what of the result is compared, if not all
     seconds: Callable[[int], float] | None = None
     close: Callable[[], None] = lambda: None
+    reference: list[Tensor] | None = None
 
 
 class LeftOut(Exception):
@@ -218,7 +220,7 @@ def _tried(
                 raise
             say_once(f"{case.id}: {side.provider} left out: {failure!s:.200}")
             continue
-        error = relative_error(out, reference)
+        error = relative_error(out, side.reference or reference)
         if error > WRONG and not ours_or_eager:
             say_once(f"{case.id}: {side.provider} left out: wrong by {error:.2g} of the result")
             continue

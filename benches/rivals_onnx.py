@@ -51,6 +51,13 @@ class Graph:
         self.nodes.append(helper.make_node(kind, list(inputs), names, domain=domain, **options))
         return names[0] if outs == 1 else names
 
+    def scale_and_zero(self, low: float, high: float) -> list[str]:
+        """Step and zero point (uint8) of values from ``low`` to ``high``, zero among them."""
+        low, high = min(0.0, low), max(0.0, high)
+        step = max(high - low, 1e-12) / 255
+        zero = torch.tensor(round(-low / step), dtype=torch.uint8)
+        return [self.constant(torch.tensor(step)), self.constant(zero)]
+
     def activate(self, name: str, z: str) -> str:
         """The activation of a case on the value ``z``.
 
@@ -146,10 +153,7 @@ def int8_static(layer: Layer) -> Side:
     """int8 rows of W, x by one scale that is known ahead (its true range here)."""
     graph = Graph()
     values, scale = round_int8(layer.weight)
-    low, high = min(0.0, float(layer.x.min())), max(0.0, float(layer.x.max()))
-    step = max(high - low, 1e-12) / 255
-    zero = torch.tensor(round(-low / step), dtype=torch.uint8)
-    known = [graph.constant(torch.tensor(step)), graph.constant(zero)]
+    known = graph.scale_and_zero(float(layer.x.min()), float(layer.x.max()))
     quantized = graph.add("QuantizeLinear", "x", *known)
     # what its optimiser makes of QuantizeLinear, DequantizeLinear and MatMul
     parts = [quantized, graph.constant(values.t()), known[0], graph.constant(scale), known[1], ""]

@@ -94,8 +94,8 @@ def test_rounds_alternate_between_this_process_and_the_worker(command: list[str]
     turns = [name for before, name in zip(["", *order], order, strict=False) if name != before]
     assert turns.count("there") >= 3
     assert turns.count("here") >= 3
-    ratio = timing.speedup(samples["here"], samples["there"])
-    assert 1.2 < ratio.low <= ratio.high < 3
+    assert len(samples["here"]) == len(samples["there"]) == 4
+    assert min(samples["there"]) > 0.0039  # what the fake worker sleeps: it was timed, not us
 
 
 def test_a_case_closes_its_worker_and_counts_it_as_a_rival(command: list[str]) -> None:
