@@ -39,6 +39,16 @@ assert extension.__file__ == sys.argv[1]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 PLAIN = ("none", "relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu")
+QUANTISED: list[dict[str, Any]] = [
+    {},
+    {"symmetric": False},
+    {"activations": "symmetric"},
+    {"activations": "none"},
+    {"group": 32},
+    {"bits": 4, "group": 32, "symmetric": False},
+    {"bits": 4},
+    {"bits": 4, "group": 64, "activations": "dynamic"},
+]
 # rows, outputs, columns: none fills a vector, a tile, a panel or a chunk; some are empty
 SHAPES = [(1, 1, 1), (2, 3, 5), (5, 37, 83), (7, 17, 131), (19, 70, 259), (67, 9, 33), (130, 5, 66),
           (0, 3, 4), (3, 0, 4), (3, 4, 0), (1, 0, 0)]  # fmt: skip
@@ -91,13 +101,15 @@ def run_quantized_linear() -> None:
     names = itertools.cycle(PLAIN)
 
     def run(level: str, m: int, n: int, k: int) -> None:
-        weight: Any = quantize_weight(torch.randn(n, k))
-        for dtype in DTYPES.values():
-            for full in (True, False):
+        for options in QUANTISED:
+            weight: Any = quantize_weight(torch.randn(n, k), **options)
+            for i, dtype in enumerate(DTYPES.values()):
                 name = next(names)
                 both_ways(
-                    lambda x, *rest, name=name: quantized_linear(x, weight, *rest, name),
-                    *tensors(m, n, k, dtype, full),
+                    lambda x, *rest, name=name, weight=weight: quantized_linear(
+                        x, weight, *rest, name
+                    ),
+                    *tensors(m, n, k, dtype, i == 0),
                 )
 
     at_every_level(run)

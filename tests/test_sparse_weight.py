@@ -93,7 +93,7 @@ def assert_sizes(weight: SparseWeight, kept: Tensor) -> None:
     assert weight.rows.shape == weight.length.shape == (slices, per)
     size = steps * (64 + per) + 2 * slices * per + 4 * (slices + 1)
     assert weight.nbytes == size + (8 * n if weight.scale is not None else 0)
-    stored = int(shared.sum()) * group
+    stored = int(shared.repeat_interleave(group, 0)[:n].sum())  # no rows past N
     assert weight.density == (stored / (n * words) if n * words else 1.0)
 
 

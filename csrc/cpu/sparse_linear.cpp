@@ -140,7 +140,7 @@ auto row_filler(const CompressedCall& call, const SparseStorage& s, const RowSca
       helpers.widen[call.kind](call.row(i), call.k, reinterpret_cast<float*>(to));
     } else if (s.kind == kWordBf16) {
       bytes = call.k * 2;
-      std::memcpy(to, call.row(i), static_cast<size_t>(bytes));
+      if (bytes > 0) std::memcpy(to, call.row(i), static_cast<size_t>(bytes));
     } else {
       bytes = call.k;
       helpers.quantize[call.kind](call.row(i), call.k, reinterpret_cast<uint8_t*>(to),

@@ -9,8 +9,9 @@ namespace {
 
 // Writes row i of a float matrix [M, n] that is read as tiles.
 auto float_rows(const float* from, int64_t n) {
-  return
-      [from, n](int64_t i, char* to) { std::memcpy(to, from + i * n, static_cast<size_t>(n * 4)); };
+  return [from, n](int64_t i, char* to) {
+    if (n > 0) std::memcpy(to, from + i * n, static_cast<size_t>(n * 4));
+  };
 }
 
 constexpr int64_t kPartRows = kPanelWords;  // rows of W whose gz stays in the L1 cache
@@ -243,6 +244,7 @@ void value_gradient(const CompressedCall& call, const SparseStorage& s, const Ti
     t.slices = s.spc;
     const int64_t first = t.ptr[0] * kSliceRows * s.columns();
     const int64_t count = t.ptr[s.spc] * kSliceRows * s.columns() - first;
+    if (count == 0) return;  // and no memory to set, if nothing is stored at all
     const bool in_place = s.kind == kWordF32;
     t.out = in_place ? static_cast<float*>(out) + first
                      : reinterpret_cast<float*>(scratch(count * 4 + 4));
