@@ -21,14 +21,15 @@ def test_the_python_of_the_readme_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict[str, Any] = {}
-    for block in blocks[:3]:
+    for block in blocks[:4]:
         exec(block, names)
     x = names["x"]
     with torch.inference_mode():
         assert torch.equal(names["small"](x), names["model"](x))
     assert names["layer"].thawed
+    assert names["y"].shape == (8, 96)
     assert names["layer"].values.grad.any()
     # how full it is depends on no seed, the picture and its bytes do
     shown = re.search(r"^96 x 256, .*? stored as f32", TEXT, re.MULTILINE)
@@ -40,7 +41,7 @@ def test_the_python_of_the_readme_runs(
         y=torch.zeros(64, dtype=torch.long),
         optimizer=torch.optim.SGD(model.parameters()),
     )
-    exec(blocks[3], names)
+    exec(blocks[4], names)
     assert names["stepped"] is True
 
 

@@ -75,6 +75,11 @@ struct W8A8 {
 
 // --- groups along K: the sums of a group, then total += scale * sum ------------------------------
 
+// A page ahead of two streams: the processor's own prefetcher stops where a page ends. 4096 x 4096
+// in int4 from memory, one core: 786 instead of 1050 us at 4 rows of bf16, 2591 instead of 2821 at
+// 16. The four streams of w8a8 lose by it (900 instead of 775 us at 4 rows), as does one row.
+constexpr int64_t kAhead = 4096;
+
 // D says how a line becomes operands: D::steps of them, each against one word of x.
 template <class Q, class D, int MR, int NV, int U>
 BIGOPS_INLINE void group_block(const QuantizedTask& t, int64_t tile, int64_t row) {
@@ -102,7 +107,11 @@ BIGOPS_INLINE void group_block(const QuantizedTask& t, int64_t tile, int64_t row
     for (; k < end; ++k) {
       typename Q::I line[NV];
       BIGOPS_UNROLL
-      for (int v = 0; v < NV; ++v) line[v] = Q::iload(w + v * wide + k * kLineBytes);
+      for (int v = 0; v < NV; ++v) {
+        const uint8_t* at = w + v * wide + k * kLineBytes;
+        if (MR > 2) __builtin_prefetch(at + kAhead);
+        line[v] = Q::iload(at);
+      }
       const uint8_t* words = x + k * (D::steps * 4);
       D::each_step([&](auto step) __attribute__((always_inline)) {
         constexpr int s = decltype(step)::value;
