@@ -18,7 +18,6 @@ struct WordF32 {
   static acc zero_acc() { return V::zero(); }
   static acc load_acc(const int32_t* p) { return V::load(reinterpret_cast<const float*>(p)); }
   static void store_acc(int32_t* p, acc v) { V::store(reinterpret_cast<float*>(p), v); }
-  static acc add(acc a, acc b) { return V::add(a, b); }
   static x load_x(const char* p) { return V::load(reinterpret_cast<const float*>(p)); }
   static x x_of(typename L::ireg v) { return L::as_float(v); }
   static w load_w(const char* p) { return V::load(reinterpret_cast<const float*>(p)); }
@@ -45,7 +44,6 @@ struct WordBf16 {
   static acc zero_acc() { return V::zero(); }
   static acc load_acc(const int32_t* p) { return V::load(reinterpret_cast<const float*>(p)); }
   static void store_acc(int32_t* p, acc v) { V::store(reinterpret_cast<float*>(p), v); }
-  static acc add(acc a, acc b) { return V::add(a, b); }
   static x load_x(const char* p) { return L::iload(p); }
   static x x_of(typename L::ireg v) { return v; }
   static w load_w(const char* p) { return L::iload(p); }
@@ -78,7 +76,6 @@ struct WordS8 {
   static acc zero_acc() { return L::izero(); }
   static acc load_acc(const int32_t* p) { return L::iload(p); }
   static void store_acc(int32_t* p, acc v) { L::istore(p, v); }
-  static acc add(acc a, acc b) { return L::iadd(a, b); }
   static x load_x(const char* p) { return L::x_of(L::iload(p)); }
   static x x_of(typename L::ireg v) { return L::x_of(v); }
   static w load_w(const char* p) { return L::w_of(L::iload(p)); }
