@@ -323,11 +323,14 @@ def int8_weight_only(layer: Layer) -> Side:
     """torch's ``_weight_int8pack_mm``: int8 rows, activations as they are (bf16).
 
     Raises:
-        LeftOut: this torch has no such op.
+        LeftOut: this torch has no such op, or sizes that it does not take.
     """
     multiply = getattr(torch.ops.aten, "_weight_int8pack_mm", None)
     if multiply is None:
         raise LeftOut("torch int8pack: this torch has no such op")
+    n, k = layer.weight.shape
+    if n % 32 or k % 32:  # it reads whole vectors: 8 x 8 ended in a segmentation fault
+        raise LeftOut(f"torch int8pack: no weight of {n} x {k}, only multiples of 32")
     rounded = round_int8(layer.weight)
     # with fp32 activations it runs at 2 GFLOP/s; through bf16 at 100
     scale, bias = rounded.scale.bfloat16(), layer.bias
