@@ -140,12 +140,6 @@ Activations Activations::tiles(const CompressedCall& call) {
   return make_tiles(call, call.kernels().max_vectors);
 }
 
-int64_t task_rows(int64_t n, int64_t step, int64_t most) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t even = round_up((n + 4 * threads - 1) / (4 * threads), step);
-  return even < step ? step : even > most ? most : even;
-}
-
 Pointwise pointwise_backward(const CompressedCall& call, const Tensor& grad, const float* z,
                              const float* scale, bool want_gz, bool need_bias) {
   Pointwise out{Buffer(want_gz ? call.m * call.n * 4 : 0),

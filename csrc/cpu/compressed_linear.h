@@ -144,9 +144,6 @@ void for_each_task_near(int64_t tasks, bool worth_threads, const F& f) {
 
 constexpr int64_t kWorthThreads = 400'000;  // int8 operations; waking a thread costs about 5 us
 
-// Rows of the weight that one task takes: enough tasks to balance, rows enough to use the cache.
-int64_t task_rows(int64_t n, int64_t step, int64_t most);
-
 // gz = grad * act'(z) times `scale` in float [M, N] (when want_gz), and its unscaled column sums.
 struct Pointwise {
   Buffer gz;
