@@ -29,7 +29,6 @@ def test_the_python_of_the_readme_runs(
     with torch.inference_mode():
         assert torch.equal(names["small"](x), names["model"](x))
     assert names["layer"].thawed
-    assert names["y"].shape == (8, 96)
     assert names["layer"].values.grad.any()
     # how full it is depends on no seed, the picture and its bytes do
     shown = re.search(r"^96 x 256, .*? stored as f32", TEXT, re.MULTILINE)
