@@ -30,6 +30,15 @@ struct Avx2Lanes {
   static ireg izero() { return _mm256_setzero_si256(); }
   static ireg iset1(int32_t v) { return _mm256_set1_epi32(v); }
   static ireg iload(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  struct four {
+    __m256i words;
+    explicit four(const void* p)
+        : words(_mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)))) {}
+    template <int i>
+    ireg word() const {
+      return _mm256_shuffle_epi32(words, i * 0x55);
+    }
+  };
   static ireg iload_n(const void* p, int n) {
     return _mm256_maskload_epi32(static_cast<const int*>(p), Avx2::first(n));
   }

@@ -34,6 +34,14 @@ struct PortableLanes {
     memcpy(&v, p, 4);
     return v;
   }
+  struct four {
+    const char* words;
+    explicit four(const void* p) : words(static_cast<const char*>(p)) {}
+    template <int i>
+    ireg word() const {
+      return iload(words + 4 * i);
+    }
+  };
   static ireg iload_n(const void* p, int n) { return n > 0 ? iload(p) : 0; }
   static void istore(void* p, ireg v) { memcpy(p, &v, 4); }
   static void istore_n(void* p, ireg v, int n) {

@@ -135,40 +135,49 @@ void finish_vector(const FinishTask& t, int64_t n) {
           static_cast<const T*>(t.residual), static_cast<O*>(t.y));
 }
 
-// From a tile [n][stride] whose lanes are rows of x: transposed in registers on the way.
-template <class L, bool kFull, class T, class O>
+// From a tile [n][stride] whose lanes are rows of x: transposed in registers on the way. Rows of y
+// lie N apart, often in one set of the caches, so B vectors of a row are written one after the other.
+template <class L, bool kFull, int B, class T, class O>
 void finish_block(const FinishTask& t, int64_t n) {
   constexpr int W = L::width, kAhead = 6;
   const T* bias = static_cast<const T*>(t.bias);
-  Finisher<L, kFull> f;
-  f.columns(t, n, bias);
+  Finisher<L, kFull> f[B];
+  for (int b = 0; b < B; ++b) f[b].columns(t, n + b * W, bias);
   const char* tile = static_cast<const char*>(t.tile) + (n - t.n0) * t.stride * 4;
+  O* y = static_cast<O*>(t.y);
   for (int64_t m = t.m0; m < t.m1; m += W) {
-    typename L::ireg block[W];
-    for (int i = 0; i < W; ++i)
-      block[i] = kFull || i < f.c ? L::iload(tile + (i * t.stride + m - t.m0) * 4) : L::izero();
-    L::transpose(block);
     const int rows = static_cast<int>(t.m1 - m < W ? t.m1 - m : W);
-    O* y = static_cast<O*>(t.y);
-    for (int j = 0; j < rows; ++j) {
-      // Rows of y lie N apart, often in one set of the L1 cache: few of them ahead, not all.
-      __builtin_prefetch(y + (m + j + kAhead) * t.n + n, 1);
-      f.row(t, m + j, n, block[j], bias != nullptr, static_cast<const T*>(t.residual), y);
+    for (int b = 0; b < B; ++b) {
+      typename L::ireg block[W];
+      for (int i = 0; i < W; ++i)
+        block[i] = kFull || i < f[b].c
+                       ? L::iload(tile + ((b * W + i) * t.stride + m - t.m0) * 4)
+                       : L::izero();
+      L::transpose(block);
+      for (int j = 0; j < rows; ++j) {
+        __builtin_prefetch(y + (m + j + kAhead) * t.n + n + b * W, 1);  // few rows, not all
+        f[b].row(t, m + j, n + b * W, block[j], bias != nullptr,
+                 static_cast<const T*>(t.residual), y);
+      }
     }
   }
 }
 
 template <class L, class T, class O, bool kColumns>
 void finish_as(const FinishTask& t) {
+  constexpr int kVectors = 4;
   int64_t n = t.n0;
+  if (kColumns)
+    for (; n + kVectors * L::width <= t.n1; n += kVectors * L::width)
+      finish_block<L, true, kVectors, T, O>(t, n);
   for (; n + L::width <= t.n1; n += L::width)
     if (kColumns)
-      finish_block<L, true, T, O>(t, n);
+      finish_block<L, true, 1, T, O>(t, n);
     else
       finish_vector<L, true, T, O>(t, n);
   if (n < t.n1) {
     if (kColumns)
-      finish_block<L, false, T, O>(t, n);
+      finish_block<L, false, 1, T, O>(t, n);
     else
       finish_vector<L, false, T, O>(t, n);
   }

@@ -21,7 +21,7 @@ struct WordF32 {
   static x load_x(const char* p) { return V::load(reinterpret_cast<const float*>(p)); }
   static x x_of(typename L::ireg v) { return L::as_float(v); }
   static w load_w(const char* p) { return V::load(reinterpret_cast<const float*>(p)); }
-  static w broadcast(const char* p) { return V::set1(element(p, 0)); }
+  static w pick(typename L::ireg word) { return L::as_float(word); }
   static acc mac(acc a, x xv, w wv) { return V::fma(wv, xv, a); }
   static float element(const char* p, int) {
     float v;
@@ -47,11 +47,7 @@ struct WordBf16 {
   static x load_x(const char* p) { return L::iload(p); }
   static x x_of(typename L::ireg v) { return v; }
   static w load_w(const char* p) { return L::iload(p); }
-  static w broadcast(const char* p) {
-    int32_t v;
-    memcpy(&v, p, 4);
-    return L::iset1(v);
-  }
+  static w pick(typename L::ireg word) { return word; }
   static acc mac(acc a, x xv, w wv) { return L::dot_bf16(a, xv, wv); }
   static float element(const char* p, int c) {
     uint16_t bits;
@@ -79,11 +75,7 @@ struct WordS8 {
   static x load_x(const char* p) { return L::x_of(L::iload(p)); }
   static x x_of(typename L::ireg v) { return L::x_of(v); }
   static w load_w(const char* p) { return L::w_of(L::iload(p)); }
-  static w broadcast(const char* p) {
-    int32_t v;
-    memcpy(&v, p, 4);
-    return L::w_of(L::iset1(v));
-  }
+  static w pick(typename L::ireg word) { return L::w_of(word); }
   static acc mac(acc a, x xv, w wv) { return L::dot(a, xv, wv); }
   static float element(const char* p, int c) {
     return static_cast<float>(reinterpret_cast<const int8_t*>(p)[c]);
