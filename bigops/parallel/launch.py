@@ -108,8 +108,13 @@ def init(device: str = "cpu", timeout_s: float = 600.0) -> Iterator[World]:
     )
     try:
         yield World(rank, size, place)
-        # Nobody leaves while another rank still talks: its collective would fail, not end.
-        dist.barrier()
+        # Nobody leaves while another rank still talks: its collective would fail, not end. With
+        # gloo not by barrier(): its worker thread drops the tensors of all calls before it, for
+        # which it takes the interpreter's lock, and aborts the process if that has ended by then.
+        if device == "cuda":
+            dist.barrier()
+        else:
+            dist.monitored_barrier()
     finally:
         dist.destroy_process_group()
 

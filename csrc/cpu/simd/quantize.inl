@@ -136,7 +136,8 @@ void finish_vector(const FinishTask& t, int64_t n) {
 }
 
 // From a tile [n][stride] whose lanes are rows of x: transposed in registers on the way. Rows of y
-// lie N apart, often in one set of the caches, so B vectors of a row are written one after the other.
+// lie N apart, often in one set of the caches, so B vectors of a row are written one after the
+// other.
 template <class L, bool kFull, int B, class T, class O>
 void finish_block(const FinishTask& t, int64_t n) {
   constexpr int W = L::width, kAhead = 6;
@@ -150,14 +151,13 @@ void finish_block(const FinishTask& t, int64_t n) {
     for (int b = 0; b < B; ++b) {
       typename L::ireg block[W];
       for (int i = 0; i < W; ++i)
-        block[i] = kFull || i < f[b].c
-                       ? L::iload(tile + ((b * W + i) * t.stride + m - t.m0) * 4)
-                       : L::izero();
+        block[i] = kFull || i < f[b].c ? L::iload(tile + ((b * W + i) * t.stride + m - t.m0) * 4)
+                                       : L::izero();
       L::transpose(block);
       for (int j = 0; j < rows; ++j) {
         __builtin_prefetch(y + (m + j + kAhead) * t.n + n + b * W, 1);  // few rows, not all
-        f[b].row(t, m + j, n + b * W, block[j], bias != nullptr,
-                 static_cast<const T*>(t.residual), y);
+        f[b].row(t, m + j, n + b * W, block[j], bias != nullptr, static_cast<const T*>(t.residual),
+                 y);
       }
     }
   }
