@@ -14,6 +14,30 @@ auto float_rows(const float* from, int64_t n) {
   };
 }
 
+inline uint16_t bf16_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = value != value ? bits | 0x400000u : bits + 0x7fff + ((bits >> 16) & 1);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+void to_bf16(const float* from, int64_t n, uint16_t* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = bf16_of(from[i]);
+}
+
+// Writes rows 2i and 2i + 1 of a matrix [M, n] as pairs of bf16; a missing last row is zero.
+template <class T, class F>
+auto row_pairs(const T* from, int64_t m, int64_t n, const F& bf16) {
+  return [=](int64_t i, char* to) {
+    const T *low = from + 2 * i * n, *high = low + n;
+    const bool both = 2 * i + 1 < m;
+    uint32_t* words = reinterpret_cast<uint32_t*>(to);
+    for (int64_t k = 0; k < n; ++k) words[k] = bf16(low[k]);
+    if (both)
+      for (int64_t k = 0; k < n; ++k) words[k] |= static_cast<uint32_t>(bf16(high[k])) << 16;
+  };
+}
+
 constexpr int64_t kPartRows = kPanelWords;  // rows of W whose gz stays in the L1 cache
 constexpr int64_t kGradTiles = 4;           // tiles of x that share one transposed block
 
@@ -196,44 +220,47 @@ void clear_padding(const SparseStorage& s, int64_t c, int64_t p, float* sums) {
   const uint8_t* lengths = s.groups(s.length, c, p);
   const uint8_t* groups = s.groups(s.rows, c, p);
   const int64_t g = s.columns(), group = s.group_rows, per = kSliceRows / group;
-  const int64_t last_word = s.k / g - p * kPanelWords;  // the one that K cuts, if any
+  const int64_t cut = s.k % g, last_word = s.k / g - p * kPanelWords;  // the word that K cuts
   const auto zero = [](float* at, int64_t n) { std::memset(at, 0, static_cast<size_t>(n * 4)); };
   for (int64_t place = 0; place < s.spc * per; ++place) {
     const int64_t i = place / per, steps = ptr[i + 1] - ptr[i];
     const int64_t inside = s.n - s.first_row(c) - groups[place] * group;  // rows of the group
     const uint8_t* index = s.indices() + int64_t(ptr[i]) * per + place % per;
     float* at = sums + ((ptr[i] - ptr[0]) * per + place % per) * group * g;
-    for (int64_t j = 0; j < steps; ++j, index += per, at += kSliceRows * g) {
-      if (j >= lengths[place]) {
-        zero(at, group * g);
-        continue;
-      }
-      if (inside < group)
-        zero(at + (inside > 0 ? inside : 0) * g, (group - (inside > 0 ? inside : 0)) * g);
-      if (s.k % g != 0 && *index == last_word)
-        for (int64_t r = 0; r < group; ++r) zero(at + r * g + s.k % g, g - s.k % g);
+    const int64_t stored = lengths[place] < steps ? lengths[place] : steps;
+    const int64_t kept = inside > group ? group : inside > 0 ? inside : 0;
+    for (int64_t j = kept < group ? 0 : stored; j < steps; ++j) {
+      const int64_t from = j < stored ? kept : 0;
+      zero(at + j * kSliceRows * g + from * g, (group - from) * g);
     }
-  }
-}
-
-void to_bf16(const float* from, int64_t n, uint16_t* to) {
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, from + i, 4);
-    bits = from[i] != from[i] ? bits | 0x400000u : bits + 0x7fff + ((bits >> 16) & 1);
-    to[i] = static_cast<uint16_t>(bits >> 16);
+    for (int64_t j = 0; cut > 0 && j < stored; ++j)
+      if (index[j * per] == last_word)
+        for (int64_t r = 0; r < group; ++r) zero(at + j * kSliceRows * g + r * g + cut, g - cut);
   }
 }
 
 // The entries of gz^T x at the stored positions. A task owns one panel of one chunk and goes over
 // all tiles of rows of x in order.
-void value_gradient(const CompressedCall& call, const SparseStorage& s, const TileWords& gz,
+void value_gradient(const CompressedCall& call, const SparseStorage& s, const float* gz_rows,
                     void* out) {
-  const TileWords x(
-      call.kernels(), call.m, call.k, s.words() * s.columns(), s.kernels().grad_vectors,
-      call.m * call.k > kWorthThreads / 8, [&call](int64_t i, char* to) {
-        call.kernels().widen[call.kind](call.row(i), call.k, reinterpret_cast<float*>(to));
-      });
+  const SparseKernels& kernels = s.kernels();
+  const bool pairs = kernels.grad_pairs;
+  const auto tiles = [&](int64_t used, int64_t words, const auto& fill) {
+    return TileWords(call.kernels(), pairs ? (call.m + 1) / 2 : call.m, used, words,
+                     kernels.grad_vectors, call.m * used > kWorthThreads / 8, fill);
+  };
+  const auto widened = [&call](int64_t i, char* to) {
+    call.kernels().widen[call.kind](call.row(i), call.k, reinterpret_cast<float*>(to));
+  };
+  const auto as_stored = [](uint16_t bits) { return bits; };  // x is bf16 where the values are
+  const uint16_t* x_rows = static_cast<const uint16_t*>(call.x.const_data_ptr());
+  const int64_t padded_n = s.chunks * s.chunk, padded_k = s.words() * s.columns();
+  const TileWords gz =
+      pairs ? tiles(call.n, padded_n,
+                    row_pairs(gz_rows, call.m, call.n, [](float v) { return bf16_of(v); }))
+            : tiles(call.n, padded_n, float_rows(gz_rows, call.n));
+  const TileWords x = pairs ? tiles(call.k, padded_k, row_pairs(x_rows, call.m, call.k, as_stored))
+                            : tiles(call.k, padded_k, widened);
   const int64_t width = kPanelWords * s.columns();
   const auto run = [&](int64_t task) {
     const int64_t c = task / s.panels, p = task % s.panels;
@@ -251,9 +278,9 @@ void value_gradient(const CompressedCall& call, const SparseStorage& s, const Ti
     std::memset(t.out, 0, static_cast<size_t>(count * 4));
     for (int64_t i = 0; i < gz.count(); ++i) {
       t.vectors = gz.vectors(i);
-      t.grad = reinterpret_cast<const float*>(gz.at(i, s.first_row(c)));
-      t.x = reinterpret_cast<const float*>(x.at(i, p * width));
-      s.kernels().sample[s.group](t);
+      t.grad = reinterpret_cast<const int32_t*>(gz.at(i, s.first_row(c)));
+      t.x = reinterpret_cast<const int32_t*>(x.at(i, p * width));
+      kernels.sample[s.group](t);
     }
     clear_padding(s, c, p, t.out);
     if (!in_place) to_bf16(t.out, count, static_cast<uint16_t*>(out) + first);
@@ -304,14 +331,13 @@ std::tuple<Tensor, Tensor, Tensor> sparse_linear_backward(
     gv = empty(shape, 3, values.scalar_type());
   }
   if (!products) return {gx, gv, p.bias_grad};
-  const auto tiles = [&](int vectors) {
-    return TileWords(call.kernels(), call.m, call.n, s.chunks * s.chunk, vectors,
-                     call.m * call.n > kWorthThreads / 8, float_rows(gz, call.n));
-  };
-  if (need_x && call.m > 0)
-    input_gradient(call, s, tiles(select_sparse(kWordF32).kernels->max_vectors),
-                   gx.mutable_data_ptr());
-  if (need_values) value_gradient(call, s, tiles(s.kernels().grad_vectors), gv.mutable_data_ptr());
+  if (need_x && call.m > 0) {
+    const TileWords tiles(call.kernels(), call.m, call.n, s.chunks * s.chunk,
+                          select_sparse(kWordF32).kernels->max_vectors,
+                          call.m * call.n > kWorthThreads / 8, float_rows(gz, call.n));
+    input_gradient(call, s, tiles, gx.mutable_data_ptr());
+  }
+  if (need_values) value_gradient(call, s, gz, gv.mutable_data_ptr());
   return {gx, gv, p.bias_grad};
 }
 

@@ -6,6 +6,8 @@ namespace bigops {
 namespace {
 
 struct Bf16Lanes : Avx512Lanes {
+  static constexpr bool native_bf16 = true;
+
   static __m512 dot_bf16(__m512 acc, ireg x, ireg w) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
   }

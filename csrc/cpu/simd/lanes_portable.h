@@ -26,6 +26,7 @@ struct PortableLanes {
   static constexpr int max_vectors = 4;
   static constexpr int grad_vectors = 4;
   static constexpr int sparse_sums = 16;
+  static constexpr bool native_bf16 = false;
 
   static ireg izero() { return 0; }
   static ireg iset1(int32_t v) { return v; }

@@ -35,22 +35,24 @@ struct SparseTask {
   int64_t acc_stride;
 };
 
-// The product of gz^T and x at the stored positions of one panel of one chunk.
+// The product of gz^T and x at the stored positions of one panel of one chunk. A lane is a row of
+// x as a float, or with `grad_pairs` two neighbouring rows as bf16, the earlier in the low half.
 struct SampleTask {
   const int32_t* ptr;
   const uint8_t* index;
   const uint8_t* rows;
   int64_t slices;
   int vectors;
-  const float* grad;  // [chunk][vectors * width]
-  const float* x;     // [64 * columns of a word][vectors * width]
-  float* out;         // [steps from ptr[0]][16][columns of a word], added to
+  const int32_t* grad;  // [chunk][vectors * width]
+  const int32_t* x;     // [64 * columns of a word][vectors * width]
+  float* out;           // [steps from ptr[0]][16][columns of a word], added to
 };
 
 struct SparseKernels {
   int width;         // lanes of a vector
   int max_vectors;   // vectors of the widest tile of x, columns form
   int grad_vectors;  // the same for sample
+  bool grad_pairs;   // sample takes pairs of bf16
   void (*rows[kGroupKinds])(const SparseTask&);
   void (*columns[kGroupKinds])(const SparseTask&);
   void (*sample[kGroupKinds])(const SampleTask&);

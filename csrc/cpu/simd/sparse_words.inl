@@ -5,9 +5,38 @@
 namespace bigops {
 namespace {
 
+// Rows of x in the lanes of the sampled product: floats, or pairs of bf16.
+template <class L>
+struct FloatRows {
+  static constexpr bool pairs = false;
+  using reg = typename L::V::reg;
+  static reg load(const int32_t* p) { return L::V::load(reinterpret_cast<const float*>(p)); }
+  static reg mac(reg acc, reg a, reg b) { return L::V::fma(a, b, acc); }
+};
+
+template <class L>
+struct Bf16Rows {
+  static constexpr bool pairs = true;
+  using reg = typename L::ireg;
+  static reg load(const int32_t* p) { return L::iload(p); }
+  static typename L::V::reg mac(typename L::V::reg acc, reg a, reg b) {
+    return L::dot_bf16(acc, a, b);
+  }
+};
+
+template <bool kPairs, class L>
+struct RowsOf {
+  using type = FloatRows<L>;
+};
+template <class L>
+struct RowsOf<true, L> {
+  using type = Bf16Rows<L>;
+};
+
 template <class L_>
 struct WordF32 {
   using L = L_;
+  using rows = FloatRows<L>;
   using V = typename L::V;
   using acc = typename V::reg;
   using x = typename V::reg;
@@ -34,6 +63,7 @@ struct WordF32 {
 template <class L_>
 struct WordBf16 {
   using L = L_;
+  using rows = typename RowsOf<L::native_bf16, L>::type;
   using V = typename L::V;
   using acc = typename V::reg;
   using x = typename L::ireg;
@@ -63,6 +93,7 @@ struct WordBf16 {
 template <class L_>
 struct WordS8 {
   using L = L_;
+  using rows = FloatRows<L>;
   using acc = typename L::ireg;
   using x = typename L::xreg;
   using w = typename L::wreg;
