@@ -320,11 +320,10 @@ class FrozenLinear:
     def apply(self, x: Tensor, *rest: Any) -> Tensor:
         """Run the op by the road that the caller's context needs."""
         try:
-            *fixed, bias, residual, activation = rest
             device_type = x.device.type
             if torch.is_autocast_enabled(device_type):  # storage keeps its own dtypes
-                x, bias, residual = autocast(device_type, x, bias, residual)  # type: ignore[assignment]
-                rest = (*fixed, bias, residual, activation)
+                x, bias, residual = autocast(device_type, x, *rest[-3:-1])  # type: ignore[assignment]
+                rest = (*rest[:-3], bias, residual, rest[-1])
             if torch.compiler.is_compiling():
                 return self.forward(x, *rest)
             # Under functorch `requires_grad` of the wrapped tensors says nothing: ask this first.
@@ -335,13 +334,11 @@ class FrozenLinear:
                 wants = [t is not None and t.requires_grad for t in storage]
                 if any(wants):
                     self._refuse(storage, tuple(wants))
-                if (
-                    x.requires_grad
-                    or wants[0]
-                    or (bias is not None and bias.requires_grad)
-                    or (residual is not None and residual.requires_grad)
-                ):
+                wants += [t is not None and t.requires_grad for t in rest[-3:-1]]
+                if x.requires_grad or any(wants):
                     return self._eager.apply(x, *rest)  # type: ignore[attr-defined, no-any-return]
+            elif torch.is_inference_mode_enabled():  # autograd is out of the way already
+                return self.forward(x, *rest)
             with torch._C._AutoDispatchBelowAutograd():
                 return self.forward(x, *rest)
         except (RuntimeError, AttributeError, TypeError):

@@ -92,7 +92,7 @@ class QuantizedWeight(NamedTuple):
         ``pad``, the rows that fill up the last tile, stands for N, so that whole tiles are a weight
         by themselves: DTensor splits a weight without knowing the op's numbers.
         """
-        return (*self[:5], self.values.shape[0] * TILE - self.n, *self[6:])
+        return (*self[:5], -self.n % TILE, *self[6:])
 
     @classmethod
     def of(cls, *arguments: Any) -> QuantizedWeight:
