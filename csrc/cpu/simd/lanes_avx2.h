@@ -27,6 +27,7 @@ struct Avx2Lanes {
   static constexpr int grad_vectors = 2;
   static constexpr int sparse_sums = 8;
   static constexpr bool native_bf16 = false;
+  static constexpr int packed_rows = 6, packed_vectors = 2;  // register block, packed_linear
 
   static ireg izero() { return _mm256_setzero_si256(); }
   static ireg iset1(int32_t v) { return _mm256_set1_epi32(v); }

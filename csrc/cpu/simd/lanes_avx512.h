@@ -26,6 +26,7 @@ struct Avx512Lanes {
   static constexpr int grad_vectors = 4;
   static constexpr int sparse_sums = 16;  // registers of sums of the sparse columns form
   static constexpr bool native_bf16 = false;
+  static constexpr int packed_rows = 6, packed_vectors = 4;  // register block, packed_linear
 
   static __mmask16 first(int n) { return Avx512::first(n); }
   static __mmask64 bytes(int n) { return n >= 64 ? ~0ull : (1ull << n) - 1ull; }

@@ -27,6 +27,7 @@ struct PortableLanes {
   static constexpr int grad_vectors = 4;
   static constexpr int sparse_sums = 16;
   static constexpr bool native_bf16 = false;
+  static constexpr int packed_rows = 2, packed_vectors = 4;  // register block, packed_linear
 
   static ireg izero() { return 0; }
   static ireg iset1(int32_t v) { return v; }

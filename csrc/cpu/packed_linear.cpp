@@ -1,0 +1,156 @@
+// packed_linear on the CPU: a dense weight in panels (layout: simd/packed_linear.h).
+
+#include "cpu/simd/packed_linear.h"
+
+#include <optional>
+
+#include "common/record.h"
+#include "cpu/packed_linear.h"
+#include "cpu/tiles.h"
+
+namespace bigops {
+namespace {
+
+constexpr int64_t kChunkRows = 192;  // rows of x of a task: 48 KB of sums
+constexpr int64_t kLeastRows = 24;   // the same where tasks run short
+
+struct Chosen {
+  void (*product)(const PackedTask&);
+  Isa isa;
+};
+
+Chosen choose(FloatKind kind) {
+  const PackedKernels* kernels = &portable_packed;
+  Isa isa = Isa::portable;
+#if defined(__x86_64__)
+  const Isa active = active_isa();
+  if (kind == kBFloat16 && active >= Isa::avx512bf16) return {avx512bf16_packed, Isa::avx512bf16};
+  if (active >= Isa::avx512) {
+    kernels = &avx512_packed;
+    isa = Isa::avx512;
+  } else if (active >= Isa::avx2) {
+    kernels = &avx2_packed;
+    isa = Isa::avx2;
+  }
+#endif
+  return {kind == kFloat32 ? kernels->f32 : kind == kBFloat16 ? kernels->bf16 : kernels->f16, isa};
+}
+
+struct Panels {
+  Tensor values;
+  int64_t count, words, word_bytes;  // of one row of W
+
+  const char* at(int64_t panel, int64_t word) const {
+    return static_cast<const char*>(values.const_data_ptr()) +
+           (panel * words + word) * kPackedColumns * word_bytes;
+  }
+};
+
+// x as words: floats, or pairs of bf16; as it lies where it can be.
+class Words {
+ public:
+  Words(const CompressedCall& call, int64_t words) {
+    const bool pairs = call.kind == kBFloat16;
+    if (call.kind == kFloat32 || (pairs && call.k % 2 == 0)) {
+      base_ = call.row(0);
+      stride_ = words * 4;
+      return;
+    }
+    const bool worth = call.m * call.k > kWorthThreads / 16;
+    copy_.emplace(call.m, words, worth, [&](int64_t i, char* to) {
+      if (pairs) {
+        std::memcpy(to, call.row(i), static_cast<size_t>(call.k * 2));
+        std::memset(to + call.k * 2, 0, static_cast<size_t>(words * 4 - call.k * 2));
+      } else {
+        call.kernels().widen[call.kind](call.row(i), call.k, reinterpret_cast<float*>(to));
+      }
+    });
+    base_ = copy_->row(0);
+    stride_ = copy_->stride();
+  }
+  const char* at(int64_t row, int64_t word) const { return base_ + row * stride_ + word * 4; }
+  int64_t stride() const { return stride_; }
+
+ private:
+  std::optional<RowWords> copy_;
+  const char* base_;
+  int64_t stride_;
+};
+
+void product(const CompressedCall& call, const Panels& w, void* y) {
+  const Chosen chosen = choose(call.kind);
+  const Words x(call, w.words);
+  const int64_t threads = torch::stable::get_num_threads();
+  int64_t rows = kChunkRows;
+  while (rows > kLeastRows && w.count * ((call.m + rows - 1) / rows) < 4 * threads) rows /= 2;
+  const int64_t chunks = (call.m + rows - 1) / rows;
+  FinishTask finish{};
+  finish.bias = data(call.bias);
+  finish.residual = data(call.residual);
+  finish.y = y;
+  finish.n = call.n;
+  finish.activation = call.activation;
+  finish.stride = kPackedColumns;
+  const auto run = [&](int64_t task) {
+    const int64_t panel = task / chunks, m = task % chunks * rows;
+    PackedTask t{};
+    t.x_stride = x.stride();
+    t.rows = call.m - m < rows ? call.m - m : rows;
+    t.out = reinterpret_cast<float*>(scratch(t.rows * kPackedColumns * 4));
+    FinishTask f = finish;
+    f.tile = t.out;
+    f.m0 = m;
+    f.m1 = m + t.rows;
+    f.n0 = panel * kPackedColumns;
+    f.n1 = f.n0 + kPackedColumns < call.n ? f.n0 + kPackedColumns : call.n;
+    t.columns = f.n1 - f.n0;
+    for (int64_t k = 0; k == 0 || k < w.words; k += kPackedWords) {
+      t.x = x.at(m, k);
+      t.panel = w.at(panel, k);
+      t.words = w.words - k < kPackedWords ? w.words - k : kPackedWords;
+      t.first = k == 0;
+      chosen.product(t);
+    }
+    call.kernels().finish[call.kind](f);
+  };
+  for_each_task_near(w.count * chunks, call.m * call.n * (call.k + 16) > kWorthThreads, run);
+}
+
+Tensor packed_linear(const Tensor& x, const Tensor& panels, int64_t pad, int64_t k,
+                     const OptTensor& bias, const OptTensor& residual,
+                     std::string_view activation) {
+  check_cpu("panels", panels);
+  const ScalarType dtype = panels.scalar_type();
+  const int64_t columns = dtype == ScalarType::BFloat16 ? 2 : 1;
+  if (k < 0) fail("k", "at least 0", std::to_string(k));
+  const int64_t words = (k + columns - 1) / columns;
+  if (panels.dim() != 4 || panels.size(1) != words || panels.size(2) != kPackedColumns ||
+      panels.size(3) != columns)
+    fail("panels", "shape [.., " + std::to_string(words) + ", 64, " + std::to_string(columns) + "]",
+         shape_of(panels));
+  const int64_t n = panels.size(0) * kPackedColumns - pad;
+  if (pad < 0 || pad >= kPackedColumns || n < 0)
+    fail("pad", "the rows that fill up the last panel of 64", std::to_string(pad));
+  const CompressedCall call = check_compressed(x, n, k, bias, residual, activation);
+  check_dtype("panels", panels, call.dtype);
+  record(choose(call.kind).isa, "packed_linear", short_name(call.dtype), "panels");
+  Tensor y = empty_rows_like(x, call.n, call.dtype);
+  const Panels w{dense(panels), panels.size(0), words,
+                 static_cast<int64_t>(dtype == ScalarType::Float ? 4 : 2) * columns};
+  if (!call.empty()) product(call, w, y.mutable_data_ptr());
+  return y;
+}
+
+}  // namespace
+
+std::pair<std::string, std::string> choose_packed_linear(const std::string& dtype) {
+  const FloatKind kind = dtype == "bf16" ? kBFloat16 : dtype == "f16" ? kFloat16 : kFloat32;
+  return {kernel_name(choose(kind).isa, "packed_linear", dtype.c_str(), "panels"),
+          "dense weight in panels of 64 rows, a block of 128 words along K in the L1 cache"};
+}
+
+}  // namespace bigops
+
+STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
+  m.impl("packed_linear", TORCH_BOX(&bigops::packed_linear));
+}
