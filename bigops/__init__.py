@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "fused_linear": "bigops.ops.fused_linear",
+    "pack_weight": "bigops.ops.packed_linear",
+    "packed_linear": "bigops.ops.packed_linear",
     "quantize_weight": "bigops.ops.quantized_linear",
     "quantized_linear": "bigops.ops.quantized_linear",
     "sparse_linear": "bigops.ops.sparse_linear",
@@ -49,6 +51,8 @@ __all__ = [
     "load",
     "nn",
     "ops",
+    "pack_weight",
+    "packed_linear",
     "parallel",
     "quantize_weight",
     "quantized_linear",
@@ -67,6 +71,7 @@ if TYPE_CHECKING:
     from bigops.compress.store import FormatError, load, save
     from bigops.nn.fuse import fuse_
     from bigops.ops.fused_linear import fused_linear
+    from bigops.ops.packed_linear import pack_weight, packed_linear
     from bigops.ops.quantized_linear import quantize_weight, quantized_linear
     from bigops.ops.sparse_linear import sparse_linear
 

@@ -48,6 +48,25 @@ def _apply_crossovers() -> None:
     for op, by_dtype in table["crossover"].items():
         for dtype, limits in by_dtype.items():
             extension.set_crossover(op, dtype, int(limits["max_rows"]), int(limits["max_flops"]))
+    extension.set_float_product(float_product(table))
+
+
+def float_product(table: dict[str, Any]) -> str:
+    """Whose product of float32 matrices serves besides the own kernel: "aten" or "onednn"."""
+    assert extension is not None
+    library: str = table["float_product"].get(extension.vendor(), "aten")
+    return "aten" if library == "onednn" and not _has_onednn() else library
+
+
+def _has_onednn() -> bool:
+    """Whether this torch has the private op by which oneDNN multiplies fp32 matrices."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    op = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if op is None:
+        return False
+    want = "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm)"
+    return want in str(op.default._schema)
 
 
 _apply_crossovers()

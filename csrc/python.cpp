@@ -41,6 +41,7 @@ PYBIND11_MODULE(_C, m) {
         return before;
       },
       py::arg("name"), "Use an instruction set from now on; returns the one before.");
+  m.def("vendor", &cpu_vendor, "The maker of the CPU: amd, intel or other.");
   m.def(
       "features",
       [] {
@@ -59,6 +60,7 @@ PYBIND11_MODULE(_C, m) {
         set_crossover(op, dtype, {rows, flops});
       },
       py::arg("op"), py::arg("dtype"), py::arg("max_rows"), py::arg("max_flops"));
+  m.def("set_float_product", &set_float_product, py::arg("library"));
   m.def("choose_fused_linear", &choose_fused_linear, py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("dtype"));
   m.def("choose_packed_linear", &choose_packed_linear, py::arg("dtype"));

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigops.ops._quantize import quantize_rows, static_grid
+from bigops.ops.packed_linear import PackedWeight, pack_weight, packed_linear
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear
 from bigops.ops.sparse_linear import Pattern, SparseWeight, sparse_linear, sparsify_weight
 from tests.kernels_ran import ISAS
@@ -44,7 +45,7 @@ QUANTISED: dict[str, dict[str, Any]] = {
     "w4a8_static": {"bits": 4, "group": 32, "activations": "static"},
 }
 # The roads are the same for all formats of an op: one of each kind of sums travels them.
-FORMATS = ("int8", "w4_zero", "w4a8", "sparse_int8", "sparse_float", "sparse_bf16")
+FORMATS = ("int8", "w4_zero", "w4a8", "sparse_int8", "sparse_float", "sparse_bf16", "packed")
 VALUES = {"s8": torch.int8, "f32": torch.float32, "bf16": torch.bfloat16}  # of sparse_linear
 SPARSE = {"sparse_int8": "s8", "sparse_float": "f32", "sparse_bf16": "bf16"}
 PATTERNS = ("1x1", "1x4", "4x1", "16x1", "16x16", "32x32", "2:4")
@@ -80,6 +81,13 @@ def served(form: str) -> list[str]:
 def dtype_of(form: str) -> str:
     """One of them, for tests that need no other: float32 where it is served."""
     return "bf16" if form == "sparse_bf16" else "f32"
+
+
+_PUBLIC: dict[str, Any] = {
+    "packed_linear": packed_linear,
+    "quantized_linear": quantized_linear,
+    "sparse_linear": sparse_linear,
+}
 
 
 @dataclass
@@ -119,14 +127,15 @@ class Case:
 
     @property
     def op(self) -> str:
+        if isinstance(self.weight, PackedWeight):
+            return "packed_linear"
         return "sparse_linear" if self.sparse else "quantized_linear"
 
     def public(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         """The call by the public function: x, values where they are a leaf, bias, residual."""
         *values, bias, residual = rest
         weight = self.weight._replace(values=values[0]) if values else self.weight
-        f: Any = sparse_linear if self.sparse else quantized_linear
-        y: Tensor = f(x, weight, bias, residual, self.name)
+        y: Tensor = _PUBLIC[self.op](x, weight, bias, residual, self.name)
         return y
 
     def raw(self, x: Tensor, *rest: Tensor | None) -> Tensor:
@@ -251,7 +260,7 @@ def make(
     pattern: str = "1x4",
     values: bool = False,
 ) -> Case:
-    """A case of a format in QUANTISED or FORMATS.
+    """A case of a format in QUANTISED or FORMATS; "packed" weights have the dtype of x.
 
     x is off centre, so that zero points are of every size. ``sparsity`` and ``pattern`` are for
     sparse formats (2:4 has its own sparsity); ``values``: floating values are a leaf.
@@ -265,6 +274,8 @@ def make(
         if options.get("activations") == "static":
             options["x_grid"] = static_grid(-2.0, 3.0)  # some of x lies outside
         weight = quantize_weight(w, **options)
+    elif form == "packed":
+        weight = pack_weight(w.to(DTYPES[dtype]))
     else:
         how = Pattern.parse(pattern)
         stored = VALUES[SPARSE[form]]
@@ -273,7 +284,7 @@ def make(
     return Case(
         x.to(to),
         weight,
-        weight.to_dense(torch.float64),
+        weight.to_dense().double() if form == "packed" else weight.to_dense(torch.float64),
         form == "sparse_int8" or getattr(weight, "activations", "none") != "none",
         torch.randn(n).to(to) if bias else None,
         torch.randn(*shape, n).to(to) if residual else None,

@@ -30,6 +30,7 @@ load(sys.argv[1])
 
 from bigops import backend  # noqa: E402
 from bigops.ops.fused_linear import fused_linear  # noqa: E402
+from bigops.ops.packed_linear import pack_weight, packed_linear  # noqa: E402
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear  # noqa: E402
 from bigops.ops.sparse_linear import Pattern, sparse_linear, sparsify_weight  # noqa: E402
 
@@ -93,6 +94,20 @@ def run_fused_linear() -> None:
                 both_ways(lambda *t, name=name: fused_linear(*t, activation=name),
                           x, w, bias, residual)  # fmt: skip
             both_ways(fused_linear, x, torch.randn(n, k).to(dtype), None, None)
+
+    at_every_level(run)
+
+
+def run_packed_linear() -> None:
+    names = itertools.cycle(PLAIN)
+
+    def run(level: str, m: int, n: int, k: int) -> None:
+        for i, dtype in enumerate(DTYPES.values()):
+            weight, name = pack_weight(torch.randn(n, k).to(dtype)), next(names)
+            both_ways(
+                lambda x, *rest, name=name, weight=weight: packed_linear(x, weight, *rest, name),
+                *tensors(m, n, k, dtype, i == 0),
+            )
 
     at_every_level(run)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bigops.nn import Linear
 from bigops.ops.fused_linear import fused_linear
+from bigops.ops.packed_linear import pack_weight, packed_linear
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear
 from bigops.ops.sparse_linear import SparseWeight, block_mask, sparse_linear, sparsify_weight
 from bigops.parallel import init
@@ -43,6 +44,9 @@ CASES = {
     "relu_columns": Case("fused", "relu", (6, 16), 8, "R00-", "1"),
     "gated_columns": Case("fused", "swiglu", (6, 16), 4, "R00-", "R", silent=False),
     "inner_gelu": Case("fused", "gelu", (6, 16), 8, "11RR", "?", silent=False),
+    "packed_rows": Case("packed", "none", (6, 16), 8, "0RR0", "0"),
+    "packed_columns": Case("packed", "gelu", (6, 16), 128, "R001", "1"),
+    "packed_inner": Case("packed", "none", (6, 16), 8, "1RRR", "?", silent=False),
     "quantized_rows": Case("quantized", "none", (6, 16), 8, "0RR0", "0"),
     "quantized_columns": Case("quantized", "none", (6, 16), 32, "R001", "1"),
     "quantized_inner": Case("quantized", "none", (6, 16), 8, "11RR", "?", silent=False),
@@ -76,7 +80,8 @@ def tensors(name: str) -> dict[str, Tensor | None]:
 
 def call(op: str, weight: Any, x: Tensor, bias: Any, residual: Any, activation: str) -> Tensor:
     """The public function of the case's op."""
-    function = {"fused": fused_linear, "quantized": quantized_linear}.get(op, sparse_linear)
+    functions = {"fused": fused_linear, "packed": packed_linear, "quantized": quantized_linear}
+    function = functions.get(op, sparse_linear)
     return function(x, weight, bias, residual, activation)  # type: ignore[operator]
 
 
@@ -84,6 +89,8 @@ def stored(op: str, weight: Any) -> Any:
     """The weight in the op's format."""
     if op == "fused":
         return weight.clone().requires_grad_()
+    if op == "packed":
+        return pack_weight(weight)
     if op == "quantized":
         return quantize_weight(weight)
     if op == "values":
@@ -113,6 +120,8 @@ def run_case(name: str, mesh: Any) -> dict[str, Any]:
     weight: Any = stored(case.op, whole["weight"])  # type: ignore[arg-type]
     if case.op == "fused":
         weight = leaves["weight"] = spread(weight.detach(), layout["weight"]).requires_grad_()
+    elif case.op == "packed":
+        weight = weight._replace(panels=spread(weight.panels, layout["weight"]))
     elif case.op == "quantized":
         # scale [groups, N] follows the tiles of the weight; its columns are no split of it
         rows = layout["weight"] == "0"

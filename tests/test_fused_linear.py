@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bigops
+from bigops import backend
 from bigops.ops.fused_linear import fused_linear, reference
 from tests.kernels_ran import ISAS, crossover, expect, isa, needs_extension
 from tests.linear_cases import ACTIVATIONS, Case, make
@@ -80,10 +81,16 @@ def test_ragged_shapes(level: str, dtype: str, m: int, n: int, k: int) -> None:
         run(make(m, n, k, DTYPES[dtype], name), level, dtype)
 
 
+@pytest.mark.parametrize("library", ["aten", "onednn"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["none", "silu", "geglu"])
-def test_large_products_go_through_torch(dtype: str, name: str) -> None:
-    form = "torch_linear_via_f32" if dtype == "f16" else "torch_linear"
+def test_large_products_go_through_a_library(dtype: str, name: str, library: str) -> None:
+    if library == "onednn" and not backend._has_onednn():
+        pytest.skip("this torch has no fp32 product by oneDNN")
+    by_onednn = library == "onednn" and dtype in ("f32", "f16")
+    form = "onednn_linear" if by_onednn else "torch_linear"
+    form += "_via_f32" if dtype == "f16" else ""
+    backend.extension.set_float_product(library)  # crossover() sets the committed one again
     run(make(300, 70, 520, DTYPES[dtype], name), ISAS[-1], dtype, form)
 
 

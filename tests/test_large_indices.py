@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bigops.ops.packed_linear import pack_weight, packed_linear
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear
 from bigops.ops.sparse_linear import block_mask, sparse_linear, sparsify_weight
 from tests.kernels_ran import expect, needs_extension
@@ -35,7 +36,12 @@ def _quantised(bits: int) -> Callable[[Tensor, Tensor], Tensor]:
     return product
 
 
+def _packed(x: Tensor, w: Tensor) -> Tensor:
+    return packed_linear(x, pack_weight(w.bfloat16()))
+
+
 FORMS = {
+    "packed_linear.bf16": _packed,
     "sparse_linear.bf16.s8": _sparse(torch.int8),
     "sparse_linear.bf16.f32": _sparse(torch.float32),
     "sparse_linear.bf16.bf16": _sparse(torch.bfloat16),

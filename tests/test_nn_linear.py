@@ -7,9 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from bigops import backend
 from bigops.nn import Linear
+from bigops.nn.pack import Pack
 from bigops.ops import _activation as act
+from bigops.ops.packed_linear import pack_weight
 from tests import tolerance
+from tests.kernels_ran import expect, needs_extension
 
 
 def _truth(layer: nn.Linear, x: torch.Tensor, residual: torch.Tensor | None, activation: str):
@@ -108,3 +112,124 @@ def test_errors_name_argument_expected_and_given() -> None:
         Linear.from_linear(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"x: expected shape \[.., 2\]"):
         Linear(2, 3)(torch.randn(4, 3))
+
+
+# --- the pack ------------------------------------------------------------------------------
+
+
+def _wide() -> Linear:
+    return Linear(96, 80, activation="gelu").eval()
+
+
+def _kernels(layer: nn.Module, x: torch.Tensor) -> list[str]:
+    with torch.inference_mode(), backend.record() as names:
+        layer(x)
+    return list(names)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_inference_runs_from_a_pack(dtype: torch.dtype) -> None:
+    layer, x = _wide().to(dtype), torch.randn(5, 96).to(dtype)
+    residual = torch.randn(5, 80).to(dtype)
+    own = layer.nbytes
+    with torch.inference_mode(), expect(".packed_linear."):
+        y = layer(x, residual)
+    tolerance.check(y, *_truth(layer, x, residual, "gelu"))
+    assert layer.nbytes == own + pack_weight(layer.weight).nbytes
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda layer: layer.train(),
+        lambda layer: layer.double(),
+        lambda layer: Linear(20, 12).eval(),
+    ],
+    ids=["training", "float64", "small"],
+)
+def test_what_is_not_packed(how) -> None:  # type: ignore[no-untyped-def]
+    layer = how(_wide())
+    x = torch.randn(3, layer.in_features).to(layer.weight.dtype)
+    assert all(".fused_linear." in name for name in _kernels(layer, x))
+    assert layer._pack is None
+
+
+@needs_extension
+def test_no_pack_with_gradients_or_autocast() -> None:
+    layer, x = _wide(), torch.randn(3, 96)
+    with torch.no_grad(), expect(".fused_linear."):  # may be called once only: not worth a copy
+        layer(x)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), expect(".bf16."):
+        layer(x)
+    assert layer._pack is None
+
+
+def _in_place(layer: Linear) -> None:
+    with torch.no_grad():
+        layer.weight.mul_(2)
+
+
+def _step(layer: Linear) -> None:
+    layer(torch.randn(4, 96)).sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+
+
+def _loaded(layer: Linear) -> None:
+    layer.load_state_dict(_wide().state_dict())
+
+
+def _data_replaced(layer: Linear) -> None:
+    layer.weight.data = torch.randn(80, 96)
+
+
+def _parameter_replaced(layer: Linear) -> None:
+    layer.weight = nn.Parameter(torch.randn(80, 96))
+
+
+@needs_extension
+@pytest.mark.parametrize("change", [_in_place, _step, _loaded, _data_replaced, _parameter_replaced])
+def test_a_pack_is_never_stale(change) -> None:  # type: ignore[no-untyped-def]
+    layer, x = _wide(), torch.randn(5, 96)
+    with torch.inference_mode():
+        layer(x)
+    change(layer)
+    with torch.inference_mode(), expect(".packed_linear."):
+        y = layer(x)
+    tolerance.check(y, *_truth(layer, x, None, "gelu"))
+
+
+@needs_extension
+def test_a_planted_stale_pack_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pack, "is_fresh", lambda self, sources: True)
+    with pytest.raises(AssertionError, match="float64 says"):
+        test_a_pack_is_never_stale(_in_place)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "drop",
+    [
+        copy.deepcopy,
+        copy.copy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: m.to(torch.float32),
+        lambda m: m.train(),
+        lambda m: m.eval(),
+    ],
+)
+def test_the_pack_is_dropped(drop) -> None:  # type: ignore[no-untyped-def]
+    layer = _wide()
+    _kernels(layer, torch.randn(2, 96))
+    assert layer._pack is not None
+    assert drop(layer)._pack is None
+
+
+@needs_extension
+def test_a_weight_made_under_inference_mode_is_not_packed() -> None:
+    """It counts no versions, so a pack of it could not be kept."""
+    with torch.inference_mode():
+        layer = _wide()
+        assert all(".fused_linear." in name for name in _kernels(layer, torch.randn(2, 96)))
+    assert layer._pack is None

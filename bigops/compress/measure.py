@@ -33,7 +33,7 @@ def model_bytes(model: nn.Module) -> int:
             seen.add(storage.data_ptr())
             total += storage.nbytes()
     for module in model.modules():
-        if isinstance(module, CompressedLinear) and module._pack is not None:
+        if isinstance(module, Linear | CompressedLinear) and module._pack is not None:
             total += module._pack.storage.nbytes
     return total
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from bigops import backend
+from bigops.nn.pack import Pack, renewed
 from bigops.ops import _activation as act
 from bigops.ops.fused_linear import fused_linear
+from bigops.ops.packed_linear import SERVED, pack_weight, packed_linear
+
+_LEAST = 64 * 64  # entries of a weight that is worth a pack
+
+Self = TypeVar("Self", bound="Linear")
 
 
 class Linear(nn.Linear):
@@ -16,6 +24,10 @@ class Linear(nn.Linear):
 
     A drop-in for `torch.nn.Linear`: the same parameters, initialisation and `state_dict` in both
     directions, and ``isinstance(layer, nn.Linear)`` holds.
+
+    In `eval` under `torch.inference_mode` on the CPU, the first call packs the weight for
+    `bigops.packed_linear`, which takes as much memory again; the pack follows changes of the
+    weight that count a version (``weight.data.mul_(2)`` does not: call `eval()` after it).
 
     Args:
         in_features: K, length of the last dimension of x.
@@ -45,6 +57,7 @@ class Linear(nn.Linear):
         check_size("in_features", in_features)
         check_size("out_features", out_features)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._pack: Pack | None = None
         self.activation = activation
 
     @classmethod
@@ -66,7 +79,53 @@ class Linear(nn.Linear):
         return new.train(linear.training)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if (
+            not self.training
+            and torch.is_inference_mode_enabled()
+            and self.in_features * self.out_features >= _LEAST
+            and self._packs(x)
+        ):
+            weight, self._pack = renewed(
+                self._pack, (self.weight,), lambda: pack_weight(self.weight)
+            )
+            return packed_linear(x, weight, self.bias, residual, self.activation)
         return fused_linear(x, self.weight, self.bias, residual, self.activation)
+
+    def _packs(self, x: Tensor) -> bool:
+        """Whether the packed kernel serves this call."""
+        weight = self.weight
+        return (
+            type(weight) is nn.Parameter  # a DTensor or another subclass goes its own way
+            and not weight.is_inference()  # it counts no versions: a pack could not be kept
+            and weight.dtype == x.dtype
+            and weight.dtype in SERVED
+            and weight.device.type == "cpu"
+            and backend.extension is not None
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters and of the pack, where there is one."""
+        own = sum(p.nbytes for p in self.parameters())
+        return own + (0 if self._pack is None else self._pack.storage.nbytes)
+
+    def train(self: Self, mode: bool = True) -> Self:
+        self._pack = None
+        return super().train(mode)
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._pack = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._pack = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pack": None}  # pickle, copy and deepcopy all come by here
 
     def extra_repr(self) -> str:
         suffix = "" if self.activation == "none" else f", activation={self.activation}"

@@ -203,12 +203,17 @@ def packed_linear(
 
     Returns:
         ``[.., N]`` in x's dtype; sums and epilogue are held in float32. Gradients for x, bias and
-        residual come from plain torch on the unpacked weight. Under `torch.autocast` x, bias and
-        residual are cast to the autocast dtype first, so the weight has to have it.
+        residual come from a library's product with the unpacked weight. Under `torch.autocast` x,
+        bias and residual are cast to the weight's dtype: it was packed for that one.
 
     Raises:
         ValueError: unknown or gated activation, shapes or devices that do not fit, or a weight
             that requires a gradient.
         TypeError: a dtype that is not served, or dtypes that differ.
     """
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        dtype = weight.panels.dtype
+        low = [t if t is None else t.to(dtype) for t in (bias, residual)]
+        with torch.autocast(x.device.type, enabled=False):
+            return _op.apply(x.to(dtype), *weight.arguments, *low, activation)
     return _op.apply(x, *weight.arguments, bias, residual, activation)

@@ -42,6 +42,8 @@ _OPS = (
     "fused_linear",
     "fused_linear_with_preact",
     "fused_linear_backward",
+    "packed_linear",
+    "packed_linear_backward",
     "quantized_linear",
     "quantized_linear_backward",
     "sparse_linear",
@@ -133,6 +135,51 @@ def _fused_linear_backward(
     if activation not in GATED:
         rules.append(rule(Partial(), Shard(0), Shard(0), Shard(last), whole, Shard(0)))
     rules.append(rule(Shard(last), Shard(1), whole, whole, Shard(last), Shard(1)))
+    return rules
+
+
+def _packed_linear(
+    x: Any, panels: Any, pad: int, k: int, bias: Any, residual: Any, activation: str
+) -> list[Rule]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    last = x.ndim - 1
+
+    def rule(y: Any, x_: Any, row: Any) -> Rule:
+        return [y], [x_, row, None, None, _if(bias, row), _if(residual, y), None]
+
+    whole = Replicate()
+    rules = [rule(whole, whole, whole)]
+    rules += [rule(Shard(d), Shard(d), whole) for d in range(last)]
+    if _whole_tiles(panels, pad):
+        rules.append(rule(Shard(last), whole, Shard(0)))
+    return rules
+
+
+def _packed_linear_backward(
+    grad: Any,
+    x: Any,
+    panels: Any,
+    pad: int,
+    k: int,
+    bias: Any,
+    activation: str,
+    need_x: bool,
+    need_bias: bool,
+) -> list[Rule]:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    last = x.ndim - 1
+    whole = Replicate()
+
+    def rule(gx: Any, gb: Any, grad_: Any, x_: Any, row: Any) -> Rule:
+        results = [gx if need_x else whole, gb if need_bias else whole]
+        return results, [grad_, x_, row, None, None, _if(bias, row), None, None, None]
+
+    rules = [rule(whole, whole, whole, whole, whole)]
+    rules += [rule(Shard(d), Partial(), Shard(d), Shard(d), whole) for d in range(last)]
+    if _whole_tiles(panels, pad):
+        rules.append(rule(Partial(), Shard(0), Shard(last), whole, Shard(0)))
     return rules
 
 

@@ -17,7 +17,13 @@ std::deque<Entry>& table() {
   return entries;
 }
 
+bool g_onednn_floats = false;  // written like the table
+
 }  // namespace
+
+bool onednn_floats() { return g_onednn_floats; }
+
+void set_float_product(const std::string& library) { g_onednn_floats = library == "onednn"; }
 
 Crossover crossover(const char* op, const char* dtype) {
   for (const Entry& e : table())

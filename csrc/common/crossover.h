@@ -15,4 +15,9 @@ struct Crossover {
 Crossover crossover(const char* op, const char* dtype);
 void set_crossover(const std::string& op, const std::string& dtype, Crossover value);
 
+// Whose product of float matrices is called, where it is not ours: torch's own (aten) or oneDNN's.
+// torch's is MKL, which takes twice oneDNN's time on AMD (bigops/configs/crossover_cpu.json).
+bool onednn_floats();
+void set_float_product(const std::string& library);  // "aten" or "onednn"
+
 }  // namespace bigops

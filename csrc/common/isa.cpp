@@ -72,6 +72,15 @@ bool set_isa(const char* name) {
   return true;
 }
 
+const char* cpu_vendor() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("amd")) return "amd";
+  if (__builtin_cpu_is("intel")) return "intel";
+#endif
+  return "other";
+}
+
 const char* cpu_features() {
 #if defined(__x86_64__)
   static char text[256] = "";

@@ -12,5 +12,6 @@ Isa best_isa();                  // what this CPU has
 Isa active_isa();                // what kernels use now
 bool set_isa(const char* name);  // false: unknown name, or this CPU lacks it
 const char* cpu_features();      // space separated, read-only string
+const char* cpu_vendor();        // amd, intel or other
 
 }  // namespace bigops

@@ -2,11 +2,11 @@
 
 #include <array>
 
-#include "common/crossover.h"
 #include "common/record.h"
 #include "common/tensor.h"
 #include "cpu/fused_linear.h"
 #include "cpu/kernels.h"
+#include "cpu/library_product.h"
 
 namespace bigops {
 namespace {
@@ -69,8 +69,26 @@ bool own_kernel(int64_t m, int64_t width, int64_t k, ScalarType dtype) {
 // torch's fp16 product is 5 to 10 times slower than its fp32 one on CPUs without AVX512-FP16.
 bool through_f32(ScalarType dtype) { return dtype == ScalarType::Half; }
 
-const char* torch_form(ScalarType dtype) {
-  return through_f32(dtype) ? "torch_linear_via_f32" : "torch_linear";
+bool by_onednn(ScalarType dtype) {
+  return (dtype == ScalarType::Float || through_f32(dtype)) && onednn_floats();
+}
+
+// The product of another library, as it is recorded: forward "linear", backward "mm".
+std::string library_form(ScalarType dtype, const char* product) {
+  return std::string(by_onednn(dtype) ? "onednn_" : "torch_") + product +
+         (through_f32(dtype) ? "_via_f32" : "");
+}
+
+// x [.., K] times weight [N, K] transposed, plus bias.
+Tensor library_linear(const Problem& p, const Tensor& x, const Tensor& weight,
+                      const OptTensor& bias) {
+  if (x.scalar_type() != ScalarType::Float || !onednn_floats() || p.m * p.width * p.k == 0)
+    return torch_linear(x, weight, bias);
+  const Tensor z = onednn_linear(view_matrix(x, p.m, p.k), weight, bias);
+  std::vector<int64_t> shape(static_cast<size_t>(x.dim()));
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) shape[static_cast<size_t>(i)] = x.size(i);
+  shape.back() = p.width;
+  return torch::stable::view(z, shape);
 }
 
 Tensor to_f32(const Tensor& t) { return torch::stable::to(t, ScalarType::Float); }
@@ -143,16 +161,16 @@ Tensor forward(const Tensor& x_any, const Tensor& weight_any, const OptTensor& b
     if (p.m > 0 && p.n > 0) run_own(s, p, x, weight, bias, residual, y, preact);
     return y;
   }
-  record(s.isa, op, short_name(p.dtype), torch_form(p.dtype));
+  record(s.isa, op, short_name(p.dtype), library_form(p.dtype, "linear").c_str());
   const bool plain = p.activation == kNone && !residual.has_value();
   if (through_f32(p.dtype)) {
-    const Tensor z = torch_linear(to_f32(x), to_f32(weight), OptTensor());
+    const Tensor z = library_linear(p, to_f32(x), to_f32(weight), OptTensor());
     Tensor y = empty_rows_like(x, p.n, p.dtype);
     if (preact != nullptr) *preact = empty_rows_like(x, p.width, p.dtype);
     run_epilogue(s, p, z, bias, residual, y, preact);
     return y;
   }
-  Tensor z = torch_linear(x, weight, bias);
+  Tensor z = library_linear(p, x, weight, bias);
   if (preact != nullptr) *preact = z;
   if (plain && preact == nullptr) return z;
   // In place where z is ours alone and y has its shape.
@@ -199,8 +217,7 @@ std::tuple<Tensor, Tensor, Tensor> fused_linear_backward(const Tensor& grad_any,
            shape_of(*preact));
   }
   const Selected s = select_float_kernels(p.dtype);
-  record(s.isa, "fused_linear_backward", short_name(p.dtype),
-         through_f32(p.dtype) ? "torch_mm_via_f32" : "torch_mm");
+  record(s.isa, "fused_linear_backward", short_name(p.dtype), library_form(p.dtype, "mm").c_str());
 
   const int64_t flat[2] = {p.m, p.width};
   const bool products = need_x || need_weight;
@@ -208,7 +225,9 @@ std::tuple<Tensor, Tensor, Tensor> fused_linear_backward(const Tensor& grad_any,
   Tensor gz = pointwise && products ? empty(flat, 2, p.dtype) : view_matrix(grad, p.m, p.n);
   Tensor gb = need_bias ? empty(&p.width, 1, p.dtype) : nothing(p.dtype);
   if ((pointwise && products) || need_bias) {
-    constexpr int64_t kColumns = 64;
+    const int64_t share = p.n / (4 * int64_t(torch::stable::get_num_threads()));
+    const int64_t rounded = (share + 63) / 64 * 64;
+    const int64_t columns = rounded < 64 ? 64 : rounded > kGradColumns ? kGradColumns : rounded;
     auto run = [&](int64_t begin, int64_t end) {
       BackwardTask t{grad.const_data_ptr(),
                      data(preact),
@@ -216,25 +235,25 @@ std::tuple<Tensor, Tensor, Tensor> fused_linear_backward(const Tensor& grad_any,
                      need_bias ? gb.mutable_data_ptr() : nullptr,
                      p.m,
                      p.n,
-                     begin * kColumns,
-                     end * kColumns < p.n ? end * kColumns : p.n,
+                     begin * columns,
+                     end * columns < p.n ? end * columns : p.n,
                      p.activation};
       s.kernels->backward(t);
     };
-    for_tasks((p.n + kColumns - 1) / kColumns, p.m * p.width * 16 > kWorthThreads, run);
+    for_tasks((p.n + columns - 1) / columns, p.m * p.width * 16 > kWorthThreads, run);
   }
 
   Tensor gx = nothing(p.dtype), gw = nothing(p.dtype);
   if (products && through_f32(p.dtype)) {
     const Tensor gz32 = to_f32(gz);
-    if (need_x) gx = torch::stable::to(torch_mm(gz32, to_f32(weight)), p.dtype);
+    if (need_x) gx = torch::stable::to(library_mm(gz32, to_f32(weight)), p.dtype);
     if (need_weight)
       gw = torch::stable::to(
-          torch_mm(torch::stable::transpose(gz32, 0, 1), to_f32(view_matrix(x, p.m, p.k))),
+          library_mm(torch::stable::transpose(gz32, 0, 1), to_f32(view_matrix(x, p.m, p.k))),
           p.dtype);
   } else if (products) {
-    if (need_x) gx = torch_mm(gz, weight);
-    if (need_weight) gw = torch_mm(torch::stable::transpose(gz, 0, 1), view_matrix(x, p.m, p.k));
+    if (need_x) gx = library_mm(gz, weight);
+    if (need_weight) gw = library_mm(torch::stable::transpose(gz, 0, 1), view_matrix(x, p.m, p.k));
   }
   if (need_x) {
     std::vector<int64_t> shape(static_cast<size_t>(x.dim()));
@@ -259,8 +278,10 @@ std::pair<std::string, std::string> choose_fused_linear(int64_t m, int64_t n, in
   if (own_kernel(m, n, k, type))
     return {kernel_name(s.isa, "fused_linear", short_name(type), "dot"),
             "own kernel up to " + bounds + " (crossover table)"};
-  return {kernel_name(s.isa, "fused_linear", short_name(type), torch_form(type)),
-          "torch's product above " + bounds + " (crossover table), own epilogue"};
+  return {
+      kernel_name(s.isa, "fused_linear", short_name(type), library_form(type, "linear").c_str()),
+      std::string(by_onednn(type) ? "oneDNN's" : "torch's") + " product above " + bounds +
+          " (crossover table), own epilogue"};
 }
 
 }  // namespace bigops

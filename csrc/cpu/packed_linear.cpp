@@ -3,8 +3,10 @@
 #include "cpu/simd/packed_linear.h"
 
 #include <optional>
+#include <vector>
 
 #include "common/record.h"
+#include "cpu/library_product.h"
 #include "cpu/packed_linear.h"
 #include "cpu/tiles.h"
 
@@ -38,7 +40,7 @@ Chosen choose(FloatKind kind) {
 
 struct Panels {
   Tensor values;
-  int64_t count, words, word_bytes;  // of one row of W
+  int64_t count, n, words, word_bytes;  // words of one row of W
 
   const char* at(int64_t panel, int64_t word) const {
     return static_cast<const char*>(values.const_data_ptr()) +
@@ -77,7 +79,8 @@ class Words {
   int64_t stride_;
 };
 
-void product(const CompressedCall& call, const Panels& w, void* y) {
+// y: [M, N] in x's dtype, or float when y_float.
+void product(const CompressedCall& call, const Panels& w, void* y, bool y_float) {
   const Chosen chosen = choose(call.kind);
   const Words x(call, w.words);
   const int64_t threads = torch::stable::get_num_threads();
@@ -88,6 +91,7 @@ void product(const CompressedCall& call, const Panels& w, void* y) {
   finish.bias = data(call.bias);
   finish.residual = data(call.residual);
   finish.y = y;
+  finish.y_float = y_float;
   finish.n = call.n;
   finish.activation = call.activation;
   finish.stride = kPackedColumns;
@@ -116,9 +120,7 @@ void product(const CompressedCall& call, const Panels& w, void* y) {
   for_each_task_near(w.count * chunks, call.m * call.n * (call.k + 16) > kWorthThreads, run);
 }
 
-Tensor packed_linear(const Tensor& x, const Tensor& panels, int64_t pad, int64_t k,
-                     const OptTensor& bias, const OptTensor& residual,
-                     std::string_view activation) {
+Panels check_panels(const Tensor& panels, int64_t pad, int64_t k) {
   check_cpu("panels", panels);
   const ScalarType dtype = panels.scalar_type();
   const int64_t columns = dtype == ScalarType::BFloat16 ? 2 : 1;
@@ -131,14 +133,79 @@ Tensor packed_linear(const Tensor& x, const Tensor& panels, int64_t pad, int64_t
   const int64_t n = panels.size(0) * kPackedColumns - pad;
   if (pad < 0 || pad >= kPackedColumns || n < 0)
     fail("pad", "the rows that fill up the last panel of 64", std::to_string(pad));
-  const CompressedCall call = check_compressed(x, n, k, bias, residual, activation);
-  check_dtype("panels", panels, call.dtype);
+  return {dense(panels), panels.size(0), n, words,
+          static_cast<int64_t>(dtype == ScalarType::Float ? 4 : 2) * columns};
+}
+
+CompressedCall check_call(const Tensor& x, const Panels& w, int64_t k, const OptTensor& bias,
+                          const OptTensor& residual, std::string_view activation) {
+  const CompressedCall call = check_compressed(x, w.n, k, bias, residual, activation);
+  check_dtype("panels", w.values, call.dtype);
+  return call;
+}
+
+Tensor packed_linear(const Tensor& x, const Tensor& panels, int64_t pad, int64_t k,
+                     const OptTensor& bias, const OptTensor& residual,
+                     std::string_view activation) {
+  const Panels w = check_panels(panels, pad, k);
+  const CompressedCall call = check_call(x, w, k, bias, residual, activation);
   record(choose(call.kind).isa, "packed_linear", short_name(call.dtype), "panels");
   Tensor y = empty_rows_like(x, call.n, call.dtype);
-  const Panels w{dense(panels), panels.size(0), words,
-                 static_cast<int64_t>(dtype == ScalarType::Float ? 4 : 2) * columns};
-  if (!call.empty()) product(call, w, y.mutable_data_ptr());
+  if (!call.empty()) product(call, w, y.mutable_data_ptr(), false);
   return y;
+}
+
+// The matrix [N, K] in float.
+Tensor unpacked(const CompressedCall& call, const Panels& w) {
+  const int64_t shape[2] = {call.n, call.k}, per = call.kind == kBFloat16 ? 2 : 1;
+  Tensor rows = empty(shape, 2, ScalarType::Float);
+  float* to = static_cast<float*>(rows.mutable_data_ptr());
+  for_tasks(
+      call.n > 0 ? w.count : 0, call.n * call.k > kWorthThreads, [&](int64_t begin, int64_t end) {
+        std::vector<float> word(static_cast<size_t>(kPackedColumns * per));
+        for (int64_t panel = begin; panel < end; ++panel) {
+          const int64_t first = panel * kPackedColumns;
+          const int64_t count = call.n - first < kPackedColumns ? call.n - first : kPackedColumns;
+          for (int64_t j = 0; j < w.words; ++j) {
+            call.kernels().widen[call.kind](w.at(panel, j), kPackedColumns * per, word.data());
+            for (int64_t c = 0; c < per && j * per + c < call.k; ++c)
+              for (int64_t r = 0; r < count; ++r)
+                to[(first + r) * call.k + j * per + c] = word[static_cast<size_t>(r * per + c)];
+          }
+        }
+      });
+  return rows;
+}
+
+std::tuple<Tensor, Tensor> packed_linear_backward(const Tensor& grad_any, const Tensor& x,
+                                                  const Tensor& panels, int64_t pad, int64_t k,
+                                                  const OptTensor& bias,
+                                                  std::string_view activation, bool need_x,
+                                                  bool need_bias) {
+  const Panels w = check_panels(panels, pad, k);
+  CompressedCall call = check_call(x, w, k, bias, OptTensor(grad_any), activation);
+  const Tensor grad = *call.residual;  // checked as such: grad has the shape of y
+  call.residual.reset();
+  record(choose(call.kind).isa, "packed_linear_backward", short_name(call.dtype), "panels");
+  const bool pointwise = call.activation != kNone;
+  const Buffer z(pointwise ? call.m * call.n * 4 : 0);
+  if (pointwise && !call.empty()) {
+    CompressedCall plain = call;
+    plain.activation = kNone;
+    product(plain, w, z.at(0), true);
+  }
+  const int64_t shape[2] = {call.m, call.n};
+  Tensor gz = empty(shape, 2, ScalarType::Float);
+  const Pointwise p =
+      pointwise_backward(call, grad, pointwise ? reinterpret_cast<const float*>(z.at(0)) : nullptr,
+                         nullptr, need_x, need_bias);
+  if (!need_x) return {no_gradient(call.dtype), p.bias_grad};
+  if (!call.empty())
+    std::memcpy(gz.mutable_data_ptr(), p.gz.at(0), static_cast<size_t>(call.m * call.n * 4));
+  const Tensor gx = library_mm(gz, unpacked(call, w));
+  std::vector<int64_t> sizes(static_cast<size_t>(x.dim()));
+  for (int64_t i = 0; i < x.dim(); ++i) sizes[static_cast<size_t>(i)] = x.size(i);
+  return {torch::stable::view(torch::stable::to(gx, call.dtype), sizes), p.bias_grad};
 }
 
 }  // namespace
@@ -153,4 +220,5 @@ std::pair<std::string, std::string> choose_packed_linear(const std::string& dtyp
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
   m.impl("packed_linear", TORCH_BOX(&bigops::packed_linear));
+  m.impl("packed_linear_backward", TORCH_BOX(&bigops::packed_linear_backward));
 }

@@ -36,6 +36,8 @@ struct EpilogueTask {
 };
 
 // Columns [n0, n1) of gz = grad * act'(z), all M rows, and of their sum over rows.
+constexpr int64_t kGradColumns = 512;  // of a task's inner block: whole pages, not single lines
+
 struct BackwardTask {
   const void* grad;    // [M, N]
   const void* preact;  // [M, N] ([M, 2N]); null when activation is none

@@ -189,7 +189,7 @@ void epilogue(const EpilogueTask& t) {
 template <class V, class T>
 void backward(const BackwardTask& t) {
   using Acc = typename V::acc;
-  constexpr int64_t kColumns = 64;
+  constexpr int64_t kColumns = kGradColumns;
   const bool gated = is_gated(t.activation);
   const int inner = gated ? gate_activation(t.activation) : t.activation;
   const int64_t width = gated ? 2 * t.n : t.n;
@@ -203,7 +203,8 @@ void backward(const BackwardTask& t) {
       for (int64_t i = 0; i < columns; i += V::width) {
         const int64_t left = columns - i;
         const int n = left < V::width ? static_cast<int>(left) : V::width;
-        auto g = V::load_n(grad + i, n);
+        const bool full = n == V::width;  // masks cost, and hold up the sums of the next row
+        auto g = full ? V::load(grad + i) : V::load_n(grad + i, n);
         if (gated) {
           const auto gate = V::load_n(z + i, n);
           const auto up = V::load_n(z + t.n + i, n);
@@ -212,10 +213,16 @@ void backward(const BackwardTask& t) {
           V::store_n(sums[1] + i, V::add(V::load_n(sums[1] + i, n), gu), n);
           g = V::mul(V::mul(g, up), activate_derivative<V>(inner, gate));
         } else if (z != nullptr) {
-          g = V::mul(g, activate_derivative<V>(inner, V::load_n(z + i, n)));
+          const auto zv = full ? V::load(z + i) : V::load_n(z + i, n);
+          g = V::mul(g, activate_derivative<V>(inner, zv));
         }
-        if (gz != nullptr) V::store_n(gz + i, g, n);
-        V::store_n(sums[0] + i, V::add(V::load_n(sums[0] + i, n), g), n);
+        if (full) {
+          if (gz != nullptr) V::store(gz + i, g);
+          V::store(sums[0] + i, V::add(V::load(sums[0] + i), g));
+        } else {
+          if (gz != nullptr) V::store_n(gz + i, g, n);
+          V::store_n(sums[0] + i, V::add(V::load_n(sums[0] + i, n), g), n);
+        }
       }
     }
     if (t.bias_grad == nullptr) continue;

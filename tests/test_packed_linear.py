@@ -1,0 +1,213 @@
+"""packed_linear on the CPU: values on every instruction set, layout, determinism, errors.
+
+Gradients on every road are in test_frozen_linear_roads.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bigops
+from bigops import backend
+from bigops.ops.packed_linear import pack_weight, packed_linear, reference
+from tests.compressed_cases import DTYPES, Case, make
+from tests.kernels_ran import ISAS, expect, isa, needs_extension
+from tests.linear_cases import PLAIN
+
+pytestmark = needs_extension
+module = importlib.import_module("bigops.ops.packed_linear")  # the name is the function's, too
+raw = torch.ops.bigops.packed_linear
+
+
+def kernel_of(level: str, dtype: str) -> str:
+    """Name of the kernel of a dtype at a level: VNNI adds nothing, BF16 only its own dtype."""
+    if level in ("avx512vnni", "avx512bf16") and (level, dtype) != ("avx512bf16", "bf16"):
+        level = "avx512"
+    return f"cpu.{level}.packed_linear.{dtype}.panels"
+
+
+def run(case: Case, level: str, dtype: str) -> None:
+    """Forward and backward of one case at one level, values and kernel names."""
+    x, bias, residual = leaves = case.leaves()
+    kernel = kernel_of(level, dtype)
+    with isa(level), expect(kernel, kernel.replace("packed_linear", "packed_linear_backward")):
+        y = packed_linear(x, case.weight, bias, residual, case.name)  # type: ignore[arg-type]
+        grads = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], case.grad))
+    case.check_forward(y)
+    case.check_gradients([None if t is None else next(grads) for t in leaves], level)
+
+
+@pytest.mark.parametrize("level", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(1, 1, 1), (1, 130, 65), (2, 3, 16), (3, 64, 128), (4, 65, 129), (6, 80, 31), (29, 200, 300)],
+)
+def test_ragged_shapes(level: str, dtype: str, m: int, n: int, k: int) -> None:
+    """Every rest of the register block, panels cut by N, blocks and words cut by K."""
+    for name in ("none", "gelu"):
+        run(make("packed", m, n, k, dtype, name), level, dtype)
+
+
+@pytest.mark.parametrize("level", ISAS)
+@pytest.mark.parametrize("name", PLAIN)
+def test_activations_on_every_instruction_set(level: str, name: str) -> None:
+    for dtype in DTYPES:
+        run(make("packed", 5, 37, 83, dtype, name), level, dtype)
+
+
+@given(
+    m=st.integers(0, 40),
+    n=st.integers(0, 200),
+    k=st.integers(0, 400),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    bias=st.booleans(),
+    residual=st.booleans(),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_shape(m: int, n: int, k: int, dtype: str, bias: bool, residual: bool) -> None:
+    torch.manual_seed(m * 10007 + n * 101 + k)
+    case = make("packed", m, n, k, dtype, "silu", bias=bias, residual=residual)
+    case.check_forward(packed_linear(case.x, case.weight, case.bias, case.residual, "silu"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_in_tasks_of_their_own(dtype: str) -> None:
+    """Rows are split over tasks: the same rows alone give the same bits, at any thread count."""
+    case = make("packed", 1001, 70, 260, dtype, residual=False)
+    y = packed_linear(case.x, case.weight, case.bias)
+    case.check_forward(y, "of many rows")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(packed_linear(case.x, case.weight, case.bias), y)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layout(dtype: str) -> None:
+    """Panels of 64 rows, word by word; what fills up is zero; unpacking gives the matrix back."""
+    to = DTYPES[dtype]
+    w = torch.arange(70.0 * 5).view(70, 5).remainder(200).to(to)
+    weight = pack_weight(w)
+    per = 2 if dtype == "bf16" else 1
+    assert weight.panels.shape == (2, -(-5 // per), 64, per)
+    assert weight.panels.dtype == to
+    assert weight.panels[1, 1, 3].tolist() == w[67, per : 2 * per].tolist()
+    assert not weight.panels[1, :, 6:].any()
+    if per == 2:
+        assert not weight.panels[:, 2, :, 1].any()
+    assert torch.equal(weight.to_dense(), w)
+    assert weight.shape == (70, 5)
+    assert weight.nbytes == weight.panels.numel() * weight.panels.element_size()
+    w.zero_()
+    assert weight.to_dense().any(), "the pack shares memory with the matrix"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts_of_x(dtype: str) -> None:
+    case = make("packed", 6, 20, 34, dtype, residual=False)
+    want = packed_linear(case.x, case.weight, case.bias)
+    wide = torch.randn(6, 68).to(case.x.dtype)
+    wide[:, ::2] = case.x
+    for x in (wide[:, ::2], case.x.t().contiguous().t()):
+        assert torch.equal(packed_linear(x, case.weight, case.bias), want)
+    y = packed_linear(case.x.view(2, 1, 3, 34), case.weight, case.bias)
+    assert torch.equal(y, want.view(2, 1, 3, 20))
+    alone = packed_linear(case.x[:1], case.weight, case.bias)
+    assert torch.equal(packed_linear(case.x[0], case.weight, case.bias), alone[0])
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0), (0, 0, 0)])
+def test_empty(shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    for dtype in DTYPES:
+        case = make("packed", m, n, k, dtype)
+        y = packed_linear(case.x, case.weight, case.bias, case.residual)
+        case.check_forward(y)
+
+
+def test_nan_and_inf_of_a_row_stay_in_it() -> None:
+    case = make("packed", 8, 70, 40, bias=False, residual=False)
+    want = packed_linear(case.x, case.weight)
+    case.x[3, 5], case.x[6, 0] = float("nan"), float("inf")
+    y = packed_linear(case.x, case.weight)
+    assert y[3].isnan().all()
+    assert not y[6].isfinite().any()
+    rest = [0, 1, 2, 4, 5, 7]
+    assert torch.equal(y[rest], want[rest])
+
+
+def test_explain_names_the_kernel() -> None:
+    case = make("packed", 4, 20, 34)
+    with backend.record() as names:
+        packed_linear(case.x, case.weight)
+    assert bigops.explain("packed_linear", case.x, case.weight).kernel in names
+
+
+def test_autocast_keeps_the_dtype_of_the_weight() -> None:
+    x, w = torch.randn(3, 8), torch.randn(5, 8)
+    weight = pack_weight(w.bfloat16())
+    with torch.autocast("cpu", torch.float16):
+        y = packed_linear(x, weight)
+    assert torch.equal(y, packed_linear(x.bfloat16(), weight))
+
+
+def test_a_word_left_out_is_seen() -> None:
+    """Planted: the last column, which an odd K leaves alone in its pair, is dropped."""
+    case = make("packed", 4, 20, 33, "bf16", residual=False)
+    panels = case.weight.panels.clone()
+    panels[:, -1] = 0
+    y = packed_linear(case.x, case.weight._replace(panels=panels), case.bias)
+    with pytest.raises(AssertionError, match="float64 says"):
+        case.check_forward(y)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"panels": torch.zeros(1, 4, 64)}, "panels: expected 4 dimensions"),
+        ({"panels": torch.zeros(1, 5, 64, 1)}, r"panels: expected shape \[1, 4, 64, 1\]"),
+        ({"panels": torch.zeros(1, 4, 32, 1)}, r"panels: expected shape \[1, 4, 64, 1\]"),
+        ({"pad": 64}, "pad: expected the rows that fill up"),
+        ({"pad": -1}, "pad: expected the rows that fill up"),
+        ({"k": -1}, "k: expected at least 0"),
+        ({"x": torch.zeros(2, 5)}, r"x: expected shape \[.., 4\]"),
+    ],
+)
+def test_errors_of_values(change: dict[str, object], message: str) -> None:
+    panels, pad, k = pack_weight(torch.zeros(10, 4)).arguments
+    given = {"x": torch.zeros(2, 4), "panels": panels, "pad": pad, "k": k, **change}
+    arguments = [*given.values(), None, None, "none"]
+    with pytest.raises(RuntimeError):
+        raw(*arguments)  # the kernel checks again
+    with pytest.raises(ValueError, match=message):
+        module.check(*arguments)
+
+
+def test_errors_of_types() -> None:
+    x, weight = torch.zeros(2, 4), pack_weight(torch.zeros(10, 4))
+    with pytest.raises(TypeError, match="panels: expected the dtype of x"):
+        packed_linear(x.bfloat16(), pack_weight(torch.zeros(10, 4, dtype=torch.float16)))
+    with pytest.raises(TypeError, match="x: expected"):
+        packed_linear(x.double(), weight)
+    with pytest.raises(TypeError, match="w: expected"):
+        pack_weight(torch.zeros(3, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="w: expected 2 dimensions"):
+        pack_weight(torch.zeros(3))
+    with pytest.raises(ValueError, match="activation: expected one of"):
+        packed_linear(x, weight, activation="swiglu")
+    with pytest.raises(ValueError, match="panels: expected a tensor that needs no gradient"):
+        packed_linear(x, weight._replace(panels=weight.panels.requires_grad_()))
+
+
+def test_reference_is_the_meaning() -> None:
+    case = make("packed", 5, 70, 33, "bf16", "gelu")
+    case.check_forward(reference(case.x, *case.storage, case.bias, case.residual, "gelu"))
