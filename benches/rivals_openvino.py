@@ -228,6 +228,34 @@ def _side(
     return Side(name, call, cost, name, own_pool=True)
 
 
+def mlp_static(model: Any, x: Tensor, spans: list[tuple[float, float]], cost: Any) -> Side:
+    """Linear, gelu, Linear in static int8; ``spans``: the range of what each layer takes.
+
+    Raises:
+        LeftOut: not installed.
+    """
+    device, op = core()
+    import openvino
+
+    first = op.parameter(list(x.shape), openvino.Type.f32)
+    y: Any = first
+    for part, span, name in zip((model[0], model[2]), spans, ("gelu", "none"), strict=True):
+        low, high = (op.constant(edge, dtype=openvino.Type.f32) for edge in span)
+        y = op.fake_quantize(y, low, high, low, high, 256)
+        y = op.matmul(y, _rows(*round_int8(part.weight))(op), False, True)
+        y = activate(op, name, op.add(y, op.constant(part.bias.detach()[None].numpy())))
+    ready = device.compile_model(openvino.Model([y], [first]), "CPU", config(FP32))
+    request, out, kept = bind(ready, [x.contiguous()])
+
+    def call() -> Tensor:
+        assert kept
+        request.infer(share_outputs=True)
+        return out
+
+    name = "openvino int8 static"
+    return Side(name, call, cost, name, own_pool=True)
+
+
 def bind(model: Any, inputs: list[Tensor]) -> tuple[Any, Tensor, object]:
     """A request of a compiled model on torch's memory: (request, output, what must stay alive).
 

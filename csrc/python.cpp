@@ -65,9 +65,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("dtype"));
   m.def("choose_packed_linear", &choose_packed_linear, py::arg("dtype"));
   m.def("choose_quantized_linear", &choose_quantized_linear, py::arg("bits"),
-        py::arg("activations"), py::arg("dtype"));
+        py::arg("activations"), py::arg("dtype"), py::arg("y_u8") = false);
   m.def("choose_sparse_linear", &choose_sparse_linear, py::arg("m"), py::arg("values"),
-        py::arg("dtype"));
+        py::arg("dtype"), py::arg("y_u8") = false);
 
   m.def("peak", &measure_peak, py::arg("kind"), py::arg("threads"), py::arg("seconds") = 0.1,
         py::call_guard<py::gil_scoped_release>(),

@@ -29,6 +29,7 @@ import torch  # noqa: E402  torch's libraries must be there before the extension
 load(sys.argv[1])
 
 from bigops import backend  # noqa: E402
+from bigops.ops._quantize import static_grid, to_grid  # noqa: E402
 from bigops.ops.fused_linear import fused_linear  # noqa: E402
 from bigops.ops.packed_linear import pack_weight, packed_linear  # noqa: E402
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear  # noqa: E402
@@ -49,6 +50,8 @@ QUANTISED: list[dict[str, Any]] = [
     {"bits": 4, "group": 32, "symmetric": False},
     {"bits": 4},
     {"bits": 4, "group": 64, "activations": "dynamic"},
+    {"symmetric": False, "activations": "static", "x_grid": static_grid(-2.0, 3.0)},
+    {"bits": 4, "group": 32, "activations": "static", "x_grid": static_grid(-2.0, 3.0)},
 ]
 # rows, outputs, columns: none fills a vector, a tile, a panel or a chunk; some are empty
 SHAPES = [(1, 1, 1), (2, 3, 5), (5, 37, 83), (7, 17, 131), (19, 70, 259), (67, 9, 33), (130, 5, 66),
@@ -126,8 +129,23 @@ def run_quantized_linear() -> None:
                     ),
                     *tensors(m, n, k, dtype, i == 0),
                 )
+            with_grids(
+                lambda x, grid, weight=weight: quantized_linear(x, weight, y_grid=grid),
+                torch.randn(m, k),
+                options.get("activations") == "static",
+            )
 
     at_every_level(run)
+
+
+def with_grids(call: Callable[..., torch.Tensor], x: torch.Tensor, u8: bool) -> None:
+    """u8 from floats, and u8 to u8 and to floats."""
+    with torch.no_grad():
+        call(x, static_grid(-3.0, 5.0))
+        if u8:
+            q = to_grid(x, static_grid(-2.0, 3.0))
+            call(q, static_grid(-3.0, 5.0))
+            call(q, None)
 
 
 def sparse(n: int, k: int, pattern: str, dtype: torch.dtype) -> Any:
@@ -155,6 +173,14 @@ def run_sparse_linear() -> None:
                     return sparse_linear(x, full, bias, residual, name)
 
                 both_ways(call, *leaves, *([weight.values] if trains else []))
+            if stored == torch.int8:
+                with_grids(
+                    lambda x, grid, w=weight: sparse_linear(
+                        x, w, x_grid=static_grid(-2.0, 3.0), y_grid=grid
+                    ),
+                    torch.randn(m, k),
+                    True,
+                )
 
     at_every_level(run)
     torch.set_num_threads(3)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bigops.nn import Linear
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.packed_linear import pack_weight, packed_linear
-from bigops.ops.quantized_linear import quantize_weight, quantized_linear
+from bigops.ops.quantized_linear import quantize_weight, quantized_linear, static_grid
 from bigops.ops.sparse_linear import SparseWeight, block_mask, sparse_linear, sparsify_weight
 from bigops.parallel import init
 
@@ -165,6 +165,52 @@ def run_raw(mesh: Any) -> dict[str, Tensor]:
     }
 
 
+def grid_chain(op: str, x: Tensor, spread: Any, columns: bool = False) -> Tensor:
+    """A chain whose middle is u8; ``spread(tensor, letter)`` places the storage on a mesh."""
+    generator = torch.Generator().manual_seed(5)
+    w1 = torch.randn(32, 16, generator=generator)
+    w2 = torch.randn(7, 32, generator=generator)
+    grids = [static_grid(-3.0, 3.0), static_grid(-0.2, 9.0)]
+    y = x
+    for w, grid, y_grid in ((w1, grids[0], grids[1]), (w2, grids[1], None)):
+        placed = None if y_grid is None else spread(y_grid, "R")
+        if op == "quantized":
+            weight: Any = quantize_weight(w, activations="static", x_grid=grid)
+            rows = columns and w is w1
+            weight = weight._replace(
+                values=spread(weight.values, "0" if rows else "R"),
+                scale=spread(weight.scale, "1" if rows else "R"),
+                row_sum=spread(weight.row_sum, "0" if rows else "R"),
+                x_grid=spread(grid, "R"),
+            )
+            y = quantized_linear(y, weight, activation="gelu", y_grid=placed)
+        else:
+            weight = sparsify_weight(w, block_mask(w, 0.5))
+            tensors_ = [None if t is None else spread(t, "R") for t in weight.tensors]
+            weight = SparseWeight(*tensors_, weight.shape, weight.chunk)
+            y = sparse_linear(y, weight, activation="gelu", x_grid=spread(grid, "R"), y_grid=placed)
+    return y
+
+
+def run_grids(mesh: Any) -> dict[str, Tensor]:
+    """u8 between layers: by rows of x, and by output features of a quantised weight."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    def spread(tensor: Tensor, letter: str) -> Any:
+        return distribute_tensor(
+            tensor, mesh, [Replicate() if letter == "R" else Shard(int(letter))]
+        )
+
+    x = tensors("rows")["x"]
+    assert x is not None
+    with torch.no_grad():
+        return {
+            "quantized": grid_chain("quantized", spread(x, "0"), spread).full_tensor(),
+            "columns": grid_chain("quantized", spread(x, "R"), spread, True).full_tensor(),
+            "sparse": grid_chain("sparse", spread(x, "0"), spread).full_tensor(),
+        }
+
+
 def plan_model() -> nn.Sequential:
     torch.manual_seed(3)
     return nn.Sequential(Linear(16, 12, activation="gelu"), Linear(12, 8))
@@ -212,6 +258,7 @@ def main() -> None:
         register_sharding_rules()
         mesh = init_device_mesh("cpu", (world.size,))
         seen = {name: run_case(name, mesh) for name in CASES}
+        seen |= {"grids": run_grids(mesh)}
         seen |= {"raw": run_raw(mesh), "plan": run_plan(mesh), "planted": run_planted(mesh)}
         if world.is_first:
             torch.save(seen, Path(sys.argv[1]) / "seen.pt")

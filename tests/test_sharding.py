@@ -127,6 +127,14 @@ def test_the_raw_op_has_gradients(seen: dict[str, dict[str, Tensor]]) -> None:
         tolerance.check(value, truth[key], plain[key], scales[key], what=key)
 
 
+def test_u8_between_layers_on_two_ranks(seen: dict[str, dict[str, Tensor]]) -> None:
+    x = worker.tensors("rows")["x"]
+    for name, value in seen["grids"].items():
+        op = "sparse" if name == "sparse" else "quantized"
+        want = worker.grid_chain(op, x, lambda tensor, letter: tensor)
+        assert torch.equal(value, want), name
+
+
 def test_torch_tensor_parallel_plan(seen: dict[str, dict[str, Tensor]]) -> None:
     """ColwiseParallel and RowwiseParallel on two of our layers."""
 

@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigops.compress.config import Config, Int4, Int8, Plan, Sparse, check_config
+from bigops.compress.config import (
+    BESIDE_SPARSE,
+    Config,
+    Int4,
+    Int8,
+    Plan,
+    Sparse,
+    activations_of,
+    check_config,
+)
+from bigops.nn import chains
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
@@ -37,9 +47,10 @@ def compress_(
             keywords. Each layer is then timed against what it replaces, interleaved, on the input
             that it sees; where the original wins, the original stays and the record says so.
             Without them nothing is timed. Static activations take their range from them.
-        freeze: True: only the compressed storage is kept. False: the layers stay trainable in
-            floating point, with their pattern kept, until `freeze_`; they share the Parameter
-            objects of the old layers, so an optimiser goes on working.
+        freeze: True: only the compressed storage is kept, and a layer whose result one static layer
+            alone reads passes u8 to it (`bigops.nn.chains`; the record says which). False: the
+            layers stay trainable in floating point, with their pattern kept, until `freeze_`; they
+            share the Parameter objects of the old layers, so an optimiser goes on working.
 
     Returns:
         What was done, layer by layer, and what was left with the reason.
@@ -69,7 +80,7 @@ def compress_(
 
     timed: dict[str, Contest] = {}
     built: dict[str, CompressedLinear] = {}
-    static = [n for n, c in chosen.items() if getattr(c, "activations", None) == "static"]
+    static = [n for n, c in chosen.items() if activations_of(c) == "static"]
     if example_inputs is None and static:
         raise ValueError(
             f"example_inputs: expected inputs to calibrate the static activations of "
@@ -99,8 +110,13 @@ def compress_(
                 skipped.append(Skipped(name, f"the original is faster: {cache[key]}"))
                 continue
         built[name] = new
-    done = [_done(n, chosen[n], layers[n], new, timed.get(n)) for n, new in built.items()]
+    before = {name: sum(p.nbytes for p in layers[name].parameters()) for name in built}
     sites.swap(built)
+    passed = chains.link(model, built) if freeze else {}
+    done = [
+        _done(n, chosen[n], layers[n], new, timed.get(n), before[n], passed.get(n))
+        for n, new in built.items()
+    ]
     notes = [] if example_inputs is not None else ["nothing was timed: no example_inputs"]
     return Record("compress_", done, skipped, notes)
 
@@ -112,10 +128,16 @@ def build(layer: nn.Module, config: Config, x: Tensor | None = None) -> Compress
         x: an input of the layer, from which static activations take their range.
     """
     if isinstance(config, Int8) and isinstance(layer, SparseLinear):
-        if config != Int8():
-            raise ValueError(f"config: expected Int8() for a sparse layer; got {config}")
+        if config not in BESIDE_SPARSE:
+            raise ValueError(
+                f"config: expected Int8() or Int8(activations='static') for a sparse layer; got "
+                f"{config}"
+            )
         # the pattern there is stays
-        return SparseLinear.from_linear(layer, pattern=str(layer.pattern), mask=layer.mask)
+        kept = SparseLinear.from_linear(
+            layer, pattern=str(layer.pattern), mask=layer.mask, activations=config.activations
+        )
+        return _calibrated(kept, x)
     if isinstance(config, Int8 | Int4):
         quantised = QuantLinear.from_linear(
             layer,
@@ -124,18 +146,26 @@ def build(layer: nn.Module, config: Config, x: Tensor | None = None) -> Compress
             symmetric=config.symmetric,
             activations=config.activations,
         )
-        if x is not None and config.activations == "static":
-            quantised.calibrate(x)
-        return quantised
+        return _calibrated(quantised, x)
     if isinstance(config, Sparse):
         return SparseLinear.from_linear(layer, config.sparsity, config.pattern, config.values)
-    return SparseLinear.from_linear(layer, config.sparse.sparsity, config.sparse.pattern)
+    sparse = SparseLinear.from_linear(
+        layer, config.sparse.sparsity, config.sparse.pattern, activations=config.int8.activations
+    )
+    return _calibrated(sparse, x)
+
+
+def _calibrated(layer: CompressedLinear, x: Tensor | None) -> CompressedLinear:
+    if x is not None and layer.x_grid is not None:
+        layer.calibrate(x)
+    return layer
 
 
 def freeze_(model: nn.Module) -> Record:
     """Freeze every compressed layer of ``model`` in place: the float weights go.
 
-    Of a thawed layer the stored values become a buffer again.
+    Of a thawed layer the stored values become a buffer again. Static layers then pass u8 to each
+    other as after `compress_`.
 
     Raises:
         ValueError: no compressed layer, or NaN or inf in a weight. The model is unchanged.
@@ -149,20 +179,21 @@ def freeze_(model: nn.Module) -> Record:
         if not layer.frozen or layer.thawed:
             _check_finite(name, layer)
             storages.append((name, layer, layer._convert()))
-    done = []
-    for name, layer, storage in storages:
-        before = layer.nbytes
+    before = [layer.nbytes for _, layer, _ in storages]
+    for _, layer, storage in storages:
         layer.set_storage(storage)
-        done.append(
-            Done(
-                name,
-                f"{type(layer).__name__} frozen",
-                "asked for",
-                before,
-                layer.nbytes,
-                getattr(layer, "density", 1.0),
-            )
+    passed = chains.link(model, [name for name, _, _ in storages])
+    done = [
+        Done(
+            name,
+            f"{type(layer).__name__} frozen",
+            "; ".join(["asked for", *filter(None, [passed.get(name)])]),
+            size,
+            layer.nbytes,
+            getattr(layer, "density", 1.0),
         )
+        for (name, layer, _), size in zip(storages, before, strict=True)
+    ]
     return Record("freeze_", done, skipped)
 
 
@@ -221,12 +252,19 @@ def _check_finite(name: str, layer: Any) -> None:
 
 
 def _done(
-    name: str, config: Config, old: Any, new: CompressedLinear, timed: Contest | None
+    name: str,
+    config: Config,
+    old: Any,
+    new: CompressedLinear,
+    timed: Contest | None,
+    before: int,
+    passed: str | None,
 ) -> Done:
-    before = sum(p.nbytes for p in old.parameters())
     why = str(timed) if timed is not None else "asked for"
     if not new.frozen:
         why += "; trainable, in floating point until freeze_"
+    if passed is not None:
+        why += f"; {passed}"
     return Done(
         name,
         f"{type(old).__name__} -> {type(new).__name__} by {config}",

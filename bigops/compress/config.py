@@ -125,9 +125,12 @@ def _arguments(config: Int8 | Int4) -> str:
 W4A8 = Int4(group=64, activations="dynamic")
 
 
+BESIDE_SPARSE = (Int8(), Int8(activations="static"))
+
+
 @dataclass(frozen=True)
 class SparseInt8:
-    """`Sparse(..) + Int8()`: the kept blocks are stored as int8."""
+    """`Sparse(..) + Int8()`: the kept blocks are stored as int8; activations dynamic or static."""
 
     sparse: Sparse
     int8: Int8 = Int8()
@@ -137,8 +140,11 @@ class SparseInt8:
             raise ValueError(
                 f"values: expected none of its own for a Sparse beside Int8(); got {self.sparse}"
             )
-        if self.int8 != Int8():
-            raise ValueError(f"int8: expected Int8() beside Sparse; got {self.int8}")
+        if self.int8 not in BESIDE_SPARSE:
+            raise ValueError(
+                f"int8: expected Int8() or Int8(activations='static') beside Sparse; got "
+                f"{self.int8}"
+            )
 
     def __add__(self, other: object) -> SparseInt8:
         raise TypeError(f"{self} + {type(other).__name__}: only Sparse + Int8 compose")
@@ -149,6 +155,13 @@ class SparseInt8:
 
 Config: TypeAlias = Sparse | Int8 | Int4 | SparseInt8
 Plan: TypeAlias = Config | Mapping[str, Config]
+
+
+def activations_of(config: Config) -> str:
+    """What the product of a layer of this form does with x."""
+    if isinstance(config, SparseInt8):
+        return config.int8.activations
+    return "none" if isinstance(config, Sparse) else config.activations
 
 
 def check_config(name: str, value: object) -> None:
@@ -207,7 +220,7 @@ def _encode(config: Config) -> dict[str, Any]:
         data["sparse"] = _more(config)
     elif isinstance(config, SparseInt8):
         data["sparse"] = _more(config.sparse)
-        data["int8"] = {}
+        data["int8"] = _changed(config.int8)
     elif isinstance(config, Int8):
         data["int8"] = _changed(config)
     else:

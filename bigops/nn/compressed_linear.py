@@ -5,7 +5,7 @@ gradients off the real kernel runs from a pack that is made on first use. The pa
 the module's state: `deepcopy`, pickle, `.to()`, `train()`, `eval()` and `load_state_dict` drop it.
 
 Frozen: only the compressed storage is left, as buffers. `SparseLinear` can thaw it: the stored
-values then are a Parameter.
+values then are a Parameter. A frozen layer may pass u8 to the next one (`give_u8`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from bigops.nn.linear import check_size
 from bigops.ops import _activation as act
+from bigops.ops import _quantize as quantize
 from bigops.ops.fused_linear import fused_linear
+
+STATES = ("frozen", "thawed", "y_grid")  # in `arguments()`, of no constructor
 
 Self = TypeVar("Self", bound="CompressedLinear")
 
@@ -38,7 +41,10 @@ class CompressedLinear(nn.Module):
     in_features: int
     out_features: int
     activation: str
+    activations: str  # what the product does with x
     frozen: bool
+    x_grid: Tensor | None  # buffer [2]: the grid of x, activations "static" only
+    y_grid: Tensor | None  # buffer [2]: the grid of a u8 result
     weight: Tensor  # a Parameter; absent once frozen
     bias: Tensor | None
     _pack: _Pack | None
@@ -55,6 +61,7 @@ class CompressedLinear(nn.Module):
         self._pack = None
         self.register_parameter("weight", None)  # weight first: the order that optimisers see
         self.register_parameter("bias", None)
+        self.register_buffer("y_grid", None)
 
     # --- what a subclass says ---------------------------------------------------------------
 
@@ -74,7 +81,9 @@ class CompressedLinear(nn.Module):
         """[N, K] as it will be stored, differentiable for ``weight`` (recovery state only)."""
         raise AssertionError("each compressed layer shapes its own weight")
 
-    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
+    def run(
+        self, x: Tensor, storage: Any, residual: Tensor | None, y_grid: Tensor | None = None
+    ) -> Tensor:
         """Call the op."""
         raise AssertionError("each compressed layer calls its own op")
 
@@ -90,6 +99,11 @@ class CompressedLinear(nn.Module):
     # --- forward ----------------------------------------------------------------------------
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.y_grid is not None or getattr(x, "dtype", None) is torch.uint8:
+            if self.frozen and not wants_gradient(x, self.bias, residual):
+                return self.run(x, self.storage(), residual, self.y_grid)
+            # u8 has no gradient: the floats that it stands for take its place.
+            x = self._floating(x, residual)
         if self.frozen:
             return self.run(x, self.storage(), residual)
         # A cache that is checked in Python has no place in a compiled graph, nor under torch.func,
@@ -102,6 +116,24 @@ class CompressedLinear(nn.Module):
         ):
             return self.run(x, self.storage(), residual)
         return fused_linear(x, self.trained_weight(), self.bias, residual, self.activation)
+
+    def _floating(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """x, or what its u8 numbers stand for, in the dtype of the result.
+
+        `quantize_rows` finds the same numbers again; in bfloat16, where a float result of the layer
+        before would be rounded as well, those beyond 128 steps from 0 move by one at most.
+        """
+        if x.dtype != torch.uint8:
+            return x
+        if self.x_grid is None:
+            raise TypeError(
+                f"x: expected a floating dtype, since the layer has no x_grid (its activations are "
+                f"{self.activations!r}); got uint8"
+            )
+        if not self.frozen:
+            self.check_calibrated()
+        given = self.bias if self.bias is not None else residual
+        return quantize.from_grid(x, self.x_grid, torch.float32 if given is None else given.dtype)
 
     def storage(self) -> Any:
         """The compressed weight: the buffers when frozen, else the pack, made anew when stale.
@@ -138,6 +170,72 @@ class CompressedLinear(nn.Module):
     def drop_pack(self) -> None:
         """Forget the pack; the next inference call makes it anew."""
         self._pack = None
+
+    # --- grids ------------------------------------------------------------------------------
+
+    def calibrate(self, x: Tensor) -> None:
+        """Widen the static grid of x so that it takes in ``x`` [.., K].
+
+        Raises:
+            ValueError: the layer's activations are not "static", it is frozen, or ``x`` holds NaN
+                or inf.
+        """
+        if self.x_grid is None or self.frozen:
+            state = "a frozen one" if self.frozen else f"activations {self.activations!r}"
+            raise ValueError(f"calibrate: expected a trainable layer with 'static'; got {state}")
+        if x.numel() == 0:
+            return
+        seen = x.detach().float()
+        scale, zero = self.x_grid.tolist()
+        lo = min(float(seen.min()), -zero * scale)
+        hi = max(float(seen.max()), (255 - zero) * scale)
+        self.x_grid.copy_(quantize.static_grid(lo, hi))
+
+    def check_calibrated(self) -> None:
+        """Raise ValueError where a static grid has seen no input."""
+        if self.x_grid is not None and not float(self.x_grid[0]) > 0:
+            raise ValueError(
+                "x_grid: expected a calibrated layer (calibrate(x), or example_inputs for "
+                "compress_); got one that has seen no input"
+            )
+
+    def give_u8(self: Self, grid: Tensor | None) -> Self:
+        """Store the result of a frozen layer as u8 on ``grid``, in the pass that makes it.
+
+        For a layer whose only reader is a frozen static one with just this ``x_grid``; `compress_`
+        sets it where it can prove that. Where a gradient is wanted the result stays floating.
+
+        Args:
+            grid: float32 [2], scale and zero point; it is copied. None: floating point again.
+
+        Raises:
+            ValueError: the layer is not frozen, or its values cannot give u8; no grid.
+            TypeError: another dtype.
+        """
+        if grid is not None:
+            if not self.gives_u8:
+                state = "thawed" if self.thawed else "frozen" if self.frozen else "trainable"
+                raise ValueError(
+                    f"give_u8: expected a frozen QuantLinear, or a SparseLinear of int8; got a "
+                    f"{state} {type(self).__name__}"
+                )
+            quantize.check_grid("grid", grid)
+            grid = grid.detach().clone()
+        self.y_grid = grid
+        return self
+
+    @property
+    def gives_u8(self) -> bool:
+        """Whether `give_u8` can be asked for."""
+        return self.frozen and not self.thawed
+
+    def with_y_grid(self: Self, arguments: dict[str, Any]) -> Self:
+        """An empty ``y_grid`` on "meta" where `arguments()` names one."""
+        if arguments.get("y_grid", False):
+            if not self.gives_u8:
+                raise ValueError("y_grid: expected a frozen layer that can give u8")
+            self.y_grid = torch.empty(2, device="meta")
+        return self
 
     # --- frozen state -----------------------------------------------------------------------
 
@@ -182,7 +280,8 @@ class CompressedLinear(nn.Module):
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.drop_pack()
-        storage = [self._stored(name) for name in self.storage_names] if self.frozen else []
+        names = self.storage_names if self.frozen else ()
+        storage = [self._stored(name) for name in (*names, "x_grid", "y_grid")]
         ids = {id(t) for s in storage if s is not None for t in (s, s.grad) if t is not None}
 
         def move(t: Tensor) -> Tensor:
@@ -224,6 +323,7 @@ class CompressedLinear(nn.Module):
     ) -> None:
         self.drop_pack()
         if self.frozen:
+            state_dict = self._check_grids(state_dict, prefix, error_msgs)
             state_dict = self._load_storage(state_dict, prefix, local_metadata, error_msgs)
         missing: list[str] = []
         super()._load_from_state_dict(
@@ -231,6 +331,22 @@ class CompressedLinear(nn.Module):
         )
         # A state_dict of nn.Linear has no mask: the layer's own pattern stays.
         missing_keys.extend(key for key in missing if key != prefix + "mask")
+
+    def _check_grids(
+        self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]
+    ) -> dict[str, Any]:
+        """Refuse grids that are none; the layer keeps its own then."""
+        kept = {}
+        for name in ("x_grid", "y_grid"):
+            own, given = self._buffers.get(name), state_dict.get(prefix + name)
+            if own is None or given is None or name in self.storage_names:
+                continue
+            try:
+                quantize.check_grid(name, given)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+                kept[prefix + name] = own
+        return {**state_dict, **kept} if kept else state_dict
 
     def _load_storage(
         self,
@@ -269,17 +385,29 @@ class CompressedLinear(nn.Module):
         )
         if self.activation != "none":
             text += f", activation={self.activation}"
+        if self.y_grid is not None:
+            text += ", gives u8"
         return text + (", thawed" if self.thawed else ", frozen" if self.frozen else "")
 
     def arguments(self) -> dict[str, Any]:
         """What `from_arguments` needs to make this layer again, as plain data."""
-        return {
+        arguments = {
             "in_features": self.in_features,
             "out_features": self.out_features,
             "bias": self.bias is not None,
             "activation": self.activation,
             "frozen": self.frozen,
         }
+        if self.y_grid is not None:  # left out, older files and versions read each other
+            arguments["y_grid"] = True
+        return arguments
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a call with these tensors may be differentiated."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return True  # wrapped tensors do not say
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class Source(NamedTuple):

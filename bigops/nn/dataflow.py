@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
@@ -47,6 +47,33 @@ class Dataflow:
 def find(sites: Sites) -> Dataflow:
     """Look for pairs in the whole model; where it cannot be traced, in its parts."""
     flow = Dataflow()
+    flow.notes = walk(
+        sites,
+        nn.Linear,
+        lambda path, graphs: _pairs_of_graphs(sites, path, graphs, flow),
+        lambda path: _pairs_of_neighbours(sites, path, flow),
+    )
+    return flow
+
+
+def walk(
+    sites: Sites,
+    kind: type[nn.Module],
+    visit_graphs: Callable[[str, list[fx.Graph]], None],
+    visit_neighbours: Callable[[str], None],
+) -> list[str]:
+    """Visit the graphs of a model, or of those of its parts that can be traced and hold ``kind``.
+
+    Args:
+        sites: of the model.
+        kind: what is looked for, no part by itself.
+        visit_graphs: called with the path of a part and its graphs.
+        visit_neighbours: called with the path of an `nn.Sequential` that cannot be traced.
+
+    Returns:
+        Notes on what could not be traced.
+    """
+    search = _Search(sites, kind, visit_graphs, visit_neighbours, [])
     shared: dict[int, Any] = {id(t): t for t in sites.model.parameters()}
     shared.update((id(t), t) for t in sites.model.buffers())
     try:
@@ -54,27 +81,35 @@ def find(sites: Sites) -> Dataflow:
         # the tensors.
         twin = copy.deepcopy(sites.model, shared)
     except Exception as error:
-        flow.notes.append(f"cannot be copied for tracing ({type(error).__name__}: {error})")
+        search.notes.append(f"cannot be copied for tracing ({type(error).__name__}: {error})")
         twin = None
-    _search(sites, twin, "", flow)
-    return flow
+    _search(search, twin, "")
+    return search.notes
 
 
-def _search(sites: Sites, twin: nn.Module | None, path: str, flow: Dataflow) -> None:
-    module = sites.modules[path]
-    if not any(isinstance(m, nn.Linear) for m in module.modules()) or isinstance(module, nn.Linear):
+class _Search(NamedTuple):
+    sites: Sites
+    kind: type[nn.Module]
+    visit_graphs: Callable[[str, list[fx.Graph]], None]
+    visit_neighbours: Callable[[str], None]
+    notes: list[str]
+
+
+def _search(search: _Search, twin: nn.Module | None, path: str) -> None:
+    module, kind = search.sites.modules[path], search.kind
+    if not any(isinstance(m, kind) for m in module.modules()) or isinstance(module, kind):
         return
     graphs: list[fx.Graph] | str = "" if twin is None else _trace(twin.get_submodule(path))
     if isinstance(graphs, list):
-        _pairs_of_graphs(sites, path, graphs, flow)
+        search.visit_graphs(path, graphs)
         return
     if graphs and not isinstance(module, nn.ModuleList | nn.ModuleDict):
-        flow.notes.append(f"{path or 'the model'} cannot be traced as a whole: {graphs}")
+        search.notes.append(f"{path or 'the model'} cannot be traced as a whole: {graphs}")
     if type(module).forward is nn.Sequential.forward:
-        _pairs_of_neighbours(sites, path, flow)
+        search.visit_neighbours(path)
     for name, child in module._modules.items():
         if child is not None:
-            _search(sites, twin, f"{path}.{name}" if path else name, flow)
+            _search(search, twin, f"{path}.{name}" if path else name)
 
 
 # --- traced ----------------------------------------------------------------------------------

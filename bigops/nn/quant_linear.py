@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigops.nn.compressed_linear import CompressedLinear, check_source
+from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source
 from bigops.ops import _quantize as quantize
 from bigops.ops._quantized_weight import check_form, sizes
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
@@ -28,14 +28,14 @@ class QuantLinear(CompressedLinear):
         bits, group, symmetric, activations: the form of the weight and of x, as `quantize_weight`
             takes them. With "static" the layer has a buffer ``x_grid`` that `calibrate` fills.
 
-    Shapes: x [.., K] float32, bfloat16 or float16; residual [.., N] or None; result [.., N].
+    Shapes: x [.., K] float32, bfloat16 or float16, or uint8 on ``x_grid``; residual [.., N] or
+    None; result [.., N], uint8 where `give_u8` asked for it and no gradient is wanted.
 
     Raises:
         ValueError: unknown activation, a size below 0, or a form that is not there.
     """
 
     storage_names = ("values", "scale", "zero_point", "row_sum", "x_grid")
-    x_grid: Tensor | None
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class QuantLinear(CompressedLinear):
     def from_arguments(cls, arguments: dict[str, Any]) -> QuantLinear:
         """An empty layer on "meta" as `arguments()` describes it, to be loaded."""
         frozen = arguments["frozen"]
-        new = cls(**{k: v for k, v in arguments.items() if k != "frozen"}, device="meta")
+        new = cls(**{k: v for k, v in arguments.items() if k not in STATES}, device="meta")
         if frozen:
             n, k, bits = new.out_features, new.in_features, new.bits
             values, scale = sizes(n, k, bits, new.group or 0)
@@ -112,32 +112,10 @@ class QuantLinear(CompressedLinear):
                     }
                 )
             )
-        return new
-
-    def calibrate(self, x: Tensor) -> None:
-        """Widen the static grid of x so that it takes in ``x`` [.., K].
-
-        Raises:
-            ValueError: the layer's activations are not "static", it is frozen, or ``x`` holds NaN
-                or inf.
-        """
-        if self.x_grid is None or self.frozen:
-            state = "a frozen one" if self.frozen else f"activations {self.activations!r}"
-            raise ValueError(f"calibrate: expected a trainable layer with 'static'; got {state}")
-        if x.numel() == 0:
-            return
-        seen = x.detach().float()
-        scale, zero = self.x_grid.tolist()
-        lo = min(float(seen.min()), -zero * scale)
-        hi = max(float(seen.max()), (255 - zero) * scale)
-        self.x_grid.copy_(quantize.static_grid(lo, hi))
+        return new.with_y_grid(arguments)
 
     def make_storage(self) -> QuantizedWeight:
-        if self.x_grid is not None and not float(self.x_grid[0]) > 0:
-            raise ValueError(
-                "x_grid: expected a calibrated layer (calibrate(x), or example_inputs for "
-                "compress_); got one that has seen no input"
-            )
+        self.check_calibrated()
         return quantize_weight(
             self.weight, self.bits, self.group, self.symmetric, self.activations, self.x_grid
         )
@@ -153,8 +131,10 @@ class QuantLinear(CompressedLinear):
     def trained_weight(self) -> Tensor:
         return straight_through(self.weight, self.bits, self.group, self.symmetric)
 
-    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
-        return quantized_linear(x, storage, self.bias, residual, self.activation)
+    def run(
+        self, x: Tensor, storage: Any, residual: Tensor | None, y_grid: Tensor | None = None
+    ) -> Tensor:
+        return quantized_linear(x, storage, self.bias, residual, self.activation, y_grid=y_grid)
 
     def arguments(self) -> dict[str, Any]:
         return {

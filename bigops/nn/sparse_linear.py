@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigops.nn.compressed_linear import CompressedLinear, check_source
+from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source, wants_gradient
 from bigops.nn.quant_linear import straight_through
 from bigops.ops import _checks as checks
+from bigops.ops import _quantize as quantize
 from bigops.ops._sparse_weight import CHUNKS, COLUMNS, SLICE, TENSORS, chunk_rows, sizes
+from bigops.ops.fused_linear import fused_linear
 from bigops.ops.sparse_linear import Pattern, SparseWeight, sparse_linear, sparsify_weight
 
 VALUES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -41,16 +43,20 @@ class SparseLinear(CompressedLinear):
         sparsity: share of the blocks that goes, 0 <= sparsity < 1; the smallest L2 norms go. None:
             0.8, or what an N:M pattern says.
         pattern: "1x4" (rows x columns of a block), "1x1" for single entries, "2:4" for N:M.
-        values: "int8" (activations are then quantised per token), "bf16" (the product is in bf16,
-            x of another dtype is cast there and back, outside autocast) or "fp32".
+        values: "int8" (activations are then quantised), "bf16" (the product is in bf16, x of
+            another dtype is cast there and back, outside autocast) or "fp32".
         bias: whether the layer has a bias [N].
         activation: none, relu, relu2, gelu, gelu_tanh, silu, sigmoid or tanh.
         chunk: rows of a chunk of the storage, 64, 128 or 256; None chooses by N.
+        activations: "dynamic": with int8 values each row of x becomes u8 with its own grid.
+            "static": all with that of the buffer ``x_grid``, which `calibrate` fills.
 
-    Shapes: x [.., K] float32, bfloat16 or float16; residual [.., N] or None; result [.., N].
+    Shapes: x [.., K] float32, bfloat16 or float16, or uint8 on ``x_grid``; residual [.., N] or
+    None; result [.., N], uint8 where `give_u8` asked for it and no gradient is wanted.
 
     Raises:
-        ValueError: unknown activation, pattern or values, sparsity out of range, a size below 0.
+        ValueError: unknown activation, pattern or values, sparsity out of range, a size below 0,
+            or activations that the values do not take.
     """
 
     storage_names = TENSORS
@@ -69,11 +75,13 @@ class SparseLinear(CompressedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         chunk: int | None = None,
+        activations: str = "dynamic",
     ) -> None:
         super().__init__(in_features, out_features, activation)
         self.pattern = Pattern.parse(pattern)
         sparsity = check_sparsity(sparsity, self.pattern)
         self.stored = check_values(values)
+        self.activations = check_activations(activations, values)
         self.chunk = chunk_rows(out_features) if chunk is None else chunk
         if self.chunk not in CHUNKS:
             raise ValueError(f"chunk: expected 64, 128 or 256; got {chunk}")
@@ -85,6 +93,8 @@ class SparseLinear(CompressedLinear):
         else:
             mask = self.pattern.mask(self.weight, sparsity)
         self.register_buffer("mask", mask)
+        empty = torch.zeros(2, device=device) if activations == "static" else None
+        self.register_buffer("x_grid", empty)
 
     @classmethod
     def from_linear(
@@ -95,6 +105,7 @@ class SparseLinear(CompressedLinear):
         values: str = "int8",
         activation: str | None = None,
         mask: Tensor | None = None,
+        activations: str = "dynamic",
     ) -> SparseLinear:
         """A layer in recovery state that shares the Parameter objects of ``linear``.
 
@@ -112,8 +123,11 @@ class SparseLinear(CompressedLinear):
         source = check_source(linear)
         name = source.activation if activation is None else activation
         new = cls(
-            source.in_features, source.out_features, sparsity, pattern, values, False, name, "meta"
-        )
+            source.in_features, source.out_features, sparsity, pattern, values, False, name, "meta",
+            activations=activations,
+        )  # fmt: skip
+        if new.x_grid is not None:
+            new.x_grid = torch.zeros(2, device=source.weight.device)
         if mask is None:
             sparsity = check_sparsity(sparsity, new.pattern)
             if isinstance(linear, SparseLinear):
@@ -133,8 +147,7 @@ class SparseLinear(CompressedLinear):
     def from_arguments(cls, arguments: dict[str, Any]) -> SparseLinear:
         """An empty layer on "meta" as `arguments()` describes it, to be loaded."""
         frozen, thawed = arguments["frozen"], arguments["thawed"]
-        states = ("frozen", "thawed")
-        new = cls(**{k: v for k, v in arguments.items() if k not in states}, device="meta")
+        new = cls(**{k: v for k, v in arguments.items() if k not in STATES}, device="meta")
         if frozen:
             n, k = new.out_features, new.in_features
             dtype = VALUES[new.stored]
@@ -157,7 +170,7 @@ class SparseLinear(CompressedLinear):
                     new.chunk,
                 )
             )
-        return new.thaw() if thawed else new
+        return (new.thaw() if thawed else new).with_y_grid(arguments)
 
     def make_storage(self) -> SparseWeight:
         if self.thawed:
@@ -165,6 +178,7 @@ class SparseLinear(CompressedLinear):
             if not bool(torch.isfinite(storage.values).all()):
                 raise ValueError("values: expected finite values; got NaN or inf")
             return storage
+        self.check_calibrated()
         block = (self.pattern.height, self.pattern.width)
         return sparsify_weight(self.weight, self.mask, VALUES[self.stored], block, self.chunk)
 
@@ -197,8 +211,16 @@ class SparseLinear(CompressedLinear):
             return rounded + (weight - weight.detach())
         return weight
 
-    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
+    def run(
+        self, x: Tensor, storage: Any, residual: Tensor | None, y_grid: Tensor | None = None
+    ) -> Tensor:
         bias, low = self.bias, torch.bfloat16
+        if y_grid is not None or self.x_grid is not None:
+            if y_grid is None and wants_gradient(x, bias, residual):
+                return self._static_with_gradient(x, storage, residual)
+            return sparse_linear(
+                x, storage, bias, residual, self.activation, x_grid=self.x_grid, y_grid=y_grid
+            )
         served = storage.values.dtype != low or x.dtype == low
         if served or torch.is_autocast_enabled(x.device.type):  # autocast casts by itself
             return sparse_linear(x, storage, bias, residual, self.activation)
@@ -210,8 +232,28 @@ class SparseLinear(CompressedLinear):
         checks.like("residual", residual, x)
         return y + residual  # in x's dtype: a residual stream keeps its precision
 
+    def _static_with_gradient(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
+        """The numbers of the static kernel by a dense product, straight through its rounding."""
+        assert self.x_grid is not None
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        rows = quantize.quantize_rows(x.detach().to(dtype), "static", self.x_grid)
+        seen = (rows.q - rows.zero_point) * rows.scale
+        seen = seen + (x.float() - x.detach().float())
+        bias, add = (None if t is None else t.to(dtype).float() for t in (self.bias, residual))
+        with torch.autocast(x.device.type, enabled=False):
+            weight = storage.to_dense()
+            return fused_linear(seen, weight, bias, add, self.activation).to(dtype)
+
     def pack_sources(self) -> tuple[Tensor, ...]:
-        return (self.weight, self.mask)
+        grid = () if self.x_grid is None else (self.x_grid,)
+        return (self.weight, self.mask, *grid)
+
+    @property
+    def gives_u8(self) -> bool:
+        """Whether `give_u8` can be asked for: int8 values only."""
+        return self.stored == "int8" and super().gives_u8
 
     # --- training on the stored values ------------------------------------------------------
 
@@ -252,19 +294,24 @@ class SparseLinear(CompressedLinear):
         return float(self.mask.float().mean()) if self.mask.numel() else 1.0
 
     def arguments(self) -> dict[str, Any]:
+        static = {"activations": "static"} if self.activations == "static" else {}
         return {
             **super().arguments(),
             "pattern": str(self.pattern),
             "values": self.stored,
             "chunk": self.chunk,
             "thawed": self.thawed,
+            **static,  # left out, older files and versions read each other
         }
 
     def extra_repr(self) -> str:
         known = "" if any(t is not None and t.is_meta for t in self.buffers()) else (
             f", density={self.density:.3f}"
         )  # fmt: skip
-        return super().extra_repr() + f", pattern={self.pattern}, values={self.stored}{known}"
+        static = ", activations=static" if self.activations == "static" else ""
+        return (
+            f"{super().extra_repr()}, pattern={self.pattern}, values={self.stored}{static}{known}"
+        )
 
 
 def _narrowed(old: SparseLinear, pattern: Pattern, sparsity: float) -> Tensor:
@@ -310,3 +357,12 @@ def check_values(values: str) -> str:
     if not isinstance(values, str) or values not in VALUES:
         raise ValueError(f"values: expected {', '.join(VALUES)}; got {values!r}")
     return values
+
+
+def check_activations(activations: str, values: str) -> str:
+    """Raise ValueError unless the product can do this with x."""
+    if activations not in ("dynamic", "static"):
+        raise ValueError(f"activations: expected dynamic or static; got {activations!r}")
+    if activations == "static" and values != "int8":
+        raise ValueError(f"activations: expected 'dynamic' with values {values!r}; got 'static'")
+    return activations

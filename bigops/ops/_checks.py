@@ -14,11 +14,12 @@ _SHORT = {
     torch.float16: "f16",
     torch.float64: "f64",
     torch.int8: "s8",
+    torch.uint8: "u8",
 }
 
 
 def short(dtype: torch.dtype) -> str:
-    """Name of a dtype as kernels carry it: f32, bf16, f16, f64, s8."""
+    """Name of a dtype as kernels carry it: f32, bf16, f16, f64, s8, u8."""
     return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
 
 

@@ -62,7 +62,7 @@ class FrozenLinear:
         rounds: Callable[..., bool],
         sample: Callable[..., Tensor] | None = None,
     ) -> None:
-        self.name = name
+        self.name, self.schema = name, schema
         parts = [part.split() for part in schema.split(",")]
         self.storage = tuple(part[-1] for part in parts if part[0].startswith("Tensor"))
         self.sizes = tuple(part[-1] for part in parts if not part[0].startswith("Tensor"))

@@ -31,15 +31,19 @@ def quantize_rows(x: Tensor, activations: str = "dynamic", grid: Tensor | None =
     """Quantise each row of ``x`` [.., K] to u8 so that zero is represented exactly.
 
     Args:
-        x: floating.
+        x: floating, or the u8 numbers themselves with "static".
         activations: "dynamic": the range of each row, with a zero point. "symmetric": the
             largest magnitude of each row, zero point 128. "static": ``grid`` for all rows.
         grid: float32 [2], scale and zero point.
     """
+    known = x.dtype == torch.uint8
     x = x.float()
     one = x.new_ones((*x.shape[:-1], 1))
     if x.shape[-1] == 0:
         return Rows(x, one, torch.zeros_like(one))
+    if known:
+        assert grid is not None
+        return Rows(x, one * grid[0], one * grid[1])
     lo = x.amin(-1, keepdim=True).clamp(max=0)
     hi = x.amax(-1, keepdim=True).clamp(min=0)
     finite = lo.isfinite() & hi.isfinite()
@@ -69,6 +73,43 @@ def static_grid(lo: float, hi: float) -> Tensor:
     low, high = torch.tensor(min(lo, 0.0)), torch.tensor(max(hi, 0.0))
     scale = (high / 255 - low / 255).clamp(min=TINY)
     return torch.stack([scale, torch.round(-low / scale).clamp(0, 255)])
+
+
+def check_grid_form(name: str, grid: Tensor) -> None:
+    """Raise TypeError or ValueError unless ``grid`` is float32 [2]."""
+    checks.dtype(name, grid, torch.float32)
+    checks.shape(name, grid, [2])
+
+
+def check_grid(name: str, grid: Tensor) -> None:
+    """Raise TypeError or ValueError unless ``grid`` is a scale and a zero point of u8."""
+    check_grid_form(name, grid)
+    scale, zero = grid.tolist()
+    # 1 / scale is finite from the smallest normal number on
+    if not (TINY <= scale < float("inf") and 0 <= zero <= 255 and zero == int(zero)):
+        raise ValueError(
+            f"{name}: expected a finite scale above 0 and a whole zero point in 0..255; "
+            f"got {scale}, {zero}"
+        )
+
+
+def to_grid(y: Tensor, grid: Tensor) -> Tensor:
+    """``clamp(rint(y * (1 / scale)) + zero_point, 0, 255)`` as u8, in float32 throughout.
+
+    Raises:
+        RuntimeError: NaN or inf in y, for which u8 has no number.
+    """
+    y = y.float()
+    if not bool(torch.isfinite(y).all()):
+        raise RuntimeError(
+            "y: expected finite values, since u8 on y_grid holds no other; got NaN or inf"
+        )
+    return (torch.round(y * (1 / grid[0])) + grid[1]).clamp(0, 255).to(torch.uint8)
+
+
+def from_grid(q: Tensor, grid: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the u8 numbers ``q`` stand for."""
+    return ((q.float() - grid[1]) * grid[0]).to(dtype)
 
 
 def row_scales(w: Tensor) -> Tensor:

@@ -142,12 +142,7 @@ class QuantizedWeight(NamedTuple):
             if not same(want, self.row_sum[: self.n]):
                 raise ValueError("row_sum: expected the sums of the weight's rows; got others")
         if self.x_grid is not None:
-            step, zero = self.x_grid.tolist()
-            if not (0 < step < float("inf") and 0 <= zero <= 255 and zero == int(zero)):
-                raise ValueError(
-                    "x_grid: expected a finite scale above 0 and a whole zero point in 0..255; "
-                    f"got {step}, {zero}"
-                )
+            quantize.check_grid("x_grid", self.x_grid)
 
 
 def check_range(name: str, t: Tensor, low: int, high: int) -> None:

@@ -6,6 +6,8 @@ that order; the storage and its conversion are in `_quantized_weight`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,8 @@ from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
 from bigops.ops import _frozen
 from bigops.ops import _quantize as quantize
+from bigops.ops._grid import GridLinear
+from bigops.ops._quantize import static_grid
 from bigops.ops._quantized_weight import (
     TILE,
     QuantizedWeight,
@@ -22,7 +26,14 @@ from bigops.ops._quantized_weight import (
     quantize_weight,
 )
 
-__all__ = ["QuantizedWeight", "quantize_weight", "quantized_linear", "reference"]
+__all__ = [
+    "QuantizedWeight",
+    "quantize_weight",
+    "quantized_linear",
+    "reference",
+    "reference_grid",
+    "static_grid",
+]
 
 # --- reference -----------------------------------------------------------------------------
 
@@ -44,9 +55,14 @@ def reference(
     activation: str = "none",
 ) -> Tensor:
     """The meaning of `quantized_linear` in plain torch; the storage as in `QuantizedWeight`."""
-    weight = QuantizedWeight.of(
-        values, scale, zero_point, row_sum, x_grid, pad, k, bits, group, activations
-    )
+    fixed = (values, scale, zero_point, row_sum, x_grid, pad, k, bits, group, activations)
+    return _compute(x, *fixed, x_grid, bias, residual, activation).to(x.dtype)
+
+
+def _compute(x: Tensor, *args: Any) -> Tensor:
+    *fixed, x_grid, bias, residual, activation = args
+    weight = QuantizedWeight.of(*fixed)
+    bits, activations = weight.bits, weight.activations
     if activations == "none":
         z = F.linear(x.float(), weight.to_dense())
     else:
@@ -65,7 +81,7 @@ def reference(
     y = act.apply(activation, z)
     if residual is not None:
         y = y + residual.float()
-    return y.to(x.dtype)
+    return y
 
 
 def _dense(x: Tensor, *fixed: object) -> Tensor:
@@ -119,6 +135,10 @@ _op = _QuantizedLinear(
     rounds=lambda *fixed: fixed[-1] != "none",
 )
 reference_backward = _op.reference_backward
+_grid = GridLinear(
+    _op, ("y_grid",), compute=_compute, quantises=lambda *fixed: fixed[-1] == "static"
+)
+reference_grid = _grid.reference
 
 
 # --- dispatch ------------------------------------------------------------------------------
@@ -132,13 +152,18 @@ def _explain(
     residual: Tensor | None = None,
     activation: str = "none",
     device: str | None = None,
+    *,
+    y_grid: Tensor | None = None,
 ) -> backend.Explanation:
-    _op.check(x, *weight.arguments, bias, residual, activation)
+    if y_grid is None and x.dtype != torch.uint8:
+        _op.check(x, *weight.arguments, bias, residual, activation)
+    else:
+        _grid.check(x, *weight.arguments, y_grid, bias, residual, activation)
     extension = backend.extension
 
     def choose() -> tuple[str, str]:
         return extension.choose_quantized_linear(  # type: ignore
-            weight.bits, weight.activations, checks.short(x.dtype)
+            weight.bits, weight.activations, checks.short(x.dtype), y_grid is not None
         )
 
     return _frozen.explain("quantized_linear", x, device, choose if extension else None)
@@ -153,6 +178,8 @@ def quantized_linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
+    *,
+    y_grid: Tensor | None = None,
 ) -> Tensor:
     """``act(x @ W.T + bias) + residual`` with W in int8 or int4.
 
@@ -161,21 +188,33 @@ def quantized_linear(
     are summed by themselves and added up in float32, as is the epilogue. A row of x with NaN or
     inf gives a row of NaN where x is quantised.
 
+    With ``y_grid`` the result is rounded in the same pass and stored as u8, which the next layer
+    reads as it is: ``clamp(rint(y * (1 / scale)) + zero_point, 0, 255)``, in float32 just what that
+    layer would make of a float32 y by its static grid.
+
     Args:
-        x: ``[.., K]``; float32, bfloat16 or float16, any strides.
+        x: ``[.., K]``; float32, bfloat16 or float16, any strides. Or uint8, on the weight's own
+            ``x_grid``, with activations "static".
         weight: `quantize_weight` of a ``[N, K]`` matrix; it has no gradient.
         bias: ``[N]`` in x's dtype, or None.
         residual: ``[.., N]``, the shape of the result, or None.
         activation: none, relu, relu2, gelu (erf), gelu_tanh, silu, sigmoid or tanh.
+        y_grid: float32 ``[2]``, scale and zero point of a uint8 result (`static_grid` makes them of
+            a range, ``weight.x_grid`` of the next layer is one), or None.
 
     Returns:
-        ``[.., N]`` in x's dtype. Gradients for x, bias and residual are the straight-through
-        ones: those of the linear layer with the dequantised weight. Under `torch.autocast` x,
-        bias and residual are cast to the autocast dtype first.
+        ``[.., N]``: uint8 with ``y_grid``, else in x's dtype (of a uint8 x in that of bias, without
+        one of residual, without both float32). Gradients for x, bias and residual are the
+        straight-through ones: those of the linear layer with the dequantised weight. Under
+        `torch.autocast` floating x, bias and residual are cast to the autocast dtype first.
 
     Raises:
-        ValueError: unknown or gated activation, shapes or devices that do not fit, or a weight
-            that requires a gradient.
+        ValueError: unknown or gated activation, shapes or devices that do not fit, a weight that
+            requires a gradient, a grid that is none, or anything that requires a gradient where x
+            or the result is uint8.
         TypeError: a dtype that is not served, or dtypes that differ.
+        RuntimeError: NaN or inf in a y that was to become uint8: no number of it says that.
     """
-    return _op.apply(x, *weight.arguments, bias, residual, activation)
+    if y_grid is None and getattr(x, "dtype", None) is not torch.uint8:
+        return _op.apply(x, *weight.arguments, bias, residual, activation)
+    return _grid.apply(x, *weight.arguments, y_grid, bias, residual, activation)

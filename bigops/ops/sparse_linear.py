@@ -19,6 +19,7 @@ from bigops.ops import _checks as checks
 from bigops.ops import _frozen
 from bigops.ops import _quantize as quantize
 from bigops.ops import _sparse_weight as storage
+from bigops.ops._grid import GridLinear
 from bigops.ops._sparse_convert import Pattern, block_mask, from_dense, n_m_mask, sparsify_weight
 from bigops.ops._sparse_weight import TENSORS, SparseWeight
 
@@ -29,6 +30,7 @@ __all__ = [
     "from_dense",
     "n_m_mask",
     "reference",
+    "reference_grid",
     "sparse_linear",
     "sparsify_weight",
 ]
@@ -52,11 +54,19 @@ def reference(
     activation: str = "none",
 ) -> Tensor:
     """The meaning of `sparse_linear` in plain torch."""
+    fixed = (values, index, rows, length, ptr, scale, sums, n, chunk)
+    return _compute(x, *fixed, None, bias, residual, activation).to(x.dtype)
+
+
+def _compute(  # type: ignore[no-untyped-def]
+    x: Tensor, values, index, rows, length, ptr, scale, sums, n, chunk, x_grid, bias, residual,
+    activation: str,
+) -> Tensor:  # fmt: skip
     w = _matrix(x, values, index, rows, length, ptr, n, chunk)
     if scale is None:
         z = F.linear(x.float(), w)
     else:
-        seen = quantize.quantize_rows(x)
+        seen = quantize.quantize_rows(x, "dynamic" if x_grid is None else "static", x_grid)
         # whole numbers below 2^53: the product is exact, in whatever order it is summed
         total = torch.matmul((seen.q - seen.zero_point).double(), w.double().t()).float()
         z = total * (seen.scale * scale)
@@ -65,7 +75,7 @@ def reference(
     y = act.apply(activation, z)
     if residual is not None:
         y = y + residual.float()
-    return y.to(x.dtype)
+    return y
 
 
 def _matrix(  # type: ignore[no-untyped-def]
@@ -129,6 +139,13 @@ class _SparseLinear(_frozen.FrozenLinear):
         return super()._serve(x, *rest)
 
 
+class _SparseGrid(GridLinear):
+    def _serve(self, *args):  # type: ignore[no-untyped-def]
+        self.check(*args)
+        storage.check_structure(*args[1:6], *args[8:10], args[0].shape[-1])  # type: ignore[call-arg]
+        return super()._serve(*args)
+
+
 _op = _SparseLinear(
     "sparse_linear",
     "Tensor values, Tensor index, Tensor rows, Tensor length, Tensor ptr, Tensor? scale, "
@@ -140,6 +157,10 @@ _op = _SparseLinear(
     sample=_sample,
 )
 reference_backward = _op.reference_backward
+_grid = _SparseGrid(
+    _op, ("x_grid", "y_grid"), compute=_compute, quantises=lambda *fixed: fixed[5] is not None
+)
+reference_grid = _grid.reference
 
 
 # --- dispatch ------------------------------------------------------------------------------
@@ -161,15 +182,24 @@ def _explain(
     residual: Tensor | None = None,
     activation: str = "none",
     device: str | None = None,
+    *,
+    x_grid: Tensor | None = None,
+    y_grid: Tensor | None = None,
 ) -> backend.Explanation:
     _check_weight_shape(x, weight)
-    check(x, *weight.tensors, weight.shape[0], weight.chunk, bias, residual, activation)  # type: ignore[arg-type, call-arg]
+    fixed = (*weight.tensors, weight.shape[0], weight.chunk)
+    if x_grid is None and y_grid is None and x.dtype != torch.uint8:
+        _op.check(x, *fixed, bias, residual, activation)
+    else:
+        _grid.check(x, *fixed, x_grid, y_grid, bias, residual, activation)
     m = x.shape[:-1].numel()
     stored = checks.short(weight.values.dtype)
     extension = backend.extension
 
     def choose() -> tuple[str, str]:
-        return extension.choose_sparse_linear(m, stored, checks.short(x.dtype))  # type: ignore
+        return extension.choose_sparse_linear(  # type: ignore
+            m, stored, checks.short(x.dtype), y_grid is not None
+        )
 
     return _frozen.explain("sparse_linear", x, device, choose if extension else None)
 
@@ -183,6 +213,9 @@ def sparse_linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
+    *,
+    x_grid: Tensor | None = None,
+    y_grid: Tensor | None = None,
 ) -> Tensor:
     """``act(x @ W.T + bias) + residual`` with W sparse; what is not stored costs nothing.
 
@@ -190,27 +223,40 @@ def sparse_linear(
     NaN or inf gives a row of NaN); floating values are multiplied in their precision and summed in
     float32.
 
+    Grids are float32 ``[2]``, scale and zero point of u8 (`bigops.ops.quantized_linear.static_grid`
+    makes them of a range). With ``y_grid`` the result is rounded to u8 in the same pass, as
+    `quantized_linear` says; calls with a grid are for inference.
+
     Args:
-        x: ``[.., K]``; float32, bfloat16 or float16, any strides; bfloat16 with bfloat16 values.
+        x: ``[.., K]``; float32, bfloat16 or float16, any strides; bfloat16 with bfloat16 values. Or
+            uint8 on ``x_grid`` with int8 values.
         weight: `sparsify_weight` or `from_dense` of a ``[N, K]`` matrix.
         bias: ``[N]`` in x's dtype, or None.
         residual: ``[.., N]``, the shape of the result, or None.
         activation: none, relu, relu2, gelu (erf), gelu_tanh, silu, sigmoid or tanh.
+        x_grid: with int8 values the grid of x, or None: a grid for each row, found at run time.
+        y_grid: the grid of a uint8 result, or None.
 
     Returns:
-        ``[.., N]`` in x's dtype. Gradients for x, bias and residual are those of the linear layer
-        with the dequantised weight (straight through the rounding of x). Floating values that
-        require it get theirs, at the stored positions only. Under `torch.autocast` x, bias and
-        residual are cast to the autocast dtype first.
+        ``[.., N]``: uint8 with ``y_grid``, else in x's dtype (of a uint8 x in that of bias, without
+        one of residual, without both float32). Gradients for x, bias and residual are those of the
+        linear layer with the dequantised weight (straight through the rounding of x). Floating
+        values that require it get theirs, at the stored positions only. Under `torch.autocast` x,
+        bias and residual are cast to the autocast dtype first.
 
     Raises:
-        ValueError: unknown or gated activation, shapes or devices that do not fit, or storage
-            other than floating values that requires a gradient.
+        ValueError: unknown or gated activation, shapes or devices that do not fit, storage other
+            than floating values that requires a gradient, a grid that is none, or with a grid
+            anything that requires a gradient.
         TypeError: a dtype that is not served, or dtypes that differ.
-        RuntimeError: storage whose contents are broken (`SparseWeight.validate` says where).
+        RuntimeError: storage whose contents are broken (`SparseWeight.validate` says where), or NaN
+            or inf in a y that was to become uint8.
     """
     n, k = weight.shape
     if x.shape[-1:] != (k,):
         checks.tensors(x=x)
         _check_weight_shape(x, weight)
-    return _op.apply(x, *weight[:7], n, weight.chunk, bias, residual, activation)
+    fixed = (*weight[:7], n, weight.chunk)
+    if x_grid is None and y_grid is None and getattr(x, "dtype", None) is not torch.uint8:
+        return _op.apply(x, *fixed, bias, residual, activation)
+    return _grid.apply(x, *fixed, x_grid, y_grid, bias, residual, activation)

@@ -46,8 +46,10 @@ _OPS = (
     "packed_linear_backward",
     "quantized_linear",
     "quantized_linear_backward",
+    "quantized_linear_grid",
     "sparse_linear",
     "sparse_linear_backward",
+    "sparse_linear_grid",
 )
 _registered = False
 
@@ -319,6 +321,28 @@ def _sparse_linear_backward(
         return results, [rows, rows, *weight, _if(bias, whole), None, None, None, None]
 
     return [rule(whole, whole), *(rule(Shard(d), Partial()) for d in range(x.ndim - 1))]
+
+
+def _quantized_linear_grid(*args: Any) -> list[Rule]:
+    *before, y_grid, bias, residual, activation = args
+    rest: list[Any] = [*before, bias, residual, activation]
+    rules = _quantized_linear(*rest)
+    return _with_grids(rules, len(before), y_grid)
+
+
+def _sparse_linear_grid(*args: Any) -> list[Rule]:
+    *before, x_grid, y_grid, bias, residual, activation = args
+    rest: list[Any] = [*before, bias, residual, activation]
+    rules = _sparse_linear(*rest)
+    return _with_grids(rules, len(before), x_grid, y_grid)
+
+
+def _with_grids(rules: list[Rule], place: int, *grids: Any) -> list[Rule]:
+    """The rules of the op without grids, and each rank has the grids whole."""
+    from torch.distributed.tensor import Replicate
+
+    whole = [_if(grid, Replicate()) for grid in grids]
+    return [(results, [*given[:place], *whole, *given[place:]]) for results, given in rules]
 
 
 def _if(tensor: Any, placement: Placement) -> Placement | None:

@@ -1,7 +1,9 @@
 #include "cpu/compressed_linear.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 
@@ -17,14 +19,23 @@ SelectedCompressed select_compressed() {
   return {&portable_compressed, Isa::portable};
 }
 
-CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const OptTensor& bias,
-                                const OptTensor& residual, std::string_view activation) {
+namespace {
+
+CompressedCall check_call(const Tensor& x, int64_t n, int64_t k, const OptTensor& bias,
+                          const OptTensor& residual, std::string_view activation, bool x_u8) {
   const int code = check_activation(activation);
   if (is_gated(code)) fail("activation", "one that is no gated pair", std::string(activation));
   check_cpu("x", x);
-  const ScalarType dtype = x.scalar_type();
+  ScalarType dtype = x.scalar_type();
+  const char* source = "x";
+  if (x_u8) {
+    source = bias.has_value() ? "bias" : "residual";
+    dtype = bias.has_value()       ? bias->scalar_type()
+            : residual.has_value() ? residual->scalar_type()
+                                   : ScalarType::Float;
+  }
   if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half)
-    fail("x", "dtype f32, bf16 or f16", short_name(dtype));
+    fail(source, "dtype f32, bf16 or f16", short_name(dtype));
   if (x.dim() == 0 || x.size(x.dim() - 1) != k)
     fail("x", "shape [.., " + std::to_string(k) + "]", shape_of(x));
   int64_t m = 1;
@@ -45,10 +56,9 @@ CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const Opt
   const FloatKind kind = dtype == ScalarType::Float      ? kFloat32
                          : dtype == ScalarType::BFloat16 ? kBFloat16
                                                          : kFloat16;
-  return {select_compressed(), m, n, k, dtype, kind, code, dense(x), dense(bias), dense(residual)};
+  return {select_compressed(), m,   n, k, dtype, kind, code, dense(x), dense(bias),
+          dense(residual),     x_u8};
 }
-
-namespace {
 
 Tensor bytes_tensor(int64_t bytes) {
   const int64_t size = bytes + 64;
@@ -64,6 +74,72 @@ struct Freed {
 };
 
 }  // namespace
+
+CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const OptTensor& bias,
+                                const OptTensor& residual, std::string_view activation) {
+  return check_call(x, n, k, bias, residual, activation, false);
+}
+
+CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const OptTensor& x_grid,
+                                const OptTensor& y_grid, const OptTensor& bias,
+                                const OptTensor& residual, std::string_view activation) {
+  const bool u8 = x.scalar_type() == ScalarType::Byte;
+  if (u8 && !x_grid.has_value()) fail("x", "a floating dtype without x_grid", "u8");
+  CompressedCall call = check_call(x, n, k, bias, residual, activation, u8);
+  if (x_grid.has_value()) call.x_grid = check_grid("x_grid", *x_grid);
+  if (y_grid.has_value()) call.y_grid = check_grid("y_grid", *y_grid);
+  return call;
+}
+
+Grid check_grid(const char* name, const Tensor& t) {
+  check_cpu(name, t);
+  check_dtype(name, t, ScalarType::Float);
+  check_vector(name, t, 2);
+  const Tensor kept = dense(t);
+  const float* grid = static_cast<const float*>(kept.const_data_ptr());
+  const float scale = grid[0], zero = grid[1];
+  // 1 / scale is finite from FLT_MIN on.
+  if (!(scale >= std::numeric_limits<float>::min() && scale <= std::numeric_limits<float>::max() &&
+        zero >= 0.0f && zero <= 255.0f && zero == std::floor(zero)))
+    fail(name, "a finite scale above 0 and a whole zero point in 0..255",
+         std::to_string(scale) + ", " + std::to_string(zero));
+  return {scale, static_cast<int32_t>(zero)};
+}
+
+void quantize_row(const CompressedCall& call, int64_t i, uint8_t* q, float* scale,
+                  int32_t* zero_point) {
+  const CompressedKernels& kernels = call.kernels();
+  if (call.x_u8) {
+    *scale = call.x_grid->scale;
+    *zero_point = call.x_grid->zero_point;
+    if (call.k > 0) std::memcpy(q, call.row(i), static_cast<size_t>(call.k));
+  } else if (call.x_grid) {
+    kernels.quantize_static[call.kind](call.row(i), call.k, q, call.x_grid->scale,
+                                       call.x_grid->zero_point, scale, zero_point);
+  } else {
+    kernels.quantize[call.kind](call.row(i), call.k, q, scale, zero_point);
+  }
+}
+
+FinishTask finish_task(const CompressedCall& call, void* y, YKind kind, int32_t* y_bad) {
+  FinishTask t{};
+  t.bias = data(call.bias);
+  t.residual = data(call.residual);
+  t.y = y;
+  t.y_kind = kind;
+  t.y_bad = y_bad;
+  if (kind == kYU8) {
+    t.y_inverse = 1.0f / call.y_grid->scale;
+    t.y_zero = static_cast<float>(call.y_grid->zero_point);
+  }
+  t.n = call.n;
+  t.activation = call.activation;
+  return t;
+}
+
+void check_finite(int32_t y_bad) {
+  if (y_bad != 0) fail("y", "finite values, since u8 on y_grid holds no other", "NaN or inf");
+}
 
 Buffer::Buffer(int64_t bytes)
     : storage_(bytes_tensor(bytes)), base_(align(storage_.mutable_data_ptr())) {}

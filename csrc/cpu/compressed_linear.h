@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -21,22 +22,35 @@ SelectedCompressed select_compressed();
 // The kernel that a call of this shape takes and why (bigops.explain asks through python.cpp).
 std::pair<std::string, std::string> choose_quantized_linear(int64_t bits,
                                                             const std::string& activations,
-                                                            const std::string& dtype);
+                                                            const std::string& dtype, bool y_u8);
 std::pair<std::string, std::string> choose_sparse_linear(int64_t m, const std::string& values,
-                                                         const std::string& dtype);
+                                                         const std::string& dtype, bool y_u8);
+
+// u8 numbers q stand for scale * (q - zero_point).
+struct Grid {
+  float scale;
+  int32_t zero_point;
+};
+// Of a float32 [2], checked to the values, since a kernel divides by one of them.
+Grid check_grid(const char* name, const Tensor& t);
 
 // Arguments besides the storage, checked and contiguous.
 struct CompressedCall {
   SelectedCompressed selected;
   int64_t m, n, k;
-  ScalarType dtype;
+  ScalarType dtype;  // of bias and residual, and of a floating x
   FloatKind kind;
   int activation;
   Tensor x;
   OptTensor bias, residual;
+  bool x_u8 = false;
+  std::optional<Grid> x_grid, y_grid;  // of the ops that have them; x_grid with x_u8 at least
 
   const CompressedKernels& kernels() const { return *selected.kernels; }
-  size_t item() const { return dtype == ScalarType::Float ? 4 : 2; }
+  size_t item() const { return x_u8 ? 1 : dtype == ScalarType::Float ? 4 : 2; }
+  const char* x_name() const { return x_u8 ? "u8" : short_name(dtype); }
+  YKind y_kind() const { return y_grid ? kYU8 : kYLikeX; }
+  ScalarType y_dtype() const { return y_grid ? ScalarType::Byte : dtype; }
   const char* row(int64_t i) const {  // of x
     return static_cast<const char*>(x.const_data_ptr()) + static_cast<size_t>(i * k) * item();
   }
@@ -45,6 +59,19 @@ struct CompressedCall {
 // k: columns of the weight as far as the storage knows them.
 CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const OptTensor& bias,
                                 const OptTensor& residual, std::string_view activation);
+// The same for the ops with grids, where x may be u8.
+CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const OptTensor& x_grid,
+                                const OptTensor& y_grid, const OptTensor& bias,
+                                const OptTensor& residual, std::string_view activation);
+
+// Row i of x to u8, its scale and zero point; copied where it is u8 already.
+void quantize_row(const CompressedCall& call, int64_t i, uint8_t* q, float* scale,
+                  int32_t* zero_point);
+
+// The part of a FinishTask that is the same for all of a call. `y_bad` outlives the tasks.
+FinishTask finish_task(const CompressedCall& call, void* y, YKind kind, int32_t* y_bad);
+// Raises where a task met a NaN or inf that was to become u8.
+void check_finite(int32_t y_bad);
 
 // Raw memory of this call, 64-byte aligned, freed with it.
 class Buffer {

@@ -91,7 +91,7 @@ void product(const CompressedCall& call, const Panels& w, void* y, bool y_float)
   finish.bias = data(call.bias);
   finish.residual = data(call.residual);
   finish.y = y;
-  finish.y_float = y_float;
+  finish.y_kind = y_float ? kYFloat : kYLikeX;
   finish.n = call.n;
   finish.activation = call.activation;
   finish.stride = kPackedColumns;

@@ -35,7 +35,11 @@ struct Weight {
   }
   const float* scale() const { return static_cast<const float*>(scale_tensor.const_data_ptr()); }
   const int8_t* zero() const { return static_cast<const int8_t*>(data(zero_tensor)); }
-  const float* grid() const { return static_cast<const float*>(data(grid_tensor)); }
+  std::optional<Grid> grid() const {
+    if (!grid_tensor.has_value()) return {};
+    const float* grid = static_cast<const float*>(grid_tensor->const_data_ptr());
+    return Grid{grid[0], static_cast<int32_t>(grid[1])};
+  }
   bool integer() const { return mode != kFloating; }
   bool exact() const { return integer() && bits == 8; }  // int32 sums over all of K
   int64_t tile_bytes() const { return lines * kLineBytes; }
@@ -167,16 +171,20 @@ class Rows {
                              : 4),
         stride_(w.lines * w.columns * item_),
         head_(round_up(call.m * 4, 64)),
-        direct_(!w.integer() && stride_ == call.k * static_cast<int64_t>(call.item()) &&
-                item_ == static_cast<int64_t>(call.item())),
-        buffer_(w.integer() ? 3 * head_ + call.m * stride_
-                : direct_   ? 0
-                            : call.m * stride_),
+        direct_(stride_ == call.k * static_cast<int64_t>(call.item()) &&
+                item_ == static_cast<int64_t>(call.item()) && !(w.integer() && w.bits == 4)),
+        buffer_((w.integer() ? 3 * head_ : 0) + (direct_ ? 0 : call.m * stride_)),
         base_(direct_ ? call.row(0) : buffer_.at(w.integer() ? 3 * head_ : 0)) {
-    if (direct_) return;
+    if (direct_ && !w.integer()) return;
     const QuantizedKernels& kernels = baseline(active_isa());
     const auto fill = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
+        if (direct_) {
+          scale()[i] = call.x_grid->scale;
+          zero()[i] = call.x_grid->zero_point;
+          add_up(w, kernels, i, reinterpret_cast<const uint8_t*>(at(i)));
+          continue;
+        }
         char* to = const_cast<char*>(at(i));
         if (w.integer())
           quantize(call, w, kernels, i, reinterpret_cast<uint8_t*>(to));
@@ -200,18 +208,18 @@ class Rows {
  private:
   void quantize(const CompressedCall& call, const Weight& w, const QuantizedKernels& kernels,
                 int64_t i, uint8_t* q) {
-    const void* x = call.row(i);
-    if (w.mode == kStatic)
-      kernels.quantize_static[call.kind](
-          x, call.k, q, w.grid()[0], static_cast<int32_t>(w.grid()[1]), scale() + i, zero() + i);
-    else if (w.mode == kSymmetric)
-      kernels.quantize_symmetric[call.kind](x, call.k, q, scale() + i, zero() + i);
+    if (w.mode == kSymmetric)
+      call.kernels().quantize_symmetric[call.kind](call.row(i), call.k, q, scale() + i, zero() + i);
     else
-      call.kernels().quantize[call.kind](x, call.k, q, scale() + i, zero() + i);
+      quantize_row(call, i, q, scale() + i, zero() + i);
     std::memset(q + call.k, 0, static_cast<size_t>(stride_ - call.k));
-    if (w.bits == 8 && w.zero() != nullptr)
-      sum()[i] = kernels.sum(q, call.k) - static_cast<int32_t>(call.k) * zero()[i];
+    add_up(w, kernels, i, q);
     if (w.bits == 4) kernels.interleave(q, stride_);
+  }
+
+  void add_up(const Weight& w, const QuantizedKernels& kernels, int64_t i, const uint8_t* q) {
+    if (w.bits == 8 && w.zero() != nullptr)
+      sum()[i] = kernels.sum(q, w.k) - static_cast<int32_t>(w.k) * zero()[i];
   }
 
   int64_t item_, stride_, head_;
@@ -247,8 +255,8 @@ void wide_sums(const Weight& w, const Rows& x, const Chosen& chosen, QuantizedTa
     }
 }
 
-// y: [M, N] in x's dtype, or float when y_float.
-void product(const CompressedCall& call, const Weight& w, void* y, bool y_float) {
+// y: [M, N].
+void product(const CompressedCall& call, const Weight& w, void* y, YKind y_kind) {
   const CompressedKernels& kernels = call.kernels();
   const Chosen chosen = choose(call, w);
   const Rows x(call, w, chosen);
@@ -270,13 +278,8 @@ void product(const CompressedCall& call, const Weight& w, void* y, bool y_float)
   base.out_stride = stride;
   base.group_lines = w.group_lines;
   base.stride = w.stride;
-  FinishTask finish{};
-  finish.bias = data(call.bias);
-  finish.residual = data(call.residual);
-  finish.y = y;
-  finish.y_float = y_float;
-  finish.n = call.n;
-  finish.activation = call.activation;
+  int32_t y_bad = 0;
+  FinishTask finish = finish_task(call, y, y_kind, &y_bad);
   finish.stride = stride;
   if (w.exact()) {
     finish.row_scale = x.scale();
@@ -322,6 +325,7 @@ void product(const CompressedCall& call, const Weight& w, void* y, bool y_float)
     }
   };
   for_each_task_near(panels * split, call.m * call.n * (call.k + 16) > kWorthThreads, run);
+  check_finite(y_bad);
 }
 
 // gx [M, K] = gz [M, N] times the dequantised weight.
@@ -379,6 +383,15 @@ void gradient(const CompressedCall& call, const Weight& w, const float* gz, void
                 call.m * call.n * call.k > kWorthThreads, run);
 }
 
+Tensor run(const CompressedCall& call, const Weight& w) {
+  if (g_recording.load(std::memory_order_relaxed) != 0)
+    record(choose(call, w).isa, "quantized_linear", call.x_name(),
+           form_name(w.form(), call.y_grid.has_value()).c_str());
+  Tensor y = empty_rows_like(call.x, call.n, call.y_dtype());
+  if (!call.empty()) product(call, w, y.mutable_data_ptr(), call.y_kind());
+  return y;
+}
+
 Tensor quantized_linear(const Tensor& x, const Tensor& values, const Tensor& scale,
                         const OptTensor& zero_point, const OptTensor& row_sum,
                         const OptTensor& x_grid, int64_t pad, int64_t k, int64_t bits,
@@ -386,11 +399,20 @@ Tensor quantized_linear(const Tensor& x, const Tensor& values, const Tensor& sca
                         const OptTensor& residual, std::string_view activation) {
   const Weight w =
       check_weight(values, scale, zero_point, row_sum, x_grid, pad, k, bits, group, activations);
-  const CompressedCall call = check_compressed(x, w.n, k, bias, residual, activation);
-  record(choose(call, w).isa, "quantized_linear", short_name(call.dtype), w.form());
-  Tensor y = empty_rows_like(x, call.n, call.dtype);
-  if (!call.empty()) product(call, w, y.mutable_data_ptr(), false);
-  return y;
+  CompressedCall call = check_compressed(x, w.n, k, bias, residual, activation);
+  call.x_grid = w.grid();
+  return run(call, w);
+}
+
+Tensor quantized_linear_grid(const Tensor& x, const Tensor& values, const Tensor& scale,
+                             const OptTensor& zero_point, const OptTensor& row_sum,
+                             const OptTensor& x_grid, int64_t pad, int64_t k, int64_t bits,
+                             int64_t group, std::string_view activations, const OptTensor& y_grid,
+                             const OptTensor& bias, const OptTensor& residual,
+                             std::string_view activation) {
+  const Weight w =
+      check_weight(values, scale, zero_point, row_sum, x_grid, pad, k, bits, group, activations);
+  return run(check_compressed(x, w.n, k, x_grid, y_grid, bias, residual, activation), w);
 }
 
 std::tuple<Tensor, Tensor> quantized_linear_backward(
@@ -411,7 +433,8 @@ std::tuple<Tensor, Tensor> quantized_linear_backward(
   if (pointwise && !call.empty()) {
     CompressedCall plain = call;
     plain.activation = kNone;
-    product(plain, w, z.at(0), true);
+    plain.x_grid = w.grid();
+    product(plain, w, z.at(0), kYFloat);
   }
   const Pointwise p =
       pointwise_backward(call, grad, pointwise ? reinterpret_cast<const float*>(z.at(0)) : nullptr,
@@ -426,21 +449,24 @@ std::tuple<Tensor, Tensor> quantized_linear_backward(
 
 std::pair<std::string, std::string> choose_quantized_linear(int64_t bits,
                                                             const std::string& activations,
-                                                            const std::string& dtype) {
+                                                            const std::string& dtype, bool y_u8) {
   const bool integer = activations_code(activations) != kFloating;
   const Chosen chosen = choose(bits, integer, dtype == "bf16");
   const std::string width = bits == 8 ? "8" : "4";
-  const std::string form = "w" + width + (integer ? "a8" : "");
+  const std::string form = form_name("w" + width + (integer ? "a8" : ""), y_u8);
   const std::string weight = "int" + width + " weight in tiles of 16 rows, ";
   return {kernel_name(chosen.isa, "quantized_linear", dtype.c_str(), form.c_str()),
-          weight + (integer        ? "u8 activations, integer sums"
-                    : chosen.pairs ? "pairs of bf16 activations, float sums"
-                                   : "float activations and sums")};
+          weight +
+              (integer        ? "u8 activations, integer sums"
+               : chosen.pairs ? "pairs of bf16 activations, float sums"
+                              : "float activations and sums") +
+              (y_u8 ? ", result stored as u8" : "")};
 }
 
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
   m.impl("quantized_linear", TORCH_BOX(&bigops::quantized_linear));
+  m.impl("quantized_linear_grid", TORCH_BOX(&bigops::quantized_linear_grid));
   m.impl("quantized_linear_backward", TORCH_BOX(&bigops::quantized_linear_backward));
 }

@@ -14,8 +14,8 @@ constexpr int64_t kExactPanels = kExactColumns / (kPanelWords * kWordColumns[kWo
 
 bool rows_form(int64_t m) { return m <= kRowsForm; }
 
-std::string form_name(const SparseStorage& s, int64_t m) {
-  return std::string(word_name(s.kind)) + (rows_form(m) ? "_rows" : "_columns");
+std::string form_of(const SparseStorage& s, int64_t m, bool y_u8) {
+  return form_name(std::string(word_name(s.kind)) + (rows_form(m) ? "_rows" : "_columns"), y_u8);
 }
 
 // The row quantiser's results.
@@ -134,20 +134,29 @@ struct Product {
 auto row_filler(const CompressedCall& call, const SparseStorage& s, const RowScales& scales,
                 int64_t words) {
   return [&call, &s, &scales, words](int64_t i, char* to) {
-    const CompressedKernels& helpers = call.kernels();
     int64_t bytes = call.k * 4;
     if (s.kind == kWordF32) {
-      helpers.widen[call.kind](call.row(i), call.k, reinterpret_cast<float*>(to));
+      call.kernels().widen[call.kind](call.row(i), call.k, reinterpret_cast<float*>(to));
     } else if (s.kind == kWordBf16) {
       bytes = call.k * 2;
       if (bytes > 0) std::memcpy(to, call.row(i), static_cast<size_t>(bytes));
     } else {
       bytes = call.k;
-      helpers.quantize[call.kind](call.row(i), call.k, reinterpret_cast<uint8_t*>(to),
-                                  scales.scale() + i, scales.zero_point() + i);
+      quantize_row(call, i, reinterpret_cast<uint8_t*>(to), scales.scale() + i,
+                   scales.zero_point() + i);
     }
     std::memset(to + bytes, 0, static_cast<size_t>(words * 4 - bytes));
   };
+}
+
+Tensor run(const CompressedCall& call, const SparseStorage& s) {
+  check_sparse_call(call, s);
+  if (g_recording.load(std::memory_order_relaxed) != 0)
+    record(s.selected.isa, "sparse_linear", call.x_name(),
+           form_of(s, call.m, call.y_grid.has_value()).c_str());
+  Tensor y = empty_rows_like(call.x, call.n, call.y_dtype());
+  if (!call.empty()) sparse_product(call, s, y.mutable_data_ptr(), call.y_kind());
+  return y;
 }
 
 Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& index, const Tensor& rows,
@@ -156,13 +165,19 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& index,
                      const OptTensor& residual, std::string_view activation) {
   const SparseStorage s =
       check_sparse(x, {values, index, rows, length, ptr, scale, sums}, n, chunk);
-  const CompressedCall call = check_compressed(x, s.n, s.k, bias, residual, activation);
-  check_sparse_call(call, s);
-  if (g_recording.load(std::memory_order_relaxed) != 0)
-    record(s.selected.isa, "sparse_linear", short_name(call.dtype), form_name(s, call.m).c_str());
-  Tensor y = empty_rows_like(x, call.n, call.dtype);
-  if (!call.empty()) sparse_product(call, s, y.mutable_data_ptr(), false);
-  return y;
+  return run(check_compressed(x, s.n, s.k, bias, residual, activation), s);
+}
+
+Tensor sparse_linear_grid(const Tensor& x, const Tensor& values, const Tensor& index,
+                          const Tensor& rows, const Tensor& length, const Tensor& ptr,
+                          const OptTensor& scale, const OptTensor& sums, int64_t n, int64_t chunk,
+                          const OptTensor& x_grid, const OptTensor& y_grid, const OptTensor& bias,
+                          const OptTensor& residual, std::string_view activation) {
+  const SparseStorage s =
+      check_sparse(x, {values, index, rows, length, ptr, scale, sums}, n, chunk);
+  if (x_grid.has_value() && s.kind != kWordS8)
+    fail("x_grid", "None with floating values", "a tensor");
+  return run(check_compressed(x, s.n, s.k, x_grid, y_grid, bias, residual, activation), s);
 }
 
 }  // namespace
@@ -289,7 +304,7 @@ void check_sparse_call(const CompressedCall& call, const SparseStorage& s) {
     fail("x", "dtype bf16, that of the values", short_name(call.dtype));
 }
 
-void sparse_product(const CompressedCall& call, const SparseStorage& s, void* y, bool y_float) {
+void sparse_product(const CompressedCall& call, const SparseStorage& s, void* y, YKind y_kind) {
   const RowScales scales(s.kind == kWordS8 ? call.m : 0);
   const bool worth = call.m * call.k > kWorthThreads / 16;
   std::optional<RowWords> rows;
@@ -299,16 +314,11 @@ void sparse_product(const CompressedCall& call, const SparseStorage& s, void* y,
   else
     tiles.emplace(call.kernels(), call.m, s.used_words(), s.words(), s.kernels().max_vectors, worth,
                   row_filler(call, s, scales, s.used_words()));
-  FinishTask base{};
+  int32_t y_bad = 0;
+  FinishTask base = finish_task(call, y, y_kind, &y_bad);
   base.row_scale = scales.scale();
   base.zero_point = scales.zero_point();
   base.scale = s.scales();
-  base.bias = data(call.bias);
-  base.residual = data(call.residual);
-  base.y = y;
-  base.y_float = y_float;
-  base.n = call.n;
-  base.activation = call.activation;
   Product product{call, s, scales, rows ? &*rows : nullptr, tiles ? &*tiles : nullptr, base};
 
   const int64_t count = tiles ? tiles->count() : 1;
@@ -328,21 +338,24 @@ void sparse_product(const CompressedCall& call, const SparseStorage& s, void* y,
   for_each_task(s.chunks * split,
                 call.m * (s.steps * kSliceRows * s.columns() + call.n * 16) > kWorthThreads, run);
   if (!product.sound.load()) broken_sparse();
+  check_finite(y_bad);
 }
 
 std::pair<std::string, std::string> choose_sparse_linear(int64_t m, const std::string& values,
-                                                         const std::string& dtype) {
+                                                         const std::string& dtype, bool y_u8) {
   SparseStorage s;
   s.kind = values == "s8" ? kWordS8 : values == "bf16" ? kWordBf16 : kWordF32;
   const std::string limit = std::to_string(kRowsForm) + " rows of x";
   return {kernel_name(select_sparse(s.kind).isa, "sparse_linear", dtype.c_str(),
-                      form_name(s, m).c_str()),
-          rows_form(m) ? "one row of W a lane, words of x looked up, up to " + limit
-                       : "one row of x a lane, a panel of x in the L1 cache, above " + limit};
+                      form_of(s, m, y_u8).c_str()),
+          (rows_form(m) ? "one row of W a lane, words of x looked up, up to " + limit
+                        : "one row of x a lane, a panel of x in the L1 cache, above " + limit) +
+              (y_u8 ? ", result stored as u8" : "")};
 }
 
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
   m.impl("sparse_linear", TORCH_BOX(&bigops::sparse_linear));
+  m.impl("sparse_linear_grid", TORCH_BOX(&bigops::sparse_linear_grid));
 }

@@ -59,8 +59,8 @@ SparseStorage check_sparse(const Tensor& x, const SparseTensors& t, int64_t n, i
 [[noreturn]] void broken_sparse();
 
 const char* word_name(WordKind kind);
-// x W^T with its epilogue into y [M, N], in x's dtype or float when y_float.
-void sparse_product(const CompressedCall& call, const SparseStorage& s, void* y, bool y_float);
+// x W^T with its epilogue into y [M, N].
+void sparse_product(const CompressedCall& call, const SparseStorage& s, void* y, YKind y_kind);
 // bf16 values meet bf16 activations only.
 void check_sparse_call(const CompressedCall& call, const SparseStorage& s);
 

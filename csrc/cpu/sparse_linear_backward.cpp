@@ -316,7 +316,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_linear_backward(
   if (pointwise && !call.empty()) {
     CompressedCall plain = call;
     plain.activation = kNone;
-    sparse_product(plain, s, z.at(0), true);
+    sparse_product(plain, s, z.at(0), kYFloat);
   }
   // gz is grad itself where nothing changes it
   const bool same = !pointwise && call.dtype == ScalarType::Float && s.kind != kWordS8;

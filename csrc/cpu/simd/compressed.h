@@ -23,6 +23,10 @@ struct TransposeTask {
   int64_t dst_stride;
 };
 
+// What y is stored as: the dtype of bias and residual (that of x, where it is floating), or u8 on
+// the grid y_inverse, y_zero.
+enum YKind : int { kYLikeX = 0, kYFloat, kYU8 };
+
 // y[m0:m1, n0:n1] = act(z + bias) + residual with z from a tile.
 struct FinishTask {
   // finish: [m1 - m0][stride]; finish_columns: [n1 - n0][stride], a lane is a row of x.
@@ -35,8 +39,10 @@ struct FinishTask {
   const int32_t* sums;        // [n1 - n0]
   const void* bias;           // [N] or null
   const void* residual;       // [M, N] or null
-  void* y;                    // [M, N], float when y_float
-  bool y_float;
+  void* y;                    // [M, N]
+  YKind y_kind;
+  float y_inverse, y_zero;  // 1 / scale and zero point
+  int32_t* y_bad;           // u8: set to 1 where a y is NaN or inf, which u8 cannot hold
   int64_t m0, m1, n0, n1, n;
   int activation;
 };
@@ -55,8 +61,14 @@ struct GradTask {
 struct CompressedKernels {
   int width;        // lanes of a vector
   int max_vectors;  // vectors of the widest tile
+  // One row of x to u8; scale is NaN for a row that holds NaN or inf.
   void (*quantize[kFloatKinds])(const void* x, int64_t k, uint8_t* q, float* scale,
                                 int32_t* zero_point);
+  // The same on a grid that is given (static) or found (symmetric, zero point 128).
+  void (*quantize_static[kFloatKinds])(const void* x, int64_t k, uint8_t* q, float grid_scale,
+                                       int32_t grid_zero, float* scale, int32_t* zero_point);
+  void (*quantize_symmetric[kFloatKinds])(const void* x, int64_t k, uint8_t* q, float* scale,
+                                          int32_t* zero_point);
   void (*widen[kFloatKinds])(const void* x, int64_t n, float* out);
   void (*finish[kFloatKinds])(const FinishTask&);
   void (*finish_columns[kFloatKinds])(const FinishTask&);

@@ -12,6 +12,8 @@ inline typename L::wreg broadcast4(const void* p) {
   return L::w_of(L::iset1(v));
 }
 
+constexpr float kTiny = 1.17549435e-38f;  // FLT_MIN
+
 // One row of x to u8, exactly as quantize_rows in bigops/ops/_quantize.py: every step in float,
 // two true divisions, rounding half to even. `q` is written for k entries.
 template <class L, class T>
@@ -51,7 +53,6 @@ void quantize(const void* xv, int64_t k, uint8_t* q, float* scale, int32_t* zero
     *zero_point = 0;
     return;
   }
-  constexpr float kTiny = 1.17549435e-38f;  // FLT_MIN
   float s = hi / 255.0f - lo / 255.0f;
   s = s > kTiny ? s : kTiny;
   const float inverse = 1.0f / s;
@@ -65,6 +66,63 @@ void quantize(const void* xv, int64_t k, uint8_t* q, float* scale, int32_t* zero
     const auto a = n == W ? V::load(x + i) : V::load_n(x + i, n);
     const auto r = V::add(V::round(V::mul(a, vi)), vz);
     L::store_u8(q + i, V::min(V::max(r, V::zero()), top), n);
+  }
+}
+
+// The largest magnitude of a row; NaN where the row holds NaN or inf.
+template <class L, class T>
+float magnitude(const T* x, int64_t k) {
+  using V = typename L::V;
+  constexpr int W = L::width;
+  auto top = V::zero(), bad = V::zero();
+  for (int64_t i = 0; i < k; i += W) {
+    const auto a = V::load_n(x + i, static_cast<int>(k - i < W ? k - i : W));
+    top = V::max(top, V::max(a, V::sub(V::zero(), a)));
+    bad = V::fma(a, V::zero(), bad);  // x * 0 is NaN for NaN and inf
+  }
+  float tops[W], most = 0.0f;
+  V::store(tops, top);
+  for (int j = 0; j < W; ++j) most = tops[j] > most ? tops[j] : most;
+  return V::reduce(bad) == 0.0f ? most : __builtin_nanf("");
+}
+
+template <class L, class T>
+void round_row(const T* x, int64_t k, float inverse, float zero, float low, uint8_t* q) {
+  using V = typename L::V;
+  constexpr int W = L::width;
+  const auto vi = V::set1(inverse), vz = V::set1(zero);
+  const auto bottom = V::set1(low), top = V::set1(255.0f);
+  for (int64_t i = 0; i < k; i += W) {
+    const int n = static_cast<int>(k - i < W ? k - i : W);
+    const auto r = V::add(V::round(V::mul(V::load_n(x + i, n), vi)), vz);
+    L::store_u8(q + i, V::min(V::max(r, bottom), top), n);
+  }
+}
+
+template <class L, class T>
+void quantize_static(const void* xv, int64_t k, uint8_t* q, float grid_scale, int32_t grid_zero,
+                     float* scale, int32_t* zero_point) {
+  const T* x = static_cast<const T*>(xv);
+  const float most = magnitude<L, T>(x, k);
+  *zero_point = grid_zero;
+  *scale = most == most ? grid_scale : most;
+  if (most == most)
+    round_row<L, T>(x, k, 1.0f / grid_scale, static_cast<float>(grid_zero), 0.0f, q);
+  else
+    memset(q, 0, static_cast<size_t>(k));
+}
+
+template <class L, class T>
+void quantize_symmetric(const void* xv, int64_t k, uint8_t* q, float* scale, int32_t* zero_point) {
+  const T* x = static_cast<const T*>(xv);
+  const float most = magnitude<L, T>(x, k);
+  *zero_point = 128;
+  if (most == most) {
+    *scale = most / 127.0f > kTiny ? most / 127.0f : kTiny;
+    round_row<L, T>(x, k, 1.0f / *scale, 128.0f, 1.0f, q);
+  } else {
+    *scale = most;
+    memset(q, 0, static_cast<size_t>(k));
   }
 }
 
@@ -85,7 +143,8 @@ struct Finisher {
   using V = typename L::V;
   typename V::reg scale, bias;
   typename L::ireg sums;
-  int c;  // columns of the vector
+  int c;                                    // columns of the vector
+  mutable typename V::reg bad = V::zero();  // y * 0 summed: NaN once a y for u8 was NaN or inf
 
   template <class T>
   static typename V::reg get(const T* p, int c) {
@@ -116,11 +175,29 @@ struct Finisher {
     if (has_bias) z = V::add(z, bias);
     z = activate<V>(t.activation, z);
     if (residual != nullptr) z = V::add(z, get(residual + m * t.n + n, c));
-    if (kFull)
-      V::store(y + m * t.n + n, z);
-    else
-      V::store_n(y + m * t.n + n, z, c);
+    store(t, y + m * t.n + n, z);
   }
+
+  template <class O>
+  void store(const FinishTask&, O* y, typename V::reg z) const {
+    if (kFull)
+      V::store(y, z);
+    else
+      V::store_n(y, z, c);
+  }
+
+  // As round_row does it, so that a u8 result is what the next layer would make of a float one.
+  void store(const FinishTask& t, uint8_t* y, typename V::reg z) const {
+    bad = V::fma(z, V::zero(), bad);
+    const auto r = V::add(V::round(V::mul(z, V::set1(t.y_inverse))), V::set1(t.y_zero));
+    L::store_u8(y, V::min(V::max(r, V::zero()), V::set1(255.0f)), kFull ? L::width : c);
+  }
+
+  void report(const FinishTask& t, const uint8_t*) const {
+    if (!(V::reduce(bad) == 0.0f)) __atomic_store_n(t.y_bad, 1, __ATOMIC_RELAXED);
+  }
+  template <class O>
+  void report(const FinishTask&, const O*) const {}
 };
 
 // From a tile [m][stride].
@@ -133,6 +210,7 @@ void finish_vector(const FinishTask& t, int64_t n) {
   for (int64_t m = t.m0; m < t.m1; ++m, at += t.stride * 4)
     f.row(t, m, n, kFull ? L::iload(at) : L::iload_n(at, f.c), bias != nullptr,
           static_cast<const T*>(t.residual), static_cast<O*>(t.y));
+  f.report(t, static_cast<const O*>(t.y));
 }
 
 // From a tile [n][stride] whose lanes are rows of x: transposed in registers on the way. Rows of y
@@ -161,6 +239,7 @@ void finish_block(const FinishTask& t, int64_t n) {
       }
     }
   }
+  for (int b = 0; b < B; ++b) f[b].report(t, y);
 }
 
 template <class L, class T, class O, bool kColumns>
@@ -185,10 +264,11 @@ void finish_as(const FinishTask& t) {
 
 template <class L, class T, bool kColumns = false>
 void finish(const FinishTask& t) {
-  if (t.y_float)
-    finish_as<L, T, float, kColumns>(t);
-  else
-    finish_as<L, T, T, kColumns>(t);
+  switch (t.y_kind) {
+    case kYFloat: return finish_as<L, T, float, kColumns>(t);
+    case kYU8: return finish_as<L, T, uint8_t, kColumns>(t);
+    default: return finish_as<L, T, T, kColumns>(t);
+  }
 }
 
 template <class L, class T>

@@ -76,12 +76,6 @@ struct FloatProducts {  // x float or bf16
 struct QuantizedKernels {
   IntegerProducts integer;
   FloatProducts floats;
-  // One row of x to u8 on a grid that is given (static) or found (symmetric, zero point 128);
-  // scale is NaN for a row that holds NaN or inf.
-  void (*quantize_static[kFloatKinds])(const void* x, int64_t k, uint8_t* q, float grid_scale,
-                                       int32_t grid_zero, float* scale, int32_t* zero_point);
-  void (*quantize_symmetric[kFloatKinds])(const void* x, int64_t k, uint8_t* q, float* scale,
-                                          int32_t* zero_point);
   void (*interleave)(uint8_t* q, int64_t n);  // columns 0..7 to 0 4 1 5 2 6 3 7; n % 8 == 0
   int32_t (*sum)(const uint8_t* q, int64_t n);
   void (*decode8)(const DecodeTask&);

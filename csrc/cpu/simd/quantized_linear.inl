@@ -1,4 +1,4 @@
-// Products with a quantised weight in tiles, its decoder and the quantisers of activations.
+// Products with a quantised weight in tiles and its decoder.
 // Q: the lines of an instruction set (lines_*.h). Include after such a header.
 // Internal linkage throughout.
 
@@ -384,64 +384,6 @@ void float_grad(const FloatGradTask& t) {
 
 // --- activations -------------------------------------------------------------------------------
 
-// The largest magnitude of a row; NaN where the row holds NaN or inf.
-template <class L, class T>
-float magnitude(const T* x, int64_t k) {
-  using V = typename L::V;
-  constexpr int W = L::width;
-  auto top = V::zero(), bad = V::zero();
-  for (int64_t i = 0; i < k; i += W) {
-    const auto a = V::load_n(x + i, static_cast<int>(k - i < W ? k - i : W));
-    top = V::max(top, V::max(a, V::sub(V::zero(), a)));
-    bad = V::fma(a, V::zero(), bad);  // x * 0 is NaN for NaN and inf
-  }
-  float tops[W], most = 0.0f;
-  V::store(tops, top);
-  for (int j = 0; j < W; ++j) most = tops[j] > most ? tops[j] : most;
-  return V::reduce(bad) == 0.0f ? most : __builtin_nanf("");
-}
-
-template <class L, class T>
-void round_row(const T* x, int64_t k, float inverse, float zero, float low, uint8_t* q) {
-  using V = typename L::V;
-  constexpr int W = L::width;
-  const auto vi = V::set1(inverse), vz = V::set1(zero);
-  const auto bottom = V::set1(low), top = V::set1(255.0f);
-  for (int64_t i = 0; i < k; i += W) {
-    const int n = static_cast<int>(k - i < W ? k - i : W);
-    const auto r = V::add(V::round(V::mul(V::load_n(x + i, n), vi)), vz);
-    L::store_u8(q + i, V::min(V::max(r, bottom), top), n);
-  }
-}
-
-template <class L, class T>
-void quantize_static(const void* xv, int64_t k, uint8_t* q, float grid_scale, int32_t grid_zero,
-                     float* scale, int32_t* zero_point) {
-  const T* x = static_cast<const T*>(xv);
-  const float most = magnitude<L, T>(x, k);
-  *zero_point = grid_zero;
-  *scale = most == most ? grid_scale : most;
-  if (most == most)
-    round_row<L, T>(x, k, 1.0f / grid_scale, static_cast<float>(grid_zero), 0.0f, q);
-  else
-    memset(q, 0, static_cast<size_t>(k));
-}
-
-template <class L, class T>
-void quantize_symmetric(const void* xv, int64_t k, uint8_t* q, float* scale, int32_t* zero_point) {
-  constexpr float kTiny = 1.17549435e-38f;  // FLT_MIN
-  const T* x = static_cast<const T*>(xv);
-  const float most = magnitude<L, T>(x, k);
-  *zero_point = 128;
-  if (most == most) {
-    *scale = most / 127.0f > kTiny ? most / 127.0f : kTiny;
-    round_row<L, T>(x, k, 1.0f / *scale, 128.0f, 1.0f, q);
-  } else {
-    *scale = most;
-    memset(q, 0, static_cast<size_t>(k));
-  }
-}
-
 template <class L>
 void interleave(uint8_t* q, int64_t n) {
   for (int64_t i = 0; i < n; i += 8) {
@@ -468,8 +410,6 @@ constexpr QuantizedKernels quantized_table() {
   using L = typename Q::L;
   return {integer_products<Q>(),
           {group_product<Q, BytesToFloat>, group_product<Q, NibblesToFloat>},
-          {quantize_static<L, float>, quantize_static<L, bf16>, quantize_static<L, f16>},
-          {quantize_symmetric<L, float>, quantize_symmetric<L, bf16>, quantize_symmetric<L, f16>},
           interleave<L>,
           sum<L>,
           decode<Q, BytesToFloat>,
