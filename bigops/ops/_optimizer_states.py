@@ -44,6 +44,12 @@ def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     return (values * scales.repeat_interleave(BLOCK)[: codes.numel()]).reshape(codes.shape)
 
 
+def _middles(values: Tensor) -> Tensor:
+    """Above the i-th, value i + 1 is the nearer one; with 15 bits of mantissa, as kernels hold it."""
+    middles = ((values[:-1].double() + values[1:].double()) / 2).float()
+    return (middles.view(torch.int32) & -256).view(torch.float32)
+
+
 def encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Codes (uint8, x's shape) and absmax per block of 256 elements (float32) of a float32 x.
 
@@ -57,8 +63,7 @@ def encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     divisor = torch.where(scales > 0, scales, torch.ones_like(scales))
     q = flat / divisor.repeat_interleave(BLOCK)[: x.numel()]
     half = torch.tensor(_magnitudes(1 if signed else 2), dtype=torch.float64).float().to(x.device)
-    middles = ((half[:-1].double() + half[1:].double()) / 2).float()
-    index = torch.bucketize(q.abs(), middles)
+    index = torch.bucketize(q.abs(), _middles(half))
     if signed:
         index = torch.where(flat < 0, (127 - index).clamp_min(0), 127 + index)
     else:

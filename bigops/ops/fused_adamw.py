@@ -208,9 +208,10 @@ def _check_list(
             continue
         if t.layout != torch.strided:
             raise ValueError(f"{name}[{i}]: expected a dense tensor; got layout {t.layout}")
-        if dtypes:
+        if dtypes and t.dtype not in dtypes:
             checks.floating(f"{name}[{i}]", t, dtypes)
-        checks.shape(f"{name}[{i}]", t, param.shape)
+        if t.shape != param.shape:
+            checks.shape(f"{name}[{i}]", t, param.shape)
         if t.device != param.device:
             raise ValueError(f"{name}[{i}]: expected device {param.device}; got {t.device}")
 
@@ -224,7 +225,8 @@ def _check_state(
     for i, (state, param) in enumerate(zip(tensors, params, strict=True)):
         coded = state.dtype == torch.uint8 and param.dtype != torch.float64
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-        checks.dtype(f"{name}[{i}]", state, torch.uint8 if coded else wide)
+        if state.dtype != (torch.uint8 if coded else wide):
+            checks.dtype(f"{name}[{i}]", state, torch.uint8 if coded else wide)
         if not coded:
             continue
         if not scales:
@@ -422,11 +424,13 @@ def fused_adamw(
     if len(steps) != len(params):
         raise ValueError(f"steps: expected {len(params)} tensors as params has; got {len(steps)}")
     for i, step in enumerate(steps):
-        checks.dtype(f"steps[{i}]", step, torch.float32)
+        if step.dtype != torch.float32:
+            checks.dtype(f"steps[{i}]", step, torch.float32)
         if step.numel() != 1:
             raise ValueError(f"steps[{i}]: expected one element; got shape {list(step.shape)}")
     for i, (m, v) in enumerate(zip(exp_avgs, exp_avg_sqs, strict=True)):
-        checks.dtype(f"exp_avg_sqs[{i}]", v, m.dtype)
+        if v.dtype != m.dtype:
+            checks.dtype(f"exp_avg_sqs[{i}]", v, m.dtype)
     if params:
         _adamw(
             params, grads, exp_avgs, exp_avg_sqs, steps, exp_avg_scales, exp_avg_sq_scales, copies,

@@ -108,7 +108,8 @@ class AdamW(FusedOptimizer):
             raise ValueError("state_dict: expected one of AdamW; got Adam's, with coupled decay")
 
     def _prepare(self, group: dict[str, Any], param: Tensor) -> None:
-        self.state[param].setdefault("step", torch.zeros((), dtype=torch.float32))
+        if "step" not in self.state[param]:
+            self.state[param]["step"] = torch.zeros((), dtype=torch.float32)
         super()._prepare(group, param)
 
     def _update(self, group: dict[str, Any], batch: Batch, grad_factor: float) -> None:

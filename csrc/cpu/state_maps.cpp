@@ -1,6 +1,6 @@
 #include "cpu/state_maps.h"
 
-#include <limits>
+#include <cstring>
 
 namespace bigops {
 namespace {
@@ -17,16 +17,23 @@ void fill(MagnitudeMap& map, int first) {
       map.value[map.count++] = static_cast<float>(kDecade[d] * (0.1 + 0.9 * ((i + 0.5) / parts)));
   }
   map.value[map.count++] = 1.0f;
-  for (int i = 0; i + 1 < map.count; ++i)
-    map.middle[i] = static_cast<float>((double(map.value[i]) + double(map.value[i + 1])) / 2);
-  for (int i = map.count - 1; i < 256; ++i) map.middle[i] = std::numeric_limits<float>::infinity();
-  map.first[0] = 0;
-  int k = 0;
+  // Above middle[i] value[i + 1] is nearer than value[i]; the low 8 bits make room for an index.
+  uint32_t middle[256];
+  for (int i = 0; i + 1 < map.count; ++i) {
+    const float m = static_cast<float>((double(map.value[i]) + double(map.value[i + 1])) / 2);
+    std::memcpy(&middle[i], &m, 4);
+    middle[i] &= ~0xffu;
+  }
+  middle[map.count - 1] = 0x7f800000;  // infinity
+  map.bucket[0] = middle[0];
+  uint32_t k = 0;
   for (int bucket = 0; bucket < kMapBuckets; ++bucket) {
-    const double octave = 1.0 / double(int64_t(1) << (22 - bucket / 128));
-    const double low = octave * (1.0 + (bucket % 128) / 128.0);
-    while (low > double(map.middle[k])) ++k;
-    map.first[bucket + 1] = k;
+    const float low = static_cast<float>((1.0 + (bucket % 128) / 128.0) /
+                                         double(int64_t(1) << (22 - bucket / 128)));
+    uint32_t bits;
+    std::memcpy(&bits, &low, 4);
+    while (bits > middle[k]) ++k;
+    map.bucket[bucket + 1] = middle[k] | k;
   }
 }
 

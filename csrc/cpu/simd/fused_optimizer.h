@@ -14,8 +14,9 @@ enum FloatType : int { kF32 = 0, kBf16 = 1, kF16 = 2, kF64 = 3, kNoType = 4 };
 // One half of the dynamic map (Dettmers et al. 2021): magnitudes in [0, 1], ascending, 0 first.
 struct MagnitudeMap {
   float value[256];
-  float middle[256];  // [i]: above it value[i + 1] is nearer than value[i]; infinite for the last
-  int32_t first[kMapBuckets + 1];  // by bucket: nearest value of the bucket's lower end
+  // By bucket, the first below all others: in the low 8 bits the index of the value nearest to the
+  // bucket's lower end, above them the float past which the next value is nearer.
+  uint32_t bucket[kMapBuckets + 1];
   int32_t count;
 };
 

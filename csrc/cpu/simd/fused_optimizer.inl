@@ -122,8 +122,8 @@ inline int32_t nearest(float a, const MagnitudeMap& map) {
   int32_t bucket = static_cast<int32_t>((bits & 0x7fffffffu) >> 16) - ((127 - 22) << 7);
   bucket = bucket < 0 ? -1 : bucket;
   bucket = bucket >= kMapBuckets ? kMapBuckets - 1 : bucket;
-  const int32_t k = map.first[bucket + 1];
-  return k + (a > map.middle[k] ? 1 : 0);
+  const uint32_t found = map.bucket[bucket + 1];
+  return static_cast<int32_t>(found & 0xff) + ((bits & 0x7fffffffu) > (found & ~0xffu) ? 1 : 0);
 }
 
 // Indices of the magnitudes of x / absmax; returns absmax. In an array of its own: stores of bytes
