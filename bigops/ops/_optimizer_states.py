@@ -45,7 +45,7 @@ def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
 
 
 def _middles(values: Tensor) -> Tensor:
-    """Above the i-th, value i + 1 is the nearer one; with 15 bits of mantissa, as kernels hold it."""
+    """Above the i-th, value i + 1 is the nearer; 15 bits of mantissa, as kernels hold it."""
     middles = ((values[:-1].double() + values[1:].double()) / 2).float()
     return (middles.view(torch.int32) & -256).view(torch.float32)
 
