@@ -5,6 +5,7 @@ States that are saved, loaded and coded are in test_optim_states.py.
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -253,6 +254,22 @@ def test_stochastic_rounding_moves_where_nearest_stands_still() -> None:
     assert means[False] == 1.0
     # 50 steps of 1e-4; each rounding has a deviation below 2^-8, over 20000 elements
     assert abs(means[True] - 1.005) < 5 * 2**-8 * (50 / 20000) ** 0.5
+
+
+def test_every_step_and_every_parameter_has_random_bits_of_its_own() -> None:
+    params = [torch.ones(1000, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    optimizer = SGD([{"params": params[:1]}, {"params": params[1:]}], lr=2**-9)
+    moved = []
+    for _ in range(2):
+        for p in params:
+            p.grad = -torch.ones_like(p)  # a quarter of the way to the next bfloat16
+        optimizer.step()
+        moved += [(p > 1).tolist() for p in params]
+        with torch.no_grad():
+            for p in params:
+                p.fill_(1.0)
+    assert all(0 < sum(m) < 1000 for m in moved)
+    assert all(a != b for a, b in itertools.combinations(moved, 2))
 
 
 def test_rounding_is_the_same_at_every_thread_count_and_after_a_reload() -> None:

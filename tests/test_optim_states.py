@@ -77,14 +77,16 @@ def test_resume_is_bitwise_equal(name: str, form: str) -> None:
     assert same(list(whole.state.values()), list(optimizer.state.values()))
 
 
-def test_a_loaded_state_is_the_optimisers_own() -> None:
-    params, optimizer = leaves(), None
-    optimizer = AdamW(params)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loaded_state_is_the_optimisers_own(form: str) -> None:
+    dtype, options = FORMS[form]
+    params = leaves(dtype)
+    optimizer = AdamW(params, **options)
     give_gradients(params, 0)
     optimizer.step()
     state = optimizer.state_dict()
     held = copy.deepcopy(state)
-    other = AdamW(leaves())
+    other = AdamW(leaves(dtype))
     other.load_state_dict(state)
     give_gradients(list(other.state), 1)
     other.step()
