@@ -194,6 +194,13 @@ def test_sparse_gradients_are_refused_before_anything_changes() -> None:
         assert same(snapshot(params, optimizer), before)
 
 
+def sharded() -> Tensor:
+    """What tells a DTensor, without a process group."""
+    tensor = torch.ones(3)
+    tensor.device_mesh = None  # type: ignore[attr-defined]
+    return tensor
+
+
 WRONG: dict[str, tuple[Callable[[list[Tensor]], Any], type[Exception], str]] = {
     "amsgrad": (lambda p: AdamW(p, amsgrad=True), ValueError, "amsgrad: expected False"),
     "lr": (lambda p: AdamW(p, lr=-1.0), ValueError, "lr: expected at least 0; got -1"),
@@ -206,6 +213,7 @@ WRONG: dict[str, tuple[Callable[[list[Tensor]], Any], type[Exception], str]] = {
     "nesterov": (lambda p: SGD(p, nesterov=True), ValueError, "nesterov: expected a momentum"),
     "integer": (lambda p: AdamW([torch.ones(3).int()]), TypeError, "params: expected dtype"),
     "sparse": (lambda p: AdamW([torch.ones(3).to_sparse()]), ValueError, "params: expected dense"),
+    "sharded": (lambda p: AdamW([sharded()]), TypeError, "params: expected plain tensors"),
     "group": (
         lambda p: AdamW([{"params": p, "betas": (2.0, 0.9)}]),
         ValueError,
@@ -221,6 +229,21 @@ def test_bad_arguments(name: str) -> None:
     make, error, match = WRONG[name]
     with pytest.raises(error, match=match):
         make(leaves())
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("master_weights", [False, True])
+def test_a_graph_from_before_the_step_is_stale(name: str, master_weights: bool) -> None:
+    weight = torch.randn(4, 4).bfloat16().requires_grad_()
+    optimizer = OWN[name]([weight], master_weights=master_weights)
+    x = torch.randn(2, 4).bfloat16().requires_grad_()
+    (x @ weight).square().sum().backward()
+    stale = (x @ weight).sum()
+    before = weight._version
+    assert optimizer.step_checked()
+    assert weight._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
 
 
 # 16 bits -------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MIN_EIGHT_BIT = 4096
 """States of smaller tensors stay in 32 bits: they weigh nothing, and biases need the precision."""
 
+_NONE = torch.empty(0)  # says that this parameter has none
 _ZERO = {True: 127, False: 0}  # code of 0 in the signed and the unsigned map
 
 
@@ -60,6 +61,8 @@ class FusedOptimizer(Optimizer):
                 continue  # torch's own message
             if tensor.layout != torch.strided:
                 raise ValueError(f"params: expected dense parameters; got {tensor.layout}")
+            if hasattr(tensor, "device_mesh"):
+                raise TypeError("params: expected plain tensors; got a DTensor")
             if tensor.dtype not in DTYPES:
                 names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
                 raise TypeError(f"params: expected dtype {names}; got {tensor.dtype}")
@@ -256,38 +259,36 @@ class Batch:
         self.states = [optimizer.state[param] for _, param in items]
         self.grads = [param.grad for _, param in items]
         self.params = [s.get("master", p) for s, (_, p) in zip(self.states, items, strict=True)]
-        none = torch.empty(0)
-        self._none = none
-        copies = [
-            p if "master" in s else none for s, (_, p) in zip(self.states, items, strict=True)
-        ]
-        rounded = group["stochastic_rounding"] and any(
+        self.copies: list[Tensor] = []
+        if any("master" in s for s in self.states):
+            self.copies = [
+                p if "master" in s else _NONE for s, (_, p) in zip(self.states, items, strict=True)
+            ]
+        rounds = group["stochastic_rounding"] and any(
             p.dtype == torch.bfloat16 for p in self.params
         )
-        self.options: dict[str, Any] = {
-            "maximize": group["maximize"],
-            "copies": copies if any("master" in s for s in self.states) else [],
-            "streams": [stream for stream, _ in items] if rounded else [],
-            "seed": group["seed"],
-            "rounding_step": group["rounding_step"],
-        }
+        streams = [stream for stream, _ in items] if rounds else []
+        self.rounding: tuple[list[int], int, int] = (
+            streams, group["seed"], group["rounding_step"],
+        )  # fmt: skip
 
     def lists(self, name: str) -> tuple[list[Tensor], list[Tensor]]:
         """The states of a name and their scales ([] where none is in 8 bits)."""
-        scales = [s.get(f"{name}_scale", self._none) for s in self.states]
-        return [s[name] for s in self.states], scales if any(t.numel() for t in scales) else []
+        key = f"{name}_scale"
+        scales = (
+            [s.get(key, _NONE) for s in self.states] if any(key in s for s in self.states) else []
+        )
+        return [s[name] for s in self.states], scales
 
     def part(self, chosen: list[bool]) -> Batch:
         """The batch of those parameters alone."""
+        if all(chosen):
+            return self
         part = object.__new__(Batch)
-        part._none = self._none
-        part.states = list(itertools.compress(self.states, chosen))
-        part.grads = list(itertools.compress(self.grads, chosen))
-        part.params = list(itertools.compress(self.params, chosen))
-        part.options = {
-            k: list(itertools.compress(v, chosen)) if isinstance(v, list) else v
-            for k, v in self.options.items()
-        }
+        for name in ("states", "grads", "params", "copies"):
+            setattr(part, name, list(itertools.compress(getattr(self, name), chosen)))
+        streams, seed, step = self.rounding
+        part.rounding = (list(itertools.compress(streams, chosen)), seed, step)
         return part
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bigops.ops import fused_adamw, fused_sgd
+from bigops.ops.fused_adamw import step_adamw, step_sgd
 from bigops.train.fused_optimizer import Batch, FusedOptimizer
 
 
@@ -66,7 +66,7 @@ class AdamW(FusedOptimizer):
 
     Raises:
         ValueError: an option out of range, amsgrad, or a sparse parameter.
-        TypeError: a parameter's dtype that is not served.
+        TypeError: a parameter's dtype that is not served, or a DTensor.
     """
 
     _SIGNED: ClassVar[dict[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
@@ -115,21 +115,12 @@ class AdamW(FusedOptimizer):
     def _update(self, group: dict[str, Any], batch: Batch, grad_factor: float) -> None:
         first, first_scales = batch.lists("exp_avg")
         second, second_scales = batch.lists("exp_avg_sq")
-        fused_adamw(
-            batch.params,
-            batch.grads,  # type: ignore[arg-type]
-            first,
-            second,
-            [s["step"] for s in batch.states],
-            lr=float(group["lr"]),
-            betas=(float(group["betas"][0]), float(group["betas"][1])),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            grad_factor=grad_factor,
-            exp_avg_scales=first_scales,
-            exp_avg_sq_scales=second_scales,
-            **batch.options,
-        )
+        step_adamw(  # the states are ours: the kernel's own checks do
+            batch.params, batch.grads, first, second, [s["step"] for s in batch.states],
+            first_scales, second_scales, batch.copies, float(group["lr"]),
+            float(group["betas"][0]), float(group["betas"][1]), float(group["eps"]),
+            float(group["weight_decay"]), group["maximize"], grad_factor, *batch.rounding,
+        )  # fmt: skip
 
 
 class SGD(FusedOptimizer):
@@ -205,19 +196,11 @@ class SGD(FusedOptimizer):
                 scales: list[Tensor] = []
                 if group["momentum"] != 0:
                     buffers, scales = part.lists("momentum_buffer")
-                fused_sgd(
-                    part.params,
-                    part.grads,  # type: ignore[arg-type]
-                    buffers,
-                    lr=float(group["lr"]),
-                    momentum=group["momentum"],
-                    dampening=group["dampening"],
-                    weight_decay=group["weight_decay"],
-                    nesterov=group["nesterov"],
-                    first_step=first_step,
-                    grad_factor=grad_factor,
-                    momentum_scales=scales,
-                    **part.options,
-                )
+                step_sgd(
+                    part.params, part.grads, buffers, scales, part.copies, float(group["lr"]),
+                    float(group["momentum"]), float(group["dampening"]),
+                    float(group["weight_decay"]), group["nesterov"], first_step,
+                    group["maximize"], grad_factor, *part.rounding,
+                )  # fmt: skip
         for state in batch.states:
             state.pop("fresh", None)
