@@ -213,6 +213,7 @@ WRONG: dict[str, tuple[Callable[[list[Tensor]], Any], type[Exception], str]] = {
     "nesterov": (lambda p: SGD(p, nesterov=True), ValueError, "nesterov: expected a momentum"),
     "integer": (lambda p: AdamW([torch.ones(3).int()]), TypeError, "params: expected dtype"),
     "sparse": (lambda p: AdamW([torch.ones(3).to_sparse()]), ValueError, "params: expected dense"),
+    "seed": (lambda p: SGD(p, seed=2**63), ValueError, "seed: expected an integer of 64 bits"),
     "sharded": (lambda p: AdamW([sharded()]), TypeError, "params: expected plain tensors"),
     "group": (
         lambda p: AdamW([{"params": p, "betas": (2.0, 0.9)}]),

@@ -25,6 +25,11 @@ def _check_number(name: str, value: float, low: float, below: float = math.inf) 
         raise ValueError(f"{name}: expected at least {low:g}{limit}; got {value}")
 
 
+def _check_seed(seed: Any) -> None:
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected an integer of 64 bits; got {seed!r}")
+
+
 def _common(maximize: bool, eight_bit: bool, stochastic: bool, masters: bool, seed: int) -> dict:
     return {
         "maximize": maximize,
@@ -98,6 +103,7 @@ class AdamW(FusedOptimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         _check_lr(group["lr"])
+        _check_seed(group["seed"])
         for i, beta in enumerate(group["betas"]):
             _check_number(f"betas[{i}]", float(beta), 0, 1)
         _check_number("eps", group["eps"], 0)
@@ -168,6 +174,7 @@ class SGD(FusedOptimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         _check_lr(group["lr"])
+        _check_seed(group["seed"])
         _check_number("momentum", group["momentum"], 0)
         _check_number("weight_decay", group["weight_decay"], 0)
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
