@@ -165,6 +165,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"grads\[1\]: expected device cpu; got meta",
     ),
+    "devices": (
+        {k: [torch.ones(3), torch.ones(4, device="meta")] for k in ("params", "grads")},
+        ValueError,
+        r"params\[1\]: expected device cpu; got meta",
+    ),
     "steps": ({"steps": [torch.ones(2)] * 2}, ValueError, r"steps\[0\]: expected one element"),
     "copies": (
         {"copies": [torch.ones(3), torch.ones(4)]},

@@ -143,6 +143,27 @@ def test_parameters_without_gradient_and_none_at_all(name: str) -> None:
         own([])
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_devices_and_dtypes_in_one_optimizer(name: str) -> None:
+    """The meta device stands for a second one: its tensors have no values, the CPU's must move."""
+    kinds = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+    def ways(*others: str) -> list[Tensor]:
+        params = [p.detach().to(k).requires_grad_() for p, k in zip(leaves(), kinds, strict=False)]
+        far = [torch.ones(3, 4, device=d, requires_grad=True) for d in others]
+        optimizer = OWN[name]([*params, *far], stochastic_rounding=False)
+        for step in range(2):
+            give_gradients(params, step)
+            for p in far:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    mixed = ways("meta")
+    assert same(mixed, ways())
+    assert not same(mixed[:1], leaves()[:1])
+
+
 # the checked step ----------------------------------------------------------------------------
 
 
