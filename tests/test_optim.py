@@ -222,6 +222,24 @@ def sharded() -> Tensor:
     return tensor
 
 
+@pytest.mark.parametrize("name", ["adamw", "momentum"])
+def test_a_changed_parameter_is_refused_before_anything_changes(name: str) -> None:
+    changes = {lambda t: t.double(): {}, lambda t: t.reshape(-1): {}}
+    masters = {lambda t: t.float(): {"master_weights": True}}
+    for change, options in [*changes.items(), *masters.items()]:
+        params = leaves(torch.bfloat16 if options else torch.float32)
+        optimizer = OWN[name]([{"params": params[:1]}, {"params": params[4:]}], **options)
+        give_gradients(params, 0)
+        optimizer.step()
+        params[4].grad = None
+        params[4].data = change(params[4].data)
+        give_gradients(params, 1)
+        before = snapshot(params, optimizer)
+        with pytest.raises(ValueError, match=r"model changed after a step"):
+            optimizer.step_checked()
+        assert same(snapshot(params, optimizer), before)
+
+
 WRONG: dict[str, tuple[Callable[[list[Tensor]], Any], type[Exception], str]] = {
     "amsgrad": (lambda p: AdamW(p, amsgrad=True), ValueError, "amsgrad: expected False"),
     "lr": (lambda p: AdamW(p, lr=-1.0), ValueError, "lr: expected at least 0; got -1"),

@@ -19,15 +19,16 @@ MIN_EIGHT_BIT = 4096
 """States of smaller tensors stay in 32 bits: they weigh nothing, and biases need the precision."""
 
 _NONE = torch.empty(0)  # says that this parameter has none
+# Dtypes of states, of parameters of float64 and of all others.
+_KEPT = {True: (torch.float64,), False: (torch.float32, torch.uint8)}
 _ZERO = {True: 127, False: 0}  # code of 0 in the signed and the unsigned map
 
 
 class FusedOptimizer(Optimizer):
     """Base of the optimisers here; a subclass gives its options and its kernel call."""
 
-    _SIGNED: ClassVar[
-        dict[str, bool]
-    ] = {}  # state tensors of a parameter's shape -> map of their codes
+    # State tensors of a parameter's shape -> whether the map of their codes is signed.
+    _SIGNED: ClassVar[dict[str, bool]] = {}
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._check_options(defaults)
@@ -91,13 +92,15 @@ class FusedOptimizer(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: a sparse gradient; nothing was changed.
+            ValueError: a sparse gradient, or states that do not fit a parameter whose dtype or
+                shape was changed; nothing was updated.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._gradients()  # raises before the first group is updated
+        self._gradients()  # this and _prepare raise before the first group is updated
+        work: list[tuple[dict[str, Any], list[tuple[int, Tensor]]]] = []
         first_stream = 0
         for group in self.param_groups:
             by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
@@ -108,8 +111,11 @@ class FusedOptimizer(Optimizer):
             for items in by_device.values():
                 for _, param in items:
                     self._prepare(group, param)
-                self._update(group, Batch(self, group, items), grad_factor)
-            group["rounding_step"] += bool(by_device)
+                work.append((group, items))
+        for group, items in work:
+            self._update(group, Batch(self, group, items), grad_factor)
+        for group in self.param_groups:
+            group["rounding_step"] += 1
         return loss
 
     @torch.no_grad()
@@ -166,10 +172,15 @@ class FusedOptimizer(Optimizer):
         """Make the states that a parameter does not have yet."""
         state = self.state[param]
         sixteen = param.dtype in (torch.bfloat16, torch.float16)
-        if group["master_weights"] and sixteen and "master" not in state:
+        if "master" in state:
+            _check_fits("master", state["master"], param, sixteen)
+        elif group["master_weights"] and sixteen:
             state["master"] = param.detach().float()
         for name in self._names(group):
-            if state.get(name) is not None:
+            held = state.get(name)
+            if held is not None:
+                kept = _KEPT[param.dtype == torch.float64]
+                _check_fits(name, held, param, held.dtype in kept)
                 continue
             if _coded(group, param):
                 signed = self._SIGNED[name]
@@ -290,6 +301,15 @@ class Batch:
         streams, seed, step = self.rounding
         part.rounding = (list(itertools.compress(streams, chosen)), seed, step)
         return part
+
+
+def _check_fits(name: str, held: Tensor, param: Tensor, dtype_fits: bool) -> None:
+    if held.shape != param.shape or not dtype_fits:
+        raise ValueError(
+            f"params: expected what {name} was made for, {held.dtype} of shape "
+            f"{list(held.shape)}; got a parameter of {param.dtype}, shape {list(param.shape)} (was "
+            "the model changed after a step?)"
+        )
 
 
 def _wide(param: Tensor) -> torch.dtype:
