@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "fused_adamw": "bigops.ops.fused_adamw",
+    "fused_grad_norm": "bigops.ops.fused_adamw",
     "fused_linear": "bigops.ops.fused_linear",
     "pack_weight": "bigops.ops.packed_linear",
     "packed_linear": "bigops.ops.packed_linear",
+    "fused_sgd": "bigops.ops.fused_adamw",
     "quantize_weight": "bigops.ops.quantized_linear",
     "quantized_linear": "bigops.ops.quantized_linear",
     "sparse_linear": "bigops.ops.sparse_linear",
@@ -47,7 +50,10 @@ __all__ = [
     "explain",
     "freeze_",
     "fuse_",
+    "fused_adamw",
+    "fused_grad_norm",
     "fused_linear",
+    "fused_sgd",
     "load",
     "nn",
     "ops",
@@ -70,6 +76,7 @@ if TYPE_CHECKING:
     from bigops.compress.receipt import Floors, Receipt
     from bigops.compress.store import FormatError, load, save
     from bigops.nn.fuse import fuse_
+    from bigops.ops.fused_adamw import fused_adamw, fused_grad_norm, fused_sgd
     from bigops.ops.fused_linear import fused_linear
     from bigops.ops.packed_linear import pack_weight, packed_linear
     from bigops.ops.quantized_linear import quantize_weight, quantized_linear

@@ -136,6 +136,9 @@ def _explain(args: argparse.Namespace) -> int:
     gated = args.activation in ("swiglu", "geglu", "geglu_tanh", "reglu")
     weight = torch.randn(2 * args.n if gated else args.n, args.k).to(dtype)
     packed: object = weight
+    if args.op in ("fused_adamw", "fused_sgd", "fused_grad_norm"):
+        print(bigops.explain(args.op, [weight]))
+        return 0
     if args.op == "quantized_linear":
         from bigops.ops.quantized_linear import quantize_weight
 

@@ -10,15 +10,19 @@ from bigops.nn import Linear
 from bigops.parallel import World, init
 from bigops.recipes import mlp
 from bigops.recipes.data import load
-from bigops.train import MixedPrecision
+from bigops.train import AdamW, MixedPrecision
 
 
-def skip(world: World) -> dict:
+def skip(world: World, own: bool) -> dict:
     """One rank alone meets an inf; every rank must leave out the step."""
     torch.manual_seed(0)
     model = nn.Sequential(Linear(8, 16, activation="relu"), Linear(16, 4))
     wrapped = world.wrap(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    optimizer: torch.optim.Optimizer
+    if own:
+        optimizer = AdamW(model.parameters(), lr=1e-2)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     precision = MixedPrecision("fp16-mixed", init_scale=1024.0)
     seen: dict = {"stepped": [], "scale": [], "weights": []}
     for step in range(4):
@@ -55,7 +59,8 @@ def main() -> None:
             if world.rank == 1:
                 raise RuntimeError("planted failure")
             return
-        torch.save({"skip": skip(world), "train": train(world)}, folder / f"{world.rank}.pt")
+        seen = {"skip": skip(world, False), "skip_own": skip(world, True), "train": train(world)}
+        torch.save(seen, folder / f"{world.rank}.pt")
 
 
 if __name__ == "__main__":

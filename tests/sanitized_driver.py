@@ -34,6 +34,7 @@ from bigops.ops.fused_linear import fused_linear  # noqa: E402
 from bigops.ops.packed_linear import pack_weight, packed_linear  # noqa: E402
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear  # noqa: E402
 from bigops.ops.sparse_linear import Pattern, sparse_linear, sparsify_weight  # noqa: E402
+from bigops.train import SGD, AdamW  # noqa: E402
 
 extension: Any = backend.extension
 assert extension is not None, backend.extension_error
@@ -189,6 +190,23 @@ def run_sparse_linear() -> None:
         both_ways(lambda x, w=weight: sparse_linear(x, w), torch.randn(70, 1500))
     weight = sparsify_weight(torch.ones(3, 70000), torch.ones(3, 17500).bool())
     both_ways(lambda x: sparse_linear(x, weight), torch.ones(9, 70000))
+
+
+def run_fused_adamw() -> None:
+    """Every dtype and form of a step, tails of vectors and blocks, several threads."""
+    shapes = [(), (0,), (1,), (255,), (257,), (4099,), (70, 131), (16385,)]
+    forms: list[dict[str, Any]] = [{}, {"eight_bit": True}, {"master_weights": True}]
+    for level, dtype in itertools.product(extension.isas(), (*DTYPES.values(), torch.float64)):
+        extension.set_isa(level)
+        for form, threads in itertools.product(forms, (1, 3)):
+            torch.set_num_threads(threads)
+            for make in (AdamW, lambda p, **o: SGD(p, momentum=0.9, **o)):
+                params = [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
+                optimizer = make(params, **form)
+                for _ in range(2):
+                    for p in params:
+                        p.grad = torch.randn_like(p)
+                    optimizer.step_checked(clip_norm=1.0)
 
 
 def error_of(call: Callable[[], Any]) -> str:

@@ -252,7 +252,7 @@ def test_every_side_of_a_small_case_agrees_with_float64(op: str) -> None:
 
 def test_unknown_op_device_and_empty_match_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"op: expected one of bert_layer, fused_linear, .*got 'conv'"
+        ValueError, match=r"op: expected one of bert_layer, fused_adamw, fused_linear, .*got 'conv'"
     ):
         harness.bench_module("conv")
     with pytest.raises(ValueError, match="no case of fused_linear has 'nothing like it'"):

@@ -70,7 +70,7 @@ def test_python_dash_m_is_the_same_command() -> None:
 MISTAKES = {
     "no command": ((), "required: COMMAND"),
     "unknown option": (("doctor", "--nonsense"), "unrecognized arguments: --nonsense"),
-    "unknown op": (("bench", "--op", "conv"), "op: expected one of bert_layer, fused_linear"),
+    "unknown op": (("bench", "--op", "conv"), "op: expected one of bert_layer, fused_adamw"),
     "no case": (("bench", "--match", "zzz"), "has 'zzz' in its name"),
     "no folder": (("bench", "--csv", "no/such/folder/b.csv"), "expected an existing folder"),
     "no summary": (("bench", "--summary", "no/such/folder/b.md"), "expected an existing folder"),
@@ -362,7 +362,7 @@ def test_doctor_without_the_extension_says_so() -> None:
     assert "instruction set  none (needs the extension)" in text
 
 
-@pytest.mark.parametrize("op", ["fused_linear", "quantized_linear", "sparse_linear"])
+@pytest.mark.parametrize("op", sorted(backend.report()["ops"]))
 def test_explain_names_a_kernel_and_a_reason(op: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "explain", op, "--k", "64", "--n", "32", "--activation", "relu")
     assert code == 0, err

@@ -184,6 +184,8 @@ def test_without_a_compiler_the_install_is_pure_python(tmp_path: Path) -> None:
 # The stable ABI checks only the arity of a kernel: a wrong type or order is a crash.
 CPP_TYPES = {
     "const Tensor&": "Tensor",
+    "std::vector<Tensor>": "List[Tensor]",
+    "std::vector<int64_t>": "List[int]",
     "Tensor": "Tensor",
     "const OptTensor&": "Optional[Tensor]",
     "std::string_view": "str",
@@ -191,7 +193,7 @@ CPP_TYPES = {
     "int64_t": "int",
     "double": "float",
 }
-DEFINITION = r"(?:^|\n)((?:Tensor|std::tuple<[\w, ]+>)) %s\(([^)]*)\)\s*\{"
+DEFINITION = r"(?:^|\n)((?:void|Tensor|std::tuple<[\w, ]+>)) %s\(([^)]*)\)\s*\{"
 
 
 def cpp_signature(text: str, function: str) -> tuple[list[tuple[str, str]], int] | None:

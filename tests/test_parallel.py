@@ -153,9 +153,10 @@ def test_torchrun_equals_one_process(tmp_path: Path) -> None:
     _hold(result("two"), result("one"), plain)
 
 
-def test_all_ranks_skip_together(ranks: list[dict]) -> None:
+@pytest.mark.parametrize("name", ["skip", "skip_own"])  # torch's optimiser, bigops's
+def test_all_ranks_skip_together(ranks: list[dict], name: str) -> None:
     for rank in ranks:
-        seen = rank["skip"]
+        seen = rank[name]
         assert seen["stepped"] == [True, True, False, True]
         assert seen["scale"] == [1024, 1024, 512, 512]
         first, second, third, fourth = seen["weights"]
@@ -163,7 +164,7 @@ def test_all_ranks_skip_together(ranks: list[dict]) -> None:
         assert torch.equal(second, third)
         assert not torch.equal(third, fourth)
         assert torch.isfinite(fourth).all()
-    for a, b in zip(ranks[0]["skip"]["weights"], ranks[1]["skip"]["weights"], strict=True):
+    for a, b in zip(ranks[0][name]["weights"], ranks[1][name]["weights"], strict=True):
         assert torch.equal(a, b)
 
 

@@ -26,6 +26,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 PARTS = (
     "fused_linear",
     "packed_linear",
+    "fused_adamw",
     "quantized_linear",
     "sparse_linear",
     "broken_storage",

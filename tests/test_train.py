@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bigops.train import PRECISIONS, MixedPrecision, load_checkpoint, save_checkpoint
+from bigops.train import PRECISIONS, SGD, AdamW, MixedPrecision, load_checkpoint, save_checkpoint
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
     "adamw_fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "own_adamw": lambda p: AdamW(p, lr=1e-3),
+    "own_sgd": lambda p: SGD(p, lr=0.1, momentum=0.9),
 }
 
 

@@ -1,11 +1,23 @@
 """Torch ops. One line per op: the module registers schema, reference, fake, autograd, kernels."""
 
+from bigops.ops import fused_adamw as _fused_adamw
 from bigops.ops import fused_linear as _fused_linear
 from bigops.ops import packed_linear as _packed_linear
 from bigops.ops import quantized_linear as _quantized_linear
 from bigops.ops import sparse_linear as _sparse_linear
 
-__all__ = ["fused_linear", "packed_linear", "quantized_linear", "sparse_linear"]
+__all__ = [
+    "fused_adamw",
+    "fused_grad_norm",
+    "fused_linear",
+    "fused_sgd",
+    "packed_linear",
+    "quantized_linear",
+    "sparse_linear",
+]
+fused_adamw = _fused_adamw.fused_adamw
+fused_grad_norm = _fused_adamw.fused_grad_norm
+fused_sgd = _fused_adamw.fused_sgd
 fused_linear = _fused_linear.fused_linear
 packed_linear = _packed_linear.packed_linear
 quantized_linear = _quantized_linear.quantized_linear

@@ -1,6 +1,14 @@
-"""Training aids that leave the loop to the caller: mixed precision and checkpoints."""
+"""Training aids that leave the loop to the caller: precision, optimisers, checkpoints."""
 
 from bigops.train.checkpoint import load_checkpoint, save_checkpoint
+from bigops.train.optim import SGD, AdamW
 from bigops.train.precision import PRECISIONS, MixedPrecision
 
-__all__ = ["PRECISIONS", "MixedPrecision", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "PRECISIONS",
+    "SGD",
+    "AdamW",
+    "MixedPrecision",
+    "load_checkpoint",
+    "save_checkpoint",
+]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from bigops.train.fused_optimizer import FusedOptimizer
+
 PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")
 
 
@@ -120,6 +122,9 @@ class MixedPrecision:
     def step(self, optimizer: Optimizer, clip_norm: float | None = None) -> bool:
         """Unscale the gradients, clip them and step.
 
+        With `bigops.train.AdamW` and `SGD` that takes two passes over memory and leaves ``.grad``
+        as it was; with torch's optimisers ``.grad`` is unscaled and clipped in place.
+
         Args:
             optimizer: the one optimiser of this backward pass.
             clip_norm: largest Euclidean norm of all gradients together; None leaves them.
@@ -146,6 +151,10 @@ class MixedPrecision:
         ]
         if not grads:
             raise RuntimeError("step: expected gradients, no parameter of the optimizer has one")
+        if isinstance(optimizer, FusedOptimizer):
+            stepped = self._fused_step(optimizer, clip_norm)
+            self._has_backward = False
+            return stepped
         self._has_backward = False
         self._scaler.unscale_(optimizer)
         if clip_norm is not None:
@@ -158,6 +167,29 @@ class MixedPrecision:
         self._scaler.step(optimizer)
         self._scaler.update()
         return self._scaler.get_scale() >= before
+
+    def _fused_step(self, optimizer: FusedOptimizer, clip_norm: float | None) -> bool:
+        if not self._scaler.is_enabled():
+            if clip_norm is None:
+                optimizer.step()
+                return True
+            return optimizer.step_checked(clip_norm=clip_norm)
+        scaler = self._scaler
+        stepped = optimizer.step_checked(inv_scale=1 / scaler.get_scale(), clip_norm=clip_norm)
+        # What GradScaler.update does: it takes no verdict from outside, its state does.
+        state = scaler.state_dict()
+        if not stepped:
+            state["scale"] *= scaler.get_backoff_factor()
+            state["_growth_tracker"] = 0
+        else:
+            state["_growth_tracker"] += 1
+            if state["_growth_tracker"] == scaler.get_growth_interval():
+                grown = state["scale"] * scaler.get_growth_factor()
+                if grown <= torch.finfo(torch.float32).max:
+                    state["scale"] = grown
+                state["_growth_tracker"] = 0
+        scaler.load_state_dict(state)
+        return stepped
 
     def state_dict(self) -> dict[str, Any]:
         """Precision, scale and growth counter: with it a resumed run continues bitwise."""

@@ -84,6 +84,8 @@ struct Scalar {
   static reg add(reg a, reg b) { return a + b; }
   static reg sub(reg a, reg b) { return a - b; }
   static reg mul(reg a, reg b) { return a * b; }
+  static reg div(reg a, reg b) { return a / b; }
+  static reg sqrt(reg v) { return sizeof(Acc) == 8 ? ::sqrt(v) : ::sqrtf(static_cast<float>(v)); }
   static reg fma(reg a, reg b, reg c) { return a * b + c; }
   static Acc reduce(reg v) { return v; }
   // Keeps NaN in v.
