@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "fused_linear": "bigops.ops.fused_linear",
+    "linear_cross_entropy": "bigops.ops.linear_cross_entropy",
     "quantize_weight": "bigops.ops.quantized_linear",
     "quantized_linear": "bigops.ops.quantized_linear",
     "sparse_linear": "bigops.ops.sparse_linear",
@@ -46,6 +47,7 @@ __all__ = [
     "freeze_",
     "fuse_",
     "fused_linear",
+    "linear_cross_entropy",
     "load",
     "nn",
     "ops",
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from bigops.compress.store import FormatError, load, save
     from bigops.nn.fuse import fuse_
     from bigops.ops.fused_linear import fused_linear
+    from bigops.ops.linear_cross_entropy import linear_cross_entropy
     from bigops.ops.quantized_linear import quantize_weight, quantized_linear
     from bigops.ops.sparse_linear import sparse_linear
 
