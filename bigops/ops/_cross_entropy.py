@@ -1,8 +1,9 @@
-"""Parts of `linear_cross_entropy`: checks, reductions, and the pass over logits in plain torch."""
+"""Parts of `linear_cross_entropy`: checks, reductions, the pass over logits in plain torch."""
 
 from __future__ import annotations
 
 import math
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -152,3 +153,27 @@ def serve_chunk(  # type: ignore[no-untyped-def]
             grads = grads * scale.unsqueeze(1)
         logits.copy_(torch.where(kept.unsqueeze(1), grads, zero))
     return losses
+
+
+def no_double_backward(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "linear_cross_entropy: double backward is not implemented; "
+        "bigops.ops.linear_cross_entropy.reference has gradients of every order"
+    )
+
+
+class _Tied(torch.autograd.Function):
+    """Ties a gradient to what it was made of, so that differentiating it raises: it would count
+    as a constant otherwise."""
+
+    @staticmethod
+    def forward(ctx, grad, *sources):  # type: ignore[no-untyped-def]
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        no_double_backward()
+
+
+def tied(grads: tuple[Any, ...], *sources: Tensor | None) -> tuple[Any, ...]:
+    return tuple(g if g is None else _Tied.apply(g, *sources) for g in grads)

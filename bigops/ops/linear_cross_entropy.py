@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bigops import backend
 from bigops.ops import _checks as checks
@@ -23,9 +22,11 @@ from bigops.ops._cross_entropy import (
     accumulation,
     check,
     check_range,
+    no_double_backward,
     own_weight,
     reduced,
     serve_chunk,
+    tied,
 )
 from bigops.ops._library import LIB, autocast, define, loop, rows
 
@@ -208,13 +209,6 @@ def _fake_grads(
 _UNDIFFERENTIATED = (None,) * 5  # reduction .. softcap
 
 
-def _no_double_backward(*_: Any) -> NoReturn:
-    raise RuntimeError(
-        "linear_cross_entropy: double backward is not implemented; "
-        "bigops.ops.linear_cross_entropy.reference has gradients of every order"
-    )
-
-
 def _needs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
     return x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
 
@@ -243,18 +237,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         made, ctx.made = ctx.made, None
-        if made is None:
-            grads = _backward(grad, *ctx.saved_tensors, *ctx.options, *ctx.needs)
-            return _ordered(grads, ctx.needs)
-        factor = grad * made[3]
-        dtype = made[0].dtype
-        if float(factor) != 1:
-            for g in made[:3]:
-                g.mul_(factor)
-        return _ordered(tuple(g.to(dtype) for g in made[:3]), ctx.needs)
+        with torch.no_grad():
+            if made is None:
+                grads = _backward(grad, *ctx.saved_tensors, *ctx.options, *ctx.needs)
+            else:
+                factor, dtype = grad * made[3], made[0].dtype
+                if float(factor) != 1:
+                    for g in made[:3]:
+                        g.mul_(factor)
+                grads = tuple(g.to(dtype) for g in made[:3])
+        grads = _ordered(grads, ctx.needs)
+        if torch.is_grad_enabled():  # create_graph
+            return tied(grads, grad, *ctx.saved_tensors)
+        return grads
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -269,14 +266,12 @@ def _raw_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _setup_with_grad(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
-    ctx.made, ctx.dtype = inputs[10:], inputs[0].dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:5], *output[1:])
+    ctx.made = inputs[10:]
 
 
-def _scaled_backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
-    if any(g is not None for g in others):
-        _no_double_backward()
+def _scaled_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     need_x, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     needs = (need_x, need_weight, need_bias)
     if any(need and not made for need, made in zip(needs, ctx.made, strict=True)):
@@ -284,11 +279,12 @@ def _scaled_backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> t
             "linear_cross_entropy_with_grad: a gradient is asked for that need_x, need_weight and "
             f"need_bias left out; got {list(ctx.made)}"
         )
-    if grad is None:
-        return (None,) * 13
-    *grads, factor = ctx.saved_tensors
-    scaled = tuple((g * (grad * factor)).to(ctx.dtype) for g in grads)
-    return *_ordered(scaled, needs), None, None, None
+    sources, (*made, factor) = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    scaled = tuple((g * (grad * factor)).to(sources[0].dtype) for g in made)
+    grads = _ordered(scaled, needs)
+    if torch.is_grad_enabled():  # create_graph
+        grads = tied(grads, grad, *sources)
+    return *grads, None, None, None
 
 
 def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -301,7 +297,7 @@ torch.library.register_autograd(
     _NAME + "_with_grad", _scaled_backward, setup_context=_setup_with_grad, lib=LIB
 )
 torch.library.register_autograd(
-    _NAME + "_backward", _no_double_backward, setup_context=_setup_nothing, lib=LIB
+    _NAME + "_backward", no_double_backward, setup_context=_setup_nothing, lib=LIB
 )
 
 
@@ -341,7 +337,7 @@ class _FunctorchBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        _no_double_backward()
+        no_double_backward()
 
     @staticmethod
     def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
