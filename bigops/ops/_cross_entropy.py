@@ -14,6 +14,26 @@ from bigops.ops import _checks as checks
 REDUCTIONS = ("mean", "sum", "none")
 
 
+def check_options(
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> None:
+    """Raise ValueError or TypeError for a number or a name that the op does not take."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int | torch.SymInt):
+        raise TypeError(f"ignore_index: expected an int; got {type(ignore_index).__name__}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected 0 to 1; got {label_smoothing}")
+    if not (0 <= z_loss < math.inf):
+        raise ValueError(f"z_loss: expected a finite number of at least 0; got {z_loss}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: expected a positive finite number or None; got {softcap}")
+
+
 def check(
     x: Tensor,
     weight: Tensor,
@@ -27,14 +47,7 @@ def check(
     softcap: float,
 ) -> None:
     """Raise ValueError or TypeError naming the argument, what was expected and what came."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: expected 0 to 1; got {label_smoothing}")
-    if not (0 <= z_loss < math.inf):
-        raise ValueError(f"z_loss: expected a finite number of at least 0; got {z_loss}")
-    if not (0 <= softcap < math.inf):
-        raise ValueError(f"softcap: expected a positive finite number or None; got {softcap}")
+    check_options(reduction, ignore_index, label_smoothing, z_loss, softcap or None)
     checks.floating("x", x)
     checks.matrix("weight", weight)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:

@@ -21,6 +21,7 @@ from bigops.ops import _chunked_loss as chunked
 from bigops.ops._cross_entropy import (
     accumulation,
     check,
+    check_options,
     check_range,
     no_double_backward,
     own_weight,
@@ -477,8 +478,7 @@ def linear_cross_entropy(
     checks.tensors(x=x, weight=weight, bias=bias, class_weight=class_weight)
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a torch.Tensor; got {type(target).__name__}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a positive finite number or None; got {softcap}")
+    check_options(reduction, ignore_index, label_smoothing, z_loss, softcap)
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = autocast(x.device.type, x, weight, bias)  # type: ignore[assignment]
     options = (reduction, ignore_index, float(label_smoothing), float(z_loss), softcap or 0.0)
