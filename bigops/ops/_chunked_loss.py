@@ -31,7 +31,7 @@ def block_columns(m: int, v: int, k: int, rows: int, itemsize: int) -> int:
     16-bit numbers in float32 as well."""
     held = (k + rows) * (2 if itemsize == 2 else 1)
     share = int(BLOCK_SHARE * m * v / max(1, held))
-    return max(64, min(2048, share // 64 * 64))
+    return max(32, min(2048, share // 32 * 32))
 
 
 def _onednn(dtype: torch.dtype, x: Tensor, weight: Tensor) -> bool:
