@@ -317,3 +317,19 @@ def test_gradients_that_were_not_made_are_refused() -> None:
     loss = ops.linear_cross_entropy_with_grad(*args, True, False, True)[0]
     with pytest.raises(RuntimeError, match="a gradient is asked for that need_x"):
         loss.backward()
+
+
+def test_meta_and_fake_tensors_take_the_same_way() -> None:
+    case = make(4, 6, 5)
+    x, weight, bias = (t.to("meta").requires_grad_() for t in (case.x, case.weight, case.bias))  # type: ignore[union-attr]
+    for reduction in ("mean", "none"):
+        loss = linear_cross_entropy(x, weight, case.target.to("meta"), bias, reduction=reduction)
+        assert loss.shape == (torch.Size([4]) if reduction == "none" else torch.Size([]))
+        grads = torch.autograd.grad(loss.sum(), (x, weight, bias))
+        assert [g.shape for g in grads] == [x.shape, weight.shape, bias.shape]
+    mode = torch._subclasses.FakeTensorMode()
+    leaves = [mode.from_tensor(t).requires_grad_() for t in (case.x, case.weight, case.bias)]  # type: ignore[arg-type]
+    target = mode.from_tensor(case.target)
+    with mode:
+        loss = linear_cross_entropy(leaves[0], leaves[1], target, leaves[2])
+        assert torch.autograd.grad(loss, leaves)[1].shape == case.weight.shape

@@ -23,7 +23,14 @@ DRIVER = Path(__file__).parent / "sanitized_driver.py"
 # Full debug information of the portable kernels takes gcc over 5 minutes in one file: line numbers.
 DEBUG = ["-O1", "-g1", "-fno-var-tracking"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-PARTS = ("fused_linear", "quantized_linear", "sparse_linear", "broken_storage", "meters")
+PARTS = (
+    "fused_linear",
+    "linear_cross_entropy",
+    "quantized_linear",
+    "sparse_linear",
+    "broken_storage",
+    "meters",
+)
 
 # The planted faults, built and loaded with the rest: a read past a tensor's end, a sum that wraps.
 FAULTS = """

@@ -23,6 +23,14 @@ inline typename V::reg load_at(const T* p, int n) {
 }
 
 template <class V, class T>
+inline void store_at(T* p, typename V::reg v, int n) {
+  if (n == V::width)
+    V::store(p, v);
+  else
+    V::store_n(p, v, n);
+}
+
+template <class V, class T>
 void cross_entropy(const CrossEntropyTask& t) {
   using Acc = typename V::acc;
   using reg = typename V::reg;
@@ -57,16 +65,16 @@ void cross_entropy(const CrossEntropyTask& t) {
       if (smooths)
         weighted = weight != nullptr ? V::fma(load_at<V>(weight + i, n), z, weighted)
                                      : V::add(weighted, z);
-      V::store_n(row + i, z, n);
+      store_at<V>(row + i, z, n);
       if (n == V::width) top = V::max(z, top);
     });
     Acc lanes[V::width];
-    V::store_n(lanes, top, V::width);
+    V::store(lanes, top);
     Acc highest = lanes[0];
     for (int i = 1; i < V::width; ++i) highest = lanes[i] > highest ? lanes[i] : highest;
     for (int64_t i = v - v % V::width; i < v; ++i) highest = row[i] > highest ? row[i] : highest;
 
-    // log of the sum of exponentials: a lane past the end adds exp(0 - highest) and is cut off
+    // log of the sum of exponentials; lanes past the end are cut off
     reg sums[2] = {V::zero(), V::zero()};
     const reg shift = V::set1(highest);
     int64_t i = 0;
@@ -118,7 +126,7 @@ void cross_entropy(const CrossEntropyTask& t) {
     for_columns<V>(v, [&](int64_t at, int n) {
       reg g = gradient_at(at, n);
       if (cap != 0) g = V::mul(g, slope_at(load_at<V>(row + at, n)));
-      V::store_n(logits + at, g, n);
+      store_at<V>(logits + at, g, n);
     });
     V::store_n(logits + y, V::set1(at_target), 1);
   }
