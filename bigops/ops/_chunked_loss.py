@@ -26,11 +26,11 @@ def chunk_rows(m: int, v: int, itemsize: int) -> int:
     return max(1, -(-m // CHUNKS), min(m, SMALL // max(1, v * itemsize)))
 
 
-def block_columns(m: int, v: int, k: int, rows: int, itemsize: int) -> int:
+def block_columns(m: int, v: int, k: int, rows: int, dtype: torch.dtype) -> int:
     """Classes of one block: its gradients, weights and product with x are held at a time, those of
-    16-bit numbers in float32 as well."""
-    held = (k + rows) * (2 if itemsize == 2 else 1)
-    share = int(BLOCK_SHARE * m * v / max(1, held))
+    16-bit numbers in float32 as well, and fp16's are all widened first."""
+    copies = {torch.bfloat16: 2, torch.float16: 4}.get(dtype, 1)
+    share = int(BLOCK_SHARE * m * v / max(1, copies * (k + rows)))
     return max(32, min(2048, share // 32 * 32))
 
 
@@ -59,7 +59,7 @@ class Products:
         self.onednn = _onednn(self.dtype, x, weight)
         self.blocked = self.onednn or self.widens
         self.v, self.k = weight.shape
-        self.step = block_columns(x.shape[0], self.v, self.k, rows, x.element_size())
+        self.step = block_columns(x.shape[0], self.v, self.k, rows, x.dtype)
 
     def _blocks(self) -> Iterator[slice]:
         for start in range(0, self.v, self.step):
