@@ -27,9 +27,9 @@ def chunk_rows(m: int, v: int, itemsize: int) -> int:
 
 
 def block_columns(m: int, v: int, k: int, rows: int, dtype: torch.dtype) -> int:
-    """Classes of one block: its gradients, weights and product with x are held at a time, those of
-    16-bit numbers in float32 as well, and fp16's are all widened first."""
-    copies = {torch.bfloat16: 2, torch.float16: 4}.get(dtype, 1)
+    """Classes of one block, which holds gradients, weights and their product with x; twice, since
+    oneDNN packs fp32 and bf16 is added up in fp32; fp16 is widened first."""
+    copies = 4 if dtype == torch.float16 else 2
     share = int(BLOCK_SHARE * m * v / max(1, copies * (k + rows)))
     return max(32, min(2048, share // 32 * 32))
 
