@@ -51,7 +51,8 @@ void cross_entropy(const CrossEntropyTask& t) {
     const int64_t y = t.target[m];
     if (y == t.ignore_index) {
       losses[m] = 0;
-      if (t.gradient) memset(static_cast<void*>(logits), 0, static_cast<size_t>(v) * sizeof(T));
+      if (t.gradient && v > 0)
+        memset(static_cast<void*>(logits), 0, static_cast<size_t>(v) * sizeof(T));
       continue;
     }
 
