@@ -17,6 +17,7 @@ _HOME = {
     "pack_weight": "bigops.ops.packed_linear",
     "packed_linear": "bigops.ops.packed_linear",
     "fused_sgd": "bigops.ops.fused_adamw",
+    "linear_cross_entropy": "bigops.ops.linear_cross_entropy",
     "quantize_weight": "bigops.ops.quantized_linear",
     "quantized_linear": "bigops.ops.quantized_linear",
     "sparse_linear": "bigops.ops.sparse_linear",
@@ -54,6 +55,7 @@ __all__ = [
     "fused_grad_norm",
     "fused_linear",
     "fused_sgd",
+    "linear_cross_entropy",
     "load",
     "nn",
     "ops",
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from bigops.nn.fuse import fuse_
     from bigops.ops.fused_adamw import fused_adamw, fused_grad_norm, fused_sgd
     from bigops.ops.fused_linear import fused_linear
+    from bigops.ops.linear_cross_entropy import linear_cross_entropy
     from bigops.ops.packed_linear import pack_weight, packed_linear
     from bigops.ops.quantized_linear import quantize_weight, quantized_linear
     from bigops.ops.sparse_linear import sparse_linear

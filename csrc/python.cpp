@@ -10,6 +10,7 @@
 #include "common/record.h"
 #include "cpu/compressed_linear.h"
 #include "cpu/fused_linear.h"
+#include "cpu/linear_cross_entropy.h"
 #include "cpu/meter.h"
 #include "cpu/packed_linear.h"
 
@@ -64,6 +65,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("choose_fused_linear", &choose_fused_linear, py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("dtype"));
   m.def("choose_packed_linear", &choose_packed_linear, py::arg("dtype"));
+  m.def("choose_linear_cross_entropy", &choose_linear_cross_entropy, py::arg("dtype"));
   m.def("choose_quantized_linear", &choose_quantized_linear, py::arg("bits"),
         py::arg("activations"), py::arg("dtype"), py::arg("y_u8") = false);
   m.def("choose_sparse_linear", &choose_sparse_linear, py::arg("m"), py::arg("values"),

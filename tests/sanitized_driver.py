@@ -31,6 +31,7 @@ load(sys.argv[1])
 from bigops import backend  # noqa: E402
 from bigops.ops._quantize import static_grid, to_grid  # noqa: E402
 from bigops.ops.fused_linear import fused_linear  # noqa: E402
+from bigops.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from bigops.ops.packed_linear import pack_weight, packed_linear  # noqa: E402
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear  # noqa: E402
 from bigops.ops.sparse_linear import Pattern, sparse_linear, sparsify_weight  # noqa: E402
@@ -112,6 +113,27 @@ def run_packed_linear() -> None:
                 lambda x, *rest, name=name, weight=weight: packed_linear(x, weight, *rest, name),
                 *tensors(m, n, k, dtype, i == 0),
             )
+
+    at_every_level(run)
+
+
+def run_linear_cross_entropy() -> None:
+    def run(level: str, m: int, n: int, k: int) -> None:
+        target = torch.randint(0, n, (m,)) if n else torch.full((m,), -100)
+        target[1::3] = -100
+        for dtype in (*DTYPES.values(), torch.float64):
+            x, weight, bias = torch.randn(m, k), torch.randn(n, k), torch.randn(n)
+            for options in (
+                {},
+                {"reduction": "none", "label_smoothing": 0.1},
+                {"softcap": 3.0, "z_loss": 0.1, "class_weight": torch.rand(n)},
+            ):
+
+                def call(x: Any, w: Any, b: Any, options: Any = options) -> torch.Tensor:
+                    return linear_cross_entropy(x, w, target, b, **options)
+
+                both_ways(call, *(t.to(dtype) for t in (x, weight, bias)))
+                both_ways(call, x.to(dtype), weight.to(dtype), None)
 
     at_every_level(run)
 

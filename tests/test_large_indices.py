@@ -67,3 +67,27 @@ def test_a_result_past_two_to_the_31_elements(name: str) -> None:
         alone = FORMS[name](x[rows], w)
         assert torch.equal(y[rows], alone)
     del y
+
+
+@needs_extension
+@pytest.mark.slow
+def test_a_pass_over_logits_past_two_to_the_31_elements() -> None:
+    if _free() < NEEDED:
+        pytest.skip(f"needs {NEEDED >> 30} GiB of free memory; {_free() >> 30} are there")
+    options = (float(FEATURES), -100, 0.1, 0.01, 5.0, True)
+    border = (1 << 31) // FEATURES
+    logits = torch.zeros(ROWS, FEATURES, dtype=torch.bfloat16)
+    target = torch.full((ROWS,), -100)
+    parts = [slice(0, 20), slice(border - 20, border + 20), slice(ROWS - 20, ROWS)]
+    alone = []
+    for rows in parts:
+        logits[rows] = torch.randn(rows.stop - rows.start, FEATURES).bfloat16()
+        target[rows] = torch.randint(0, FEATURES, (rows.stop - rows.start,))
+        alone.append(logits[rows].clone())
+    run = torch.ops.bigops.linear_cross_entropy_chunk
+    with expect("linear_cross_entropy.bf16.gradient"):
+        losses = run(logits, target, None, None, None, *options)
+    for rows, own in zip(parts, alone, strict=True):
+        assert torch.equal(losses[rows], run(own, target[rows], None, None, None, *options))
+        assert torch.equal(logits[rows], own)
+    del logits

@@ -27,6 +27,7 @@ PARTS = (
     "fused_linear",
     "packed_linear",
     "fused_adamw",
+    "linear_cross_entropy",
     "quantized_linear",
     "sparse_linear",
     "broken_storage",

@@ -34,3 +34,18 @@ def autocast(device_type: str, *tensors: torch.Tensor | None) -> tuple[torch.Ten
 def rows(t: torch.Tensor) -> torch.Tensor:
     """[.., K] as [M, K]; reshape(-1, K) cannot, where K is 0."""
     return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
+
+
+def loop(
+    function: Callable[..., Any], args: tuple[Any, ...], in_dims: tuple[Any, ...], batch: int
+) -> Any:
+    """A vmap rule: the function on each item of the batch, results stacked at 0."""
+    outs = [
+        function(
+            *(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True))
+        )
+        for i in range(batch)
+    ]
+    if isinstance(outs[0], torch.Tensor):
+        return torch.stack(outs)
+    return tuple(torch.stack(parts) for parts in zip(*outs, strict=True))

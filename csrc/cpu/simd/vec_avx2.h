@@ -104,6 +104,7 @@ struct Avx2 {
   static reg step(reg v) {
     return select(_mm256_cmp_ps(v, zero(), _CMP_LE_OQ), zero(), set1(1.0f));
   }
+  static reg exp_(reg v) { return math::exp(v); }
   static reg tanh_(reg v) { return math::tanh(v); }
   static reg sigmoid(reg v) { return math::sigmoid(v); }
   static reg normal_cdf(reg v) { return math::normal_cdf(v); }

@@ -82,6 +82,7 @@ struct Avx512 {
   static reg step(reg v) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(v, zero(), _CMP_LE_OQ), set1(1.0f), zero());
   }
+  static reg exp_(reg v) { return math::exp(v); }
   static reg tanh_(reg v) { return math::tanh(v); }
   static reg sigmoid(reg v) { return math::sigmoid(v); }
   static reg normal_cdf(reg v) { return math::normal_cdf(v); }

@@ -87,10 +87,12 @@ struct Scalar {
   static reg div(reg a, reg b) { return a / b; }
   static reg sqrt(reg v) { return sizeof(Acc) == 8 ? ::sqrt(v) : ::sqrtf(static_cast<float>(v)); }
   static reg fma(reg a, reg b, reg c) { return a * b + c; }
+  static reg max(reg a, reg b) { return a > b ? a : b; }  // b where one is NaN
   static Acc reduce(reg v) { return v; }
   // Keeps NaN in v.
   static reg relu(reg v) { return v < 0 ? 0 : v; }
   static reg step(reg v) { return v <= 0 ? Acc(0) : Acc(1); }  // derivative of relu, 1 at NaN
+  static reg exp_(reg v) { return ::exp(v); }
   static reg tanh_(reg v) { return ::tanh(v); }
   static reg sigmoid(reg v) { return 1 / (1 + ::exp(-v)); }
   // Phi(v) = erfc(-v / sqrt 2) / 2, the standard normal distribution, and its density.
