@@ -248,6 +248,7 @@ class NoSoleReader(nn.Module):
         super().__init__()
         self.how = how
         self.a, self.b, self.c = Linear(24, 48), Linear(48, 24), Linear(48, 24)
+        self.d = Linear(48, 48)
         self.drop = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Any:
@@ -260,6 +261,8 @@ class NoSoleReader(nn.Module):
             return self.b(torch.relu(h)) + self.c(x.repeat(1, 2))
         if self.how == "residual":
             return self.b(h, residual=h[..., :24]) + self.c(x.repeat(1, 2))
+        if self.how == "own residual":
+            return self.d(h, residual=h)
         if self.how == "module":
             return self.b(self.drop(h)) + self.c(x.repeat(1, 2))
         return (self.b(h) if self.training else self.c(h)) + self.b(x.repeat(1, 2))  # by mode
@@ -294,7 +297,7 @@ def test_a_proven_chain_passes_u8(
 
 
 @pytest.mark.parametrize(
-    "how", ["two readers", "returned", "function", "residual", "module", "by mode"]
+    "how", ["two readers", "returned", "function", "residual", "own residual", "module", "by mode"]
 )
 def test_without_a_sole_reader_floats_pass(how: str) -> None:
     model = NoSoleReader(how).eval()

@@ -48,9 +48,10 @@ def compress_(
             that it sees; where the original wins, the original stays and the record says so.
             Without them nothing is timed. Static activations take their range from them.
         freeze: True: only the compressed storage is kept, and a layer whose result one static layer
-            alone reads passes u8 to it (`bigops.nn.chains`; the record says which). False: the
-            layers stay trainable in floating point, with their pattern kept, until `freeze_`; they
-            share the Parameter objects of the old layers, so an optimiser goes on working.
+            alone reads passes u8 to it (`bigops.nn.chains`; the record says which; NaN and inf
+            there raise RuntimeError). False: the layers stay trainable in floating point, with
+            their pattern kept, until `freeze_`; they share the Parameter objects of the old layers,
+            so an optimiser goes on working.
 
     Returns:
         What was done, layer by layer, and what was left with the reason.

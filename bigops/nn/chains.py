@@ -3,7 +3,8 @@
 Such a layer stores its result as u8 on the grid of its reader, which takes it as it lies: no float
 is written and nothing quantised again. Proven as `fuse_` proves its pairs: by torch.fx where a
 module can be traced, else by neighbourhood in `nn.Sequential`. An `nn.Identity` between the two,
-which `fuse_` leaves where an activation was, passes u8 on.
+which `fuse_` leaves where an activation was, passes u8 on. NaN and inf have no u8: a call in which
+they come up between the two raises, where floats would have carried them on.
 """
 
 from __future__ import annotations
