@@ -27,7 +27,7 @@ def cases() -> list[Case]:
                 found.append(
                     Case(
                         "packed_linear",
-                        "ffn" if gelu else "grid",
+                        "layer" if gelu else "grid",
                         m,
                         k,
                         n,

@@ -139,7 +139,11 @@ def _explain(args: argparse.Namespace) -> int:
     if args.op in ("fused_adamw", "fused_sgd", "fused_grad_norm"):
         print(bigops.explain(args.op, [weight]))
         return 0
-    if args.op == "quantized_linear":
+    if args.op == "packed_linear":
+        from bigops.ops.packed_linear import pack_weight
+
+        packed = pack_weight(weight)
+    elif args.op == "quantized_linear":
         from bigops.ops.quantized_linear import quantize_weight
 
         packed = quantize_weight(weight)
