@@ -114,6 +114,20 @@ def test_kernels_equal_the_reference_to_the_bit(level: str, dtype: str, form: st
             assert torch.equal(y, reference(case.x, *case.storage, case.bias, case.residual))
 
 
+@pytest.mark.parametrize("level", ISAS)
+@pytest.mark.parametrize("form", ["int8", "int8_zero"])
+def test_weights_from_memory_go_by_parts_of_k(level: str, form: str) -> None:
+    """More than 4 MB: sums are carried from part to part, whatever the block of rows."""
+    case = make(form, 55, 1030, 4100)
+    assert case.weight.values.nbytes > 4 << 20
+    want = reference(case.x, *case.storage, case.bias, case.residual)
+    for m in (6, 7, 16, 19, 24, 55):
+        rows = case.x[:m], case.residual[:m]  # type: ignore[index]
+        with isa(level), expect(kernel_of(form, level, "f32")):
+            y = raw(rows[0], *case.storage, case.bias, rows[1], "none")
+        assert torch.equal(y, want[:m])
+
+
 def whole(q: Tensor, zero: float | None = None) -> QuantizedWeight:
     """An int8 weight of these numbers [N, K] with scales of 1."""
     n, k = q.shape

@@ -10,11 +10,13 @@
 namespace bigops {
 namespace {
 
-constexpr int64_t kChunkRows = 24;     // rows of x between two epilogues: four register blocks
-constexpr int64_t kPanelTiles = 8;     // tiles of a task, where one chunk takes all rows;
-constexpr int64_t kReadAgain = 4;      // else 256 KB of int8 at K = 4096 stay in L2 for all chunks
-constexpr int64_t kDecodedTiles = 16;  // 64 KB of floats in the backward
-constexpr int64_t kGradChunk = 192;    // rows of a gradient that share them, 48 KB
+constexpr int64_t kChunkRows = 24;  // rows of x between two epilogues: four register blocks
+constexpr int64_t kPanelTiles = 8;  // tiles of a task, where one chunk takes all rows;
+constexpr int64_t kReadAgain = 4;   // else 256 KB of int8 at K = 4096 stay in L2 for all chunks
+constexpr int64_t kCachedBytes = int64_t(4)
+                                 << 20;  // of a weight that caches may hold from call to call
+constexpr int64_t kDecodedTiles = 16;    // 64 KB of floats in the backward
+constexpr int64_t kGradChunk = 192;      // rows of a gradient that share them, 48 KB
 
 // K whose sums fit int32: 255 * 128 a column before the zero points are taken off (which may
 // wrap), 255 * 255 after.
@@ -309,6 +311,7 @@ void product(const CompressedCall& call, const Weight& w, void* y, YKind y_kind)
     for (int64_t m = row; m < stop; m += kChunkRows) {
       t.rows = stop - m < kChunkRows ? stop - m : kChunkRows;
       t.x = x.at(m);
+      t.from_memory = m == row && w.tiles * w.tile_bytes() > kCachedBytes;
       if (w.integer()) {
         t.x_scale = x.scale() + m;
         t.x_zero = x.zero() + m;

@@ -27,8 +27,9 @@ struct QuantizedTask {
   const uint8_t* values;  // first line of the first tile
   int64_t tile_stride;    // bytes from tile to tile
   int64_t tiles;
-  int64_t lines;  // of a tile, along K
-  void* out;      // [rows][out_stride]: int32 for w8a8, else float
+  int64_t lines;     // of a tile, along K
+  bool from_memory;  // the values are in no cache yet
+  void* out;         // [rows][out_stride]: int32 for w8a8, else float
   int64_t out_stride;
   // groups along K (all but w8a8)
   int64_t group_lines;

@@ -13,21 +13,35 @@ namespace {
 
 // --- int8 weight, u8 activations: exact int32 sums ----------------------------------------------
 
-template <class Q, int MR, int NV, int U>
-BIGOPS_INLINE void w8a8_block(const QuantizedTask& t, int64_t tile, int64_t row) {
+// A part of K: lines [first, first + lines). With every line, A lines of `ahead` are asked for, the
+// one a tile after the other.
+struct LinePart {
+  int64_t first, lines;
+  const uint8_t* ahead;
+};
+
+template <class Q, int MR, int NV, int U, int A>
+BIGOPS_INLINE void w8a8_block(const QuantizedTask& t, int64_t tile, int64_t row,
+                              const LinePart& part) {
   typename Q::I acc[U][MR][NV];
+  int32_t* out = static_cast<int32_t*>(t.out) + row * t.out_stride + tile * kWeightTile;
   BIGOPS_UNROLL
   for (int u = 0; u < U; ++u) BIGOPS_UNROLL
   for (int m = 0; m < MR; ++m) BIGOPS_UNROLL
-  for (int v = 0; v < NV; ++v) acc[u][m][v] = Q::izero();
-  const uint8_t* w = t.values + tile * t.tile_stride;
-  const uint8_t* x = static_cast<const uint8_t*>(t.x) + row * t.x_stride;
-  const int64_t wide = t.tile_stride, stride = t.x_stride, lines = t.lines;
+  for (int v = 0; v < NV; ++v)
+    acc[u][m][v] =
+        u == 0 && part.first > 0 ? Q::iload(out + m * t.out_stride + v * kWeightTile) : Q::izero();
+  const uint8_t* w = t.values + tile * t.tile_stride + part.first * kLineBytes;
+  const uint8_t* x = static_cast<const uint8_t*>(t.x) + row * t.x_stride + part.first * 4;
+  const uint8_t* ahead = part.ahead;
+  const int64_t wide = t.tile_stride, stride = t.x_stride, lines = part.lines;
   int64_t k = 0;
   for (; k + U <= lines; k += U) {
     BIGOPS_UNROLL
     for (int u = 0; u < U; ++u) {
       typename Q::W wv[NV];
+      BIGOPS_UNROLL
+      for (int a = 0; a < A; ++a) __builtin_prefetch(ahead + a * wide + (k + u) * kLineBytes, 0, 2);
       BIGOPS_UNROLL
       for (int v = 0; v < NV; ++v) {
         wv[v] = Q::bytes(Q::iload(w + v * wide + (k + u) * kLineBytes));
@@ -48,14 +62,14 @@ BIGOPS_INLINE void w8a8_block(const QuantizedTask& t, int64_t tile, int64_t row)
     for (int m = 0; m < MR; ++m)
       acc[0][m][v] = Q::dot(acc[0][m][v], Q::word(x + m * stride + k * 4), wv);
   }
-  int32_t* out = static_cast<int32_t*>(t.out) + row * t.out_stride + tile * kWeightTile;
   BIGOPS_UNROLL
   for (int m = 0; m < MR; ++m) BIGOPS_UNROLL
   for (int v = 0; v < NV; ++v) {
     auto sum = acc[0][m][v];
     BIGOPS_UNROLL
     for (int u = 1; u < U; ++u) sum = Q::iadd(sum, acc[u][m][v]);
-    if (t.zero_point != nullptr) {  // sum (x - x_zero) (w - zero) = .. - zero * x_sum
+    if (t.zero_point != nullptr &&
+        part.first == 0) {  // sum (x - x_zero) (w - zero) = .. - zero * x_sum
       const auto zero = Q::iload_s8(t.zero_point + (tile + v) * kWeightTile);
       sum = Q::isub(sum, Q::imul(zero, Q::iset1(t.x_sum[row + m])));
     }
@@ -63,13 +77,25 @@ BIGOPS_INLINE void w8a8_block(const QuantizedTask& t, int64_t tile, int64_t row)
   }
 }
 
+// Four tiles of a part of K fill 32 KB and stay in the L1 cache for all rows of x, while the next
+// part is asked for, evenly over the blocks of rows: the processor's own prefetcher waits until
+// the stream goes on. 4096 x 4096, two threads: 438 to 370 us at 16 rows, 589 to 474 at 24; weights
+// that are cached already lose 4% by it.
+constexpr int64_t kPartLines = 128;
+
 template <class Q>
 struct W8A8 {
   static constexpr int rows = Q::sum_rows, tiles = Q::sum_tiles;
+  static constexpr bool parts = true;
   template <int MR, int NV>
   static void block(const QuantizedTask& t, int64_t tile, int64_t row) {
     // enough independent sums to cover the latency of vpdpbusd (4 cycles)
-    w8a8_block < Q, MR, NV, MR* NV == 1 ? 4 : MR * NV<4 ? 2 : 1>(t, tile, row);
+    w8a8_block < Q, MR, NV,
+        MR* NV == 1 ? 4 : MR * NV<4 ? 2 : 1, 0>(t, tile, row, {0, t.lines, nullptr});
+  }
+  template <int MR, int NV, int A>
+  static void part(const QuantizedTask& t, int64_t tile, int64_t row, const LinePart& part) {
+    w8a8_block<Q, MR, NV, 1, A>(t, tile, row, part);
   }
 };
 
@@ -250,6 +276,7 @@ struct NibblesToBytes {
 template <class Q, class D>
 struct Groups {
   static constexpr int rows = Q::total_rows, tiles = Q::total_tiles;
+  static constexpr bool parts = false;
   template <int MR, int NV>
   static void block(const QuantizedTask& t, int64_t tile, int64_t row) {
     // as many sums as cover the latency (6 cycles for vdpbf16ps); a step has one of them
@@ -274,18 +301,58 @@ struct Pick<B, MR, NV, false> {
   static void run(int, const QuantizedTask&, int64_t, int64_t) {}
 };
 
+// The same for one part of K.
+template <class B, int MR, int NV, int A, bool kFits = true>
+struct PickPart {
+  static void run(int rows, const QuantizedTask& t, int64_t tile, int64_t row,
+                  const LinePart& part) {
+    if (rows == MR)
+      B::template part<MR, NV, A>(t, tile, row, part);
+    else
+      PickPart<B, MR - 1, NV, A, (MR > 1)>::run(rows, t, tile, row, part);
+  }
+};
+template <class B, int MR, int NV, int A>
+struct PickPart<B, MR, NV, A, false> {
+  static void run(int, const QuantizedTask&, int64_t, int64_t, const LinePart&) {}
+};
+
 template <int MR, int NV>
 struct Shape {
   static constexpr int rows = MR, tiles = NV;
 };
 
-// All rows of x against NV tiles, in blocks of at most MR rows of nearly the same size.
+// All rows of x against NV tiles, in blocks of at most MR rows of nearly the same size:
+// f(rows, row, number of the block).
+template <int MR, class F>
+BIGOPS_INLINE void each_block(int64_t rows, const F& f) {
+  const int64_t blocks = (rows + MR - 1) / MR;
+  int64_t row = 0;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t take = (rows - row + blocks - i - 1) / (blocks - i);
+    f(static_cast<int>(take), row, i);
+    row += take;
+  }
+}
+
 template <class B, int MR, int NV>
 void all_rows(const QuantizedTask& t, int64_t tile) {
-  for (int64_t row = 0, left = (t.rows + MR - 1) / MR; row < t.rows; --left) {
-    const int64_t take = (t.rows - row + left - 1) / left;
-    Pick<B, MR, NV>::run(static_cast<int>(take), t, tile, row);
-    row += take;
+  each_block<MR>(t.rows,
+                 [&](int take, int64_t row, int64_t) { Pick<B, MR, NV>::run(take, t, tile, row); });
+}
+
+template <class B, int MR, int NV, int A>
+void all_rows_in_parts(const QuantizedTask& t, int64_t tile) {
+  const uint8_t* values = t.values + tile * t.tile_stride;
+  for (int64_t line = 0; line == 0 || line < t.lines; line += kPartLines) {
+    const int64_t left = t.lines - line;
+    const bool last = left <= kPartLines;
+    const uint8_t* next =
+        last ? values + NV * t.tile_stride : values + (line + kPartLines) * kLineBytes;
+    each_block<MR>(t.rows, [&](int take, int64_t row, int64_t i) {
+      const uint8_t* ahead = next + i * A % NV * t.tile_stride;
+      PickPart<B, MR, NV, A>::run(take, t, tile, row, {line, last ? left : kPartLines, ahead});
+    });
   }
 }
 
@@ -296,7 +363,19 @@ void product(const QuantizedTask& t) {
   int64_t tile = 0;
   const auto take = [&](auto shape) {
     constexpr int MR = decltype(shape)::rows, NV = decltype(shape)::tiles;
-    for (; tile + NV <= t.tiles; tile += NV) all_rows<B, MR, NV>(t, tile);
+    for (; tile + NV <= t.tiles; tile += NV) {
+      if constexpr (B::parts && MR == B::rows && NV == B::tiles) {
+        const int64_t blocks = (t.rows + MR - 1) / MR;
+        if (!t.from_memory || blocks == 1)  // one block goes no slower than the stream
+          all_rows<B, MR, NV>(t, tile);
+        else if (blocks < NV)
+          all_rows_in_parts<B, MR, NV, (NV + 1) / 2>(t, tile);
+        else
+          all_rows_in_parts<B, MR, NV, 1>(t, tile);
+      } else {
+        all_rows<B, MR, NV>(t, tile);
+      }
+    }
   };
   if (t.rows == 1)
     take(Shape<1, Q::one_row_tiles>());
