@@ -200,17 +200,20 @@ struct Finisher {
   void report(const FinishTask&, const O*) const {}
 };
 
-// From a tile [m][stride].
-template <class L, bool kFull, class T, class O>
-void finish_vector(const FinishTask& t, int64_t n) {
+// From a tile [m][stride], B vectors of a row one after the other.
+template <class L, bool kFull, int B, class T, class O>
+void finish_vectors(const FinishTask& t, int64_t n) {
+  constexpr int W = L::width;
   const T* bias = static_cast<const T*>(t.bias);
-  Finisher<L, kFull> f;
-  f.columns(t, n, bias);
+  Finisher<L, kFull> f[B];
+  for (int b = 0; b < B; ++b) f[b].columns(t, n + b * W, bias);
   const char* at = static_cast<const char*>(t.tile) + (n - t.n0) * 4;
   for (int64_t m = t.m0; m < t.m1; ++m, at += t.stride * 4)
-    f.row(t, m, n, kFull ? L::iload(at) : L::iload_n(at, f.c), bias != nullptr,
-          static_cast<const T*>(t.residual), static_cast<O*>(t.y));
-  f.report(t, static_cast<const O*>(t.y));
+    for (int b = 0; b < B; ++b)
+      f[b].row(t, m, n + b * W,
+               kFull ? L::iload(at + b * W * 4) : L::iload_n(at + b * W * 4, f[b].c),
+               bias != nullptr, static_cast<const T*>(t.residual), static_cast<O*>(t.y));
+  for (int b = 0; b < B; ++b) f[b].report(t, static_cast<const O*>(t.y));
 }
 
 // From a tile [n][stride] whose lanes are rows of x: transposed in registers on the way. Rows of y
@@ -246,19 +249,21 @@ template <class L, class T, class O, bool kColumns>
 void finish_as(const FinishTask& t) {
   constexpr int kVectors = 4;
   int64_t n = t.n0;
-  if (kColumns)
-    for (; n + kVectors * L::width <= t.n1; n += kVectors * L::width)
+  for (; n + kVectors * L::width <= t.n1; n += kVectors * L::width)
+    if (kColumns)
       finish_block<L, true, kVectors, T, O>(t, n);
+    else
+      finish_vectors<L, true, kVectors, T, O>(t, n);
   for (; n + L::width <= t.n1; n += L::width)
     if (kColumns)
       finish_block<L, true, 1, T, O>(t, n);
     else
-      finish_vector<L, true, T, O>(t, n);
+      finish_vectors<L, true, 1, T, O>(t, n);
   if (n < t.n1) {
     if (kColumns)
       finish_block<L, false, 1, T, O>(t, n);
     else
-      finish_vector<L, false, T, O>(t, n);
+      finish_vectors<L, false, 1, T, O>(t, n);
   }
 }
 
