@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import bigops.backend as backend
+from bigops.nn.pack import Pack
 from bigops.nn import Linear, QuantLinear
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear
 from tests import tolerance
@@ -234,7 +235,7 @@ def test_a_pack_is_never_stale(change) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_the_stale_pack_check_fails_on_a_planted_stale_pack(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(QuantLinear, "_is_fresh", lambda self, pack: True)
+    monkeypatch.setattr(Pack, "is_fresh", lambda self, sources: True)
     with pytest.raises(AssertionError):
         test_a_pack_is_never_stale(_in_place)
 

@@ -21,7 +21,7 @@ def test_the_python_of_the_readme_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict[str, Any] = {}
     for block in blocks[:4]:
         exec(block, names)
@@ -42,6 +42,9 @@ def test_the_python_of_the_readme_runs(
     )
     exec(blocks[4], names)
     assert names["stepped"] is True
+    exec(blocks[5], names)
+    assert names["stepped"] is True
+    assert names["loss"].item() > 1
 
 
 def test_the_command_lines_of_the_readme_parse() -> None:

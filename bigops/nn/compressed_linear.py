@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bigops.nn.linear import check_size
+from bigops.nn.pack import Pack, renewed
 from bigops.ops import _activation as act
 from bigops.ops import _quantize as quantize
 from bigops.ops.fused_linear import fused_linear
@@ -24,14 +25,6 @@ from bigops.ops.fused_linear import fused_linear
 STATES = ("frozen", "thawed", "y_grid")  # in `arguments()`, of no constructor
 
 Self = TypeVar("Self", bound="CompressedLinear")
-
-
-class _Pack(NamedTuple):
-    """Compressed storage and the state of the tensors it was made from."""
-
-    storage: Any
-    # The sources themselves are held, so no later tensor can take their addresses.
-    sources: tuple[tuple[Tensor, int], ...]
 
 
 class CompressedLinear(nn.Module):
@@ -47,7 +40,7 @@ class CompressedLinear(nn.Module):
     y_grid: Tensor | None  # buffer [2]: the grid of a u8 result
     weight: Tensor  # a Parameter; absent once frozen
     bias: Tensor | None
-    _pack: _Pack | None
+    _pack: Pack | None
 
     def __init__(self, in_features: int, out_features: int, activation: str) -> None:
         act.check_name(activation, gated=False)
@@ -142,25 +135,15 @@ class CompressedLinear(nn.Module):
         `torch.autograd.graph.increment_version` or a call of `eval()` to be seen.
         """
         if self.frozen:
-            return self.make_frozen({name: getattr(self, name) for name in self.storage_names})
-        pack = self._pack
-        if pack is None or not self._is_fresh(pack):
-            sources = self.pack_sources()
-            storage = self._convert()
-            if any(t.is_inference() for t in sources):  # these count no versions: never keep
-                return storage
-            pack = _Pack(storage, tuple((t.detach(), t._version) for t in sources))
-            self._pack = pack
-        return pack.storage
-
-    def _is_fresh(self, pack: _Pack) -> bool:
-        return all(
-            not now.is_inference()
-            and now._version == version
-            and now.data_ptr() == then.data_ptr()
-            and now.shape == then.shape
-            for now, (then, version) in zip(self.pack_sources(), pack.sources, strict=True)
-        )
+            buffers = self._buffers  # getattr would take a microsecond for each
+            return self.make_frozen(
+                {
+                    name: buffers[name] if name in buffers else getattr(self, name)
+                    for name in self.storage_names
+                }
+            )
+        storage, self._pack = renewed(self._pack, self.pack_sources(), self._convert)
+        return storage
 
     def _convert(self) -> Any:
         # Storage made under inference_mode could never take part in autograd later.

@@ -48,20 +48,9 @@ struct Avx2Lanes {
   static void istore_n(void* p, ireg v, int n) {
     _mm256_maskstore_epi32(static_cast<int*>(p), Avx2::first(n), v);
   }
-  static ireg iload_bytes(const void* p, int n) {  // AVX2 has no masked byte load
-    if (n >= 32) return iload(p);
-    uint8_t tail[32] = {};
-    memcpy(tail, p, static_cast<size_t>(n));
-    return iload(tail);
-  }
   static ireg iadd(ireg a, ireg b) { return _mm256_add_epi32(a, b); }
   static ireg isub(ireg a, ireg b) { return _mm256_sub_epi32(a, b); }
   static ireg imul(ireg a, ireg b) { return _mm256_mullo_epi32(a, b); }
-  static int32_t isum(ireg v) {
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
-  }
   static __m256 to_float(ireg v) { return _mm256_cvtepi32_ps(v); }
   static ireg max_u8(ireg a, ireg b) { return _mm256_max_epu8(a, b); }
 
@@ -97,15 +86,6 @@ struct Avx2Lanes {
     uint8_t out[16];
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(h, h));
     memcpy(p, out, static_cast<size_t>(n));
-  }
-  static __m256 load_s8(const int8_t* p) {
-    return _mm256_cvtepi32_ps(
-        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-  }
-  static __m256 load_s8(const int8_t* p, int n) {
-    int8_t tail[8] = {};
-    if (n > 0) memcpy(tail, p, static_cast<size_t>(n < 8 ? n : 8));
-    return load_s8(tail);
   }
 
   static void transpose(ireg (&r)[8]) {

@@ -29,7 +29,6 @@ struct Avx512Lanes {
   static constexpr int packed_rows = 6, packed_vectors = 4;  // register block, packed_linear
 
   static __mmask16 first(int n) { return Avx512::first(n); }
-  static __mmask64 bytes(int n) { return n >= 64 ? ~0ull : (1ull << n) - 1ull; }
 
   static ireg izero() { return _mm512_setzero_si512(); }
   static ireg iset1(int32_t v) { return _mm512_set1_epi32(v); }
@@ -47,11 +46,9 @@ struct Avx512Lanes {
   static ireg iload_n(const void* p, int n) { return _mm512_maskz_loadu_epi32(first(n), p); }
   static void istore(void* p, ireg v) { _mm512_storeu_si512(p, v); }
   static void istore_n(void* p, ireg v, int n) { _mm512_mask_storeu_epi32(p, first(n), v); }
-  static ireg iload_bytes(const void* p, int n) { return _mm512_maskz_loadu_epi8(bytes(n), p); }
   static ireg iadd(ireg a, ireg b) { return _mm512_add_epi32(a, b); }
   static ireg isub(ireg a, ireg b) { return _mm512_sub_epi32(a, b); }
   static ireg imul(ireg a, ireg b) { return _mm512_mullo_epi32(a, b); }
-  static int32_t isum(ireg v) { return _mm512_reduce_add_epi32(v); }
   static __m512 to_float(ireg v) { return _mm512_cvtepi32_ps(v); }
   static ireg max_u8(ireg a, ireg b) { return _mm512_max_epu8(a, b); }
 
@@ -123,13 +120,6 @@ struct Avx512Lanes {
   // 8 bits per lane, already within 0..255.
   static void store_u8(uint8_t* p, __m512 v, int n) {
     _mm_mask_storeu_epi8(p, first(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
-  }
-  static __m512 load_s8(const int8_t* p, int n) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)));
-  }
-  static __m512 load_s8(const int8_t* p) {
-    return _mm512_cvtepi32_ps(
-        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
 
   static void transpose(ireg (&r)[16]) {

@@ -49,11 +49,6 @@ struct PortableLanes {
   static void istore_n(void* p, ireg v, int n) {
     if (n > 0) istore(p, v);
   }
-  static ireg iload_bytes(const void* p, int n) {
-    int32_t v = 0;
-    memcpy(&v, p, static_cast<size_t>(n < 4 ? n : 4));
-    return v;
-  }
   // wraps like the vector forms: acc - zero_point * sum fits although its parts need not
   static ireg iadd(ireg a, ireg b) {
     return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
@@ -64,7 +59,6 @@ struct PortableLanes {
   static ireg imul(ireg a, ireg b) {
     return static_cast<int32_t>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b));
   }
-  static int32_t isum(ireg v) { return v; }
   static float to_float(ireg v) { return static_cast<float>(v); }
   static ireg max_u8(ireg a, ireg b) {
     uint8_t x[4], y[4];
@@ -109,8 +103,6 @@ struct PortableLanes {
   static void store_u8(uint8_t* p, float v, int n) {
     if (n > 0) *p = static_cast<uint8_t>(v);
   }
-  static float load_s8(const int8_t* p) { return *p; }
-  static float load_s8(const int8_t* p, int n) { return n > 0 ? static_cast<float>(*p) : 0.0f; }
 
   static void transpose(ireg (&)[1]) {}
 };
