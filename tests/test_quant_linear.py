@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import bigops.backend as backend
-from bigops.nn.pack import Pack
 from bigops.nn import Linear, QuantLinear
+from bigops.nn.pack import Pack
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear
 from tests import tolerance
 
