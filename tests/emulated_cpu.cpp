@@ -176,8 +176,8 @@ std::vector<char> sample(const SparseKernels& k, const Sparse& s, int group) {
                  s.rows.data(),
                  kSlices,
                  1,
-                 reinterpret_cast<const float*>(grad.data()),
-                 reinterpret_cast<const float*>(x.data()),
+                 reinterpret_cast<const int32_t*>(grad.data()),
+                 reinterpret_cast<const int32_t*>(x.data()),
                  reinterpret_cast<float*>(out.data())};
     k.sample[group](t);
   }

@@ -326,7 +326,8 @@ def test_the_versus_fixture_fills_the_json_that_makes_the_csv(tmp_path: Path) ->
         cwd=ROOT, check=True, timeout=300,
     )  # fmt: skip
     found = rows.from_benchmark_json(out)
-    assert {row.op for row in found} == set(harness.op_names()) - {"bert_layer"}
+    without = {"bert_layer", "fused_adamw"}  # no case of theirs is named so
+    assert {row.op for row in found} == set(harness.op_names()) - without
     assert {"bigops", "eager", "torch.compile"} <= {row.provider for row in found}
     info = json.loads(out.read_text())["benchmarks"][0]["extra_info"]
     assert info["ratio_to_eager"] > 0
