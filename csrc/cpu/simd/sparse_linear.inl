@@ -12,8 +12,10 @@ constexpr int64_t kAhead = 2048;
 
 // Row U of one step: sum[U] += its word * x at its index.
 template <class W, int G, int VR, int U>
-void columns_row(const typename W::L::four& words, uint32_t indices, const char* x,
-                 typename W::x (&xv)[VR], typename W::acc (*sum)[VR]) {
+inline __attribute__((always_inline)) void columns_row(const typename W::L::four& words,
+                                                       uint32_t indices, const char* x,
+                                                       typename W::x (&xv)[VR],
+                                                       typename W::acc (*sum)[VR]) {
   using L = typename W::L;
   if (U % G == 0) {
     const int64_t index = G == 1 ? indices >> (U % 4 * 8) & 255 : indices;
@@ -28,8 +30,9 @@ void columns_row(const typename W::L::four& words, uint32_t indices, const char*
 
 // Rows U .. R - 1 of one step.
 template <class W, int G, int VR, int R, int U = 0>
-void columns_step(const char* w, const uint8_t* index, const char* x, typename W::x (&xv)[VR],
-                  typename W::acc (*sum)[VR]) {
+inline __attribute__((always_inline)) void columns_step(const char* w, const uint8_t* index,
+                                                        const char* x, typename W::x (&xv)[VR],
+                                                        typename W::acc (*sum)[VR]) {
   if constexpr (U < R) {
     const typename W::L::four words(w + 4 * U);
     uint32_t indices = index[U / G];
