@@ -6,6 +6,7 @@ Anything in bigops may import this module; it imports torch and the extension on
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -48,13 +49,16 @@ def _apply_crossovers() -> None:
     for op, by_dtype in table["crossover"].items():
         for dtype, limits in by_dtype.items():
             extension.set_crossover(op, dtype, int(limits["max_rows"]), int(limits["max_flops"]))
-    extension.set_float_product(float_product(table))
+    extension.set_float_product(float_product())
 
 
-def float_product(table: dict[str, Any]) -> str:
+@functools.cache
+def float_product() -> str:
     """Whose product of float32 matrices serves besides the own kernel: "aten" or "onednn"."""
-    assert extension is not None
-    library: str = table["float_product"].get(extension.vendor(), "aten")
+    if extension is None:
+        return "aten"
+    by_vendor = json.loads(_CROSSOVER_FILE.read_text())["float_product"]
+    library: str = by_vendor.get(extension.vendor(), "aten")
     return "aten" if library == "onednn" and not _has_onednn() else library
 
 

@@ -142,7 +142,7 @@ class CompressedLinear(nn.Module):
                     for name in self.storage_names
                 }
             )
-        storage, self._pack = renewed(self._pack, self.pack_sources(), self._convert)
+        storage, self._pack = renewed(self._pack, self.pack_sources(), self.make_storage)
         return storage
 
     def _convert(self) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from bigops import backend
 from bigops.ops._cross_entropy import accumulation
 
 CHUNKS = 8  # of the tokens: each adds a pass over the accumulator of the weight's gradient
@@ -40,8 +41,7 @@ def _onednn(dtype: torch.dtype, x: Tensor, weight: Tensor) -> bool:
         dtype == torch.float32
         and x.device.type == "cpu"
         and min(*x.shape, *weight.shape) > 0
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and backend.float_product() == "onednn"
     )
 
 

@@ -37,10 +37,10 @@ class FusedOptimizer(Optimizer):
     # --- what the subclasses give ------------------------------------------------------------
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        raise NotImplementedError
+        raise AssertionError("each optimiser checks its own options")
 
     def _update(self, group: dict[str, Any], batch: Batch, grad_factor: float) -> None:
-        raise NotImplementedError
+        raise AssertionError("each optimiser calls its own kernel")
 
     # --- groups ------------------------------------------------------------------------------
 

@@ -194,12 +194,12 @@ std::tuple<Tensor, Tensor> packed_linear_backward(const Tensor& grad_any, const 
     plain.activation = kNone;
     product(plain, w, z.at(0), true);
   }
-  const int64_t shape[2] = {call.m, call.n};
-  Tensor gz = empty(shape, 2, ScalarType::Float);
   const Pointwise p =
       pointwise_backward(call, grad, pointwise ? reinterpret_cast<const float*>(z.at(0)) : nullptr,
                          nullptr, need_x, need_bias);
   if (!need_x) return {no_gradient(call.dtype), p.bias_grad};
+  const int64_t shape[2] = {call.m, call.n};
+  Tensor gz = empty(shape, 2, ScalarType::Float);
   if (!call.empty())
     std::memcpy(gz.mutable_data_ptr(), p.gz.at(0), static_cast<size_t>(call.m * call.n * 4));
   const Tensor gx = library_mm(gz, unpacked(call, w));
