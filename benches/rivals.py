@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigops import backend
 from bigops.benches.harness import Case, LeftOut, Side, clones, compiled, copies, in_turn
 from bigops.benches.limits import Cost
 
@@ -249,6 +250,8 @@ def onednn_prepacked(
         raise LeftOut("onednn: this torch has no prepacked linear")
     if weight.dtype not in (torch.float32, torch.bfloat16):
         raise LeftOut(f"onednn: the prepacked linear refuses {weight.dtype}")
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise LeftOut("onednn: the prepacked linear takes no bfloat16 on this CPU")
     name, algorithm = _ONEDNN[activation]
     nbytes = weight.numel() * weight.element_size()
     # packed from the plain weight each time: a pack cannot be copied
@@ -299,11 +302,20 @@ def dynamic_int8(
     finally:
         torch.backends.quantized.engine = before
     take = in_turn(packs)
-    linear = torch.ops.quantized.linear_dynamic
+    # Without VNNI both engines add pairs of products in 16 bits, which 8-bit activations overflow.
+    reduce_range = "avx512vnni" not in _isas()
+
+    def linear() -> Tensor:
+        return torch.ops.quantized.linear_dynamic(x, take(), reduce_range)
+
     if activation == "none":
-        return Side(provider, lambda: linear(x, take()), cost, provider)
+        return Side(provider, linear, cost, provider)
     layer = Layer(case, x, weight, bias, activation)
-    return Side(provider, lambda: layer.finish(linear(x, take())), cost, provider)
+    return Side(provider, lambda: layer.finish(linear()), cost, provider)
+
+
+def _isas() -> list[str]:
+    return list(backend.extension.isas()) if backend.extension else []
 
 
 def eager_side(
