@@ -14,6 +14,7 @@ _HOME = {
     "fused_adamw": "bigops.ops.fused_adamw",
     "fused_grad_norm": "bigops.ops.fused_adamw",
     "fused_linear": "bigops.ops.fused_linear",
+    "low_rank_linear": "bigops.ops.low_rank_linear",
     "pack_weight": "bigops.ops.packed_linear",
     "packed_linear": "bigops.ops.packed_linear",
     "fused_sgd": "bigops.ops.fused_adamw",
@@ -57,6 +58,7 @@ __all__ = [
     "fused_sgd",
     "linear_cross_entropy",
     "load",
+    "low_rank_linear",
     "nn",
     "ops",
     "pack_weight",
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from bigops.ops.fused_adamw import fused_adamw, fused_grad_norm, fused_sgd
     from bigops.ops.fused_linear import fused_linear
     from bigops.ops.linear_cross_entropy import linear_cross_entropy
+    from bigops.ops.low_rank_linear import low_rank_linear
     from bigops.ops.packed_linear import pack_weight, packed_linear
     from bigops.ops.quantized_linear import quantize_weight, quantized_linear
     from bigops.ops.sparse_linear import sparse_linear

@@ -17,7 +17,7 @@ from bigops import W4A8, Int4, Int8, Sparse, compress_, load, save
 from bigops.compress import structure
 from bigops.compress.apply import build
 from bigops.compress.store import FormatError, load_compressed
-from bigops.nn import GatedMLP, Linear, QuantLinear, SparseLinear
+from bigops.nn import GatedMLP, Linear, LowRankLinear, QuantLinear, SparseLinear
 
 
 def _model() -> nn.Sequential:
@@ -461,3 +461,12 @@ def test_public_names() -> None:
     assert bigops.save is save
     assert bigops.load is load
     assert bigops.FormatError is FormatError
+
+
+def test_a_low_rank_layer_comes_back(tmp_path: Path) -> None:
+    model = nn.Sequential(LowRankLinear(12, 9, 3, activation="gelu"), nn.Linear(9, 4)).eval()
+    save(model, tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors")
+    x = torch.randn(5, 12)
+    assert type(again[0]) is LowRankLinear
+    assert torch.equal(again(x), model(x))

@@ -16,6 +16,7 @@ from torch import nn
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
+from bigops.nn.low_rank_linear import LowRankLinear
 from bigops.nn.quant_linear import QuantLinear
 from bigops.nn.sites import hook_reason
 from bigops.nn.sparse_linear import SparseLinear
@@ -95,6 +96,7 @@ KINDS: dict[str, Kind] = {
     "torch.Linear": _on_meta(nn.Linear, _linear),
     "bigops.Linear": _on_meta(Linear, Linear.arguments),
     "bigops.GatedMLP": _on_meta(GatedMLP, GatedMLP.arguments),
+    "bigops.LowRankLinear": _on_meta(LowRankLinear, LowRankLinear.arguments),
     "bigops.QuantLinear": Kind(QuantLinear, QuantLinear.arguments, QuantLinear.from_arguments),
     "bigops.SparseLinear": Kind(SparseLinear, SparseLinear.arguments, SparseLinear.from_arguments),
 }

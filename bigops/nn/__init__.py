@@ -4,6 +4,8 @@ from bigops.nn.fuse import fuse_
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
 from bigops.nn.linear_cross_entropy import LinearCrossEntropy
+from bigops.nn.lora_linear import LoRALinear, add_lora_
+from bigops.nn.low_rank_linear import LowRankLinear
 from bigops.nn.plain import plain
 from bigops.nn.quant_linear import QuantLinear
 from bigops.nn.sparse_linear import SparseLinear
@@ -12,8 +14,11 @@ __all__ = [
     "GatedMLP",
     "Linear",
     "LinearCrossEntropy",
+    "LoRALinear",
+    "LowRankLinear",
     "QuantLinear",
     "SparseLinear",
+    "add_lora_",
     "fuse_",
     "plain",
 ]

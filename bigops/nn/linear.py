@@ -79,32 +79,12 @@ class Linear(nn.Linear):
         return new.train(linear.training)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if (
-            not self.training
-            and torch.is_inference_mode_enabled()
-            and self.in_features * self.out_features >= _LEAST
-            and self._packs(x)
-        ):
+        if not self.training and torch.is_inference_mode_enabled() and packs(self.weight, x):
             weight, self._pack = renewed(
                 self._pack, (self.weight,), lambda: pack_weight(self.weight)
             )
             return packed_linear(x, weight, self.bias, residual, self.activation)
         return fused_linear(x, self.weight, self.bias, residual, self.activation)
-
-    def _packs(self, x: Tensor) -> bool:
-        """Whether the packed kernel serves this call."""
-        weight = self.weight
-        return (
-            type(weight) is nn.Parameter  # a DTensor or another subclass goes its own way
-            and not weight.is_inference()  # it counts no versions: a pack could not be kept
-            and weight.dtype == x.dtype
-            and weight.dtype in SERVED
-            and weight.device.type == "cpu"
-            and backend.extension is not None
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active()
-        )
 
     @property
     def nbytes(self) -> int:
@@ -139,6 +119,22 @@ class Linear(nn.Linear):
             "bias": self.bias is not None,
             "activation": self.activation,
         }
+
+
+def packs(weight: Tensor, x: Tensor) -> bool:
+    """Whether a call of a layer in inference should pack ``weight`` for the packed kernel."""
+    return (
+        weight.numel() >= _LEAST
+        and type(weight) is nn.Parameter  # a DTensor or another subclass goes its own way
+        and not weight.is_inference()  # it counts no versions: a pack could not be kept
+        and weight.dtype == x.dtype
+        and weight.dtype in SERVED
+        and weight.device.type == "cpu"
+        and backend.extension is not None
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def check_size(name: str, value: int) -> None:

@@ -3,6 +3,7 @@
 from bigops.ops import fused_adamw as _fused_adamw
 from bigops.ops import fused_linear as _fused_linear
 from bigops.ops import linear_cross_entropy as _linear_cross_entropy
+from bigops.ops import low_rank_linear as _low_rank_linear
 from bigops.ops import packed_linear as _packed_linear
 from bigops.ops import quantized_linear as _quantized_linear
 from bigops.ops import sparse_linear as _sparse_linear
@@ -13,6 +14,7 @@ __all__ = [
     "fused_linear",
     "fused_sgd",
     "linear_cross_entropy",
+    "low_rank_linear",
     "packed_linear",
     "quantized_linear",
     "sparse_linear",
@@ -22,6 +24,7 @@ fused_grad_norm = _fused_adamw.fused_grad_norm
 fused_sgd = _fused_adamw.fused_sgd
 fused_linear = _fused_linear.fused_linear
 linear_cross_entropy = _linear_cross_entropy.linear_cross_entropy
+low_rank_linear = _low_rank_linear.low_rank_linear
 packed_linear = _packed_linear.packed_linear
 quantized_linear = _quantized_linear.quantized_linear
 sparse_linear = _sparse_linear.sparse_linear

@@ -146,10 +146,11 @@ void run_epilogue(const Selected& s, const Problem& p, const Tensor& z, const Op
   for_tasks((p.m + kRows - 1) / kRows, p.m * p.width * 16 > kWorthThreads, run);
 }
 
-// preact: null when not asked for; else receives z.
-Tensor forward(const Tensor& x_any, const Tensor& weight_any, const OptTensor& bias_any,
-               const OptTensor& residual_any, std::string_view activation, Tensor* preact,
-               const char* op) {
+}  // namespace
+
+Tensor dense_linear(const Tensor& x_any, const Tensor& weight_any, const OptTensor& bias_any,
+                    const OptTensor& residual_any, std::string_view activation, Tensor* preact,
+                    const char* op) {
   const Problem p = check_arguments(x_any, weight_any, bias_any, residual_any, activation);
   const Tensor x = dense(x_any), weight = dense(weight_any);
   const OptTensor bias = dense(bias_any), residual = dense(residual_any);
@@ -179,9 +180,11 @@ Tensor forward(const Tensor& x_any, const Tensor& weight_any, const OptTensor& b
   return y;
 }
 
+namespace {
+
 Tensor fused_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias,
                     const OptTensor& residual, std::string_view activation) {
-  return forward(x, weight, bias, residual, activation, nullptr, "fused_linear");
+  return dense_linear(x, weight, bias, residual, activation, nullptr, "fused_linear");
 }
 
 std::tuple<Tensor, Tensor> fused_linear_with_preact(const Tensor& x, const Tensor& weight,
@@ -189,14 +192,76 @@ std::tuple<Tensor, Tensor> fused_linear_with_preact(const Tensor& x, const Tenso
                                                     const OptTensor& residual,
                                                     std::string_view activation) {
   Tensor preact;
-  Tensor y = forward(x, weight, bias, residual, activation, &preact, "fused_linear_with_preact");
+  Tensor y =
+      dense_linear(x, weight, bias, residual, activation, &preact, "fused_linear_with_preact");
   return {y, preact};
+}
+
+}  // namespace
+
+Tensor activated(const Tensor& z, const OptTensor& residual, int activation) {
+  Problem p{};
+  p.n = p.width = z.size(z.dim() - 1);
+  p.m = p.n > 0 ? z.numel() / p.n : 0;
+  p.activation = activation;
+  p.dtype = z.scalar_type();
+  Tensor y = empty_rows_like(z, p.n, p.dtype);
+  run_epilogue(select_float_kernels(p.dtype), p, z, OptTensor(), residual, y, nullptr);
+  return y;
 }
 
 Tensor nothing(ScalarType dtype) {
   const int64_t zero = 0;
   return empty(&zero, 1, dtype);
 }
+
+Tensor view_like(const Tensor& matrix, const Tensor& x) {
+  std::vector<int64_t> shape(static_cast<size_t>(x.dim()));
+  for (int64_t i = 0; i < x.dim(); ++i) shape[static_cast<size_t>(i)] = x.size(i);
+  return torch::stable::view(matrix, shape);
+}
+
+Tensor gradient_mm(const Tensor& a, const Tensor& b) {
+  const ScalarType dtype = a.scalar_type();
+  if (!through_f32(dtype)) return library_mm(a, b);
+  return torch::stable::to(library_mm(to_f32(a), to_f32(b)), dtype);
+}
+
+std::string gradient_form(ScalarType dtype) { return library_form(dtype, "mm"); }
+
+Tensor preact_gradient(const Tensor& grad, const OptTensor& preact, int activation, bool need_gz,
+                       Tensor* gb) {
+  const ScalarType dtype = grad.scalar_type();
+  const int64_t n = grad.size(grad.dim() - 1);
+  int64_t m = 1;
+  for (int64_t i = 0; i + 1 < grad.dim(); ++i) m *= grad.size(i);
+  const int64_t width = is_gated(activation) ? 2 * n : n;
+  const bool pointwise = activation != kNone && need_gz;
+  const int64_t flat[2] = {m, width};
+  Tensor gz = pointwise ? empty(flat, 2, dtype) : view_matrix(grad, m, n);
+  if (gb != nullptr) *gb = empty(&width, 1, dtype);
+  if (!pointwise && gb == nullptr) return gz;
+  const Selected s = select_float_kernels(dtype);
+  const int64_t share = n / (4 * int64_t(torch::stable::get_num_threads()));
+  const int64_t rounded = (share + 63) / 64 * 64;
+  const int64_t columns = rounded < 64 ? 64 : rounded > kGradColumns ? kGradColumns : rounded;
+  auto run = [&](int64_t begin, int64_t end) {
+    BackwardTask t{grad.const_data_ptr(),
+                   data(preact),
+                   pointwise ? gz.mutable_data_ptr() : nullptr,
+                   gb != nullptr ? gb->mutable_data_ptr() : nullptr,
+                   m,
+                   n,
+                   begin * columns,
+                   end * columns < n ? end * columns : n,
+                   activation};
+    s.kernels->backward(t);
+  };
+  for_tasks((n + columns - 1) / columns, m * width * 16 > kWorthThreads, run);
+  return gz;
+}
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> fused_linear_backward(const Tensor& grad_any,
                                                          const Tensor& x_any,
@@ -219,47 +284,14 @@ std::tuple<Tensor, Tensor, Tensor> fused_linear_backward(const Tensor& grad_any,
   const Selected s = select_float_kernels(p.dtype);
   record(s.isa, "fused_linear_backward", short_name(p.dtype), library_form(p.dtype, "mm").c_str());
 
-  const int64_t flat[2] = {p.m, p.width};
   const bool products = need_x || need_weight;
-  const bool pointwise = p.activation != kNone;
-  Tensor gz = pointwise && products ? empty(flat, 2, p.dtype) : view_matrix(grad, p.m, p.n);
-  Tensor gb = need_bias ? empty(&p.width, 1, p.dtype) : nothing(p.dtype);
-  if ((pointwise && products) || need_bias) {
-    const int64_t share = p.n / (4 * int64_t(torch::stable::get_num_threads()));
-    const int64_t rounded = (share + 63) / 64 * 64;
-    const int64_t columns = rounded < 64 ? 64 : rounded > kGradColumns ? kGradColumns : rounded;
-    auto run = [&](int64_t begin, int64_t end) {
-      BackwardTask t{grad.const_data_ptr(),
-                     data(preact),
-                     pointwise && products ? gz.mutable_data_ptr() : nullptr,
-                     need_bias ? gb.mutable_data_ptr() : nullptr,
-                     p.m,
-                     p.n,
-                     begin * columns,
-                     end * columns < p.n ? end * columns : p.n,
-                     p.activation};
-      s.kernels->backward(t);
-    };
-    for_tasks((p.n + columns - 1) / columns, p.m * p.width * 16 > kWorthThreads, run);
-  }
+  Tensor gb = nothing(p.dtype);
+  const Tensor gz =
+      preact_gradient(grad, preact, p.activation, products, need_bias ? &gb : nullptr);
 
   Tensor gx = nothing(p.dtype), gw = nothing(p.dtype);
-  if (products && through_f32(p.dtype)) {
-    const Tensor gz32 = to_f32(gz);
-    if (need_x) gx = torch::stable::to(library_mm(gz32, to_f32(weight)), p.dtype);
-    if (need_weight)
-      gw = torch::stable::to(
-          library_mm(torch::stable::transpose(gz32, 0, 1), to_f32(view_matrix(x, p.m, p.k))),
-          p.dtype);
-  } else if (products) {
-    if (need_x) gx = library_mm(gz, weight);
-    if (need_weight) gw = library_mm(torch::stable::transpose(gz, 0, 1), view_matrix(x, p.m, p.k));
-  }
-  if (need_x) {
-    std::vector<int64_t> shape(static_cast<size_t>(x.dim()));
-    for (int64_t i = 0; i < x.dim(); ++i) shape[static_cast<size_t>(i)] = x.size(i);
-    gx = torch::stable::view(gx, shape);
-  }
+  if (need_x) gx = view_like(gradient_mm(gz, weight), x);
+  if (need_weight) gw = gradient_mm(torch::stable::transpose(gz, 0, 1), view_matrix(x, p.m, p.k));
   return {gx, gw, gb};
 }
 

@@ -1,0 +1,227 @@
+"""LowRankLinear: a linear layer whose weight is kept as two factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bigops.nn.linear import Linear, check_size, packs
+from bigops.nn.pack import Pack, renewed
+from bigops.ops import _activation as act
+from bigops.ops.low_rank_linear import low_rank_linear
+from bigops.ops.packed_linear import pack_weight, packed_linear
+
+Self = TypeVar("Self", bound="LowRankLinear")
+
+
+class LowRankLinear(nn.Module):
+    """``act(x @ (u @ v).T + bias) + residual`` by one `bigops.low_rank_linear` call.
+
+    In `eval` under `torch.inference_mode` on the CPU both factors are packed, as `Linear` packs its
+    weight, and multiplied by two `bigops.packed_linear` calls.
+
+    The product ``u @ v`` is never formed: a row costs ``rank * (K + N)`` multiply-adds in place of
+    ``K * N``, and the factors are trained as they are, so the rank stays.
+
+    Args:
+        in_features: K, length of the last dimension of x.
+        out_features: N, length of the last dimension of the result.
+        rank: r, from 0 to min(K, N). It saves work and memory below K * N / (K + N).
+        bias: whether the layer has a bias [N].
+        activation: none, relu, relu2, gelu, gelu_tanh, silu, sigmoid or tanh.
+
+    Shapes: x [.., K], residual [.., N] or None, result [.., N]; u [N, r], v [r, K], bias [N].
+
+    Raises:
+        TypeError: a size that is no int.
+        ValueError: unknown activation, a size below 0, or a rank above the smaller side.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        activation: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        act.check_name(activation, gated=False)
+        check_size("in_features", in_features)
+        check_size("out_features", out_features)
+        check_rank(rank, in_features, out_features, least=0)
+        super().__init__()
+        self._pack: Pack | None = None
+        self.in_features, self.out_features = in_features, out_features
+        self.rank, self.activation = rank, activation
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.u = nn.Parameter(torch.empty(out_features, rank, **where))
+        self.v = nn.Parameter(torch.empty(rank, in_features, **where))
+        self.bias = nn.Parameter(torch.empty(out_features, **where)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw factors whose product has the variance of `nn.Linear`'s weight, 1 / (3 K)."""
+        if self.u.is_meta:
+            return
+        with torch.no_grad():
+            if self.rank and self.in_features:
+                # var(v) = 1 / K and var(u) = 1 / (3 r): r var(u) var(v) = 1 / (3 K).
+                nn.init.uniform_(self.v, -math.sqrt(3 / self.in_features),
+                                 math.sqrt(3 / self.in_features))  # fmt: skip
+                nn.init.uniform_(self.u, -1 / math.sqrt(self.rank), 1 / math.sqrt(self.rank))
+            if self.bias is not None:
+                bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
+                nn.init.uniform_(self.bias, -bound, bound)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int | None = None,
+        energy: float | None = None,
+        activation: str | None = None,
+    ) -> LowRankLinear:
+        """The best approximation of ``linear`` in the Frobenius norm, by its singular values.
+
+        The singular values are shared between the factors by their square roots, so that both
+        train at one scale (Eckart and Young 1936 for the optimum).
+
+        Args:
+            linear: an `nn.Linear`; it is not changed, and no tensor is shared with it.
+            rank: r, from 0 to min(K, N); or
+            energy: the share of the squared Frobenius norm to keep, above 0 up to 1: the least
+                rank that keeps it is taken. Give one of the two.
+            activation: by default that of ``linear`` where it has one, else none.
+
+        Raises:
+            TypeError: ``linear`` is no `nn.Linear`.
+            ValueError: both or none of rank and energy, one of them out of range, or a weight with
+                NaN or inf.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected a torch.nn.Linear; got {type(linear).__name__}")
+        if (rank is None) == (energy is None):
+            raise ValueError(f"rank, energy: expected one of the two; got {rank} and {energy}")
+        if rank is not None:
+            check_rank(rank, linear.in_features, linear.out_features, least=0)
+        if energy is not None and not 0 < energy <= 1:
+            raise ValueError(f"energy: expected above 0 and at most 1; got {energy}")
+        if activation is None:
+            activation = getattr(linear, "activation", "none")
+        weight = linear.weight.detach()
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError("linear: expected a finite weight; got NaN or inf in it")
+        left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+        if rank is None:
+            assert energy is not None
+            rank = _rank_of(values, energy)
+        root = values[:rank].sqrt()
+        new = cls(linear.in_features, linear.out_features, rank, linear.bias is not None,
+                  activation, device="meta", dtype=weight.dtype)  # fmt: skip
+        new.u = nn.Parameter((left[:, :rank] * root).to(weight.dtype).contiguous())
+        new.v = nn.Parameter((root[:, None] * right[:rank]).to(weight.dtype).contiguous())
+        if linear.bias is not None:
+            new.bias = nn.Parameter(linear.bias.detach().clone())
+            new.bias.requires_grad_(linear.bias.requires_grad)
+        for factor in (new.u, new.v):
+            factor.requires_grad_(linear.weight.requires_grad)
+        return new.train(linear.training)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if (
+            not self.training
+            and torch.is_inference_mode_enabled()
+            and packs(self.u, x)
+            and packs(self.v, x)
+        ):
+            (u, v), self._pack = renewed(
+                self._pack, (self.u, self.v), lambda: (pack_weight(self.u), pack_weight(self.v))
+            )
+            return packed_linear(packed_linear(x, v), u, self.bias, residual, self.activation)
+        return low_rank_linear(x, self.u, self.v, self.bias, residual, self.activation)
+
+    def to_dense(self) -> Tensor:
+        """The weight [N, K] that the factors stand for, in their dtype."""
+        return (self.u.detach().double() @ self.v.detach().double()).to(self.u.dtype)
+
+    def to_linear(self) -> Linear:
+        """A dense layer with the weight `to_dense()`; nothing is shared."""
+        new = Linear(self.in_features, self.out_features, self.bias is not None, self.activation,
+                     device="meta")  # fmt: skip
+        new.weight = nn.Parameter(self.to_dense(), requires_grad=self.u.requires_grad)
+        if self.bias is not None:
+            bias = self.bias.detach().clone()
+            new.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+        return new.train(self.training)
+
+    @property
+    def density(self) -> float:
+        """Entries of the factors over entries of the dense weight; above 1 nothing is saved."""
+        dense = self.in_features * self.out_features
+        return (self.u.numel() + self.v.numel()) / dense if dense else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters and of the packs, where there are any."""
+        own = sum(p.nbytes for p in self.parameters())
+        return own + sum(p.nbytes for p in (() if self._pack is None else self._pack.storage))
+
+    def train(self: Self, mode: bool = True) -> Self:
+        self._pack = None
+        return super().train(mode)
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._pack = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._pack = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pack": None}  # pickle, copy and deepcopy all come by here
+
+    def extra_repr(self) -> str:
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"rank={self.rank}, bias={self.bias is not None}"
+        )
+        return text + ("" if self.activation == "none" else f", activation={self.activation}")
+
+    def arguments(self) -> dict[str, Any]:
+        """What the constructor needs to make this layer again, as plain data."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "rank": self.rank,
+            "bias": self.bias is not None,
+            "activation": self.activation,
+        }
+
+
+def check_rank(rank: int, in_features: int, out_features: int, least: int) -> None:
+    """Raise unless ``rank`` is an int from ``least`` to the smaller side."""
+    check_size("rank", rank)
+    most = min(in_features, out_features)
+    if not least <= rank <= most:
+        raise ValueError(
+            f"rank: expected {least} to {most}, the smaller side of "
+            f"[{out_features}, {in_features}]; got {rank}"
+        )
+
+
+def _rank_of(values: Tensor, energy: float) -> int:
+    """The least rank whose singular values hold ``energy`` of the sum of squares."""
+    squares = values.square()
+    total = squares.sum()
+    if total == 0:
+        return 0
+    # What is left out, summed from the smallest: sums from the largest lose small ones to rounding.
+    left_out = squares.flip(0).cumsum(0).flip(0)
+    return int((left_out > (1 - energy) * total).sum())
