@@ -18,7 +18,12 @@ from bigops.kernels.activation import NAMES, split_code
 KERNELS = {"quantized_gemm": kernels.quantized_gemm, "quantize_rows": kernels.quantize_rows}
 TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 # The matrix instructions of whole numbers: others in such a row would be no int8 product.
-WHOLE_COUNTS = {"mma": r"IMMA", "wgmma": r"IGMMA", "mfma": r"v_mfma_i32_\w+"}
+WHOLE_COUNTS = {
+    "mma": r"IMMA",
+    "wgmma": r"IGMMA",
+    "tcgen05": r"UTCIMMA",
+    "mfma": r"v_mfma_i32_\w+",
+}
 
 
 def _forms(kind: str, dtype: str) -> list[str]:
