@@ -185,7 +185,7 @@ def _op_status() -> dict[str, dict[str, str]]:
             cpu = f"cpu.{extension.isa()}.{op}"
         else:
             cpu = f"reference.{op} ({extension_error})"
-        if op != "fused_linear":
+        if op not in ("fused_linear", "quantized_linear"):
             gpu = f"reference.{op} (no GPU kernel of this op yet)"
         elif not has_triton():
             gpu = f"reference.{op} (triton is not installed)"

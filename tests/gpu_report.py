@@ -36,6 +36,7 @@ from triton.compiler import ASTSource
 
 from bigops.kernels import fused_linear, gemm, tiles
 from bigops.kernels.activation import NAMES, split_code
+from tests import gpu_jobs_quantized as quantized
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 GOLDEN = Path(__file__).parent / "golden" / "gpu_report.csv"
@@ -69,6 +70,7 @@ KERNELS = {
     "gemm": gemm.gemm,
     "activation_backward": fused_linear.activation_backward,
     "sum_rows": fused_linear.sum_rows,
+    **quantized.KERNELS,
 }
 
 
@@ -141,6 +143,7 @@ def jobs(arch: str) -> Iterator[Job]:
     yield Job(arch, "sum_rows", "plain_ones", "bf16", table.pointwise, "none")
     for dtype in TRITON_TYPE:
         yield Job(arch, "sum_rows", "plain", dtype, table.pointwise, "none")
+    yield from quantized.jobs(arch, Job)
 
 
 def quick_jobs() -> list[Job]:
@@ -154,6 +157,8 @@ def quick_jobs() -> list[Job]:
 
 def _arguments(job: Job) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, the types of its run-time arguments, the values of its constants."""
+    if job.kernel in quantized.KERNELS:
+        return quantized.arguments(job)
     fn = KERNELS[job.kernel]
     pointer = "*" + TRITON_TYPE[job.dtype]
     types = {name: "i32" for name in fn.arg_names if name.islower()} | dict.fromkeys("MNKR", "i32")
@@ -198,6 +203,8 @@ def compile_job(job: Job) -> Any:
     odd = {"rows": "M", "odd": types, "loose": types, "ones": types}.get(
         job.form.partition("_")[2], ()
     )
+    if job.kernel in quantized.KERNELS:
+        odd = quantized.unaligned(job)
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(fn.arg_names)
@@ -207,6 +214,8 @@ def compile_job(job: Job) -> Any:
     options = {"num_warps": job.tile.num_warps}
     if isinstance(job.tile, tiles.TileConfig):
         options["num_stages"] = job.tile.num_stages
+    if job.kernel == "quantize_rows":
+        options["enable_fp_fusion"] = False
     if job.arch.startswith("gfx"):
         target = GPUTarget("hip", job.arch, 64)
     else:
@@ -250,7 +259,7 @@ def _nvidia_facts(job: Job, kernel: Any) -> dict[str, Any]:
     # A spill lives in the stack frame: only where there is one is ptxas asked for the bytes.
     if _search(r"STACK:(\d+)", usage):
         facts["spill_bytes"] = _ptxas_spills(kernel.asm["ptx"], job.arch)
-    facts |= _count(code)
+    facts |= _count(code, job)
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     registers, max_warps, max_programs, shared_total = NVIDIA_LIMITS[job.arch]
     per_warp = -(-max(facts["registers"], 1) * 32 // 256) * 256  # allocated 256 at a time
@@ -281,12 +290,13 @@ def _amd_facts(job: Job, kernel: Any) -> dict[str, Any]:
         "spill_bytes": 4 * spilled,
         "programs_per_sm": limits[limiter],
         "limiter": limiter,
-        **_count(code),
+        **_count(code, job),
     }
 
 
-def _count(code: str) -> dict[str, int]:
-    return {name: len(re.findall(rf"\b(?:{names})\b", code)) for name, names in COUNTS.items()}
+def _count(code: str, job: Job) -> dict[str, int]:
+    counted = COUNTS | (quantized.WHOLE_COUNTS if quantized.whole(job) else {})
+    return {name: len(re.findall(rf"\b(?:{names})\b", code)) for name, names in counted.items()}
 
 
 def expected_instruction(job: Job) -> str | None:
@@ -295,11 +305,11 @@ def expected_instruction(job: Job) -> str | None:
     wgmma and tcgen05 need 64 rows; smaller tiles use mma.sync. IEEE float32 has no tensor core
     on NVIDIA devices, it has on CDNA3.
     """
-    if job.kernel != "gemm":
+    if job.kernel not in ("gemm", "quantized_gemm"):
         return None
     if job.arch.startswith("gfx"):
         return "mfma"
-    if job.dtype == "f32":
+    if job.dtype == "f32" and not quantized.whole(job):
         return None
     small = job.tile.block_m < 64
     return "mma" if small else {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(job.arch, "mma")

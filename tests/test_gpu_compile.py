@@ -40,6 +40,51 @@ def test_every_kernel_config_and_dtype_passes_the_gate(arch: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+QUANTISED = """
+import json
+import gpu_report as report
+from tests import gpu_jobs_quantized as quantized
+
+# one whole-number and one floating product of each device, and a device whose row lacks them
+chosen = {}
+for arch in ("sm_80", "sm_90", "gfx942"):
+    for job in quantized.jobs(arch, report.Job):
+        kind = job.form.split("_")[0]
+        if kind in ("w8a8", "w4") and job.tile.block_m >= 128:
+            chosen.setdefault((arch, kind), job)
+rows = {" ".join(key): report.measure(job) for key, job in chosen.items()}
+job = chosen["sm_90", "w8a8"]
+print(json.dumps({
+    "rows": rows,
+    "worse": report.regressions(list(rows.values()), report.read_golden()),
+    "floating": report.verdict(job, rows["sm_90 w8a8"] | {"wgmma": 0}, 232448),
+    "whole": [quantized.WHOLE_COUNTS["wgmma"], report.COUNTS["wgmma"]],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def quantised() -> dict:
+    done = _run("-c", QUANTISED)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_quantised_products_use_the_matrix_units_for_whole_numbers(quantised: dict) -> None:
+    rows = quantised["rows"]
+    assert len(rows) == 6
+    assert {row["verdict"] for row in rows.values()} == {"ok"}
+    for arch, column in (("sm_80", "mma"), ("sm_90", "wgmma"), ("gfx942", "mfma")):
+        assert rows[f"{arch} w8a8"][column] > 0  # IMMA, IGMMA, v_mfma_i32 only: see WHOLE_COUNTS
+        assert rows[f"{arch} w4"][column] > 0
+    assert quantised["worse"] == []
+
+
+def test_gate_sees_an_int8_product_without_its_instruction(quantised: dict) -> None:
+    assert quantised["floating"] == "no wgmma"
+    assert quantised["whole"] == ["IGMMA", "HGMMA|IGMMA|QGMMA"]
+
+
 PLANTED = """
 import json
 import gpu_report as report

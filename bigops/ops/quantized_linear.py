@@ -17,7 +17,9 @@ from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
 from bigops.ops import _frozen
 from bigops.ops import _quantize as quantize
+from bigops.ops import _triton_quantized as _triton
 from bigops.ops._grid import GridLinear
+from bigops.ops._library import LIB
 from bigops.ops._quantize import static_grid
 from bigops.ops._quantized_weight import (
     TILE,
@@ -142,6 +144,19 @@ reference_grid = _grid.reference
 
 
 # --- dispatch ------------------------------------------------------------------------------
+# The CPU kernels register themselves (csrc/cpu/quantized_linear.cpp). On a GPU the backward and the
+# twin with grids are the references, as `backend.record` says.
+
+
+def _cuda(x, *args):  # type: ignore[no-untyped-def]
+    k, activations = args[6], args[9]
+    if not _triton.serves(x.dtype, k, activations):
+        return _op._serve(x, *args)
+    check(x, *args)
+    return _triton.forward(x, *args)
+
+
+LIB.impl("quantized_linear", _cuda, "CUDA")
 
 
 @backend.serves("quantized_linear")
@@ -160,6 +175,20 @@ def _explain(
     else:
         _grid.check(x, *weight.arguments, y_grid, bias, residual, activation)
     extension = backend.extension
+    target = device or ("cpu" if x.device.type == "meta" else x.device.type)
+    if target != "cpu":
+        reason = _triton.why_not(x.dtype, weight.k, weight.activations)
+        if y_grid is not None:
+            reason = "no Triton kernel for a uint8 result"
+        if reason:
+            kernel = "reference.quantized_linear"
+            grids = y_grid is not None or x.dtype == torch.uint8
+            return backend.Explanation(
+                "quantized_linear", f"{kernel}_grid" if grids else kernel, reason
+            )
+        m = x.shape[:-1].numel()
+        kernel, config, reason = _triton.explain(target, x.dtype, m, weight)
+        return backend.Explanation("quantized_linear", kernel, reason, config)
 
     def choose() -> tuple[str, str]:
         return extension.choose_quantized_linear(  # type: ignore

@@ -1,0 +1,73 @@
+"""The road from quantized_linear to its Triton kernels: flattens rows, names what ran."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigops import backend
+from bigops.ops import _activation as act
+from bigops.ops import _checks as checks
+from bigops.ops import _triton
+from bigops.ops._library import rows
+from bigops.ops._quantized_weight import QuantizedWeight
+
+MAX_K = 2**17  # that of kernels/quantized_linear.py, which only a machine with triton can import
+
+
+def why_not(dtype: torch.dtype, k: int, activations: str) -> str:
+    """The reason why no Triton kernel serves such a call here; empty where one does."""
+    if dtype == torch.uint8:
+        return "no Triton kernel for a uint8 x"
+    if activations != "none" and k >= MAX_K:
+        return f"no Triton kernel for {k} columns: sums past {MAX_K - 1} may not fit in int32"
+    return _triton.why_not(dtype)
+
+
+def serves(dtype: torch.dtype, k: int, activations: str) -> bool:
+    """Whether the Triton kernels serve such a call here."""
+    return not why_not(dtype, k, activations)
+
+
+def name(dtype: torch.dtype, bits: int, activations: str) -> str:
+    """The kernel's name, as `backend.record` gives it."""
+    numbers = f"w{bits}" + ("" if activations == "none" else "a8")
+    return f"triton.quantized_linear.{checks.short(dtype)}.{numbers}"
+
+
+def forward(x: Tensor, *args: Any) -> Tensor:
+    """`kernels/quantized_linear.py` forward on x of any rank; the arguments of the op."""
+    from bigops.kernels import quantized_linear as kernels
+
+    *fixed, bias, residual, activation = args
+    weight = QuantizedWeight.of(*fixed)
+    y = kernels.forward(
+        rows(x),
+        weight.values,
+        weight.scale,
+        weight.zero_point,
+        weight.row_sum,
+        weight.x_grid,
+        weight.n,
+        weight.bits,
+        weight.group,
+        weight.activations,
+        bias,
+        None if residual is None else rows(residual),
+        act.CODES[activation],
+    )
+    backend.note(name(x.dtype, weight.bits, weight.activations))
+    return y.view(*x.shape[:-1], weight.n)
+
+
+def explain(
+    target: str, dtype: torch.dtype, m: int, weight: QuantizedWeight
+) -> tuple[str, dict[str, Any], str]:
+    """(kernel, config, reason) on ``target`` ("cuda", "sm_90", "gfx942" ...)."""
+    from bigops.kernels import quantized_linear as kernels
+
+    form = (weight.bits, weight.group, weight.activations)
+    config, reason = kernels.explain(target, dtype, m, weight.n, weight.k, *form)
+    return name(dtype, weight.bits, weight.activations), config, reason

@@ -1,0 +1,150 @@
+"""Rows of the GPU report for the kernels of quantized_linear; see gpu_report.py.
+
+A form is the kind of product, what the weight has, and what is unlike a large aligned product, as
+in "w4_g64_zero_odd": g64, groups of 64 (none: one scale a row); zero, zero points; odd, odd sizes
+and strides; loose, also no unit stride; even, BLOCK_K divides K; wide, 64-bit strides; far, sums
+past int32; ones, M, N and K are 1, which triton turns into constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from bigops.kernels import quantized_linear as kernels
+from bigops.kernels import quantized_tiles
+from bigops.kernels.activation import NAMES, split_code
+
+KERNELS = {"quantized_gemm": kernels.quantized_gemm, "quantize_rows": kernels.quantize_rows}
+TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+# The matrix instructions of whole numbers: others in such a row would be no int8 product.
+WHOLE_COUNTS = {
+    "mma": r"IMMA",
+    "wgmma": r"IGMMA",
+    "tcgen05": r"UTCIMMA",
+    "mfma": r"v_mfma_i32_\w+",
+}
+
+
+def _forms(kind: str, dtype: str) -> list[str]:
+    """The forms of a kind by what the weight has; zero points and wide groups need the most."""
+    if kind == "w8a8":
+        return ["w8a8_zero"]
+    if kind == "w8" or dtype == "f32":
+        return [f"{kind}_g128_zero"]
+    return [kind, f"{kind}_g32_zero", f"{kind}_g128_zero"]
+
+
+def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
+    """Every kind with every shipped config of one device and the whole epilogue.
+
+    A row stands for its like: where x is quantised only y has its dtype, dtypes of one width differ
+    by the name of an instruction, and "w8" reads what "w4" does with fewer steps.
+    """
+
+    def gemm(form: str, dtype: str, entry: Any, activation: str = "gelu", **more: str) -> Any:
+        tile = kernels._within(entry.config, _group(form))
+        return job(arch, "quantized_gemm", form, dtype, tile, activation, **more)
+
+    table = quantized_tiles.table_for(arch)
+    for entry in table.entries:
+        main = entry.max_m is None and entry.aligned
+        end = "" if entry.aligned else "_odd"
+        for kind in entry.kinds:
+            floats = not kind.endswith("a8")
+            for dtype in entry.dtypes:
+                if dtype == "bf16" or (floats and (main or dtype == "f32")):
+                    for form in _forms(kind, dtype):
+                        yield gemm(form + end, dtype, entry)
+            if main and kind == "w4" and "f32" in entry.dtypes and arch[:2] == "sm":
+                yield gemm(kind, "f32", entry, precision="tf32")
+            if "bf16" not in entry.dtypes or kind not in ("w8a8", "w4"):
+                continue
+            if not entry.aligned:
+                yield gemm(f"{kind}_loose", "bf16", entry)
+                yield gemm(f"{kind}_ones", "bf16", entry)
+            if main:
+                for variant in ("even", "wide", *(["zero_far"] if kind == "w8a8" else [])):
+                    yield gemm(f"{kind}_{variant}", "bf16", entry)
+            if main and kind == "w8a8":  # the epilogue is that of all kinds
+                for code, name in enumerate(NAMES):
+                    if not split_code(code)[1]:
+                        yield gemm(kind, "bf16", entry, name)
+    for mode in kernels.MODES:
+        for dtype in TRITON_TYPE if mode == "dynamic" else ("bf16",):
+            yield job(arch, "quantize_rows", mode, dtype, table.rows, "none")
+    for end in ("loose", "ones"):
+        yield job(arch, "quantize_rows", f"dynamic_{end}", "bf16", table.rows, "none")
+
+
+def _words(job: Any) -> list[str]:
+    words: list[str] = job.form.split("_")
+    return words
+
+
+def _group(form: str) -> int:
+    return next((int(word[1:]) for word in form.split("_") if word[0] == "g"), 0)
+
+
+def whole(job: Any) -> bool:
+    """Whether the row multiplies whole numbers."""
+    return job.kernel == "quantized_gemm" and _words(job)[0].endswith("a8")
+
+
+def unaligned(job: Any) -> tuple[str, ...]:
+    """Names of the arguments that do not divide by 16."""
+    words = _words(job)
+    if not {"odd", "loose", "ones"} & set(words):
+        # K and the lines are whatever the layer's width gives; the other sizes are as in gemm
+        return ()
+    if job.kernel == "quantize_rows":
+        return ("M", "K", "stride_xm", "stride_xk")  # the rows of q are ours
+    own = ("stride_xm", "stride_xk") if not whole(job) else ()
+    return ("M", "N", "K", "LINES", "stride_rm", "stride_rn", *own)
+
+
+def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """The kernel, the types of its run-time arguments, the values of its constants."""
+    fn, words = KERNELS[job.kernel], _words(job)
+    pointer = "*" + TRITON_TYPE[job.dtype]
+    types = dict.fromkeys(fn.arg_names, "i32")
+    constants: dict[str, Any] = {"BLOCK_M": job.tile.block_m, "BLOCK_N": job.tile.block_n}
+    if "loose" not in words:
+        constants |= {"stride_xk": 1}
+    if "ones" in words:
+        constants |= dict.fromkeys(("M", "K"), 1)
+    if job.kernel == "quantize_rows":
+        types |= {"x": pointer, "grid": "*fp32", "q": "*i8", "x_scale": "*fp32"}
+        types |= {"x_zero": "*i32", "x_sum": "*i32"}
+        constants |= {"MODE": kernels.MODES[words[0]]}
+        if words[0] != "static":
+            constants["grid"] = None
+        return fn, types, constants
+    bits, group = int(job.form[1]), _group(job.form)
+    types |= dict.fromkeys(("x", "bias", "residual", "y"), pointer)
+    types |= {"values": "*i8" if bits == 8 else "*u8", "scale": "*fp32", "zero_point": "*i8"}
+    if whole(job):
+        constants["stride_xk"] = 1
+        types |= {"x": "*i8", "row_sum": "*i32" if bits == 8 else "*fp32", "x_scale": "*fp32"}
+        types |= {"x_zero": "*i32", "x_sum": "*i32"}
+    else:
+        constants |= dict.fromkeys(("row_sum", "x_scale", "x_zero", "x_sum"))
+    if "zero" not in words:
+        constants["zero_point"] = None
+    if "loose" not in words:
+        constants["stride_rn"] = 1
+    if "ones" in words:
+        constants |= {"N": 1, "LINES": 1}
+    constants |= {
+        "BITS": bits,
+        "GROUP": group,
+        "ACT": split_code(NAMES.index(job.activation))[0],
+        "PRECISION": job.precision,
+        "EVEN_K": "even" in words,
+        "EXACT": "far" not in words,
+        "WIDE": "wide" in words,
+        "BLOCK_K": job.tile.block_k,
+        "GROUP_M": job.tile.group_m,
+        "PARTS": job.tile.parts,
+    }
+    return fn, types, constants

@@ -1,0 +1,379 @@
+"""Values of the Triton kernels of quantized_linear under the interpreter, by the numerics rule."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from triton.runtime.errors import InterpreterError
+
+import bigops
+from bigops.kernels import quantized_linear as kernels
+from bigops.kernels import quantized_tiles
+from bigops.kernels.tiles import TileConfig
+from bigops.ops import _activation as act
+from bigops.ops import _triton_quantized as road
+from bigops.ops._quantize import quantize_rows, static_grid
+from bigops.ops._quantized_weight import pack
+from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight, reference
+from tests import triton_interpreter
+from tests.compressed_cases import DTYPES, QUANTISED, Case, make
+from tests.kernels_ran import expect
+from tests.linear_cases import PLAIN
+from tests.test_kernels_fused_linear import guarded
+
+triton_interpreter.install()
+
+pytestmark = [
+    # numpy's, on NaN and inf, and on integers that wrap on the way to a sum that fits
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+EXACT = [form for form in QUANTISED if form.startswith("int8")]  # int32 sums over all of K
+KINDS = ("int8_zero", "w8_zero", "w4", "w4a8")  # one of each kind of product
+# Ragged against the tiles of configs/quantized_linear/interpreter.json.
+SHAPES = [(1, 1, 1), (2, 33, 65), (31, 1, 32), (64, 64, 64), (3, 70, 129), (5, 7, 0), (0, 7, 5),
+          (5, 0, 7)]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The interpreter is serial; torch's idle threads only spin beside it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def kernel_of(form: str, dtype: str) -> str:
+    bits = QUANTISED[form].get("bits", 8)
+    rounds = form.startswith("int8") or "a8" in form
+    return f"triton.quantized_linear.{dtype}.w{bits}{'a8' if rounds else ''}"
+
+
+def call(
+    case: Case, module: ModuleType = kernels, config: TileConfig | None = None, **given: Any
+) -> Tensor:
+    """The kernels on the flat inputs of a case, outputs between guards."""
+    weight: QuantizedWeight = given.pop("weight", case.weight)
+    x, bias, residual = case.inputs
+    form = (weight.n, weight.bits, weight.group, weight.activations)
+    with guarded():
+        y: Tensor = module.forward(
+            x, *weight.tensors, *form, bias, residual, act.CODES[case.name], config
+        )
+    return y
+
+
+def run(form: str, dtype: str, lead: int | list[int], n: int, k: int, name: str = "none",
+        **more: Any) -> None:  # fmt: skip
+    """One case by the road that a GPU takes: values by the rule, the kernel by its name."""
+    case = make(form, lead, n, k, dtype, name, **more)
+    with guarded(), expect(kernel_of(form, dtype)):
+        y = road.forward(case.x, *case.storage, case.bias, case.residual, name)
+    case.check_forward(y)
+
+
+# rows of x as whole numbers ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activations", ["dynamic", "symmetric", "static"])
+@pytest.mark.parametrize("k", [1, 64, 150])
+def test_rows_are_quantised_to_the_bit_as_the_reference_does(
+    k: int, activations: str, dtype: str
+) -> None:
+    x = torch.randn(40, k) * torch.logspace(-6, 4, 40).unsqueeze(1) + torch.randn(40, 1)
+    x[1], x[2], x[3], x[4] = x[1].abs(), -x[2].abs(), 0, 1e-42
+    x[5, 0], x[6, -1], x[7, 0] = float("nan"), float("inf"), float("-inf")
+    x[8], x[9] = 3e38, torch.where(torch.arange(k) % 2 == 0, 3e38, -3e38)
+    x = x.to(DTYPES[dtype])
+    grid = static_grid(-1.0, 3.0) if activations == "static" else None
+    with guarded():
+        q, scale, zero, sums = kernels.quantize_activations(x, activations, grid)
+    want = quantize_rows(x, activations, grid)
+    finite = x.isfinite().all(1)
+    assert torch.equal(scale.isnan(), ~finite)
+    assert torch.equal(scale[finite], want.scale[finite, 0])
+    assert torch.equal(zero[finite] + 128, want.zero_point[finite, 0].int())
+    assert torch.equal(q[finite, :k] + 128.0, want.q[finite])
+    assert not q[:, k:].any(), "columns beyond K that are not 0"
+    assert q.shape[1] % 128 == 0
+    assert torch.equal(sums, q.sum(1, dtype=torch.int32))
+
+
+def test_rows_of_any_strides_are_quantised_alike() -> None:
+    x = torch.randn(20, 70)
+    want = kernels.quantize_activations(x, "dynamic")
+    for layout in (x.t().contiguous().t(), x.repeat_interleave(2, 1)[:, ::2]):
+        for got, expected in zip(
+            kernels.quantize_activations(layout, "dynamic"), want, strict=True
+        ):
+            assert torch.equal(got, expected)
+
+
+# values ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", QUANTISED)
+def test_every_format_and_dtype(form: str, dtype: str) -> None:
+    run(form, dtype, 37, 45, 150, "gelu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", EXACT)
+def test_whole_numbers_equal_the_reference_to_the_bit(form: str, dtype: str) -> None:
+    """Exact sums and the same float steps: not one element differs without an activation."""
+    for m, k in ((1, 15), (33, 67), (3, 260)):
+        case = make(form, m, 50, k, dtype)
+        case.x[0] *= 1e-3
+        case.x[-1] = 0
+        assert torch.equal(call(case), reference(case.x, *case.storage, case.bias, case.residual))
+
+
+@pytest.mark.parametrize("form", KINDS)
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_activation(name: str, form: str) -> None:
+    run(form, "f32", 5, 37, 83, name)
+
+
+@pytest.mark.parametrize("form", [*KINDS, "w4_row", "w4a8_zero"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape: tuple[int, int, int], form: str) -> None:
+    run(form, "bf16", *shape, "silu")
+
+
+@pytest.mark.parametrize("form", KINDS)
+@pytest.mark.parametrize("lead", [[], [0], [4, 0], [2, 3], [2, 1, 3, 2, 2]], ids=str)
+def test_leading_dimensions(form: str, lead: list[int]) -> None:
+    run(form, "f32", lead, 6, 7, "tanh")
+
+
+@pytest.mark.parametrize("form", KINDS)
+@pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (False, True)])
+def test_optional_arguments(bias: bool, residual: bool, form: str) -> None:
+    run(form, "f16", 33, 20, 35, "gelu", bias=bias, residual=residual)
+
+
+@pytest.mark.parametrize("form", [*KINDS, "w4_row", "w8_group"])
+@pytest.mark.parametrize("tile", [(128, 64, 128, 4), (16, 32, 64, 1)], ids=str)
+def test_tiles_of_other_sizes_and_epilogue_in_parts(tile: tuple[int, ...], form: str) -> None:
+    *block, parts = tile
+    case = make(form, 50, 70, 200, "bf16", "relu")
+    config = TileConfig(*block, 8, 4, 3, parts)
+    case.check_forward(call(case, config=kernels._within(config, case.weight.group)))
+
+
+@pytest.mark.parametrize("form", ["int8_zero", "w4_zero", "w4a8_static"])
+def test_any_strides(form: str) -> None:
+    case = make(form, 20, 10, 64, "f32", "gelu")
+    want = call(case)
+
+    def odd(t: Tensor | None) -> Any:
+        return None if t is None else t.repeat_interleave(2, -1)[..., ::2]
+
+    tensors = map(odd, case.weight.tensors)
+    weight = QuantizedWeight._make((*tensors, *case.weight[5:]))
+    spread = Case(case.x.t().contiguous().t(), weight, *_rest(case, odd(case.bias)))
+    assert torch.equal(call(spread), want)
+    expanded = Case(case.x, weight, *_rest(case, case.bias))
+    expanded.residual = case.residual[:1].expand(20, 10)  # type: ignore[index]
+    expanded.check_forward(call(expanded))
+
+
+def _rest(case: Case, bias: Tensor | None) -> tuple[Any, ...]:
+    return case.dense, case.quantised, bias, case.residual, case.grad, case.name
+
+
+@pytest.mark.parametrize("form", ["int8", "int8_symmetric", "int8_static", "w4a8", "w4", "w8"])
+def test_a_row_with_nan_or_infinity_is_nan_and_no_other(form: str) -> None:
+    floating = form in ("w4", "w8")
+    case = make(form, 20, 19, 37, "bf16", "relu")
+    case.x[1, 36] = float("nan")
+    if not floating:  # in floating point an infinity may well stay one
+        case.x[3, 0], case.x[4, 20] = float("inf"), float("-inf")
+    y = call(case)
+    bad = torch.zeros(20, dtype=torch.bool)
+    bad[[1] if floating else [1, 3, 4]] = True
+    assert bool(y[bad].isnan().all())
+    assert bool(y[~bad].isfinite().all())
+
+
+@pytest.mark.parametrize("k", [64, 1021, 33026])
+def test_integer_extremes(k: int) -> None:
+    """All numbers at the ends; 255 * 255 * 33026 is past int32."""
+    ends = ((127, -128), (-128, 127), (-128, None))
+    for value, zero in ends if k < 2000 else ends[:1]:  # the long one takes seconds
+        weight = quantize_weight(torch.zeros(5, k), symmetric=zero is None)
+        points = None if zero is None else torch.full_like(weight.scale, zero).to(torch.int8)
+        q = torch.full((5, k), float(value))
+        sums = torch.nn.functional.pad(q.sum(1), (0, 11)).to(torch.int32)
+        weight = weight._replace(values=pack(q, 8), zero_point=points, row_sum=sums)
+        x = torch.full((3, k), 255.0)
+        x[-1, 0] = 0
+        y = kernels.forward(
+            x, *weight.tensors, 5, 8, 0, "dynamic", config=TileConfig(16, 16, 128, 8, 4, 2, 1)
+        )
+        want = x.double().sum(1, keepdim=True) * (value - (zero or 0))
+        assert torch.equal(y, want.float().expand(3, 5))
+
+
+def test_int4_extremes() -> None:
+    """Every nibble at an end, zero points at the other: sums of a group stay exact."""
+    for value, zero in ((7, -8), (-8, 7), (-8, -8)):
+        base = quantize_weight(torch.zeros(20, 300), 4, 128, False, "none")
+        weight = base._replace(
+            values=pack(torch.full((20, 300), float(value)), 4),
+            zero_point=torch.full_like(base.zero_point, zero),
+        )
+        for dtype in DTYPES.values():
+            x = torch.randint(-3, 4, (7, 300)).to(dtype)
+            y = kernels.forward(x, *weight.tensors, 20, 4, 128, "none")
+            want = (x.double().sum(1, keepdim=True) * (value - zero)).to(dtype)
+            assert torch.equal(y, want.expand(7, 20))
+
+
+def test_every_column_of_a_line_is_itself() -> None:
+    """One weight at a time: a permutation of columns that is its own inverse would hide."""
+    for bits, columns in ((8, 4), (4, 8)):
+        for column in range(columns):
+            q = torch.zeros(17, 40)
+            q[3, 8 + column] = 5
+            base = quantize_weight(torch.zeros(17, 40), bits, 32, True, "none")
+            weight = base._replace(values=pack(q, bits))
+            y = kernels.forward(torch.eye(40), *weight.tensors, 17, bits, 32, "none")
+            assert torch.equal(y, q.t())
+
+
+def test_offsets_past_32_bits(tmp_path: Path) -> None:
+    """Rows 2^27 elements apart in a sparse file: row 17 starts past element 2^31."""
+    step, m, k = 1 << 27, 18, 40
+    size = step * (m - 1) + k
+    storage = torch.from_file(str(tmp_path / "x"), shared=True, size=size, dtype=torch.float16)
+    for form in ("w4", "int8"):
+        case = make(form, m, 20, k, "f16", "gelu")
+        x = storage.as_strided((m, k), (step, 1))
+        x.copy_(case.x)
+        case.x = x
+        case.check_forward(call(case))
+
+
+def test_bitwise_equal_from_run_to_run() -> None:
+    for form in KINDS:
+        case = make(form, 30, 40, 100, "f32", "gelu")
+        assert torch.equal(call(case), call(case))
+
+
+def test_bad_arguments() -> None:
+    weight = quantize_weight(torch.randn(5, 8))
+    form = (5, 8, 0, "dynamic")
+    x = torch.randn(4, 8)
+    with pytest.raises(TypeError, match=r"x: expected one of .*; got torch.float64"):
+        kernels.forward(x.double(), *weight.tensors, *form)
+    with pytest.raises(TypeError, match=r"bias: expected torch.float32, that of x; got .*float16"):
+        kernels.forward(x, *weight.tensors, *form, torch.zeros(5).half())
+    with pytest.raises(ValueError, match=r"values: expected device cpu, that of x; got meta"):
+        kernels.forward(x, weight.values.to("meta"), *weight.tensors[1:], *form)
+    with pytest.raises(ValueError, match=r"activation: expected the code of no gated pair; got 8"):
+        kernels.forward(x, *weight.tensors, *form, activation=8)
+    wide = torch.zeros(1, 1).expand(1, kernels.MAX_K)
+    with pytest.raises(ValueError, match=r"x: expected fewer than 131072 columns to quantise"):
+        kernels.forward(wide, *weight.tensors, *form)
+
+
+# which kernel ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", QUANTISED)
+def test_explain_names_kernel_and_config(form: str) -> None:
+    case = make(form, 64, 48, 256, "bf16")
+    said = bigops.explain("quantized_linear", case.x, case.weight, device="sm_90")
+    assert said.kernel == kernel_of(form, "bf16")
+    kind = said.kernel.rpartition(".")[2]
+    config = quantized_tiles.choose_config("sm_90", kind, torch.bfloat16, 64)
+    config = kernels._within(config, case.weight.group)
+    assert said.config == {**config._asdict(), "file": "quantized_linear/sm_90.json"}
+    assert said.reason == (
+        f"aligned {kind} bf16 tile for 64 rows from kernels/configs/quantized_linear/sm_90.json"
+    )
+    ragged = bigops.explain("quantized_linear", case.x[0, :], case.weight, device="gfx942")
+    assert "for 1 rows" in ragged.reason
+
+
+def test_explain_says_what_no_gpu_kernel_serves() -> None:
+    case = make("int8_static", 4, 6, 40)
+    u8 = torch.zeros(4, 40, dtype=torch.uint8)
+    for x, grid, why in ((u8, None, "uint8 x"), (case.x, case.weight.x_grid, "uint8 result")):
+        said = bigops.explain("quantized_linear", x, case.weight, device="sm_90", y_grid=grid)
+        assert said.kernel == "reference.quantized_linear_grid"
+        assert why in said.reason
+    assert road.MAX_K == kernels.MAX_K
+    assert "131072 columns" in road.why_not(torch.float32, 1 << 17, "dynamic")
+    assert road.serves(torch.float32, 1 << 17, "none")
+    with pytest.raises(ValueError, match="x: expected shape"):
+        bigops.explain("quantized_linear", case.x[:, 1:], case.weight, device="sm_90")
+
+
+# --- planted faults: the checks above must see each of them -----------------------------------
+
+
+def planted(folder: Path, old: str, new: str) -> ModuleType:
+    """A copy of the kernels with ``old`` replaced by ``new``."""
+    source = Path(kernels.__file__).read_text()
+    assert old in source, f"nothing to plant the fault on: {old!r}"
+    name = "planted_" + re.sub(r"\W", "", folder.name)
+    path = folder / f"{name}.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(f"bigops.kernels.{name}", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+FAULTS = {
+    "nibbles swapped": ("w4", "tl.join(w & 15, w >> 4)", "tl.join(w >> 4, w & 15)"),
+    "columns of a line permuted": ("w4", "(0, 2, 1, 4, 5, 3)", "(0, 2, 1, 3, 5, 4)"),
+    "nibble not centred": ("w4", ".to(tl.int8) - 8", ".to(tl.int8) - 7"),
+    "rows and lines swapped": ("w8", "w = tl.permute(w, (0, 2, 1, 3))", "w = w"),
+    "zero point of W added": ("w8_zero", "- zero.to(tl.int16)", "+ zero.to(tl.int16)"),
+    "scale of the first group for all": ("w4_zero", "tl.cast(k0 // GROUP", "tl.cast(0 // GROUP"),
+    "scale of a row forgotten": ("w4_row", "total *= tl.load", "total += tl.load"),
+    "K edge not masked": ("w8", "(rk[None, :] < K - k0)", "(rk[None, :] < K)"),
+    "lines past the end": ("w4", "< LINES - k0 * BITS // 32", "< LINES"),
+    "zero point of x off by one": ("int8", "tl.maximum(zero, 0.0)", "tl.maximum(zero + 1.0, 0.0)"),
+    "correction by x forgotten": ("int8", "x_at[:, None] * sums[None, :]", "x_at[:, None] * 0"),
+    "correction by W forgotten": ("int8_zero", "(of_x - x_at * K)", "(of_x - x_at)"),
+    "columns not written": ("int8", "range(0, stride_q, BLOCK_N)", "range(0, BLOCK_N, BLOCK_N)"),
+    "sums of a row by another": ("w4a8", "sums[None, :]) * by", "sums[None, :] * 1.01) * by"),
+    "grid of x ignored": ("int8_static", "one * tl.load(grid + 1)", "one * 0.0"),
+    "last K step dropped": ("w4a8", "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K, BLOCK_K)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_caught(fault: str, tmp_path: Path) -> None:
+    form, old, new = FAULTS[fault]
+    module = planted(tmp_path, old, new)
+    case = make(form, 37, 45, 134, "f32", "gelu")
+    case.check_forward(call(case))
+    with pytest.raises((AssertionError, IndexError, RuntimeError, InterpreterError)):
+        case.check_forward(call(case, module))
+
+
+def test_a_copy_without_a_fault_passes(tmp_path: Path) -> None:
+    case = make("w4_zero", 37, 45, 134, "f32", "gelu")
+    case.check_forward(call(case, planted(tmp_path, "M,", "M,")))
