@@ -419,7 +419,6 @@ def low_rank_linear(
         TypeError: a dtype that is not served, or dtypes that differ.
     """
     try:
-        scale = float(scale)
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
             x, u, v, bias, residual, base = autocast(  # type: ignore[assignment]
