@@ -246,7 +246,7 @@ def adamw(
     if not step.params:
         return
     device = step.params[0].device
-    torch._foreach_add_(steps, 1)
+    torch._foreach_add_(list(steps), 1)
     n = torch.cat([t.reshape(1) for t in steps]).double()
     sizes = torch.stack([lr / (1 - beta1**n), (1 - beta2**n).rsqrt()]).float()
     layout = _Layout()
