@@ -176,6 +176,16 @@ def _compiler() -> str | None:
     return None
 
 
+_ON_GPU = (
+    "fused_linear",
+    "quantized_linear",
+    "linear_cross_entropy",
+    "fused_adamw",
+    "fused_sgd",
+    "fused_grad_norm",
+)
+
+
 def _op_status() -> dict[str, dict[str, str]]:
     import bigops.ops  # noqa: F401
 
@@ -185,7 +195,7 @@ def _op_status() -> dict[str, dict[str, str]]:
             cpu = f"cpu.{extension.isa()}.{op}"
         else:
             cpu = f"reference.{op} ({extension_error})"
-        if op not in ("fused_linear", "quantized_linear"):
+        if op not in _ON_GPU:
             gpu = f"reference.{op} (no GPU kernel of this op yet)"
         elif not has_triton():
             gpu = f"reference.{op} (triton is not installed)"

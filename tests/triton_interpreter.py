@@ -15,7 +15,7 @@ It also adds two checks, which hold for every interpreted launch of this process
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,7 @@ class _Launch:
 
 
 _installed = False
+_behind_tables: list[torch.Tensor] = []
 _launch: _Launch | None = None
 _checking = True
 
@@ -103,6 +104,17 @@ def unchecked() -> Iterator[None]:
         yield
     finally:
         _checking = True
+
+
+@contextlib.contextmanager
+def reachable(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Kernels launched inside may also touch these tensors, whose addresses stand in a table."""
+    before = len(_behind_tables)
+    _behind_tables.extend(tensors)
+    try:
+        yield
+    finally:
+        del _behind_tables[before:]
 
 
 def _tensor(data: np.ndarray, dtype: tl.dtype) -> torch.Tensor:
@@ -229,7 +241,9 @@ def _add_checks() -> None:
         global _launch
         on_host = to_host(self, args, kwargs)
         named = {**dict(zip(self.arg_names, on_host[0], strict=False)), **on_host[1]}
-        _launch = _Launch({n: t for n, t in named.items() if isinstance(t, torch.Tensor)})
+        given = {n: t for n, t in named.items() if isinstance(t, torch.Tensor)}
+        behind = {f"tensor {i} of a table": t for i, t in enumerate(_behind_tables)}
+        _launch = _Launch(given | behind)
         return on_host
 
     restore = interpreter.GridExecutor._restore_args_dev

@@ -71,6 +71,21 @@ def encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     return index.to(torch.uint8).reshape(x.shape), scales
 
 
+def buckets(signed: bool) -> Tensor:
+    """The nearest magnitude by table, int32 ``[22 * 128 + 1]``, as GPU kernels look it up.
+
+    A bucket holds the floats that share an exponent and 7 bits of mantissa, from 2^-22 on; the
+    first holds all below. Its low 8 bits are the index of the value nearest to its lower end, the
+    others the float past which the next value is nearer: no bucket holds two middles.
+    """
+    half = torch.tensor(_magnitudes(1 if signed else 2), dtype=torch.float64).float()
+    middles = torch.cat([_middles(half), torch.tensor([torch.inf])])
+    numbers = torch.arange(22 * 128, dtype=torch.int32) + ((127 - 22) << 7)
+    lower = torch.cat([torch.zeros(1), (numbers << 16).view(torch.float32)])
+    index = torch.bucketize(lower, middles)
+    return middles[index].view(torch.int32) | index.int()
+
+
 # --- stochastic rounding -------------------------------------------------------------------
 
 _LOW = 0xFFFFFFFF

@@ -19,6 +19,7 @@ from bigops import backend
 from bigops.ops import _checks as checks
 from bigops.ops import _optimizer_lists as lists
 from bigops.ops import _optimizer_states as states
+from bigops.ops import _triton, _triton_loss
 from bigops.ops._library import LIB, define
 
 # --- reference -----------------------------------------------------------------------------
@@ -265,7 +266,26 @@ for _name, _op in (("fused_adamw", _adamw), ("fused_sgd", _sgd), ("fused_grad_no
 
 
 # --- dispatch ------------------------------------------------------------------------------
-# The CPU kernels register themselves (csrc/cpu/fused_adamw.cpp); other devices take the reference.
+# The CPU kernels register themselves (csrc/cpu/fused_adamw.cpp); GPUs take the Triton kernels, but
+# for lists with float64 parameters: these and other devices take the reference.
+
+
+def _cuda_adamw(params, *rest):  # type: ignore[no-untyped-def]
+    (_triton_loss.adamw if _triton_loss.serves_step(params) else _serve_adamw)(params, *rest)
+
+
+def _cuda_sgd(params, *rest):  # type: ignore[no-untyped-def]
+    (_triton_loss.sgd if _triton_loss.serves_step(params) else _serve_sgd)(params, *rest)
+
+
+def _cuda_norm(grads):  # type: ignore[no-untyped-def]
+    serves = len(grads) > 0 and backend.has_triton()
+    return (_triton_loss.norm if serves else _serve_norm)(grads)
+
+
+LIB.impl("fused_adamw", _cuda_adamw, "CUDA")
+LIB.impl("fused_sgd", _cuda_sgd, "CUDA")
+LIB.impl("fused_grad_norm", _cuda_norm, "CUDA")
 
 
 def _explainer(op: str) -> Callable[..., backend.Explanation]:
@@ -276,7 +296,12 @@ def _explainer(op: str) -> Callable[..., backend.Explanation]:
         checks.floating("params[0]", params[0] if len(params) else torch.empty(0))
         target = device or (params[0].device.type if len(params) else "cpu")
         if target not in ("cpu", "meta"):
-            return backend.Explanation(op, f"reference.{op}", "no GPU kernel of this op yet")
+            why = _triton.why_not(torch.float32 if op == "fused_grad_norm" else dtype)
+            if why:
+                return backend.Explanation(op, f"reference.{op}", why)
+            form = "double" if op == "fused_grad_norm" else "8bit" if eight_bit else "fused"
+            name = f"triton.{op}.{checks.short(dtype)}.{form}"
+            return backend.Explanation(op, name, "one launch for all tensors of the same dtypes")
         if backend.extension is None:
             return backend.Explanation(op, f"reference.{op}", backend.extension_error)
         level = backend.extension.isa()

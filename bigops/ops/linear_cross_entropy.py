@@ -18,6 +18,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.ops import _checks as checks
 from bigops.ops import _chunked_loss as chunked
+from bigops.ops import _triton, _triton_loss
 from bigops.ops._cross_entropy import (
     accumulation,
     check,
@@ -400,7 +401,9 @@ def _vmap_backward(info, in_dims, *args):  # type: ignore[no-untyped-def]
 
 # --- dispatch ------------------------------------------------------------------------------
 # Products and loop are the same on every device; the pass over a chunk has a CPU kernel
-# (csrc/cpu/linear_cross_entropy.cpp), elsewhere it is `serve_chunk`.
+# (csrc/cpu/linear_cross_entropy.cpp) and a Triton kernel, elsewhere it is `serve_chunk`.
+
+LIB.impl("linear_cross_entropy_chunk", _triton_loss.serve_chunk, "CUDA")
 
 
 @backend.serves("linear_cross_entropy")
@@ -424,7 +427,9 @@ def _explain(
         kernel = backend.extension.choose_linear_cross_entropy(checks.short(x.dtype))
         reason = f"own pass over chunks of {config['chunk']} tokens, torch's products"
         return backend.Explanation(op, kernel, reason, config)
-    reason = backend.extension_error if place == "cpu" else "no GPU kernel of this op yet"
+    if place != "cpu" and _triton.serves(x.dtype):
+        return _triton_loss.explain_chunk(place, x.dtype, v, config)
+    reason = backend.extension_error if place == "cpu" else _triton.why_not(x.dtype)
     return backend.Explanation(op, f"reference.{op}", reason, config)
 
 

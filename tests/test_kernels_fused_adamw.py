@@ -1,0 +1,123 @@
+"""The Triton kernels of the optimiser steps under the interpreter, held to plain torch."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bigops import fused_adamw, fused_grad_norm, fused_sgd
+from bigops.ops import _optimizer_states as states
+from bigops.ops.fused_adamw import reference_norm, reference_sgd
+from tests import triton_interpreter
+from tests.kernels_ran import expect
+from tests.optimizer_cases import Problem
+from tests.tolerance import check
+
+triton_interpreter.install()
+module = sys.modules["bigops.ops.fused_adamw"]
+assert fused_adamw
+
+SHAPES = [(1,), (0,), (), (255,), (257,), (7, 11, 13), (70, 67)]
+MIXED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ops as a GPU takes them."""
+    monkeypatch.setattr(module, "step_adamw", module._cuda_adamw)
+    monkeypatch.setattr(module, "step_sgd", module._cuda_sgd)
+    monkeypatch.setattr(module, "_norm", module._cuda_norm)
+
+
+def same(problem: Problem, reference: Problem) -> None:
+    for ours, theirs in zip(problem.all(), reference.all(), strict=True):
+        if ours.dtype == torch.uint8:
+            assert torch.equal(ours, theirs)
+        else:
+            check(ours, theirs.double(), theirs, theirs.double().abs() + 1e-2)
+
+
+def run(problem: Problem, step: int, **more: Any) -> None:
+    grads = [problem.grads(step)]
+    problem.grads = lambda _: grads[0]  # type: ignore[method-assign]
+    with triton_interpreter.reachable([*problem.all(), *grads[0], *more.get("copies", ())]):
+        problem.adamw(step, **more)
+    del problem.grads  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_adamw_is_the_reference(eight_bit: bool, streams: bool) -> None:
+    ours, theirs = (Problem(*MIXED, shapes=SHAPES, eight_bit=eight_bit) for _ in range(2))
+    for step in range(2):
+        random = {"streams": range(len(SHAPES)), "seed": 5, "rounding_step": step}
+        with expect("triton.fused_adamw.bf16." + ("8bit" if eight_bit else "fused")):
+            run(ours, step, **(random if streams else {}))
+        theirs.adamw_reference(step, streams)
+    same(ours, theirs)
+
+
+def test_adamw_writes_copies_and_maximizes() -> None:
+    ours, theirs = (Problem(torch.float32, shapes=SHAPES) for _ in range(2))
+    copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in ours.params]
+    run(ours, 0, copies=copies, maximize=True, grad_factor=-1.0)
+    theirs.adamw_reference(0)
+    same(ours, theirs)
+    assert all(torch.equal(c, p.bfloat16()) for c, p in zip(copies, ours.params, strict=True))
+
+
+@pytest.mark.parametrize("first_step", [False, True])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_the_reference(momentum: float, nesterov: bool, first_step: bool) -> None:
+    ours, theirs = (Problem(*MIXED, shapes=SHAPES) for _ in range(2))
+    grads = ours.grads(0)
+    with expect("triton.fused_sgd"), triton_interpreter.reachable([*ours.all(), *grads]):
+        fused_sgd(
+            ours.params, grads, ours.first, lr=0.1, momentum=momentum, dampening=0.2,
+            weight_decay=0.1, nesterov=nesterov, first_step=first_step,
+        )  # fmt: skip
+    for p, g, m in zip(theirs.params, grads, theirs.first, strict=True):
+        reference_sgd(p, g, m, None, None, 0.1, momentum, 0.2, 0.1, nesterov, first_step, 1.0)
+    same(ours, theirs)
+
+
+def test_the_norm_of_many_gradients() -> None:
+    grads = [torch.randn(s).to(MIXED[i % 3]) for i, s in enumerate(SHAPES)]
+    grads += [torch.full((3,), 1e30), torch.randn(5, dtype=torch.float64)]
+    with expect("triton.fused_grad_norm"), triton_interpreter.reachable(grads):
+        norm = fused_grad_norm(grads)
+        grads[3][7] = float("inf")
+        assert fused_grad_norm(grads).isinf()
+    grads[3][7] = 0
+    truth = reference_norm(grads)
+    check(norm, truth, truth, truth)
+
+
+def test_buckets_find_the_nearest_value() -> None:
+    """By table as by search, at random magnitudes and at every middle and its neighbours."""
+    for signed in (True, False):
+        half = torch.tensor(states._magnitudes(1 if signed else 2), dtype=torch.float64).float()
+        middles = states._middles(half)
+        q = torch.cat([torch.rand(1000), middles, middles.nextafter(torch.tensor(2.0))])
+        bits, table = q.view(torch.int32), states.buckets(signed)
+        found = table[((bits >> 16) - ((127 - 22) << 7)).clamp(-1, 22 * 128 - 1) + 1]
+        index = (found & 0xFF) + (bits > (found & -256)).int()
+        assert torch.equal(index.long(), torch.bucketize(q, middles))
+
+
+def test_float64_takes_the_reference() -> None:
+    assert not module._triton_loss.serves_step([torch.ones(2), torch.ones(2).double()])
+
+
+def test_perturbed_result_fails() -> None:
+    ours, theirs = (Problem(torch.float32, shapes=[(300,)]) for _ in range(2))
+    run(ours, 0, grad_factor=1.001)
+    theirs.adamw_reference(0)
+    with pytest.raises(AssertionError, match="too far"):
+        same(ours, theirs)

@@ -1,0 +1,93 @@
+"""The Triton kernel of linear_cross_entropy under the interpreter, by the one numerics rule."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bigops.kernels import linear_cross_entropy as kernels
+from bigops.ops import _triton_loss
+from bigops.ops import linear_cross_entropy as op
+from tests import triton_interpreter
+from tests.cross_entropy_cases import ALL, make
+from tests.kernels_ran import expect
+
+triton_interpreter.install()
+module = sys.modules["bigops.ops.linear_cross_entropy"]
+assert op
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass over a chunk as a GPU takes it."""
+    monkeypatch.setattr(module, "_chunk", _triton_loss.serve_chunk)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on lanes past the last class
+@pytest.mark.parametrize("options", ALL.values(), ids=list(ALL))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_option(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    with expect("triton.linear_cross_entropy"):
+        make(5, 33, 9, dtype, **options).check()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("shape", [(1, 1), (3, 512), (3, 513), (2, 1100), (0, 7)], ids=str)
+def test_rows_of_several_blocks(shape: tuple[int, int]) -> None:
+    make(shape[0], shape[1], 5, torch.float32, ignored=0.0, **ALL["all, none"]).check()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_target_out_of_range_reads_nothing_and_gives_nan() -> None:
+    target = torch.tensor([7, -1, 2])
+    losses = kernels.chunk(
+        torch.randn(3, 7), target, None, None, None, 7.0, -100, 0.0, 0.0, 0.0, True
+    )
+    assert losses.isnan().tolist() == [True, True, False]
+
+
+def test_float64_takes_the_reference() -> None:
+    logits = torch.randn(3, 5, dtype=torch.float64)
+    args = (torch.tensor([1, 2, 3]), None, None, None, 5.0, -100, 0.0, 0.0, 0.0, False)
+    assert _triton_loss.serve_chunk(logits, *args).dtype == torch.float64
+    with pytest.raises(TypeError, match=r"logits: expected one of .*; got torch.float64"):
+        kernels.chunk(logits, *args)
+
+
+FAULTS = {
+    "last block dropped": ("range(0, V, BLOCK)", "range(0, V - BLOCK, BLOCK)"),
+    "sum not rescaled": ("total * tl.exp(top - shift)", "total"),
+    "target not taken off": ("g - on_target, g", "g, g"),
+    "slope of the cap": ("g *= 1.0 - u * u", "g *= 1.0 - u"),
+    "edge not masked": ("mask=in_v)\n\n\ndef", "mask=in_v | True)\n\n\ndef"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_caught(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = FAULTS[fault]
+    source = Path(kernels.__file__).read_text()
+    assert old in source
+    path = tmp_path / "planted_loss.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("bigops.kernels.planted_loss", path)
+    assert spec
+    assert spec.loader
+    planted = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = planted
+    spec.loader.exec_module(planted)
+    monkeypatch.setattr(kernels, "chunk", planted.chunk)
+    with pytest.raises(Exception, match="too far|out of bounds|NaN at other"):
+        make(3, 600, 5, torch.float32, ignored=0.0, **ALL["all, none"]).check()
