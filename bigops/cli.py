@@ -135,18 +135,21 @@ def _explain(args: argparse.Namespace) -> int:
     x = torch.randn(args.m, args.k).to(dtype)
     gated = args.activation in ("swiglu", "geglu", "geglu_tanh", "reglu")
     weight = torch.randn(2 * args.n if gated else args.n, args.k).to(dtype)
-    packed: object = weight
+    packed: tuple[object, ...] = (weight,)
     if args.op in ("fused_adamw", "fused_sgd", "fused_grad_norm"):
         print(bigops.explain(args.op, [weight]))
         return 0
     if args.op == "packed_linear":
         from bigops.ops.packed_linear import pack_weight
 
-        packed = pack_weight(weight)
+        packed = (pack_weight(weight),)
+    elif args.op == "low_rank_linear":
+        rank = min(args.rank or -(-min(args.n, args.k) // 4), args.n, args.k)
+        packed = (weight.new_empty(args.n, rank), weight.new_empty(rank, args.k))
     elif args.op == "quantized_linear":
         from bigops.ops.quantized_linear import quantize_weight
 
-        packed = quantize_weight(weight)
+        packed = (quantize_weight(weight),)
     elif args.op == "sparse_linear":
         from bigops.nn.sparse_linear import VALUES, check_sparsity, check_values
         from bigops.ops.sparse_linear import Pattern, sparsify_weight
@@ -154,9 +157,9 @@ def _explain(args: argparse.Namespace) -> int:
         pattern = Pattern.parse(args.pattern)
         stored = VALUES[check_values(args.values)]
         mask = pattern.mask(weight, check_sparsity(args.sparsity, pattern))
-        packed = sparsify_weight(weight, mask, stored, (pattern.height, pattern.width))
+        packed = (sparsify_weight(weight, mask, stored, (pattern.height, pattern.width)),)
     try:
-        print(bigops.explain(args.op, x, packed, activation=args.activation))
+        print(bigops.explain(args.op, x, *packed, activation=args.activation))
     except TypeError as error:  # a --dtype that the op does not take
         raise ValueError(str(error)) from error
     return 0
@@ -291,6 +294,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     add("--n", type=integer, help="output features")
     add("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), default="fp32")
     add("--activation", default="none")
+    add("--rank", type=integer, help="of low_rank_linear (default: a quarter of the smaller side)")
     add("--sparsity", type=_fraction, help="of sparse_linear's weight (default: 0.8, or of N:M)")
     add("--pattern", default="1x4", help="of sparse_linear's weight: 1x4, 16x16, 1x1, 2:4 ...")
     add("--values", default="int8", help="sparse_linear stores int8, bf16 or fp32")
