@@ -129,6 +129,7 @@ def packs(weight: Tensor, x: Tensor) -> bool:
         and not weight.is_inference()  # it counts no versions: a pack could not be kept
         and weight.dtype == x.dtype
         and weight.dtype in SERVED
+        and backend.packs(weight.dtype)
         and weight.device.type == "cpu"
         and backend.extension is not None
         and not torch.is_autocast_enabled("cpu")
