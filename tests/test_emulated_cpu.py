@@ -5,12 +5,16 @@ All files are linked, so code that leaked from one of them would end an older CP
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from bigops import backend
 from tests.test_extension import ROOT, isa_flags
 
 pytestmark = [
@@ -50,6 +54,37 @@ def test_older_cpu_takes_its_own_kernels(binary: Path, cpu: str, level: str) -> 
     run = subprocess.run(["qemu-x86_64", "-cpu", cpu, str(binary)], capture_output=True, text=True)
     assert run.returncode == 0, f"{run.returncode}: {run.stdout}{run.stderr}"
     assert run.stdout.split()[0] == level
+
+
+# Ops whose kernels the binary above does not hold, with torch around them: slow, so a few tests.
+WITH_TORCH = {
+    "test_quantized_linear.py": "ragged_shapes and avx2 and 27-66-130",
+    "test_packed_linear.py": "ragged_shapes and avx2 and 6-80-31",
+    "test_low_rank_linear.py": "every_kernel and avx2",
+    "test_linear_cross_entropy.py": "every_kernel and avx2 and options0",
+    "test_fused_adamw.py": "norm and avx2",
+}
+
+
+@pytest.mark.skipif(backend.extension is None, reason="no C++ extension here")
+def test_the_whole_extension_on_an_older_cpu() -> None:
+    """Its own tests, each of which asserts the values and that the kernel of this level ran."""
+    chosen = " or ".join(
+        f"({of} and {file.removesuffix('.py')})" for file, of in WITH_TORCH.items()
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen]
+    command += [str(ROOT / "tests" / file) for file in WITH_TORCH]
+    run = subprocess.run(
+        ["qemu-x86_64", "-cpu", "Haswell", *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed, run.stdout
+    assert int(passed[1]) >= 20
 
 
 def test_a_wrong_sparse_kernel_is_seen(binary: Path) -> None:
