@@ -178,6 +178,7 @@ def _compiler() -> str | None:
 
 _ON_GPU = (
     "fused_linear",
+    "low_rank_linear",
     "quantized_linear",
     "linear_cross_entropy",
     "fused_adamw",
