@@ -180,6 +180,7 @@ _ON_GPU = (
     "fused_linear",
     "low_rank_linear",
     "quantized_linear",
+    "sparse_linear",
     "linear_cross_entropy",
     "fused_adamw",
     "fused_sgd",

@@ -1,9 +1,9 @@
 """Tile configs of kernels with forms of their own: data in configs/<op>/*.json.
 
 The devices, and what "aligned" means, are those of tiles.py. A file holds tiles by form of the
-product (`FORMS`), dtype, alignment, and up to a width: of low_rank_linear the padded rank. The
-rule: of the entries that reach the width and the rows the one of least width, then of fewest rows.
-Where no entry reaches, no kernel serves.
+product (`FORMS`), dtype, alignment, and up to a width: of low_rank_linear the padded rank, of
+sparse_linear the side of a block. The rule: of the entries that reach the width and the rows the
+one of least width, then of fewest rows. Where no entry reaches, no kernel serves.
 """
 
 import functools
@@ -19,6 +19,7 @@ from .tiles import CONFIG_DIR, DTYPES, TileConfig, _fields, _power_of_two
 FORMAT = "bigops-form-tiles-1"
 FORMS = {
     "low_rank_linear": ("factors", "lora"),
+    "sparse_linear": ("forward", "transposed", "sampled"),
 }
 """Forms of an op; the files of an op hold at least one entry of each."""
 

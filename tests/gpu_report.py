@@ -38,6 +38,7 @@ from bigops.kernels import fused_linear, gemm, tiles
 from bigops.kernels.activation import NAMES, split_code
 from tests import gpu_jobs_low_rank as low_rank
 from tests import gpu_jobs_quantized as quantized
+from tests import gpu_jobs_sparse as sparse
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 GOLDEN = Path(__file__).parent / "golden" / "gpu_report.csv"
@@ -53,7 +54,7 @@ NVIDIA_LIMITS = {
     "sm_100": (65536, 64, 32, 233472),
 }
 RESERVED_SHARED = 1024
-PRODUCTS = ("gemm", "quantized_gemm", "low_rank_product")
+PRODUCTS = ("gemm", "quantized_gemm", "low_rank_product", "block_product", "block_samples")
 # must use a matrix unit
 
 COUNTS = {  # column: machine instructions, as nvdisasm and the AMDGPU back end spell them
@@ -74,7 +75,7 @@ KERNELS = {
     "sum_rows": fused_linear.sum_rows,
 }
 # Files with the rows of further ops: KERNELS, jobs(), arguments() and unaligned().
-FILES = (quantized, low_rank)
+FILES = (quantized, low_rank, sparse)
 OWNERS = {name: file for file in FILES for name in file.KERNELS}
 
 
