@@ -39,6 +39,7 @@ from bigops.kernels.activation import NAMES, split_code
 from tests import gpu_jobs_low_rank as low_rank
 from tests import gpu_jobs_quantized as quantized
 from tests import gpu_jobs_sparse as sparse
+from tests import gpu_jobs_training as training
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 GOLDEN = Path(__file__).parent / "golden" / "gpu_report.csv"
@@ -75,7 +76,7 @@ KERNELS = {
     "sum_rows": fused_linear.sum_rows,
 }
 # Files with the rows of further ops: KERNELS, jobs(), arguments() and unaligned().
-FILES = (quantized, low_rank, sparse)
+FILES = (quantized, low_rank, sparse, training)
 OWNERS = {name: file for file in FILES for name in file.KERNELS}
 
 
