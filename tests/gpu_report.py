@@ -55,8 +55,9 @@ NVIDIA_LIMITS = {
     "sm_100": (65536, 64, 32, 233472),
 }
 RESERVED_SHARED = 1024
+# Kernels that must use a matrix unit; those of the second line read aligned tiles by cp.async.
 PRODUCTS = ("gemm", "quantized_gemm", "low_rank_product", "block_product", "block_samples")
-# must use a matrix unit
+COPIED = ("low_rank_product", "block_product", "block_samples")
 
 COUNTS = {  # column: machine instructions, as nvdisasm and the AMDGPU back end spell them
     "mma": r"HMMA|IMMA|QMMA",
@@ -335,12 +336,8 @@ def verdict(job: Job, facts: dict[str, Any], shared_limit: int) -> str:
     needed = expected_instruction(job)
     if needed and int(facts[needed]) == 0:
         faults.append(f"no {needed}")
-    if (
-        needed
-        and job.arch == "sm_80"
-        and job.form in ("nt", "gated")
-        and int(facts["cp_async"]) == 0
-    ):
+    copies = job.form in ("nt", "gated") or (job.kernel in COPIED and "loose" not in job.form)
+    if needed and job.arch == "sm_80" and copies and int(facts["cp_async"]) == 0:
         faults.append("no cp_async")
     return "; ".join(faults) or "ok"
 
