@@ -1,4 +1,4 @@
-"""Triton kernels of `sparse_linear` for blocks of 16 or 32 rows and columns, on tensor cores.
+"""Triton kernels of `sparse_linear` for rows that share their pattern 16 by 16, on matrix units.
 
 The kernels read the values where `bigops.ops._sparse_weight` keeps them;
 `bigops.ops._sparse_blocks` says where the blocks lie. A block of HEIGHT rows and WIDTH columns is
@@ -11,6 +11,10 @@ products:
   [BLOCK_M, a line] and walks the blocks of its line alone.
 - `block_samples`: the gradient of the values, gz^T x at the blocks alone (sampled dense-dense
   product). A program makes a few blocks of one line.
+
+Blocks are 32x32, 16x16 or, for 16x1 and whatever else 16 rows share, 16 rows by one word. The last
+would give gx lines of one or two columns, too few for a matrix unit: there its lines have 16
+columns, and a block the words of these that are stored, each with an address of its own.
 
 Lines of blocks differ in length: programs are numbered by falling length, so that the hardware,
 which starts them in order, gives the long ones out first (longest processing time first; Graham
@@ -38,8 +42,11 @@ _MAX_SIZE = 2**31 - 2**12
 class Lines(NamedTuple):
     """Blocks by line (rows of blocks, or columns of them), each line's in rising order."""
 
+    width: int  # of a block: 32, 16, or C
+    by_word: bool  # step has an entry for each word of a block
     across: Tensor  # int32 [blocks]: column of the block (rows of blocks), or row
-    step: Tensor  # int32 [blocks, HEIGHT / 16]: first step of its values; -1 beyond the last row
+    step: Tensor  # int32 [blocks, HEIGHT / 16]: first step of its values, -1 beyond the last row;
+    # or by word [blocks, WIDTH / C], -1 for what is not stored
     first: Tensor  # int32 [lines + 1]: first block of each line
     order: Tensor  # int32 [lines]: lines by falling length
 
@@ -48,7 +55,6 @@ class Blocks(NamedTuple):
     """Where the blocks of a weight lie; `bigops.ops._sparse_blocks.find` makes it."""
 
     height: int  # 16 or 32
-    width: int
     rows: Lines
     columns: Lines
     task_line: Tensor  # int32 [tasks]: row of blocks
@@ -69,20 +75,24 @@ def _steps(
     WIDTH: tl.constexpr,
     ENTRIES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    BY_WORD: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Pointers [ENTRIES * HEIGHT / 16, WIDTH * 16] of the values of ENTRIES blocks, and a mask."""
-    HALVES: tl.constexpr = HEIGHT // 16
-    re = tl.arange(0, ENTRIES * HALVES)
-    rw = tl.arange(0, WIDTH * 16)
-    inside = j + re // HALVES < end
-    at = tl.load(step + tl.cast(j, tl.int64) * HALVES + re, mask=inside, other=-1)
+    """Pointers [ENTRIES * PARTS, values of a part] to the values of ENTRIES blocks, and a mask.
+
+    A part of a block is what has an address of its own: 16 rows, or by word 16 rows of a word.
+    """
+    PARTS: tl.constexpr = WIDTH // C if BY_WORD else HEIGHT // 16
+    re = tl.arange(0, ENTRIES * PARTS)
+    rw = tl.arange(0, HEIGHT * WIDTH // PARTS)
+    inside = j + re // PARTS < end
+    at = tl.load(step + tl.cast(j, tl.int64) * PARTS + re, mask=inside, other=-1)
     mask = (at >= 0)[:, None]
-    if not EVEN:  # the last block of a row has fewer words
+    if not EVEN and not BY_WORD:  # the last block of a row has fewer words
         if TRANSPOSED:
             column = line + re * 0
         else:
-            column = tl.load(across + j + re // HALVES, mask=inside, other=0)
+            column = tl.load(across + j + re // PARTS, mask=inside, other=0)
         mask = mask & ((rw // (16 * C))[None, :] < (WORDS - column * (WIDTH // C))[:, None])
     at = tl.maximum(at, 0).to(tl.int64) * (16 * C)
     return values + at[:, None] + rw[None, :], mask
@@ -111,6 +121,7 @@ def block_product(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    BY_WORD: tl.constexpr,
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,  # WIDTH divides the columns of W
@@ -150,7 +161,7 @@ def block_product(
         x_block = tl.load(x_rows + at[None, :] * stride_xk, mask=x_mask, other=0.0)
         # fmt: off
         w_tile, w_mask = _steps(values, step, across, line, j, end, WORDS, C, HEIGHT, WIDTH,
-                                ENTRIES, TRANSPOSED, EVEN)
+                                ENTRIES, TRANSPOSED, BY_WORD, EVEN)
         # fmt: on
         w = tl.load(w_tile, mask=w_mask, other=0.0)
         w = tl.reshape(w, (ENTRIES, HEIGHT // 16, WIDTH // C, 16, C))
@@ -224,7 +235,7 @@ def block_samples(
     g = tl.reshape(tl.permute(g, (0, 3, 1, 4, 2)), (ENTRIES * (HEIGHT // 16), WIDTH * 16))
     # fmt: off
     tile, mask = _steps(out, step, across, line, j, end, WORDS, C, HEIGHT, WIDTH, ENTRIES, False,
-                        EVEN)
+                        False, EVEN)
     # fmt: on
     tl.store(tile, g.to(out.dtype.element_ty), mask=mask)
 
@@ -253,9 +264,8 @@ def _config(
     form: str, values: Tensor, m: int, blocks: Blocks, read: list[Tensor], n: int
 ) -> TileConfig:
     aligned = n % 16 == 0 and all(map(_is_aligned, read))
-    side = max(blocks.height, blocks.width)
     arch = device_arch(values.device)
-    config = choose_config(OP, arch, form, values.dtype, m, side, aligned)
+    config = choose_config(OP, arch, form, values.dtype, m, blocks.height, aligned)
     assert config is not None, "a config file without a block of 32"
     return config
 
@@ -307,15 +317,16 @@ def _product(
             *stride_r,
             C=c,
             HEIGHT=blocks.height,
-            WIDTH=blocks.width,
+            WIDTH=lines.width,
             TRANSPOSED=transposed,
+            BY_WORD=lines.by_word,
             ACT=act,
             PRECISION=dot_precision(values.dtype),
-            EVEN=columns % blocks.width == 0,
+            EVEN=columns % lines.width == 0,
             WIDE=_wide(
                 config.block_m * max(x.stride(0), stride_r[0], n),
                 (k + 64) * x.stride(1),
-                blocks.width * stride_r[1],
+                32 * stride_r[1],
             ),
             BLOCK_M=config.block_m,
             BLOCK_K=config.block_k,
@@ -402,9 +413,9 @@ def sampled(
             *gz.stride(),
             C=c,
             HEIGHT=blocks.height,
-            WIDTH=blocks.width,
+            WIDTH=lines.width,
             PRECISION=dot_precision(values.dtype),
-            EVEN=k % blocks.width == 0,
+            EVEN=k % lines.width == 0,
             WIDE=_wide(
                 config.block_k * max(x.stride(0), gz.stride(0)),
                 (k + 64) * x.stride(1),
@@ -458,7 +469,7 @@ def explain(
         ValueError: an unknown target.
     """
     aligned = n % 16 == 0 and k % 16 == 0
-    config = choose_config(OP, target, "forward", dtype, m, max(height, width), aligned)
+    config = choose_config(OP, target, "forward", dtype, m, height, aligned)
     assert config is not None, "a config file without a block of 32"
     name = f"{OP}/{table_for(OP, target).device}.json"
     kind = f"{'' if aligned else 'un'}aligned {height}x{width} {DTYPES[dtype]}"

@@ -1,8 +1,9 @@
 """Rows of the GPU report for the kernels of sparse_linear; see gpu_report.py.
 
 A form is the product, the side of a block, and what is unlike a large aligned product, as in
-"forward_32_loose": wide, 64-bit strides; loose, odd sizes and no unit stride; mixed, float32 values
-with a bfloat16 x. Every row has the masks of a last block that is not whole.
+"forward_32_loose": w16, 16 rows by a word; wide, 64-bit strides; loose, odd sizes and no unit
+stride; mixed, float32 values with a bfloat16 x. Every row has the masks of a last block that is not
+whole.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
         if entry.max_m is not None or not entry.aligned:
             continue
         if "bf16" in entry.dtypes:
+            yield row("w16", "bf16", entry)
             if entry.form != "sampled":
                 yield row("16", "bf16", entry)
             if entry.form == "forward":
                 yield row("32_wide", "bf16", entry)
         elif entry.form == "forward":
+            yield row("w16", "f32", entry)
             yield row("32_mixed", "f32", entry)
             if arch[:2] == "sm":
                 yield row("32", "f32", entry, precision="tf32")
@@ -71,13 +74,17 @@ def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     types |= dict.fromkeys(tables, "*i32")
     constants: dict[str, Any] = {
         "C": 1 if job.dtype == "f32" else 2,
-        "HEIGHT": int(words[1]),
-        "WIDTH": int(words[1]),
+        "HEIGHT": int(words[1].removeprefix("w")),
+        "WIDTH": int(words[1].removeprefix("w")),
+        "BY_WORD": False,
         "PRECISION": job.precision,
         "EVEN": False,
         "WIDE": "wide" in words,
         "BLOCK_K": job.tile.block_k,
     }
+    if words[1] == "w16":
+        transposed = words[0] == "transposed"
+        constants |= {"WIDTH": 16 if transposed else constants["C"], "BY_WORD": transposed}
     if "loose" not in words:
         constants |= {"stride_xk": 1, "stride_rn": 1, "stride_gn": 1}
     if words[0] == "sampled":

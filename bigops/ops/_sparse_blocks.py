@@ -1,8 +1,9 @@
 """Which blocks a sparse weight consists of, read from its storage, for the GPU kernels.
 
 The storage does not say by which pattern it was made, and need not: a weight that is stored in
-whole blocks of 16x16 or 32x32 is one, whatever the mask was. Finding them takes a few sorts and
-reads from the device, so each weight is asked once; what is found hangs on its `index` tensor.
+whole blocks of 32x32 or 16x16 is one, whatever the mask was, and one whose rows share their pattern
+16 by 16 consists of blocks of 16 rows by a word. Finding them takes a few sorts and reads from the
+device, so each weight is asked once; what is found hangs on its `index` tensor.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def find(
     values: Tensor, index: Tensor, rows: Tensor, length: Tensor, ptr: Tensor, n: int, chunk: int,
     k: int,
 ) -> Blocks | None:  # fmt: skip
-    """The blocks of a weight [n, k], or None where it is not made of blocks of 16x16.
+    """The blocks of a weight [n, k], or None where its rows share no pattern 16 by 16.
 
     Raises:
         ValueError, TypeError: storage whose structure is broken.
@@ -66,7 +67,20 @@ def _find(
         found = _of_side(side, row, word, step, size, n, k)
         if found is not None:
             return found
-    return None
+    return _by_word(row, word, step, size, n, k)
+
+
+def _by_word(
+    row: Tensor, word: Tensor, step: Tensor, size: storage.Sizes, n: int, k: int
+) -> Blocks:
+    """Blocks of 16 rows by a word; gx takes those of 16 columns together."""
+    lines, per = -(-n // 16), 16 // size.columns
+    rows_of = _lines(size.columns, False, row, word, step.unsqueeze(1), lines)
+    key, block = ((word // per) * max(lines, 1) + row).unique(return_inverse=True)
+    steps = step.new_full((key.numel(), per), -1)
+    steps[block, word % per] = step
+    line, across = key // max(lines, 1), key % max(lines, 1)
+    return _with_tasks(16, rows_of, _lines(16, True, line, across, steps, -(-k // 16)))
 
 
 def _of_side(
@@ -95,24 +109,32 @@ def _of_side(
             return None
         steps = torch.stack([step[upper], F.pad(lower, (0, alone), value=-1)], 1)
         row, column = row[upper] // 2, column[upper]
+    rows_of = _lines(side, False, row, column, steps, -(-n // side))
+    turned = (column * max(-(-n // side), 1) + row).argsort()
+    columns_of = _lines(side, False, column[turned], row[turned], steps[turned], -(-k // side))
+    return _with_tasks(side, rows_of, columns_of)
+
+
+def _with_tasks(height: int, rows_of: Lines, columns_of: Lines) -> Blocks:
     from bigops.kernels.sparse_linear import TASK, Blocks
 
-    rows_of = _lines(row, column, steps, -(-n // side))
-    turned = (column * max(-(-n // side), 1) + row).argsort()
-    columns_of = _lines(column[turned], row[turned], steps[turned], -(-k // side))
-    entries = TASK // side
+    entries = TASK // rows_of.width
     count = (rows_of.first.diff().long() + entries - 1) // entries
-    line = torch.repeat_interleave(torch.arange(count.numel(), device=row.device), count)
-    place = torch.arange(line.numel(), device=row.device) - (count.cumsum(0) - count)[line]
+    line = torch.repeat_interleave(torch.arange(count.numel(), device=count.device), count)
+    place = torch.arange(line.numel(), device=line.device) - (count.cumsum(0) - count)[line]
     task = rows_of.first[line].long() + place * entries
-    return Blocks(side, side, rows_of, columns_of, line.int(), task.int())
+    return Blocks(height, rows_of, columns_of, line.int(), task.int())
 
 
-def _lines(line: Tensor, across: Tensor, step: Tensor, lines: int) -> Lines:
+def _lines(
+    width: int, by_word: bool, line: Tensor, across: Tensor, step: Tensor, lines: int
+) -> Lines:
     from bigops.kernels.sparse_linear import Lines
 
     length = torch.bincount(line, minlength=lines)
     return Lines(
+        width,
+        by_word,
         across.int(),
         step.int().contiguous(),
         F.pad(length.cumsum(0), (1, 0)).int(),

@@ -35,15 +35,14 @@ def blocks_of(x: Tensor, *fixed: Any) -> tuple[Blocks | None, str]:
     if found is None:
         group = storage.SLICE // index.shape[1]
         return None, (
-            "no GPU kernel for this pattern: expected whole blocks of 16x16 or 32x32, which "
-            f"fill a matrix unit; got {group} rows to a pattern"
-            + (" in runs of less than 16 columns" if group == storage.SLICE else "")
+            "no GPU kernel for this pattern: expected rows that share it 16 by 16, which fill a "
+            f"matrix unit (16x1, 16x16, 32x32); got {group} by {group}"
         )
     return found, ""
 
 
 def _name(op: str, x: Tensor, values: Tensor, blocks: Blocks) -> str:
-    pattern = f"{blocks.height}x{blocks.width}"
+    pattern = f"{blocks.height}x{blocks.rows.width}"
     return f"triton.{op}.{checks.short(x.dtype)}.{checks.short(values.dtype)}.{pattern}"
 
 
@@ -95,7 +94,7 @@ def explain(target: str, x: Tensor, blocks: Blocks, *fixed: Any) -> backend.Expl
 
     values, n = fixed[0], fixed[7]
     m, k = x.shape[:-1].numel(), x.shape[-1]
-    sides = (blocks.height, blocks.width)
+    sides = (blocks.height, blocks.rows.width)
     config, reason = kernels.explain(present(target), values.dtype, m, n, k, *sides)
     name = _name("sparse_linear", x, values, blocks)
     return backend.Explanation("sparse_linear", name, reason, config)
