@@ -197,10 +197,10 @@ def _launch(
     """(y, t, z, "fused") by one launch, or as `_composed` where the rank does not fit."""
     (m, k), (rank, n) = x.shape, u.shape
     if config is None and m and n:
-        # The factors are small: any strides of theirs do, such as the 8 elements of a rank of 8.
         read = [t for t in (x, base, residual) if t is not None]
         aligned = n % 16 == 0 and all(map(_is_aligned, read))
-        config = fits(device_arch(x.device), x.dtype, m, rank, base is not None, aligned)
+        even = _is_aligned(v) and _is_aligned(u)  # a rank of 8 is not: small ranks need not be
+        config = fits(device_arch(x.device), x.dtype, m, rank, base is not None, aligned, even)
         if config is None:
             return _composed(x, v, u, base, bias, residual, act, scale, with_inner, with_preact)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)

@@ -6,7 +6,9 @@ What fits on chip:
   tiles of u in the second; with a base also blocks of x and base. The larger of the two loops
   must fit in the device's shared memory, beside which a program has no other.
 - The ranks of the config files are those for which this holds and nothing spills (see
-  tests/gpu_report.py). Past them, two launches of the dense kernel serve (three with a base).
+  tests/gpu_report.py). Past a rank of `LOOSE` they ask for factors whose strides divide by 16 and
+  which load in wide words: the addresses of others alone would overflow the registers.
+- Where no config reaches, two launches of the dense kernel serve (three with a base).
 
 Rows of x are split among programs first. Only where these leave multiprocessors idle
 (`FILL` programs are wanted) are the columns split too, and t made anew by each of them: while a
@@ -21,6 +23,7 @@ from .tiles import DTYPES, TileConfig
 
 OP = "low_rank_linear"
 FUSED, COMPOSED = "fused", "composed"
+LOOSE = 64
 FILL = 128  # programs wanted, about the multiprocessors of a large GPU (sm_80: 108, sm_90: 132)
 
 
@@ -47,9 +50,27 @@ def form_of(based: bool) -> str:
 
 
 def fits(
-    arch: str, dtype: torch.dtype, m: int, rank: int, based: bool, aligned: bool
+    arch: str,
+    dtype: torch.dtype,
+    m: int,
+    rank: int,
+    based: bool,
+    aligned: bool,
+    even: bool = True,
 ) -> TileConfig | None:
-    """The tile that serves on ``arch``, or None where t of such a rank does not fit on chip."""
+    """The tile that serves on ``arch``, or None where t of such a rank does not fit on chip.
+
+    Args:
+        arch: "sm_90", "gfx942" and so on.
+        dtype: of x.
+        m: rows of x.
+        rank: of the factors.
+        based: whether there is a base.
+        aligned: whether x, base and residual are, as defined at the head of tiles.py.
+        even: whether the factors are.
+    """
+    if padded_rank(rank) > LOOSE and not even:
+        return None
     config = choose_config(OP, arch, form_of(based), dtype, m, padded_rank(rank), aligned)
     if config is None:
         return None
@@ -103,7 +124,7 @@ def explain(
         ValueError: an unknown target.
     """
     aligned = n % 16 == 0 and k % 16 == 0
-    config = fits(target, dtype, m, rank, based, aligned)
+    config = fits(target, dtype, m, rank, based, aligned, rank % 16 == 0 and k % 16 == 0)
     table = _table(target)
     name = f"{OP}/{table.device}.json"
     kind = f"{'' if aligned else 'un'}aligned {form_of(based)} {DTYPES[dtype]}"

@@ -14,7 +14,7 @@ from typing import Any
 from bigops.kernels import form_tiles
 from bigops.kernels import low_rank_linear as kernels
 from bigops.kernels.activation import NAMES, split_code
-from bigops.kernels.low_rank_model import OP
+from bigops.kernels.low_rank_model import LOOSE, OP
 from bigops.kernels.tiles import pointwise_config
 
 KERNELS = {
@@ -37,7 +37,8 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
         return job(arch, "low_rank_product", form, dtype, entry.config, activation, **more)
 
     for entry in form_tiles.table_for(OP, arch).entries:
-        end = "parts" if entry.aligned else "loose"
+        end = "parts_thin" if entry.width <= LOOSE else "parts"
+        end = end if entry.aligned else "loose"
         for dtype in ("bf16", "f32"):
             if dtype in entry.dtypes:
                 yield product(end, dtype, entry)

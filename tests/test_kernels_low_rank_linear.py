@@ -173,6 +173,16 @@ def test_a_rank_that_does_not_fit_goes_by_dense_launches(base: bool) -> None:
     assert f"{'three' if base else 'two'} launches of the dense kernel" in said.reason
 
 
+def test_large_ranks_ask_for_factors_in_wide_words() -> None:
+    for rank, fused in ((60, True), (192, True), (200, False)):
+        x, u, v = (
+            torch.empty(*shape, device="meta", dtype=torch.bfloat16)
+            for shape in ((4096, 1024), (512, rank), (rank, 1024))
+        )
+        said = bigops.explain("low_rank_linear", x, u, v, device="sm_90")
+        assert said.kernel.endswith("fused" if fused else "composed"), rank
+
+
 @pytest.mark.parametrize("base", [False, True], ids=["factors", "lora"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_explain_names_kernel_and_config(dtype: str, base: bool) -> None:
