@@ -45,12 +45,11 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
         if entry.max_m is not None or not entry.aligned:
             continue
         if "f32" in entry.dtypes:
-            if arch[:2] == "sm":
+            if entry.form == "factors" and arch[:2] == "sm":
                 yield product("parts", "f32", entry, precision="tf32")
-        elif entry.width == 64:
+        elif entry.width == 64 and entry.form == "lora":
             yield product("back_thin", "bf16", entry, "none")
-            if entry.form == "lora":
-                yield product("parts_wide", "bf16", entry)
+            yield product("parts_wide", "bf16", entry)
     yield job(arch, "activate_rows", "plain", "bf16", pointwise_config(arch), "gelu")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -125,7 +124,7 @@ def seen(pattern: str, form: str) -> str:
 @pytest.mark.parametrize(("form", "dtype"), KINDS)
 @pytest.mark.parametrize("pattern", BLOCKS)
 def test_every_dtype_and_block(pattern: str, form: str, dtype: str) -> None:
-    assert run(trained(form, 37, 70, 90, dtype, "gelu", pattern=pattern)) == seen(pattern, form)
+    assert run(trained(form, 35, 48, 70, dtype, "gelu", pattern=pattern)) == seen(pattern, form)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -137,7 +136,7 @@ def test_every_activation(name: str) -> None:
 # 32 rows of W are 16 or fewer, the last block of a row has fewer columns.
 @pytest.mark.parametrize(
     ("lead", "n", "k"),
-    [(1, 1, 1), (33, 16, 16), ([2, 3], 48, 65), (2, 80, 130), (3, 33, 40), (0, 20, 20), (3, 0, 20),
+    [(1, 1, 1), (33, 16, 16), ([2, 3], 48, 65), (2, 72, 70), (3, 33, 40), (0, 20, 20), (3, 0, 20),
      (3, 20, 0)],
     ids=str,
 )  # fmt: skip
@@ -152,8 +151,8 @@ def test_shapes(form: str, lead: int | list[int], n: int, k: int) -> None:
 @pytest.mark.parametrize(("form", "dtype"), KINDS)
 @pytest.mark.parametrize("pattern", BLOCKS)
 def test_wide_sweep(pattern: str, form: str, dtype: str) -> None:
-    for (m, n, k), name in itertools.product(((100, 200, 130), (33, 120, 256)), ("none", "silu")):
-        case = trained(form, m, n, k, dtype, name, pattern=pattern, sparsity=0.8)
+    for shape, name in (((70, 120, 130), "silu"), ((33, 80, 200), "none")):
+        case = trained(form, *shape, dtype, name, pattern=pattern, sparsity=0.8)
         assert run(case) == seen(pattern, form)
 
 
@@ -400,9 +399,9 @@ def test_planted_fault_is_caught(
     pattern, form, dtype = "32x32", "sparse_bf16", "bf16"
     if fault.startswith("words"):
         pattern, form, dtype = "16x1", "sparse_float", "f32"
-    case = trained(form, 70, 48, 130, dtype, "silu", pattern=pattern, sparsity=0.0)
+    case = trained(form, 35, 40, 70, dtype, "silu", pattern=pattern, sparsity=0.0)
     if fault.startswith("words"):
-        case = trained(form, 70, 48, 130, dtype, "silu", pattern=pattern)
+        case = trained(form, 35, 40, 70, dtype, "silu", pattern=pattern)
     with pytest.raises((AssertionError, IndexError, RuntimeError, InterpreterError)):
         run(case)
 
@@ -411,5 +410,5 @@ def test_a_copy_without_a_fault_passes(tmp_path: Path, monkeypatch: pytest.Monke
     copy = planted(tmp_path, "M,", "M,")
     for name in ("forward", "transposed", "sampled"):
         monkeypatch.setattr(kernels, name, getattr(copy, name))
-    case = trained("sparse_bf16", 70, 48, 130, "bf16", "silu", pattern="32x32", sparsity=0.0)
+    case = trained("sparse_bf16", 35, 40, 70, "bf16", "silu", pattern="32x32", sparsity=0.0)
     run(case)
