@@ -443,7 +443,8 @@ def low_rank_linear(
     Returns:
         ``[.., N]`` in x's dtype. Each product is summed in float32 for bf16 and fp16;
         ``scale * x @ v.T`` and, with ``base``, the low-rank product are rounded to x's dtype in
-        between. Under `torch.autocast` all arguments are cast to the autocast dtype first.
+        between (the latter stays in float32 where a GPU takes one launch). Under `torch.autocast`
+        all arguments are cast to the autocast dtype first.
 
     Raises:
         ValueError: unknown or gated activation, a rank above the smaller side, or shapes or devices
