@@ -197,7 +197,9 @@ def _compiler() -> str | None:
 
 _ON_GPU = (
     "fused_linear",
+    "low_rank_linear",
     "quantized_linear",
+    "sparse_linear",
     "linear_cross_entropy",
     "fused_adamw",
     "fused_sgd",

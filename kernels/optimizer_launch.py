@@ -16,7 +16,7 @@ from .fused_adamw import BLOCK, adamw_step, norm_of_sums, sgd_step, square_sums
 from .gemm import on_device
 from .tiles import device_arch, pointwise_config
 
-TILES = 8  # tiles of one program: of 2048 elements each, 16384 as in the chunks of the CPU kernels
+TILES = 8  # tiles of one program: 16384 elements, as in the chunks of the CPU kernels (coded: 8192)
 NORM_WIDTH = 1024
 TYPES = {
     torch.float32: tl.float32,
@@ -60,10 +60,16 @@ class _Group(NamedTuple):
     columns: list[list[int]]
 
 
-def blocks_of(arch: str) -> tuple[int, int]:
-    """(blocks of 256 that a program takes at a time, warps) on ``arch``."""
+def blocks_of(arch: str, coded: bool = False) -> tuple[int, int]:
+    """(blocks of 256 that a program takes at a time, warps) on ``arch``: 8 elements a thread.
+
+    With 16 some steps spill (sgd of float32 on sm_80 and sm_86, norms of float64 on sm_86, 8-bit
+    states on gfx942: see tests/gpu_report.py); ``coded`` states take half as many blocks besides,
+    for the scalar registers of gfx942.
+    """
     tile = pointwise_config(arch)
-    return max(1, tile.block_m * tile.block_n // BLOCK.value), tile.num_warps
+    blocks = max(1, tile.block_m * tile.block_n // BLOCK.value)
+    return (max(1, blocks // 2), tile.num_warps) if coded else (blocks, 2 * tile.num_warps)
 
 
 # --- checks ----------------------------------------------------------------------------------
@@ -169,9 +175,8 @@ def _aligned(addresses: Sequence[int]) -> bool:
     return all(address % 16 == 0 for address in addresses)
 
 
-def _table(group: _Group, device: torch.device) -> tuple[Tensor, int, int]:
+def _table(group: _Group, device: torch.device, blocks: int) -> tuple[Tensor, int, int]:
     """(table [12, tensors] on the device, number of programs, halvings that find a tensor)."""
-    blocks, _ = blocks_of(device_arch(device))
     programs = 0
     for column in group.columns:
         column[0] = programs
@@ -250,11 +255,11 @@ def adamw(
     n = torch.cat([t.reshape(1) for t in steps]).double()
     sizes = torch.stack([lr / (1 - beta1**n), (1 - beta2**n).rsqrt()]).float()
     layout = _Layout()
-    blocks, warps = blocks_of(device_arch(device))
     with on_device(device):
         for key, group in _groups(step, True, layout).items():
             param, grad, copy, coded, stochastic, aligned = key
-            table, programs, depth = _table(group, device)
+            blocks, warps = blocks_of(device_arch(device), coded)
+            table, programs, depth = _table(group, device, blocks)
             adamw_step[(programs,)](
                 table,
                 sizes[:, group.indices].contiguous().to(device),
@@ -301,11 +306,11 @@ def sgd(
         step = step._replace(first=())
     device = step.params[0].device
     layout = _Layout()
-    blocks, warps = blocks_of(device_arch(device))
     with on_device(device):
         for key, group in _groups(step, False, layout).items():
             param, grad, copy, coded, stochastic, aligned = key
-            table, programs, depth = _table(group, device)
+            blocks, warps = blocks_of(device_arch(device), coded)
+            table, programs, depth = _table(group, device, blocks)
             sgd_step[(programs,)](
                 table,
                 *(maps[:2] if coded and maps is not None else (None, None)),
@@ -360,7 +365,7 @@ def norm(grads: Lists) -> Tensor:
         group.indices.append(i)
         group.columns.append([0, grad.numel(), 0, address] + [0] * (_ROWS - 4))
     blocks, warps = blocks_of(device_arch(device))
-    tables = {key: _table(group, device) for key, group in groups.items()}
+    tables = {key: _table(group, device, blocks) for key, group in groups.items()}
     total = sum(programs for _, programs, _ in tables.values())
     partial = torch.empty((total,), dtype=torch.float64, device=device)
     result = torch.empty((), dtype=torch.float64, device=device)

@@ -39,7 +39,10 @@ from triton.compiler import ASTSource
 from bigops.kernels import fused_linear, gemm, tiles
 from bigops.kernels.activation import NAMES, split_code
 from tests import gpu_golden
+from tests import gpu_jobs_low_rank as low_rank
 from tests import gpu_jobs_quantized as quantized
+from tests import gpu_jobs_sparse as sparse
+from tests import gpu_jobs_training as training
 from tests.gpu_golden import GOLDEN, KEY, regressions
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -55,6 +58,9 @@ NVIDIA_LIMITS = {
     "sm_100": (65536, 64, 32, 233472),
 }
 RESERVED_SHARED = 1024
+# Kernels that must use a matrix unit; those of the second line read aligned tiles by cp.async.
+PRODUCTS = ("gemm", "quantized_gemm", "low_rank_product", "block_product", "block_samples")
+COPIED = ("low_rank_product", "block_product", "block_samples")
 
 COUNTS = {  # column: machine instructions, as nvdisasm and the AMDGPU back end spell them
     "mma": r"HMMA|IMMA|QMMA",
@@ -68,20 +74,21 @@ COUNTS = {  # column: machine instructions, as nvdisasm and the AMDGPU back end 
     "atomics": r"ATOMG?|RED|(?:global|flat|buffer)_atomic_\w+",
 }
 
-
 KERNELS = {
     "gemm": gemm.gemm,
     "activation_backward": fused_linear.activation_backward,
     "sum_rows": fused_linear.sum_rows,
-    **quantized.KERNELS,
 }
+# Files with the rows of further ops: KERNELS, jobs(), arguments() and unaligned().
+FILES = (quantized, low_rank, sparse, training)
+OWNERS = {name: file for file in FILES for name in file.KERNELS}
 
 
 class Job(NamedTuple):
     """One thing to compile."""
 
     arch: str
-    kernel: str  # name in KERNELS
+    kernel: str  # name in KERNELS or in those of a file
     form: str  # gemm: nt (x W^T), nn (gz W), tn (gz^T x), gated, or nt_odd and so on, see `jobs`
     dtype: str
     tile: tiles.TileConfig | tiles.PointwiseConfig
@@ -146,7 +153,8 @@ def jobs(arch: str) -> Iterator[Job]:
     yield Job(arch, "sum_rows", "plain_ones", "bf16", table.pointwise, "none")
     for dtype in TRITON_TYPE:
         yield Job(arch, "sum_rows", "plain", dtype, table.pointwise, "none")
-    yield from quantized.jobs(arch, Job)
+    for file in FILES:
+        yield from file.jobs(arch, Job)
 
 
 def quick_jobs() -> list[Job]:
@@ -182,8 +190,9 @@ def sampled(wanted: list[Job], every: int | None) -> list[Job]:
 
 def _arguments(job: Job) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, the types of its run-time arguments, the values of its constants."""
-    if job.kernel in quantized.KERNELS:
-        return quantized.arguments(job)
+    if job.kernel in OWNERS:
+        found: tuple[Any, dict[str, str], dict[str, Any]] = OWNERS[job.kernel].arguments(job)
+        return found
     fn = KERNELS[job.kernel]
     pointer = "*" + TRITON_TYPE[job.dtype]
     types = {name: "i32" for name in fn.arg_names if name.islower()} | dict.fromkeys("MNKR", "i32")
@@ -234,14 +243,14 @@ class Compilation(NamedTuple):
 def compilation(job: Job) -> Compilation:
     """How triton compiles a job for a launch with sizes divisible by 16."""
     fn, types, constants = _arguments(job)
-    if job.form.endswith("_ones"):
+    if job.form.endswith("_ones") and job.kernel not in OWNERS:
         constants |= {name: 1 for name in "MNKR" if name in fn.arg_names}
     signature = {n: "constexpr" if n in constants else types[n] for n in fn.arg_names}
     odd = {"rows": "M", "odd": types, "loose": types, "ones": types}.get(
         job.form.partition("_")[2], ()
     )
-    if job.kernel in quantized.KERNELS:
-        odd = quantized.unaligned(job)
+    if job.kernel in OWNERS:
+        odd = OWNERS[job.kernel].unaligned(job)
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(fn.arg_names)
@@ -342,7 +351,7 @@ def expected_instruction(job: Job) -> str | None:
     wgmma and tcgen05 need 64 rows; smaller tiles use mma.sync. IEEE float32 has no tensor core
     on NVIDIA devices, it has on CDNA3.
     """
-    if job.kernel not in ("gemm", "quantized_gemm"):
+    if job.kernel not in PRODUCTS:
         return None
     if job.arch.startswith("gfx"):
         return "mfma"
@@ -364,12 +373,8 @@ def verdict(job: Job, facts: dict[str, Any], shared_limit: int) -> str:
     needed = expected_instruction(job)
     if needed and int(facts[needed]) == 0:
         faults.append(f"no {needed}")
-    if (
-        needed
-        and job.arch == "sm_80"
-        and job.form in ("nt", "gated")
-        and int(facts["cp_async"]) == 0
-    ):
+    copies = job.form in ("nt", "gated") or (job.kernel in COPIED and "loose" not in job.form)
+    if needed and job.arch == "sm_80" and copies and int(facts["cp_async"]) == 0:
         faults.append("no cp_async")
     return "; ".join(faults) or "ok"
 

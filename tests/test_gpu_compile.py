@@ -5,6 +5,7 @@ Interpreted kernels cannot be compiled, and the unit suite interprets them: see 
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -141,6 +142,35 @@ def test_gate_sees_an_int8_product_without_its_instruction(quantised: dict) -> N
     assert quantised["whole"] == ["IGMMA", "HGMMA|IGMMA|QGMMA"]
 
 
+def _golden(kernels: tuple[str, ...], **wanted: str) -> list[dict[str, str]]:
+    with GOLDEN.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["kernel"] in kernels]
+    return [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+
+
+@pytest.mark.parametrize("kernel", ["low_rank_product", "block_product", "block_samples"])
+@pytest.mark.parametrize(
+    ("arch", "column"),
+    [("sm_80", "mma"), ("sm_86", "mma"), ("sm_90", "wgmma"), ("sm_100", "tcgen05"),
+     ("gfx942", "mfma")],
+)  # fmt: skip
+def test_low_rank_and_block_sparse_products_use_the_matrix_units(
+    arch: str, column: str, kernel: str
+) -> None:
+    """In the committed table, which the slow suite compiles anew."""
+    rows = _golden((kernel,), arch=arch, dtype="bf16")
+    assert len(rows) >= 2
+    for row in rows:
+        short = row["tile"].startswith("(32,")  # 32 rows go by mma.sync everywhere
+        assert int(row["mma" if short and arch[:2] == "sm" else column]) > 0, row
+        if arch[:2] == "sm" and "loose" not in row["form"]:
+            assert int(row["cp_async"]) > 0, row
+    whole = _golden((kernel,), arch=arch)
+    assert {row["verdict"] for row in whole} == {"ok"}
+    assert {row["spill_bytes"] for row in whole} == {"0"}
+    assert {row["atomics"] for row in whole} == {"0"}
+
+
 PLANTED = """
 import json
 import gpu_report as report
@@ -151,6 +181,8 @@ greedy = report.Job("sm_80", "gemm", "nn", "bf16", TileConfig(128, 128, 64, 8, 8
 broken = report.Job("sm_80", "gemm", "nt", "bf16", TileConfig(128, 96, 32, 8, 4, 4, 1), "gelu")
 job = report.quick_jobs()[2]
 row = report.measure(job)
+blocks = next(j for j in report.sparse.jobs("sm_90", report.Job) if j.kernel == "block_samples")
+ranks = next(j for j in report.low_rank.jobs("sm_80", report.Job) if "parts" in j.form)
 lost = [row | {"wgmma": 0}, row | {"programs_per_sm": 0}, row | {"activation": "new"}]
 print(json.dumps({
     "spilling": report.measure(spilling)["verdict"],
@@ -159,6 +191,8 @@ print(json.dumps({
     "sound": report.verdict(job, row, 232448),
     "no wgmma": report.verdict(job, row | {"wgmma": 0}, 232448),
     "atomics": report.verdict(job, row | {"atomics": 1}, 232448),
+    "blocks": [report.verdict(blocks, row | {"wgmma": n}, 232448) for n in (0, 1)],
+    "ranks": [report.verdict(ranks, row | {"mma": 1, "cp_async": n}, 232448) for n in (0, 1)],
     "same": report.regressions([row], [row]),
     "lost": [report.regressions([bad], [row]) for bad in lost],
 }))
@@ -192,6 +226,8 @@ def test_gate_sees_a_config_that_does_not_compile(planted: dict) -> None:
 def test_gate_sees_a_missing_matrix_instruction_and_atomics(planted: dict) -> None:
     assert planted["no wgmma"] == "no wgmma"
     assert planted["atomics"] == "atomics"
+    assert planted["blocks"] == ["no wgmma", "ok"]
+    assert planted["ranks"] == ["no cp_async", "ok"]
 
 
 def test_comparison_with_the_golden_table_sees_what_is_worse(planted: dict) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
+from bigops.ops import _triton_low_rank as _triton
 from bigops.ops._library import LIB, autocast, define, loop, rows
 from bigops.ops.fused_linear import fused_linear
 
@@ -346,7 +347,34 @@ def _composed(
 
 
 # --- dispatch ------------------------------------------------------------------------------
-# The CPU kernels register themselves (csrc/cpu/low_rank_linear.cpp); other devices have none yet.
+# The CPU kernels register themselves (csrc/cpu/low_rank_linear.cpp).
+
+
+def _cuda(x, u, v, bias, residual, base, activation, scale):  # type: ignore[no-untyped-def]
+    args = (x, u, v, bias, residual, base, activation, scale)
+    if not _triton.serves(x.dtype):
+        return _serve(*args)
+    check(*args[:-1])
+    return _triton.forward(*args, False)[0]
+
+
+def _cuda_with_parts(x, u, v, bias, residual, base, activation, scale):  # type: ignore[no-untyped-def]
+    args = (x, u, v, bias, residual, base, activation, scale)
+    if not _triton.serves(x.dtype):
+        return _serve_with_parts(*args)
+    check(*args[:-1])
+    y, t, z = _triton.forward(*args, True)
+    return y, t, x.new_empty(0) if z is None else z
+
+
+def _cuda_backward(grad, *args):  # type: ignore[no-untyped-def]
+    serve = _triton.backward if _triton.serves(grad.dtype) else _serve_backward
+    return serve(grad, *args)
+
+
+LIB.impl("low_rank_linear", _cuda, "CUDA")
+LIB.impl("low_rank_linear_with_parts", _cuda_with_parts, "CUDA")
+LIB.impl("low_rank_linear_backward", _cuda_backward, "CUDA")
 
 
 @backend.serves("low_rank_linear")
@@ -364,11 +392,15 @@ def _explain(
 ) -> backend.Explanation:
     check(x, u, v, bias, residual, base, activation)
     target = device or ("cpu" if x.device.type == "meta" else x.device.type)
-    if target != "cpu" or backend.extension is None:
-        why = backend.extension_error if target == "cpu" else "no kernel for this device"
-        return backend.Explanation("low_rank_linear", "reference.low_rank_linear", why)
     (n, rank), k = u.shape, v.shape[1]
     m, dtype = (x.numel() // k if k else 0), checks.short(x.dtype)
+    why = backend.extension_error if target == "cpu" else _triton.why_not(x.dtype)
+    if why:
+        return backend.Explanation("low_rank_linear", "reference.low_rank_linear", why)
+    if target != "cpu":
+        kernel, config, reason = _triton.explain(target, x.dtype, m, n, k, rank, base is not None)
+        return backend.Explanation("low_rank_linear", kernel, reason, config)
+    assert backend.extension is not None
     inner, _ = backend.extension.choose_fused_linear(m, rank, k, dtype)
     outer, reason = backend.extension.choose_fused_linear(m, n, rank, dtype)
     first, last = (name.rpartition(".")[2] for name in (inner, outer))
@@ -411,7 +443,8 @@ def low_rank_linear(
     Returns:
         ``[.., N]`` in x's dtype. Each product is summed in float32 for bf16 and fp16;
         ``scale * x @ v.T`` and, with ``base``, the low-rank product are rounded to x's dtype in
-        between. Under `torch.autocast` all arguments are cast to the autocast dtype first.
+        between (the latter stays in float32 where a GPU takes one launch). Under `torch.autocast`
+        all arguments are cast to the autocast dtype first.
 
     Raises:
         ValueError: unknown or gated activation, a rank above the smaller side, or shapes or devices

@@ -19,7 +19,9 @@ from bigops.ops import _checks as checks
 from bigops.ops import _frozen
 from bigops.ops import _quantize as quantize
 from bigops.ops import _sparse_weight as storage
+from bigops.ops import _triton_sparse as _triton
 from bigops.ops._grid import GridLinear
+from bigops.ops._library import LIB
 from bigops.ops._sparse_convert import Pattern, block_mask, from_dense, n_m_mask, sparsify_weight
 from bigops.ops._sparse_weight import TENSORS, SparseWeight
 
@@ -164,6 +166,25 @@ reference_grid = _grid.reference
 
 
 # --- dispatch ------------------------------------------------------------------------------
+# The CPU kernels register themselves (csrc/cpu/sparse_linear.cpp). On a GPU the twin with grids is
+# the reference, as `backend.record` says, and so is what `_triton.blocks_of` gives a reason for.
+
+
+def _cuda(x, *args):  # type: ignore[no-untyped-def]
+    check(x, *args)
+    blocks, _ = _triton.blocks_of(x, *args[: _op.fixed])
+    return _op._serve(x, *args) if blocks is None else _triton.forward(x, blocks, *args)
+
+
+def _cuda_backward(grad, x, *args):  # type: ignore[no-untyped-def]
+    blocks, _ = _triton.blocks_of(x, *args[: _op.fixed])
+    if blocks is None:
+        return _op._serve_backward(grad, x, *args)
+    return _triton.backward(grad, x, blocks, *args)
+
+
+LIB.impl("sparse_linear", _cuda, "CUDA")
+LIB.impl("sparse_linear_backward", _cuda_backward, "CUDA")
 
 
 def _check_weight_shape(x: Tensor, weight: SparseWeight) -> None:
@@ -192,6 +213,16 @@ def _explain(
         _op.check(x, *fixed, bias, residual, activation)
     else:
         _grid.check(x, *fixed, x_grid, y_grid, bias, residual, activation)
+    target = device or ("cpu" if x.device.type == "meta" else x.device.type)
+    if target != "cpu":
+        grids = y_grid is not None or x.dtype == torch.uint8
+        blocks, reason = _triton.blocks_of(x, *fixed)
+        if grids:
+            reason = "no GPU kernel for a call with grids"
+        if blocks is not None and not grids:
+            return _triton.explain(target, x, blocks, *fixed)
+        kernel = f"reference.sparse_linear{'_grid' if grids else ''}"
+        return backend.Explanation("sparse_linear", kernel, f"{reason}; plain torch serves")
     m = x.shape[:-1].numel()
     stored = checks.short(weight.values.dtype)
     extension = backend.extension
