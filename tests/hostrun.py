@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "hostrun"
+TORCH_TARGET = "0x020a000000000000"  # that of setup.py
 CHILD = Path(__file__).parent / "hostrun_child.py"
 ROOMS = ("cuda", "hostrun", "common")
 FLAGS = {
     "": ["-O1"],
-    "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
-    "tsan": ["-O1", "-g1", "-fsanitize=thread", "-DHOSTRUN_THREADS"],
+    "canary": ["-O0"],  # for what runs once: compiled in half the time
+    "asan": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "tsan": ["-O0", "-g1", "-fsanitize=thread", "-DHOSTRUN_THREADS"],
 }
 PRELOAD = {"asan": ("libasan.so", "libstdc++.so"), "tsan": ("libtsan.so",)}
 # Every kernel is shown both ends of what the hardware may do with a copy, and several orders of
@@ -67,39 +70,88 @@ def lacks(sanitize: str = "") -> str:
     return "no setarch here" if sanitize == "tsan" and shutil.which("setarch") is None else ""
 
 
-def build(source: Path, sanitize: str = "", fault: Fault | None = None) -> Path:
-    """The shared library of a .cu source; with ``fault``, of a copy that has it planted."""
+def read(source: Path) -> dict[str, str]:
+    """The files that a source may include, and itself, by their place in a copy."""
     files = {
         f"{room}/{path.name}": path.read_text()
         for room in ROOMS
         for path in sorted((ROOT / "csrc" / room).iterdir())
-        if path.suffix in (".h", ".cuh", ".cu")
+        if path.suffix in (".h", ".cuh", ".cu", ".cpp")
     }
-    files[f"tests/{source.name}"] = source.read_text()
+    return {**files, f"tests/{source.name}": source.read_text()}
+
+
+def build(source: Path, sanitize: str = "", fault: Fault | None = None) -> Path:
+    """The shared library of a .cu source; with ``fault``, of a copy that has it planted."""
+    files = read(source)
     if fault is not None:
         name, old, new = fault
-        (where,) = (f for f in files if f.endswith("/" + name))
+        (where,) = (file for file in files if file.endswith("/" + name))
         assert old in files[where], f"nothing to plant the fault on: {old!r}"
         files[where] = files[where].replace(old, new)
-        if source.parent == ROOT / "csrc" / "cuda":
-            files[f"tests/{source.name}"] = files.get(f"cuda/{source.name}", "")
-    flags = ["-std=c++17", "-Wall", "-Wno-unknown-pragmas", *FLAGS[sanitize]]
-    made_of = hashlib.sha256(repr((sorted(files.items()), flags, EXPORTS)).encode()).hexdigest()
-    out = CACHE / f"{source.stem}-{sanitize or 'plain'}-{made_of[:16]}.so"
+    mains = {"main.cpp": f'#include "tests/{source.name}"\n{EXPORTS}'}
+    return _made(f"{source.stem}-{sanitize or 'plain'}", files, mains, FLAGS[sanitize], [])
+
+
+def load_op(stem: str) -> Path:
+    """An op of csrc/cuda, registration and all, for CPU tensors: build it, hand it to torch.
+
+    Its schema is that of the op's file in bigops/ops; `schedule` sets how its threads run.
+    """
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    main, op = f"{stem}.cu", f"{stem}.cpp"
+    files = read(ROOT / "csrc" / "cuda" / main)
+    mains = {"main.cpp": f'#include "cuda/{main}"\n{EXPORTS}', "op.cpp": f'#include "cuda/{op}"\n'}
+    flags = ["-O1", "-DBIGOPS_HOSTRUN", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    flags += [f"-I{path}" for path in include_paths()]
+    link = [*(f"-L{path}" for path in library_paths()), "-Wl,--no-as-needed", "-ltorch"]
+    library = _made(f"{stem}-op-{torch.__version__}", files, mains, flags, [*link, "-ltorch_cpu"])
+    torch.ops.load_library(str(library))
+    return library
+
+
+def _made(
+    name: str, files: dict[str, str], mains: dict[str, str], flags: list[str], link: list[str]
+) -> Path:
+    """The library of ``mains``, which include ``files``; made where the cache has none."""
+    flags = ["-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-fPIC", "-fno-gnu-unique", *flags]
+    of = repr((sorted(files.items()), sorted(mains.items()), flags, link))
+    digest = hashlib.sha256(of.encode()).hexdigest()[:16]
+    out = CACHE / f"{name}-{digest}.so"
     if out.exists():
         return out
-    folder = CACHE / f"{made_of[:16]}-{os.getpid()}"
-    for file, text in files.items():
+    folder = CACHE / f"{digest}-{os.getpid()}"
+    for file, text in {**files, **mains}.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(text)
-    main = folder / "main.cpp"
-    main.write_text(f'#include "tests/{source.name}"\n{EXPORTS}')
+
+    def compile_one(main: str) -> str:
+        obj = str(folder / f"{main}.o")
+        command = ["g++", *flags, f"-I{folder}", "-c", str(folder / main), "-o", obj]
+        subprocess.run(command, check=True)
+        return obj
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        objects = list(pool.map(compile_one, mains))
     made = folder / "made.so"
-    command = ["g++", *flags, "-shared", "-fPIC", f"-I{folder}", str(main), "-o", str(made)]
-    subprocess.run([*command, "-lpthread"], check=True)
+    command = ["g++", *flags, "-shared", *objects, *link, "-lpthread", "-o", str(made)]
+    subprocess.run(command, check=True)
     os.replace(made, out)  # several processes may build it: the last one wins
     shutil.rmtree(folder)
     return out
+
+
+def schedule(library: Path, seed: int, early: bool) -> None:
+    """How the threads of a loaded library run from now on, and when their copies land."""
+    ctypes.CDLL(str(library)).hostrun_set(ctypes.c_int64(seed), ctypes.c_int64(early))
+
+
+def counts(library: Path) -> list[int]:
+    """[bytes read by cp.async, bytes read by the loads of ptx.cuh] since the last call."""
+    found = torch.zeros(2, dtype=torch.int64)
+    ctypes.CDLL(str(library)).hostrun_count(ctypes.c_void_p(found.data_ptr()))
+    return [int(count) for count in found]
 
 
 def convert(args: tuple[Any, ...], keep: list[Any]) -> list[Any]:
@@ -118,18 +170,12 @@ def convert(args: tuple[Any, ...], keep: list[Any]) -> list[Any]:
 
 
 def call(library: Path, function: str, *args: Any, seed: int = 0, early: bool = False) -> list[int]:
-    """Run a function in this process; tensors are written in place.
-
-    Returns:
-        [bytes read by cp.async, bytes read by the loads of ptx.cuh].
-    """
-    loaded = ctypes.CDLL(str(library))
-    counts = torch.zeros(2, dtype=torch.int64)
-    loaded.hostrun_set(ctypes.c_int64(seed), ctypes.c_int64(early))
+    """Run a function in this process; tensors are written in place. Returns its `counts`."""
+    schedule(library, seed, early)
+    counts(library)
     keep: list[Any] = []
-    getattr(loaded, function)(*convert(args, keep))
-    loaded.hostrun_count(ctypes.c_void_p(counts.data_ptr()))
-    return [int(count) for count in counts]
+    getattr(ctypes.CDLL(str(library)), function)(*convert(args, keep))
+    return counts(library)
 
 
 def call_apart(

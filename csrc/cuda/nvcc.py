@@ -64,6 +64,7 @@ def archs() -> list[str]:
 def command(nvcc: str, source: Path, out: Path, archs: list[str], *more: str) -> list[str]:
     """The call of nvcc that compiles a .cu file; machine code for each of ``archs``."""
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes.append(f"-DBIGOPS_CUDA_ARCHS={'_'.join(archs)}")
     return [nvcc, *NVCC_FLAGS, *codes, *more, "-c", str(source), "-o", str(out)]
 
 
@@ -99,7 +100,12 @@ def compile_all(nvcc: str, folder: Path) -> list[str]:
         newest = max(changed, source.stat().st_mtime)
         if not (fresh and out.exists() and out.stat().st_mtime >= newest):
             print(f"bigops: nvcc {source.name} for {wanted}", file=sys.stderr)
-            subprocess.run(command(nvcc, source, out, archs()), check=True)
+            done = subprocess.run(
+                command(nvcc, source, out, archs()), text=True, stderr=subprocess.PIPE
+            )
+            if done.returncode != 0:
+                raise SystemExit(f"bigops: nvcc failed on {source.name}:\n{done.stderr}")
+            out.with_suffix(".txt").write_text(done.stderr)  # registers and spills, by ptxas -v
         objects.append(str(out))
     stamp.write_text(wanted)
     return objects
