@@ -233,7 +233,7 @@ _ON_GPU = (
 )
 
 
-_IN_CUDA = ("quantized_linear",)  # some calls of them, as `explain` says
+_IN_CUDA = ("quantized_linear", "sparse_linear")  # some calls of them, as `explain` says
 
 
 def _op_status() -> dict[str, dict[str, str]]:
@@ -254,7 +254,7 @@ def _op_status() -> dict[str, dict[str, str]]:
         else:
             gpu = f"triton.{op}"
         if op in _IN_CUDA and not cuda_error:
-            gpu += f" and cuda.{op}"
+            gpu = f"cuda.{op} for few rows, else {gpu}"
         ops[op] = {"cpu": cpu, "gpu": gpu}
     return ops
 

@@ -27,7 +27,14 @@ pytestmark = [
 ]
 # In libtorch_cuda, which the list of the CPU build's shims does not see; in torch since 2.1.
 OF_CUDA = {"aoti_torch_get_current_cuda_stream"}
-DECODE_KERNELS = 3 * 2 * 2  # dtypes, bits, up to 8 and up to 16 rows
+# Of each op: the main kernels and what they are called, the lesser ones, registers at most. Three
+# blocks of 256 threads share the 65536 registers of a multiprocessor at 80 each, two at 128.
+KERNELS = {
+    # dtypes, bits, up to 8 and up to 16 rows; the sums of blocks that share K
+    "quantized_linear": ("decode_linear", 3 * 2 * 2, 3, 80),
+    # float words by dtype, bfloat16, int8, for 1, 4 and 16 rows; float and int8 sums by dtype
+    "sparse_linear": ("sparse_sums", (3 + 1 + 1) * 3, 2 * 3, 128),
+}
 
 
 @pytest.fixture(scope="module")
@@ -166,20 +173,21 @@ def spilling(rows: list[dict[str, str]]) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module")
-def rows(tree: Path) -> list[dict[str, str]]:
-    (text,) = tree.glob("build/*/cuda/quantized_linear.cu.txt")
-    return usage(text.read_text())
-
-
-def test_no_kernel_spills_on_any_architecture(rows: list[dict[str, str]]) -> None:
+@pytest.mark.parametrize("op", KERNELS)
+def test_no_kernel_spills_on_any_architecture(tree: Path, op: str) -> None:
+    (text,) = tree.glob(f"build/*/cuda/{op}.cu.txt")
+    rows = usage(text.read_text())
+    name, main, lesser, most = KERNELS[op]
     assert not spilling(rows)
     assert {row["arch"] for row in rows} == set(nvcc.ARCHS)
-    decode = [row for row in rows if "decode_linear" in row["kernel"]]
-    assert len(decode) == DECODE_KERNELS * len(nvcc.ARCHS)
-    assert len(rows) == len(decode) + 3 * len(nvcc.ARCHS)  # the sums of blocks that share K
-    # three blocks of 256 threads share the 65536 registers of a multiprocessor
-    assert max(int(row["registers"]) for row in rows) <= 80
+    assert sum(name in row["kernel"] for row in rows) == main * len(nvcc.ARCHS)
+    assert len(rows) == (main + lesser) * len(nvcc.ARCHS)
+    assert max(int(row["registers"]) for row in rows) <= most
+
+
+def test_every_op_of_the_room_is_listed() -> None:
+    stems = {path.stem for path in nvcc.sources(".cu")} - {"archs"}
+    assert stems == set(KERNELS)
 
 
 def test_a_spill_is_seen(tmp_path: Path) -> None:
@@ -209,20 +217,35 @@ def tool(name: str) -> str | None:
     return found
 
 
-@pytest.mark.skipif(tool("cuobjdump") is None, reason="no cuobjdump here")
-@pytest.mark.parametrize("arch", nvcc.ARCHS)
-def test_the_machine_code_copies_asynchronously_and_multiplies_on_tensor_cores(
-    tree: Path, arch: str
-) -> None:
-    (obj,) = tree.glob("build/*/cuda/quantized_linear.cu.o")
+def functions(tree: Path, op: str, arch: str) -> list[tuple[str, str]]:
+    """(name, machine code) of the main kernels of an op."""
+    (obj,) = tree.glob(f"build/*/cuda/{op}.cu.o")
     command = [str(tool("cuobjdump")), "-sass", "-arch", f"sm_{arch}", str(obj)]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    kernels = re.split(r"Function : ", code)[1:]
-    decode = [kernel for kernel in kernels if "decode_linear" in kernel.split("\n")[0]]
-    assert len(decode) == DECODE_KERNELS
-    for kernel in decode:
-        title = kernel.split("\n")[0]
-        assert "LDGSTS" in kernel, f"{title}: no cp.async"
-        wanted = "HMMA.16816.F32" if "6__half" in title else "HMMA.16816.F32.BF16"
-        assert wanted in kernel, f"{title}: no {wanted}"
-        assert not re.search(r"\b(LDL|STL)\b", kernel), f"{title}: local memory"
+    parts = [part.split("\n", 1) for part in code.split("Function : ")[1:]]
+    main = [(name, body) for name, body in parts if KERNELS[op][0] in name]
+    assert len(main) == KERNELS[op][1]
+    return main
+
+
+needs_cuobjdump = pytest.mark.skipif(tool("cuobjdump") is None, reason="no cuobjdump here")
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", nvcc.ARCHS)
+def test_quantised_decode_copies_asynchronously_and_multiplies_on_tensor_cores(
+    tree: Path, arch: str
+) -> None:
+    for name, code in functions(tree, "quantized_linear", arch):
+        assert "LDGSTS" in code, f"{name}: no cp.async"
+        wanted = "HMMA.16816.F32" if "6__half" in name else "HMMA.16816.F32.BF16"
+        assert wanted in code, f"{name}: no {wanted}"
+        assert not re.search(r"\b(LDL|STL)\b", code), f"{name}: local memory"
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_sparse_decode_multiplies_four_bytes_at_once(tree: Path, arch: str) -> None:
+    for name, code in functions(tree, "sparse_linear", arch):
+        assert ("IDP.4A.S8.S8" if "Int8" in name else "FFMA") in code, name
+        assert not re.search(r"\b(LDL|STL|ATOMG?|RED\.E)\b", code), f"{name}: local memory, atomics"

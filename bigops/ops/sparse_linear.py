@@ -16,10 +16,12 @@ from torch import Tensor
 from bigops import backend
 from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
+from bigops.ops import _cuda_sparse as _decode
 from bigops.ops import _frozen
 from bigops.ops import _quantize as quantize
 from bigops.ops import _sparse_weight as storage
 from bigops.ops._grid import GridLinear
+from bigops.ops._library import LIB
 from bigops.ops._sparse_convert import Pattern, block_mask, from_dense, n_m_mask, sparsify_weight
 from bigops.ops._sparse_weight import TENSORS, SparseWeight
 
@@ -164,6 +166,18 @@ reference_grid = _grid.reference
 
 
 # --- dispatch ------------------------------------------------------------------------------
+# The CPU kernels register themselves (csrc/cpu/sparse_linear.cpp). On a GPU a few rows, as in a
+# decode step, have a kernel; more of them, the backward and the twin with grids are the references.
+
+
+def _cuda(x, *args):  # type: ignore[no-untyped-def]
+    if _decode.serves(x, args[0]):
+        check(x, *args)
+        return _decode.forward(x, *args)
+    return _op._serve(x, *args)
+
+
+LIB.impl("sparse_linear", _cuda, "CUDA")
 
 
 def _check_weight_shape(x: Tensor, weight: SparseWeight) -> None:
@@ -195,6 +209,10 @@ def _explain(
     m = x.shape[:-1].numel()
     stored = checks.short(weight.values.dtype)
     extension = backend.extension
+    target = device or ("cpu" if x.device.type == "meta" else x.device.type)
+    plain = y_grid is None and x_grid is None and target != "cpu"
+    if plain and _decode.serves_on(target, x.dtype, m, weight.shape[1], weight.values.dtype):
+        return backend.Explanation("sparse_linear", *_decode.explain(x.dtype, m, weight))
 
     def choose() -> tuple[str, str]:
         return extension.choose_sparse_linear(  # type: ignore

@@ -115,6 +115,7 @@ struct Block {
   unsigned char* dynamic = nullptr;
   std::map<const void*, SharedArray> arrays;
   std::mutex arrays_mutex;
+  std::atomic<int> any{0};  // of __syncthreads_or
   uint64_t progress = 0;
   ucontext_t scheduler;
   void* fake_stack = nullptr;
@@ -229,6 +230,18 @@ inline Barrier& Block::whole() { return barriers.back(); }
 // --- what kernels call ---------------------------------------------------------------------
 
 inline void sync_block(int line) { self->block->whole().wait({"__syncthreads", line}); }
+
+// A barrier that says whether the predicate held for any thread.
+inline int any_of_block(int predicate, int line) {
+  Block& block = *self->block;
+  if (predicate) block.any.store(1, std::memory_order_relaxed);
+  block.whole().wait({"__syncthreads_or", line});
+  const int any = block.any.load(std::memory_order_relaxed);
+  block.whole().wait({"__syncthreads_or", line});  // everybody has read it
+  if (self == &block.threads[0]) block.any.store(0, std::memory_order_relaxed);
+  block.whole().wait({"__syncthreads_or", line});
+  return any;
+}
 
 inline void sync_warp(const char* what, int line) {
   self->block->barriers[static_cast<size_t>(self->warp)].wait({what, line});

@@ -19,6 +19,8 @@
 
 #define __syncthreads() hostrun::sync_block(__LINE__)
 
+#define __syncthreads_or(predicate) hostrun::any_of_block(predicate, __LINE__)
+
 using cudaStream_t = void*;
 
 struct alignas(8) float2 {
@@ -89,6 +91,13 @@ T atomicAdd(T* address, T value) {
   } while (
       !__atomic_compare_exchange(word, &old, &next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
   return before;
+}
+
+// sum + the four products of signed bytes.
+inline int __dp4a(int a, int b, int sum) {
+  for (int i = 0; i < 4; ++i)
+    sum += static_cast<int>(static_cast<int8_t>(a >> 8 * i)) * static_cast<int8_t>(b >> 8 * i);
+  return sum;
 }
 
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
