@@ -62,9 +62,10 @@ class BuildExt(build_ext):
 
     def finalize_options(self) -> None:
         self.nvcc = nvcc.requested()
-        if self.nvcc and nvcc.sources(".cu"):
+        modules = self.distribution.ext_modules  # kept where this is called again
+        if self.nvcc and all(module.name != "bigops._cuda" for module in modules):
             files = [str(path.relative_to(ROOT)) for path in nvcc.sources(".cpp")]
-            self.distribution.ext_modules.append(Extension("bigops._cuda", files, language="c++"))
+            modules.append(Extension("bigops._cuda", files, language="c++"))
         super().finalize_options()
 
     def build_extensions(self) -> None:

@@ -43,6 +43,7 @@ extern "C" void hostrun_set(int64_t seed, int64_t early) {
   hostrun::settings.seed = static_cast<unsigned>(seed);
   hostrun::settings.copies_land_early = early != 0;
 }
+extern "C" void hostrun_only(int64_t block) { hostrun::settings.only_block = block; }
 extern "C" void hostrun_count(int64_t* counts) {
   counts[0] = hostrun::settings.copied.exchange(0);
   counts[1] = hostrun::settings.streamed.exchange(0);

@@ -6,8 +6,10 @@ product of the usual form (tests/hostrun_kernels.cu).
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -235,7 +237,7 @@ def test_the_same_source_compiles_for_a_gpu(tmp_path: Path) -> None:
     assert compiler is not None
     out = tmp_path / "kernels.o"
     done = subprocess.run(
-        nvcc.command(compiler, SOURCE, out, ["80", "90a"]), capture_output=True, text=True
+        nvcc.command(compiler, SOURCE, out, ["80"]), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert out.exists()
@@ -250,3 +252,42 @@ def test_inline_ptx_stands_in_one_file() -> None:
         and path.parent.name in ("cuda", "hostrun")
     ]
     assert found == ["ptx.cuh"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.skipif(nvcc.compiler() is None, reason="no nvcc here")
+def test_each_wrapper_does_on_a_gpu_what_its_twin_does(library: Path, tmp_path: Path) -> None:
+    compiler = nvcc.compiler()
+    assert compiler is not None
+    arch = "".join(map(str, torch.cuda.get_device_capability()))
+    made = tmp_path / "kernels.so"
+    command = [compiler, *nvcc.NVCC_FLAGS, f"-arch=sm_{arch}", "-shared", str(SOURCE)]
+    subprocess.run([*command, "-o", str(made)], check=True)
+    device = ctypes.CDLL(str(made))
+    words = torch.randint(-(2**31), 2**31, (32,), dtype=torch.int64).to(torch.int32)
+    a8, b8 = (torch.randint(-128, 128, (r, 32), dtype=torch.int8) for r in (16, 8))
+    a16, b16 = torch.randint(-9, 10, (16, 16)), torch.randint(-9, 10, (8, 16))
+    matrices = torch.arange(256, dtype=torch.int16)
+    whole = torch.arange(128).view(16, 8)  # exact in every type: sums in any order agree
+    calls: list[tuple[str, tuple[Any, ...]]] = [
+        ("run_multiply_bf16", (a16.bfloat16(), b16.bfloat16(), whole.float())),
+        ("run_multiply_f16", (a16.half(), b16.half(), whole.float())),
+        ("run_multiply_s8", (a8, b8, whole.int())),
+        ("run_warp_functions", (words, torch.zeros(8, 32, dtype=torch.int32))),
+        ("run_product", (*operands(*RAGGED), *RAGGED)),
+    ]
+    for count in (1, 2, 4):
+        for transposed in (0, 1):
+            out = torch.zeros(count * 32, dtype=torch.int32)
+            calls.append(("run_load", (matrices, out, count, transposed)))
+    for function, given in calls:
+        there = [t.cuda() if isinstance(t, Tensor) else t for t in given]
+        getattr(device, function)(*hostrun.convert(tuple(there), []))
+        torch.cuda.synchronize()
+        hostrun.call(library, function, *given)
+        for here, on_gpu in zip(given, there, strict=True):
+            if function == "run_product" and isinstance(here, Tensor):
+                check_product(*(t.cpu() for t in there[:3]))
+            elif isinstance(here, Tensor):
+                assert torch.equal(here, on_gpu.cpu()), function

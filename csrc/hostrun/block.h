@@ -45,6 +45,7 @@ constexpr auto kPatience = std::chrono::seconds(30);
 
 struct Settings {
   unsigned seed = 0;                 // order of threads: 0 ascending, 1 descending, else shuffled
+  int64_t only_block = -1;           // the one blockIdx.x that runs, or -1 for all
   bool copies_land_early = false;    // cp.async writes when issued; else when it is waited for
   std::atomic<int64_t> copied{0};    // bytes read by cp.async
   std::atomic<int64_t> streamed{0};  // bytes read by the loads of ptx.cuh
@@ -393,6 +394,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t dynamic_
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
+        if (settings.only_block >= 0 && x != settings.only_block) continue;
         Block block;
         block.index = dim3(x, y, z);
         block.size = size;
