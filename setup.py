@@ -1,7 +1,8 @@
-"""The C++ extension, and nothing else: metadata lives in pyproject.toml.
+"""The C++ extensions, and nothing else: metadata lives in pyproject.toml.
 
 A new op adds files under csrc/; they are found by glob. Files in csrc/cpu/simd/ are compiled for
 the instruction set that the first word of their name gives, every other file for the baseline.
+BIGOPS_CUDA=1 builds csrc/cuda besides, as csrc/cuda/nvcc.py says.
 """
 
 import os
@@ -13,6 +14,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # pip runs this file from elsewhere
+from csrc.cuda import nvcc  # noqa: E402
 
 # Instruction set -> compiler flags. -ffp-contract=off (below) keeps a*b+c two roundings unless a
 # kernel asks for fma by name: the quantisers must agree with their Python reference to the bit.
@@ -52,24 +55,20 @@ def sources() -> list[str]:
     return [s for s in found if is_x86() or isa_of(s) not in X86_ONLY]
 
 
-def check_cuda_request() -> None:
-    """BIGOPS_CUDA=0|1 and BIGOPS_CUDA_ARCHS are for csrc/cuda/*.cu, of which there is none yet."""
-    wanted, archs = os.environ.get("BIGOPS_CUDA", "0"), os.environ.get("BIGOPS_CUDA_ARCHS", "")
-    if wanted not in ("0", "1"):
-        raise SystemExit(f"BIGOPS_CUDA: expected 0 or 1, got {wanted!r}")
-    if wanted == "1" or archs:
-        print(
-            "bigops: warning: this version has no CUDA C++ sources (its GPU kernels are Triton); "
-            "BIGOPS_CUDA and BIGOPS_CUDA_ARCHS change nothing",
-            file=sys.stderr,
-        )
-
-
 class BuildExt(build_ext):
     """Flags per file, several files at a time, and a plain word when something is missing."""
 
+    nvcc: str | None = None
+
+    def finalize_options(self) -> None:
+        self.nvcc = nvcc.requested()
+        modules = self.distribution.ext_modules  # kept where this is called again
+        if self.nvcc and all(module.name != "bigops._cuda" for module in modules):
+            files = [str(path.relative_to(ROOT)) for path in nvcc.sources(".cpp")]
+            modules.append(Extension("bigops._cuda", files, language="c++"))
+        super().finalize_options()
+
     def build_extensions(self) -> None:
-        check_cuda_request()
         for room in ("kernels", "benches"):
             if not (ROOT / "bigops" / room).is_dir():
                 raise SystemExit(
@@ -96,25 +95,29 @@ class BuildExt(build_ext):
         # pip hands an editable build a throwaway folder; objects kept here make a rebuild short
         tag = f"{sys.implementation.cache_tag}-{torch.__version__}"
         self.build_temp = str(ROOT / "build" / tag)
-        extension = self.extensions[0]
-        extension.include_dirs = [str(ROOT / "csrc"), pybind11.get_include(), *include_paths()]
-        extension.library_dirs = library_paths()
-        extension.extra_link_args = LINK
-        self.parallel_objects(extension)
+        for extension in self.extensions:
+            extension.include_dirs = [str(ROOT / "csrc"), pybind11.get_include(), *include_paths()]
+            extension.library_dirs = library_paths()
+            extension.extra_link_args = LINK
+            if extension.name == "bigops._C":
+                self.parallel_objects(extension, FLAGS)
+                continue
+            include, extension.extra_link_args = nvcc.host_flags(self.nvcc)
+            self.parallel_objects(extension, [*FLAGS, *include])
+            extension.extra_objects += nvcc.compile_all(self.nvcc, Path(self.build_temp) / "cuda")
         super().build_extensions()
 
-    def parallel_objects(self, extension: Extension) -> None:
+    def parallel_objects(self, extension: Extension, common: list[str]) -> None:
         """Compile every source that is newer than its object, with its own flags, in parallel."""
         from concurrent.futures import ThreadPoolExecutor
 
         compiler = self.compiler
-        newest_header = max(
-            p.stat().st_mtime for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".inl")
-        )
-        newest_header = max(newest_header, Path(__file__).stat().st_mtime)
+        headers = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".inl")]
+        watched = [Path(__file__), *(p for p in headers if p.parent.name != "hostrun")]
+        newest_header = max(p.stat().st_mtime for p in watched)
 
         def compile_one(source: str) -> str:
-            flags = [*FLAGS, "-O3", "-g0", *ISA_FLAGS[isa_of(source) or "portable"]]
+            flags = [*common, "-O3", "-g0", *ISA_FLAGS[isa_of(source) or "portable"]]
             (obj,) = compiler.object_filenames([source], output_dir=self.build_temp)
             newest = max(newest_header, (ROOT / source).stat().st_mtime)
             if not Path(obj).exists() or Path(obj).stat().st_mtime < newest:

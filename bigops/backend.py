@@ -6,11 +6,14 @@ Anything in bigops may import this module; it imports torch and the extension on
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 import warnings
@@ -39,6 +42,49 @@ def _load() -> tuple[ModuleType | None, str]:
 
 extension, extension_error = _load()
 """The C++ extension, or None with the reason in `extension_error`."""
+
+# What csrc/cuda/nvcc.py builds where nothing else is asked for.
+_ALL_ARCHS = ("80", "86", "89", "90a", "100a", "120")
+
+
+def _load_cuda() -> tuple[tuple[str, ...], str]:
+    """(architectures of the CUDA C++ kernels, why they do not serve here: "" where they do)."""
+    here = Path(__file__).parent
+    files = [here / f"_cuda{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    file = next((f for f in files if f.exists()), None)
+    if file is None:
+        return (), "the CUDA C++ kernels are not built (BIGOPS_CUDA=1 builds them)"
+    if torch.version.cuda is None:  # one of its symbols is in libtorch_cuda only
+        return _ALL_ARCHS, "the CUDA C++ kernels need a torch that is built for CUDA"
+    try:
+        torch.ops.load_library(str(file))
+        archs = ctypes.CDLL(str(file)).bigops_cuda_archs
+    except (OSError, AttributeError) as error:
+        why = error.__cause__ or error  # torch's own words leave the reason out
+        return (), f"the CUDA C++ kernels do not load: {why}"
+    archs.restype = ctypes.c_char_p
+    return tuple(archs().decode().split("_")), ""
+
+
+cuda_archs, cuda_error = _load_cuda()
+"""Architectures of the CUDA C++ kernels as nvcc names them; why they do not serve here, or ""."""
+
+
+@functools.cache
+def cuda_runs_on(arch: str) -> bool:
+    """Whether the CUDA C++ kernels, as built, have code for a device such as "sm_90"."""
+    found = re.fullmatch(r"sm_(\d+)(\d)", arch)
+    if found is None:
+        return False
+    major, minor = int(found.group(1)), int(found.group(2))
+    for built in cuda_archs:
+        number = int(built.rstrip("a"))
+        if number == 10 * major + minor:
+            return True
+        # code runs on later devices of its generation, unless it is for one architecture alone
+        if not built.endswith("a") and number // 10 == major and number % 10 < minor:
+            return True
+    return False
 
 
 _SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -207,6 +253,9 @@ _ON_GPU = (
 )
 
 
+_IN_CUDA = ("quantized_linear", "sparse_linear")  # some calls of them, as `explain` says
+
+
 def _op_status() -> dict[str, dict[str, str]]:
     import bigops.ops  # noqa: F401
 
@@ -224,6 +273,8 @@ def _op_status() -> dict[str, dict[str, str]]:
             gpu = f"triton.{op}, idle: torch sees no GPU"
         else:
             gpu = f"triton.{op}"
+        if op in _IN_CUDA and not cuda_error:
+            gpu = f"cuda.{op} for few rows, else {gpu}"
         ops[op] = {"cpu": cpu, "gpu": gpu}
     return ops
 
@@ -249,6 +300,7 @@ def report() -> dict[str, Any]:
         "cuda": {
             "built": torch.version.cuda,
             "available": torch.cuda.is_available(),
+            "kernels": cuda_error or f"loaded, for sm_{', sm_'.join(cuda_archs)}",
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "ops": _op_status(),

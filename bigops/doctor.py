@@ -22,6 +22,7 @@ def text(report: Mapping[str, Any]) -> str:
         _line("torch", report["torch"]),
         _line("triton", report["triton"] or "not installed"),
         _line("CUDA", _cuda(cuda)),
+        _line("CUDA C++", cuda["kernels"]),
         "",
         "Which kernel serves which op here:",
     ]

@@ -324,7 +324,7 @@ def fake_report(**more: Any) -> dict[str, Any]:
         "compiler": "g++",
         "torch": "2.13.0",
         "triton": "3.9.0",
-        "cuda": {"built": "13.0", "available": True, "devices": ["One GPU"]},
+        "cuda": {"built": "13.0", "available": True, "devices": ["One GPU"], "kernels": "loaded"},
         "crossovers": {"source": "cpu-tuned.json", "ignored": ""},
         "ops": {"fused_linear": {"cpu": "cpu.avx2.fused_linear", "gpu": "triton.fused_linear"}},
     }  # fmt: skip
@@ -346,7 +346,8 @@ def test_doctor_has_no_advice_where_nothing_is_missing() -> None:
         ({"triton": None}, "pip install triton"),
         ({"crossovers": {"source": "committed", "ignored": ""}}, "`bigops tune`"),
         ({"crossovers": {"source": "committed", "ignored": "f: cut off"}}, "ignored: f: cut off"),
-        ({"cuda": {"built": None, "available": False, "devices": []}}, "built without CUDA"),
+        ({"cuda": {"built": None, "available": False, "devices": [], "kernels": "not built"}},
+         "built without CUDA"),
         (
             {"cpu": {"threads": 1, "features": [], "isa": "portable", "isas": ["portable"],
                      "forced": "portable"}},

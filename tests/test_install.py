@@ -121,6 +121,9 @@ def test_a_request_for_cuda_is_checked(source: Path, tmp_path: Path) -> None:
     done = build(source, tmp_path, path=str(tmp_path), BIGOPS_CUDA="maybe")
     assert done.returncode != 0
     assert "BIGOPS_CUDA: expected 0 or 1, got 'maybe'" in done.stdout + done.stderr
+    done = build(source, tmp_path, path=str(tmp_path), BIGOPS_CUDA="1", BIGOPS_CUDA_ARCHS="70")
+    assert done.returncode != 0
+    assert "BIGOPS_CUDA_ARCHS: expected some of 80 86" in done.stdout + done.stderr
     done = build(source, tmp_path, path=str(tmp_path), BIGOPS_CUDA="1", BIGOPS_CUDA_ARCHS="90a")
     assert done.returncode == 0
-    assert "no CUDA C++ sources" in done.stdout + done.stderr
+    assert "there is no nvcc on the path" in done.stdout + done.stderr

@@ -58,6 +58,7 @@ def test_the_command_lines_of_the_readme_parse() -> None:
 def test_every_environment_variable_of_the_readme_is_read_and_no_other() -> None:
     root = Path(__file__).resolve().parent.parent
     files = [root / "setup.py", *root.glob("bigops/**/*.py"), *root.glob("csrc/**/*.cpp")]
+    files += root.glob("csrc/**/*.py")
     read = re.compile(r"(?:environ\S*|getenv)[(\[]\s*\"(BIGOPS_[A-Z_]+)\"")
     found = {name for file in files for name in read.findall(file.read_text())}
     documented = set(re.findall(r"^\| `(BIGOPS_[A-Z_]+)", TEXT, re.MULTILINE))

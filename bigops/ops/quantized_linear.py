@@ -15,6 +15,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
+from bigops.ops import _cuda_quantized as _decode
 from bigops.ops import _frozen
 from bigops.ops import _quantize as quantize
 from bigops.ops import _triton_quantized as _triton
@@ -144,12 +145,17 @@ reference_grid = _grid.reference
 
 
 # --- dispatch ------------------------------------------------------------------------------
-# The CPU kernels register themselves (csrc/cpu/quantized_linear.cpp). On a GPU the backward and the
-# twin with grids are the references, as `backend.record` says.
+# The CPU kernels register themselves (csrc/cpu/quantized_linear.cpp). On a GPU, Triton serves, but
+# for the few rows of a decode step, where W is all that is read and its bytes can go from memory to
+# the tensor cores by a shorter way than Triton knows; the backward and the twin with grids are the
+# references, as `backend.record` says.
 
 
 def _cuda(x, *args):  # type: ignore[no-untyped-def]
     k, activations = args[6], args[9]
+    if _decode.serves(x, activations):
+        check(x, *args)
+        return _decode.forward(x, *args)
     if not _triton.serves(x.dtype, k, activations):
         return _op._serve(x, *args)
     check(x, *args)
@@ -177,6 +183,10 @@ def _explain(
     extension = backend.extension
     target = device or ("cpu" if x.device.type == "meta" else x.device.type)
     if target != "cpu":
+        m = x.shape[:-1].numel()
+        if y_grid is None and _decode.serves_on(target, x.dtype, m, weight.activations):
+            kernel, config, reason = _decode.explain(x.dtype, m, weight)
+            return backend.Explanation("quantized_linear", kernel, reason, config)
         reason = _triton.why_not(x.dtype, weight.k, weight.activations)
         if y_grid is not None:
             reason = "no Triton kernel for a uint8 result"
@@ -186,7 +196,6 @@ def _explain(
             return backend.Explanation(
                 "quantized_linear", f"{kernel}_grid" if grids else kernel, reason
             )
-        m = x.shape[:-1].numel()
         kernel, config, reason = _triton.explain(target, x.dtype, m, weight)
         return backend.Explanation("quantized_linear", kernel, reason, config)
 

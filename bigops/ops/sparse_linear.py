@@ -16,6 +16,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
+from bigops.ops import _cuda_sparse as _decode
 from bigops.ops import _frozen
 from bigops.ops import _quantize as quantize
 from bigops.ops import _sparse_weight as storage
@@ -166,12 +167,16 @@ reference_grid = _grid.reference
 
 
 # --- dispatch ------------------------------------------------------------------------------
-# The CPU kernels register themselves (csrc/cpu/sparse_linear.cpp). On a GPU the twin with grids is
-# the reference, as `backend.record` says, and so is what `_triton.blocks_of` gives a reason for.
+# The CPU kernels register themselves (csrc/cpu/sparse_linear.cpp). On a GPU a few rows of x, as in
+# a decode step, have a CUDA C++ kernel for every pattern; more of them a Triton kernel where the
+# weight has blocks. The twin with grids is the reference, as `backend.record` says, and so is what
+# `_triton.blocks_of` gives a reason for.
 
 
 def _cuda(x, *args):  # type: ignore[no-untyped-def]
     check(x, *args)
+    if _decode.serves(x, args[0]):
+        return _decode.forward(x, *args)
     blocks, _ = _triton.blocks_of(x, *args[: _op.fixed])
     return _op._serve(x, *args) if blocks is None else _triton.forward(x, blocks, *args)
 
@@ -214,16 +219,9 @@ def _explain(
     else:
         _grid.check(x, *fixed, x_grid, y_grid, bias, residual, activation)
     target = device or ("cpu" if x.device.type == "meta" else x.device.type)
-    if target != "cpu":
-        grids = y_grid is not None or x.dtype == torch.uint8
-        blocks, reason = _triton.blocks_of(x, *fixed)
-        if grids:
-            reason = "no GPU kernel for a call with grids"
-        if blocks is not None and not grids:
-            return _triton.explain(target, x, blocks, *fixed)
-        kernel = f"reference.sparse_linear{'_grid' if grids else ''}"
-        return backend.Explanation("sparse_linear", kernel, f"{reason}; plain torch serves")
     m = x.shape[:-1].numel()
+    if target != "cpu":
+        return _explain_gpu(target, m, x, weight, x_grid is not None or y_grid is not None)
     stored = checks.short(weight.values.dtype)
     extension = backend.extension
 
@@ -233,6 +231,21 @@ def _explain(
         )
 
     return _frozen.explain("sparse_linear", x, device, choose if extension else None)
+
+
+def _explain_gpu(
+    target: str, m: int, x: Tensor, weight: SparseWeight, grids: bool
+) -> backend.Explanation:
+    fixed = (*weight.tensors, weight.shape[0], weight.chunk)
+    if not grids and _decode.serves_on(target, x.dtype, m, weight.shape[1], weight.values.dtype):
+        return backend.Explanation("sparse_linear", *_decode.explain(x.dtype, m, weight))
+    blocks, reason = _triton.blocks_of(x, *fixed)
+    if grids:
+        reason = "no GPU kernel for a call with grids"
+    elif blocks is not None:
+        return _triton.explain(target, x, blocks, *fixed)
+    kernel = f"reference.sparse_linear{'_grid' if grids else ''}"
+    return backend.Explanation("sparse_linear", kernel, f"{reason}; plain torch serves")
 
 
 # --- public function -----------------------------------------------------------------------
