@@ -14,7 +14,9 @@ from torch import Tensor
 from bigops import backend
 from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
+from bigops.ops import _quantized_factors as factors
 from bigops.ops._library import LIB, autocast, define, loop, rows
+from bigops.ops._quantized_weight import QuantizedWeight
 from bigops.ops.fused_linear import fused_linear
 
 # --- reference -----------------------------------------------------------------------------
@@ -352,8 +354,8 @@ def _composed(
 @backend.serves("low_rank_linear")
 def _explain(
     x: Tensor,
-    u: Tensor,
-    v: Tensor,
+    u: Any,
+    v: Any,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
@@ -362,6 +364,9 @@ def _explain(
     scale: float = 1.0,
     device: str | None = None,
 ) -> backend.Explanation:
+    if isinstance(u, QuantizedWeight) or isinstance(v, QuantizedWeight):
+        _check_form(base, scale)
+        return factors.explain(x, u, v, bias, residual, activation, device)
     check(x, u, v, bias, residual, base, activation)
     target = device or ("cpu" if x.device.type == "meta" else x.device.type)
     if target != "cpu" or backend.extension is None:
@@ -384,8 +389,8 @@ def _explain(
 
 def low_rank_linear(
     x: Tensor,
-    u: Tensor,
-    v: Tensor,
+    u: Tensor | QuantizedWeight,
+    v: Tensor | QuantizedWeight,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
@@ -400,7 +405,8 @@ def low_rank_linear(
 
     Args:
         x: ``[.., K]``; float32, bfloat16, float16 or float64, any strides.
-        u: ``[N, r]``; r from 0 (the product is zero) to min(N, K).
+        u: ``[N, r]``; r from 0 (the product is zero) to min(N, K). Or both factors by
+            `quantize_weight`: two calls of `quantized_linear`, without ``base`` and ``scale``.
         v: ``[r, K]``.
         bias: ``[N]`` or None.
         residual: ``[.., N]``, the shape of the result, or None.
@@ -418,6 +424,9 @@ def low_rank_linear(
             that do not fit.
         TypeError: a dtype that is not served, or dtypes that differ.
     """
+    if isinstance(u, QuantizedWeight) or isinstance(v, QuantizedWeight):
+        _check_form(base, scale)
+        return factors.product(x, u, v, bias, residual, activation)  # type: ignore[arg-type]
     try:
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
@@ -442,3 +451,11 @@ def low_rank_linear(
             checks.tensors(x=x, u=u, v=v, bias=bias, residual=residual, base=base)
             check(x, u, v, bias, residual, base, activation)
         raise
+
+
+def _check_form(base: Tensor | None, scale: float) -> None:
+    if base is not None or scale != 1.0:
+        raise ValueError(
+            "base, scale: expected None and 1 with quantised factors; got "
+            f"{'None' if base is None else 'a tensor'} and {scale}"
+        )
