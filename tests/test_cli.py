@@ -109,6 +109,10 @@ MISTAKES = {
         ("explain", "sparse_linear", "--k", "8", "--n", "8", "--values", "fp8"),
         "values: expected int8, bf16, fp32; got 'fp8'",
     ),
+    "bad factors": (
+        ("explain", "low_rank_linear", "--k", "8", "--n", "8", "--values", "bf16"),
+        "--values: expected int8, or none for factors of --dtype; got 'bf16'",
+    ),
     "unserved dtype": (
         ("explain", "sparse_linear", "--k", "8", "--n", "8", "--values", "bf16"),
         "x: expected dtype bfloat16; got float32",
@@ -383,6 +387,14 @@ def test_explain_of_sparse_weights(
     code, out, err = run(capsys, "explain", "sparse_linear", *argv)
     assert code == 0, err
     assert {"int8": "s8", "bf16": "bf16", "fp32": "f32"}[values] in out.split(";")[0]
+
+
+def test_explain_of_int8_factors(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("explain", "low_rank_linear", "--k", "64", "--n", "32", "--rank", "8")
+    code, out, err = run(capsys, *argv, "--values", "int8")
+    assert code == 0, err
+    assert "quantized_linear" in out.split(";")[0]
+    assert "quantized_linear" not in run(capsys, *argv)[1]
 
 
 def test_show_draws_the_sparse_layers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
