@@ -58,7 +58,7 @@ FACTORS = {
     "rank_bare": Factors("none", (3, 4, 16), 8, "R10---", "P"),
     # no rule: an activation of a sum, and too few rows of u for the rank on each of two ranks
     "rank_gelu": Factors("gelu", (6, 16), 8, "R10R--", "?", silent=False),
-    "few_columns": Factors("gelu", (6, 16), 2, "R0R0--", "?", silent=False),
+    "few_columns": Factors("gelu", (6, 16), 2, "R0R0--", "R", silent=False),
     "inner": Factors("none", (6, 16), 8, "1R1R--", "?", silent=False),
 }
 LOSSES = {

@@ -417,6 +417,17 @@ def test_show_draws_the_sparse_layers(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "expected a model with compressed layers; it has none" in err
 
 
+def test_show_names_low_rank_layers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 32))
+    low_rank = bigops.LowRank(4)
+    bigops.compress_(model, {"0": low_rank, "1": low_rank + bigops.Int8()})
+    save(model, tmp_path / "small")
+    code, out, _ = run(capsys, "show", str(tmp_path / "small"))
+    assert code == 0
+    for i, layer in enumerate(model):
+        assert f"{i}: {layer}, {layer.nbytes:,} bytes" in out
+
+
 def test_explain_of_a_gated_pair(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ("explain", "fused_linear", "--k", "64", "--n", "32", "--activation", "swiglu")
     assert run(capsys, *argv)[0] == 0

@@ -17,7 +17,7 @@ from tests import tolerance
 from tests.compressed_cases import DTYPES, LEVELS, Case, kernel_of
 from tests.kernels_ran import expect, isa, needs_extension
 
-SNR_FLOOR_DB = 35.0  # measured 38.8 to 40.3 on the cases below
+SNR_FLOOR_DB = 37.0  # 39.5 to 41.8 on the cases below and 12 seeds; 6 bits in u give 35
 
 
 def _layer(
@@ -286,7 +286,7 @@ def test_casts_leave_the_storage_alone() -> None:
 # --- roads ---------------------------------------------------------------------------------
 
 
-def test_compiled_vmapped_and_under_autocast() -> None:
+def test_compiled_exported_vmapped_and_under_autocast() -> None:
     layer = _layer(activation="gelu").freeze()
     x, _ = _input(layer, 2, 3)
     with torch.no_grad():
@@ -296,6 +296,8 @@ def test_compiled_vmapped_and_under_autocast() -> None:
         assert torch.equal(torch.vmap(layer)(x), expected)
         with torch.autocast("cpu", torch.bfloat16):
             cast = layer(x)
+        exported = torch.export.export(layer, (x,), strict=True).module()
+        assert torch.equal(exported(x), expected)
         assert torch.equal(cast, layer.to(torch.bfloat16)(x.bfloat16()))
 
 
