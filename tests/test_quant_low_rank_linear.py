@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import bigops
 from bigops import backend
-from bigops.nn import LowRankLinear, QuantLowRankLinear
+from bigops.nn import LowRankLinear, QuantLinear, QuantLowRankLinear
 from bigops.ops._quantized_factors import QuantizedFactors, quantize_factors
 from bigops.ops.low_rank_linear import low_rank_linear
 from bigops.ops.quantized_linear import quantize_weight, reference
@@ -333,6 +333,11 @@ def test_explain_names_the_kernel_that_runs() -> None:
             lambda: QuantLowRankLinear.from_low_rank(_layer().freeze()),
             ValueError,
             "layer: expected float factors; got a frozen layer",
+        ),
+        (
+            lambda: QuantLinear.from_linear(_layer()),
+            TypeError,
+            "linear: expected a torch.nn.Linear; got QuantLowRankLinear",
         ),
         (lambda: _layer().freeze()(torch.randn(2, 69)), ValueError, r"x: expected shape \[.., 70"),
         (

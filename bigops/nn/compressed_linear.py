@@ -411,7 +411,8 @@ class Source(NamedTuple):
 
 def check_source(linear: nn.Module) -> Source:
     """What ``linear`` is made of; raise TypeError or ValueError where it has no float weight."""
-    if not isinstance(linear, nn.Linear | CompressedLinear):
+    names = getattr(linear, "trained_names", ("weight",))
+    if not isinstance(linear, nn.Linear | CompressedLinear) or "weight" not in names:
         raise TypeError(f"linear: expected a torch.nn.Linear; got {type(linear).__name__}")
     if isinstance(linear, CompressedLinear) and linear.frozen:
         state = "thawed" if linear.thawed else "frozen"
