@@ -27,6 +27,7 @@ _HOME = {
     "fuse_": "bigops.nn.fuse",
     "Int4": "bigops.compress.config",
     "Int8": "bigops.compress.config",
+    "LowRank": "bigops.compress.config",
     "Sparse": "bigops.compress.config",
     "W4A8": "bigops.compress.config",
     "compress_": "bigops.compress.apply",
@@ -45,6 +46,7 @@ __all__ = [
     "FormatError",
     "Int4",
     "Int8",
+    "LowRank",
     "Receipt",
     "Sparse",
     "compress",
@@ -76,7 +78,7 @@ if TYPE_CHECKING:
     from bigops import compress, nn, ops, parallel, train
     from bigops.backend import explain, report
     from bigops.compress.apply import compress_, freeze_
-    from bigops.compress.config import W4A8, Int4, Int8, Sparse
+    from bigops.compress.config import W4A8, Int4, Int8, LowRank, Sparse
     from bigops.compress.receipt import Floors, Receipt
     from bigops.compress.store import FormatError, load, save
     from bigops.nn.fuse import fuse_

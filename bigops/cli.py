@@ -155,7 +155,15 @@ def _explain(args: argparse.Namespace) -> int:
         packed = (pack_weight(weight),)
     elif args.op == "low_rank_linear":
         rank = min(args.rank or -(-min(args.n, args.k) // 4), args.n, args.k)
-        packed = (weight.new_empty(args.n, rank), weight.new_empty(rank, args.k))
+        packed = (weight.new_zeros(args.n, rank), weight.new_zeros(rank, args.k))
+        if args.values not in (None, "int8"):
+            raise ValueError(
+                f"--values: expected int8, or none for factors of --dtype; got {args.values!r}"
+            )
+        if args.values:
+            from bigops.ops.quantized_linear import quantize_weight
+
+            packed = tuple(quantize_weight(factor) for factor in packed)  # type: ignore[arg-type]
     elif args.op == "quantized_linear":
         from bigops.ops.quantized_linear import quantize_weight
 
@@ -165,7 +173,7 @@ def _explain(args: argparse.Namespace) -> int:
         from bigops.ops.sparse_linear import Pattern, sparsify_weight
 
         pattern = Pattern.parse(args.pattern)
-        stored = VALUES[check_values(args.values)]
+        stored = VALUES[check_values(args.values or "int8")]
         mask = pattern.mask(weight, check_sparsity(args.sparsity, pattern))
         packed = (sparsify_weight(weight, mask, stored, (pattern.height, pattern.width)),)
     try:
@@ -316,5 +324,5 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=integer, help="of low_rank_linear (default: a quarter of the smaller side)")
     add("--sparsity", type=_fraction, help="of sparse_linear's weight (default: 0.8, or of N:M)")
     add("--pattern", default="1x4", help="of sparse_linear's weight: 1x4, 16x16, 1x1, 2:4 ...")
-    add("--values", default="int8", help="sparse_linear stores int8, bf16 or fp32")
+    add("--values", help="sparse_linear stores int8, bf16 or fp32; low_rank_linear's factors: int8")
     parser.set_defaults(command=_explain)

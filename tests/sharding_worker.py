@@ -17,6 +17,7 @@ from bigops.ops.packed_linear import pack_weight, packed_linear
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear, static_grid
 from bigops.ops.sparse_linear import SparseWeight, block_mask, sparse_linear, sparsify_weight
 from bigops.parallel import init
+from tests import sharding_factors
 
 
 class Case(NamedTuple):
@@ -258,7 +259,7 @@ def main() -> None:
         register_sharding_rules()
         mesh = init_device_mesh("cpu", (world.size,))
         seen = {name: run_case(name, mesh) for name in CASES}
-        seen |= {"grids": run_grids(mesh)}
+        seen |= {"grids": run_grids(mesh), **sharding_factors.run_all(mesh)}
         seen |= {"raw": run_raw(mesh), "plan": run_plan(mesh), "planted": run_planted(mesh)}
         if world.is_first:
             torch.save(seen, Path(sys.argv[1]) / "seen.pt")

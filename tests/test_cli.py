@@ -109,6 +109,10 @@ MISTAKES = {
         ("explain", "sparse_linear", "--k", "8", "--n", "8", "--values", "fp8"),
         "values: expected int8, bf16, fp32; got 'fp8'",
     ),
+    "bad factors": (
+        ("explain", "low_rank_linear", "--k", "8", "--n", "8", "--values", "bf16"),
+        "--values: expected int8, or none for factors of --dtype; got 'bf16'",
+    ),
     "unserved dtype": (
         ("explain", "sparse_linear", "--k", "8", "--n", "8", "--values", "bf16"),
         "x: expected dtype bfloat16; got float32",
@@ -386,6 +390,14 @@ def test_explain_of_sparse_weights(
     assert {"int8": "s8", "bf16": "bf16", "fp32": "f32"}[values] in out.split(";")[0]
 
 
+def test_explain_of_int8_factors(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("explain", "low_rank_linear", "--k", "64", "--n", "32", "--rank", "8")
+    code, out, err = run(capsys, *argv, "--values", "int8")
+    assert code == 0, err
+    assert "quantized_linear" in out.split(";")[0]
+    assert "quantized_linear" not in run(capsys, *argv)[1]
+
+
 def test_show_draws_the_sparse_layers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
     save(model, tmp_path / "dense")
@@ -404,6 +416,17 @@ def test_show_draws_the_sparse_layers(capsys: pytest.CaptureFixture[str], tmp_pa
     code, _, err = run(capsys, "show", str(tmp_path / "dense"))
     assert code == cli.MISUSE
     assert "expected a model with compressed layers; it has none" in err
+
+
+def test_show_names_low_rank_layers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 32))
+    low_rank = bigops.LowRank(4)
+    bigops.compress_(model, {"0": low_rank, "1": low_rank + bigops.Int8()})
+    save(model, tmp_path / "small")
+    code, out, _ = run(capsys, "show", str(tmp_path / "small"))
+    assert code == 0
+    for i, layer in enumerate(model):
+        assert f"{i}: {layer}, {layer.nbytes:,} bytes" in out
 
 
 def test_explain_of_a_gated_pair(capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,9 +78,9 @@ def test_sparsity_out_of_range(bad: float) -> None:
 def test_config_errors() -> None:
     with pytest.raises(TypeError, match=r"sparsity: expected a float; got str"):
         Sparse("0.8")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"only Sparse \+ Int8 compose"):
+    with pytest.raises(TypeError, match=r"only Sparse \+ Int8 and LowRank"):
         Int8() + Int8()
-    with pytest.raises(TypeError, match=r"Int4 \+ Sparse: only Sparse \+ Int8 compose"):
+    with pytest.raises(TypeError, match=r"Int4 \+ Sparse: only Sparse \+ Int8 and LowRank"):
         Int4() + Sparse(0.5)
     with pytest.raises(ValueError, match=r"int8: expected Int8\(\) or .* beside Sparse"):
         Sparse(0.5) + Int8(activations="none")

@@ -43,6 +43,9 @@ def test_the_python_of_the_readme_runs(
     exec(blocks[4], names)
     assert names["stepped"] is True
     exec(blocks[5], names)
+    assert names["small"][0].frozen
+    assert names["small"][0].rank == 64
+    exec(blocks[6], names)
     assert names["stepped"] is True
     assert names["loss"].item() > 1
 

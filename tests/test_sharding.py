@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from bigops.ops import _activation as act
 from bigops.ops.fused_linear import reference
+from tests import cross_entropy_cases, low_rank_cases, tolerance
+from tests import sharding_factors as factors
 from tests import sharding_worker as worker
-from tests import tolerance
 from tests.ranks import run_ranks
 
 
@@ -125,6 +126,75 @@ def test_the_raw_op_has_gradients(seen: dict[str, dict[str, Tensor]]) -> None:
     truth, plain, scales = alone(torch.float64), alone(torch.float32), _scales("rows")
     for key, value in seen["raw"].items():
         tolerance.check(value, truth[key], plain[key], scales[key], what=key)
+
+
+def _bounds(kind: str, name: str) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor | float]]:
+    """Truth, plain torch, scale and rounding of the result and of every gradient."""
+    whole = factors.tensors(kind, name)
+    grad = whole.pop("grad")
+    if kind == "factors":
+        inputs = tuple(whole[key] for key in low_rank_cases.NAMES)
+        case = low_rank_cases.LowRankCase(inputs, grad, factors.FACTORS[name].activation, 1.0)
+        names: tuple[str, ...] = low_rank_cases.NAMES
+        scales, roundings = case.carried(True), case.carried(False)
+    else:
+        loss, names = factors.LOSSES[name], ("x", "weight", "bias")
+        options = {"reduction": loss.reduction, "class_weight": whole["class_weight"]}
+        given = (whole[key] for key in ("x", "weight", "bias", "target"))
+        case = cross_entropy_cases.Case(*given, {**options, **(loss.options or {})})
+        case.grad = grad
+        y, *both = case.scales()
+        scales, roundings = (y, both[0]), (0.0, both[1])
+    parts = (case.plain(torch.float64), case.plain(torch.float32), scales, roundings)
+    bounds = {"y": tuple(part[0] for part in parts)}
+    for i, key in enumerate(names):
+        if whole[key] is not None:
+            bounds[f"grad_{key}"] = tuple(part[1][i] for part in parts)
+    return bounds
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("factors", n) for n in factors.FACTORS] + [("loss", n) for n in factors.LOSSES],
+)
+def test_factors_and_losses_on_two_ranks(kind: str, name: str, seen: dict[str, Any]) -> None:
+    out, bounds = seen[f"{kind}.{name}"], _bounds(kind, name)
+    given = {k for k, t in factors.tensors(kind, name).items() if t is not None}
+    assert set(out) == {"y"} | {f"grad_{k}" for k in factors.trained(kind, name) if k in given}
+    for key, value in out.items():
+        ref, plain, scale, rounding = bounds[key]
+        tolerance.check(value, ref, plain, scale, rounding=rounding, what=f"{name}: {key}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "key"),
+    [("factors", "rank", "y"), ("factors", "rows", "grad_v"), ("loss", "tokens", "y"),
+     ("loss", "tokens", "grad_weight"), ("loss", "mean", "y")],
+)  # fmt: skip
+def test_one_ranks_share_of_factors_and_losses_would_be_seen(
+    kind: str, name: str, key: str
+) -> None:
+    """Planted: what the first rank has by itself, before the sum over ranks."""
+    whole = factors.tensors(kind, name)
+    grad = whole.pop("grad")
+    if name == "rank":  # one column of u and one row of v
+        whole["u"], whole["v"] = whole["u"][:, :1], whole["v"][:1]
+        whole["bias"] = whole["residual"] = None
+    else:
+        rows = slice(0, 3)
+        whole |= {k: whole[k][rows] for k in ("x", "residual", "target") if k in whole}
+        grad = grad if grad.dim() == 0 else grad[rows]
+    wanted = {k: None if t is None else t.clone() for k, t in whole.items()}
+    for k in factors.trained(kind, name):
+        if wanted[k] is not None:
+            wanted[k].requires_grad_()
+    y = factors.call(kind, name, wanted)
+    part = y.detach()
+    if key != "y":
+        (part,) = torch.autograd.grad(y, [wanted[key.removeprefix("grad_")]], grad)
+    ref, plain, scale, rounding = _bounds(kind, name)[key]
+    with pytest.raises(AssertionError, match="element"):
+        tolerance.check(part, ref, plain, scale, rounding=rounding)
 
 
 def test_u8_between_layers_on_two_ranks(seen: dict[str, dict[str, Tensor]]) -> None:

@@ -1,7 +1,7 @@
 """Compression: configs, the verb, the receipt, one file."""
 
 from bigops.compress.apply import compress_, freeze_
-from bigops.compress.config import W4A8, Int4, Int8, Sparse, SparseInt8
+from bigops.compress.config import W4A8, Int4, Int8, LowRank, LowRankInt8, Sparse, SparseInt8
 from bigops.compress.receipt import FloorBreached, Floors, Receipt
 from bigops.compress.store import FormatError, load, save
 
@@ -12,6 +12,8 @@ __all__ = [
     "FormatError",
     "Int4",
     "Int8",
+    "LowRank",
+    "LowRankInt8",
     "Receipt",
     "Sparse",
     "SparseInt8",

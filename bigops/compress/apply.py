@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,8 @@ from bigops.compress.config import (
     Config,
     Int4,
     Int8,
+    LowRank,
+    LowRankInt8,
     Plan,
     Sparse,
     activations_of,
@@ -23,12 +26,14 @@ from bigops.nn import chains
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
+from bigops.nn.low_rank_linear import LowRankLinear
 from bigops.nn.quant_linear import QuantLinear
+from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
 from bigops.nn.record import Done, Record, Skipped
 from bigops.nn.sites import Contest, Sites, capture, contest
 from bigops.nn.sparse_linear import SparseLinear
 
-_EXACT = (nn.Linear, Linear, QuantLinear, SparseLinear)
+_EXACT = (nn.Linear, Linear, LowRankLinear, QuantLinear, QuantLowRankLinear, SparseLinear)
 _SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -38,11 +43,12 @@ def compress_(
     """Compress the linear layers of ``model`` in place.
 
     Args:
-        model: any module; its `nn.Linear`, `bigops.nn.Linear` (the activation is kept) and
-            compressed layers that are not frozen are compressed.
-        config: `Sparse(0.8)`, `Int8()`, `Sparse(0.8) + Int8()`, `Int4()` or `W4A8` for every layer,
-            or a mapping of name patterns (`fnmatch`) to configs. The first pattern that matches
-            wins; layers that none matches stay as they are.
+        model: any module; its `nn.Linear`, `bigops.nn.Linear` (the activation is kept),
+            `LowRankLinear` (by `Int8()`) and compressed layers that are not frozen are compressed.
+        config: `Sparse(0.8)`, `LowRank(energy=0.9)`, `Int8()`, `Sparse(0.8) + Int8()`,
+            `LowRank(64) + Int8()`, `Int4()` or `W4A8` for every layer, or a mapping of name
+            patterns (`fnmatch`) to configs. The first pattern that matches wins; layers that none
+            matches stay as they are, as do those whose factors would have no fewer entries.
         example_inputs: what the model is called with: x, a tuple of positions or a mapping of
             keywords. Each layer is then timed against what it replaces, interleaved, on the input
             that it sees; where the original wins, the original stays and the record says so.
@@ -51,14 +57,16 @@ def compress_(
             alone reads passes u8 to it (`bigops.nn.chains`; the record says which; NaN and inf
             there raise RuntimeError). False: the layers stay trainable in floating point, with
             their pattern kept, until `freeze_`; they share the Parameter objects of the old layers,
-            so an optimiser goes on working.
+            so an optimiser goes on working. `LowRank` makes new Parameters, the factors, which need
+            an optimiser of their own; alone it leaves them trainable with either.
 
     Returns:
         What was done, layer by layer, and what was left with the reason.
 
     Raises:
         ValueError: a pattern or config that matches no layer, NaN or inf in a layer's weight or
-            bias, or static activations without example_inputs. The model is unchanged.
+            bias, a config that a sparse or low-rank layer does not take, or static activations
+            without example_inputs. The model is unchanged.
         TypeError: a config of another type. The model is unchanged.
     """
     sites = Sites(model)
@@ -80,7 +88,7 @@ def compress_(
         _check_finite(name, layers[name])
 
     timed: dict[str, Contest] = {}
-    built: dict[str, CompressedLinear] = {}
+    built: dict[str, CompressedLinear | LowRankLinear] = {}
     static = [n for n, c in chosen.items() if activations_of(c) == "static"]
     if example_inputs is None and static:
         raise ValueError(
@@ -93,17 +101,24 @@ def compress_(
     for name, value in chosen.items():
         old = layers[name]
         if example_inputs is not None and name not in seen:
-            reason = "the example inputs never call it, so its weight may be used elsewhere"
-            skipped.append(Skipped(name, reason))
+            uncalled = "the example inputs never call it, so its weight may be used elsewhere"
+            skipped.append(Skipped(name, uncalled))
             continue
         x = None if example_inputs is None else seen[name]
-        new = build(old, value, x)
-        if freeze:
+        reason = _saves_nothing(old, _rank_of(value))  # before the singular values are computed
+        if reason is None:
+            new = build(old, value, x)
+            reason = _saves_nothing(old, getattr(new, "rank", None))
+        if reason is not None:
+            skipped.append(Skipped(name, reason))
+            continue
+        if freeze and isinstance(new, CompressedLinear):
             new.freeze()
         if x is not None:
-            frozen = new if freeze else build(old, value, x).freeze()
-            key = (x.shape, x.dtype, str(value), old.weight.shape, old.weight.dtype, type(old),
-                   old.bias is None, frozen.activation)  # fmt: skip
+            frozen = new if freeze else _frozen_twin(new, old, value, x)
+            key = (x.shape, x.dtype, str(value), getattr(new, "rank", None), _entries(old),
+                   next(old.parameters()).dtype, type(old), old.bias is None,
+                   frozen.activation)  # fmt: skip
             if key not in cache:
                 cache[key] = contest(old, frozen, x, training=False)
             timed[name] = cache[key]
@@ -122,12 +137,32 @@ def compress_(
     return Record("compress_", done, skipped, notes)
 
 
-def build(layer: nn.Module, config: Config, x: Tensor | None = None) -> CompressedLinear:
+def build(
+    layer: nn.Module, config: Config, x: Tensor | None = None
+) -> CompressedLinear | LowRankLinear:
     """A compressed layer in recovery state beside ``layer``, which is not changed.
 
     Args:
         x: an input of the layer, from which static activations take their range.
     """
+    if isinstance(layer, LowRankLinear | QuantLowRankLinear):
+        if config != Int8():
+            raise ValueError(
+                f"config: expected Int8() for a low-rank layer, whose rank stays; got {config}"
+            )
+        return QuantLowRankLinear.from_low_rank(layer)
+    if isinstance(config, LowRank | LowRankInt8):
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(
+                f"config: expected a dense layer for {config}; got a {type(layer).__name__}"
+            )
+        form = config if isinstance(config, LowRank) else config.low_rank
+        # Factors made under inference_mode could not be trained later.
+        with torch.inference_mode(False), torch.no_grad():
+            factors = LowRankLinear.from_linear(layer, form.rank, form.energy)
+        if isinstance(config, LowRank):
+            return factors
+        return QuantLowRankLinear.from_low_rank(factors)
     if isinstance(config, Int8) and isinstance(layer, SparseLinear):
         if config not in BESIDE_SPARSE:
             raise ValueError(
@@ -156,6 +191,43 @@ def build(layer: nn.Module, config: Config, x: Tensor | None = None) -> Compress
     return _calibrated(sparse, x)
 
 
+def _rank_of(config: Config) -> int | None:
+    """The rank that a config names."""
+    if isinstance(config, LowRankInt8):
+        config = config.low_rank
+    return config.rank if isinstance(config, LowRank) else None
+
+
+def _saves_nothing(layer: nn.Module, rank: int | None) -> str | None:
+    """Why factors of this rank would be no smaller than the layer, or None."""
+    if rank is None or not isinstance(layer, nn.Linear):
+        return None
+    n, k = layer.out_features, layer.in_features
+    if rank * (k + n) < n * k:
+        return None
+    return (
+        f"rank {rank} saves nothing: {rank} x ({k} + {n}) entries of the factors for {k} x {n} of "
+        "the weight"
+    )
+
+
+def _entries(layer: nn.Module) -> tuple[torch.Size, ...]:
+    return tuple(p.shape for p in layer.parameters())
+
+
+def _frozen_twin(
+    new: CompressedLinear | LowRankLinear, old: nn.Module, config: Config, x: Tensor
+) -> CompressedLinear | LowRankLinear:
+    """What ``new`` is once frozen; it shares no storage with it."""
+    if isinstance(new, LowRankLinear):
+        return new
+    if isinstance(new, QuantLowRankLinear):
+        return copy.deepcopy(new).freeze()  # not built again: singular values take long
+    twin = build(old, config, x)
+    assert isinstance(twin, CompressedLinear)
+    return twin.freeze()
+
+
 def _calibrated(layer: CompressedLinear, x: Tensor | None) -> CompressedLinear:
     if x is not None and layer.x_grid is not None:
         layer.calibrate(x)
@@ -165,16 +237,19 @@ def _calibrated(layer: CompressedLinear, x: Tensor | None) -> CompressedLinear:
 def freeze_(model: nn.Module) -> Record:
     """Freeze every compressed layer of ``model`` in place: the float weights go.
 
-    Of a thawed layer the stored values become a buffer again. Static layers then pass u8 to each
-    other as after `compress_`.
+    Of a thawed layer the stored values become a buffer again; a `LowRankLinear` is left. Static
+    layers then pass u8 to each other as after `compress_`.
 
     Raises:
         ValueError: no compressed layer, or NaN or inf in a weight. The model is unchanged.
     """
-    found = [(n, m) for n, m in Sites(model).unique() if isinstance(m, CompressedLinear)]
-    if not found:
+    modules = list(Sites(model).unique())
+    found = [(n, m) for n, m in modules if isinstance(m, CompressedLinear)]
+    factors = [n for n, m in modules if isinstance(m, LowRankLinear)]
+    if not found and not factors:
         raise ValueError("model: expected compressed layers (compress_ makes them); found none")
     skipped = [Skipped(n, "it is frozen already") for n, m in found if m.frozen and not m.thawed]
+    skipped += [Skipped(n, "its factors are all it has; Int8() makes them int8") for n in factors]
     storages = []
     for name, layer in found:
         if not layer.frozen or layer.thawed:
@@ -207,10 +282,11 @@ def _layers(sites: Sites) -> tuple[dict[str, Any], dict[str, str]]:
             left[path] = "its gate and up projection: gated pairs have no compressed kernel"
         if isinstance(module, CompressedLinear) and module.frozen:
             left[path] = "it is thawed" if module.thawed else "it is frozen already"
-        elif isinstance(module, nn.Linear | CompressedLinear):
+        elif isinstance(module, nn.Linear | LowRankLinear | CompressedLinear):
             reason = sites.reason_to_leave(path, _EXACT, weight_goes=True)
-            if reason is None and module.weight.dtype not in _SERVED:
-                reason = f"no compressed kernel takes {module.weight.dtype}"
+            dtype = next((p.dtype for p in module.parameters()), torch.float32)
+            if reason is None and dtype not in _SERVED:
+                reason = f"no compressed kernel takes {dtype}"
             if reason is None:
                 layers[path] = module
             else:
@@ -243,7 +319,7 @@ def _choose(
 
 
 def _check_finite(name: str, layer: Any) -> None:
-    for leaf in ("weight", "values", "bias"):
+    for leaf in ("weight", "u", "v", "values", "bias"):
         value = getattr(layer, leaf, None)
         if value is not None and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())
@@ -256,19 +332,22 @@ def _done(
     name: str,
     config: Config,
     old: Any,
-    new: CompressedLinear,
+    new: CompressedLinear | LowRankLinear,
     timed: Contest | None,
     before: int,
     passed: str | None,
 ) -> Done:
     why = str(timed) if timed is not None else "asked for"
-    if not new.frozen:
+    if isinstance(new, LowRankLinear):
+        why += "; trainable at this rank"
+    elif not new.frozen:
         why += "; trainable, in floating point until freeze_"
     if passed is not None:
         why += f"; {passed}"
+    rank = f", rank {new.rank}" if isinstance(new, LowRankLinear | QuantLowRankLinear) else ""
     return Done(
         name,
-        f"{type(old).__name__} -> {type(new).__name__} by {config}",
+        f"{type(old).__name__} -> {type(new).__name__} by {config}{rank}",
         why,
         before,
         new.nbytes,

@@ -1,4 +1,7 @@
-"""What to do with a layer, as data: `Sparse(0.8)`, `Int8()`, `Sparse(0.8) + Int8()`, `Int4()`."""
+"""What to do with a layer, as data: `Sparse(0.8)`, `LowRank(64)`, `Int8()`, `Int4()`.
+
+`Sparse` and `LowRank` say which entries or factors stay; with `+ Int8()` these are stored as int8.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +42,51 @@ class Sparse:
     def __add__(self, other: object) -> SparseInt8:
         if isinstance(other, Int8):
             return SparseInt8(self, other)
-        raise TypeError(f"Sparse + {type(other).__name__}: only Sparse + Int8 compose")
+        raise _no_sum(self, other)
 
     def __str__(self) -> str:
         more = {k: v for k, v in _more(self).items() if k != "sparsity"}
         return f"Sparse({self.sparsity:g}{''.join(f', {k}={v}' for k, v in more.items())})"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Keep the weight as two factors, ``u @ v`` by its largest singular values; give one of both.
+
+    Args:
+        rank: r, at least 1.
+        energy: the share of the squared Frobenius norm to keep, above 0 up to 1: each layer gets
+            the least rank that keeps it.
+
+    A layer whose factors would have no fewer entries than its weight, r (K + N) >= K N, is left.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+
+    def __post_init__(self) -> None:
+        rank, energy = self.rank, self.energy
+        if (rank is None) == (energy is None):
+            raise ValueError(f"rank, energy: expected one of the two; got {rank} and {energy}")
+        if energy is None:
+            if isinstance(rank, bool) or not isinstance(rank, int):
+                raise TypeError(f"rank: expected an int; got {type(rank).__name__}")
+            if rank < 1:
+                raise ValueError(f"rank: expected at least 1; got {rank}")
+        elif isinstance(energy, bool) or not isinstance(energy, int | float):
+            raise TypeError(f"energy: expected a float; got {type(energy).__name__}")
+        elif not 0 < energy <= 1:
+            raise ValueError(f"energy: expected above 0 and at most 1; got {energy}")
+        else:
+            object.__setattr__(self, "energy", float(energy))
+
+    def __add__(self, other: object) -> LowRankInt8:
+        if isinstance(other, Int8):
+            return LowRankInt8(self, other)
+        raise _no_sum(self, other)
+
+    def __str__(self) -> str:
+        return f"LowRank({_arguments(self)})"
 
 
 @dataclass(frozen=True)
@@ -65,10 +108,10 @@ class Int8:
     def __post_init__(self) -> None:
         _check_form(self, 8)
 
-    def __add__(self, other: object) -> SparseInt8:
-        if isinstance(other, Sparse):
+    def __add__(self, other: object) -> SparseInt8 | LowRankInt8:
+        if isinstance(other, Sparse | LowRank):
             return other + self
-        raise TypeError(f"Int8 + {type(other).__name__}: only Sparse + Int8 compose")
+        raise _no_sum(self, other)
 
     def __str__(self) -> str:
         return f"Int8({_arguments(self)})"
@@ -93,7 +136,7 @@ class Int4:
         _check_form(self, 4)
 
     def __add__(self, other: object) -> SparseInt8:
-        raise TypeError(f"Int4 + {type(other).__name__}: only Sparse + Int8 compose")
+        raise _no_sum(self, other)
 
     def __str__(self) -> str:
         return f"Int4({_arguments(self)})"
@@ -108,17 +151,23 @@ def _check_form(config: Int8 | Int4, bits: int) -> None:
     check_form(bits, group or 0, config.activations)
 
 
-def _changed(config: Int8 | Int4) -> dict[str, Any]:
+def _no_sum(config: object, other: object) -> TypeError:
+    return TypeError(
+        f"{type(config).__name__} + {type(other).__name__}: only Sparse + Int8 and LowRank + Int8 "
+        "compose"
+    )
+
+
+def _changed(config: Int8 | Int4 | LowRank) -> dict[str, Any]:
     """The arguments that are not the default."""
-    plain = type(config)()
     return {
         field.name: getattr(config, field.name)
         for field in fields(config)
-        if getattr(config, field.name) != getattr(plain, field.name)
+        if getattr(config, field.name) != field.default
     }
 
 
-def _arguments(config: Int8 | Int4) -> str:
+def _arguments(config: Int8 | Int4 | LowRank) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in _changed(config).items())
 
 
@@ -147,28 +196,47 @@ class SparseInt8:
             )
 
     def __add__(self, other: object) -> SparseInt8:
-        raise TypeError(f"{self} + {type(other).__name__}: only Sparse + Int8 compose")
+        raise _no_sum(self, other)
 
     def __str__(self) -> str:
         return f"{self.sparse} + {self.int8}"
 
 
-Config: TypeAlias = Sparse | Int8 | Int4 | SparseInt8
+@dataclass(frozen=True)
+class LowRankInt8:
+    """`LowRank(..) + Int8()`: both factors are stored as int8; activations dynamic."""
+
+    low_rank: LowRank
+    int8: Int8 = Int8()
+
+    def __post_init__(self) -> None:
+        if self.int8 != Int8():
+            raise ValueError(f"int8: expected Int8() beside LowRank; got {self.int8}")
+
+    def __add__(self, other: object) -> LowRankInt8:
+        raise _no_sum(self, other)
+
+    def __str__(self) -> str:
+        return f"{self.low_rank} + {self.int8}"
+
+
+Config: TypeAlias = Sparse | LowRank | Int8 | Int4 | SparseInt8 | LowRankInt8
 Plan: TypeAlias = Config | Mapping[str, Config]
 
 
 def activations_of(config: Config) -> str:
     """What the product of a layer of this form does with x."""
-    if isinstance(config, SparseInt8):
+    if isinstance(config, SparseInt8 | LowRankInt8):
         return config.int8.activations
-    return "none" if isinstance(config, Sparse) else config.activations
+    return "none" if isinstance(config, Sparse | LowRank) else config.activations
 
 
 def check_config(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a config."""
-    if not isinstance(value, Sparse | Int8 | Int4 | SparseInt8):
+    if not isinstance(value, Config):
         raise TypeError(
-            f"{name}: expected Sparse(..), Int8(..), Int4(..) or Sparse(..) + Int8(); got {value!r}"
+            f"{name}: expected Sparse(..), LowRank(..), Int8(..), Int4(..), Sparse(..) + Int8() or "
+            f"LowRank(..) + Int8(); got {value!r}"
         )
 
 
@@ -221,6 +289,11 @@ def _encode(config: Config) -> dict[str, Any]:
     elif isinstance(config, SparseInt8):
         data["sparse"] = _more(config.sparse)
         data["int8"] = _changed(config.int8)
+    elif isinstance(config, LowRank):
+        data["low_rank"] = _changed(config)
+    elif isinstance(config, LowRankInt8):
+        data["low_rank"] = _changed(config.low_rank)
+        data["int8"] = {}
     elif isinstance(config, Int8):
         data["int8"] = _changed(config)
     else:
@@ -229,7 +302,7 @@ def _encode(config: Config) -> dict[str, Any]:
 
 
 def _decode(data: Any) -> Config:
-    kinds = {"sparse": Sparse, "int8": Int8, "int4": Int4}
+    kinds = {"sparse": Sparse, "low_rank": LowRank, "int8": Int8, "int4": Int4}
     made: dict[str, Any] = {}
     shaped = isinstance(data, dict) and data and set(data) <= set(kinds)
     try:
@@ -237,13 +310,13 @@ def _decode(data: Any) -> Config:
             made = {name: kinds[name](**arguments) for name, arguments in data.items()}
     except TypeError as error:  # no mapping, an unknown argument, or a value of another type
         raise ValueError(f"config: expected the arguments of a config; {error}") from None
-    if set(made) == {"sparse", "int8"}:
-        both: SparseInt8 = made["sparse"] + made["int8"]
+    if set(made) in ({"sparse", "int8"}, {"low_rank", "int8"}):
+        both: SparseInt8 | LowRankInt8 = made.pop("int8") + next(iter(made.values()))
         return both
     if len(made) != 1:
         raise ValueError(
-            'config: expected {"sparse": {"sparsity": s}}, {"int8": {..}}, both of them, or '
-            f'{{"int4": {{..}}}}; got {json.dumps(data)[:80]}'
+            'config: expected {"sparse": {"sparsity": s}} or {"low_rank": {..}}, {"int8": {..}}, '
+            f'one of those with int8, or {{"int4": {{..}}}}; got {json.dumps(data)[:80]}'
         )
     single: Config = next(iter(made.values()))
     return single

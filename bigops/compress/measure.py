@@ -17,7 +17,10 @@ from bigops import backend, timing
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
+from bigops.nn.low_rank_linear import LowRankLinear
+from bigops.nn.pack import KeepsPack
 from bigops.nn.quant_linear import QuantLinear
+from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
 from bigops.nn.sites import capture, contest, evaluating, run_example
 from bigops.nn.sparse_linear import SparseLinear
 
@@ -33,8 +36,8 @@ def model_bytes(model: nn.Module) -> int:
             seen.add(storage.data_ptr())
             total += storage.nbytes()
     for module in model.modules():
-        if isinstance(module, Linear | CompressedLinear) and module._pack is not None:
-            total += module._pack.storage.nbytes
+        if isinstance(module, KeepsPack | CompressedLinear) and module._pack:
+            total += module._pack.nbytes
     return total
 
 
@@ -134,6 +137,10 @@ def clear(ratio: timing.Ratio, floor: float | None) -> bool:
 
 def kernel_of(module: nn.Module, x: Tensor) -> str:
     """The kernel that serves ``module`` on x, as `bigops.explain` names it."""
+    if isinstance(module, LowRankLinear | QuantLowRankLinear):
+        factors = module if isinstance(module, LowRankLinear) else module.storage()
+        given = (x, factors.u, factors.v, module.bias)
+        return backend.explain("low_rank_linear", *given, activation=module.activation).kernel
     op = _OPS.get(type(module))
     if op is None:
         return f"torch.{type(module).__name__}"
@@ -154,7 +161,8 @@ def layers(
     found: dict[str, nn.Module] = {
         name: module
         for name, module in after.named_modules()
-        if isinstance(module, nn.Linear | CompressedLinear | GatedMLP) and name in old
+        if isinstance(module, nn.Linear | LowRankLinear | CompressedLinear | GatedMLP)
+        and name in old
     }
     inside = {f"{n}.down_proj" for n, m in found.items() if isinstance(m, GatedMLP)}
     found = {name: module for name, module in found.items() if name not in inside}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bigops.compress import structure
 from bigops.files import replacing
 from bigops.nn.compressed_linear import CompressedLinear
+from bigops.nn.low_rank_linear import LowRankLinear
 from bigops.nn.sites import Sites
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def load(
     return model.to(device)
 
 
-def load_compressed(path: str | os.PathLike[str]) -> dict[str, CompressedLinear]:
+def load_compressed(path: str | os.PathLike[str]) -> dict[str, CompressedLinear | LowRankLinear]:
     """The compressed layers in a saved file by name, whatever the classes around them.
 
     Raises:

@@ -18,6 +18,7 @@ from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
 from bigops.nn.low_rank_linear import LowRankLinear
 from bigops.nn.quant_linear import QuantLinear
+from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
 from bigops.nn.sites import hook_reason
 from bigops.nn.sparse_linear import SparseLinear
 
@@ -98,6 +99,9 @@ KINDS: dict[str, Kind] = {
     "bigops.GatedMLP": _on_meta(GatedMLP, GatedMLP.arguments),
     "bigops.LowRankLinear": _on_meta(LowRankLinear, LowRankLinear.arguments),
     "bigops.QuantLinear": Kind(QuantLinear, QuantLinear.arguments, QuantLinear.from_arguments),
+    "bigops.QuantLowRankLinear": Kind(
+        QuantLowRankLinear, QuantLowRankLinear.arguments, QuantLowRankLinear.from_arguments
+    ),
     "bigops.SparseLinear": Kind(SparseLinear, SparseLinear.arguments, SparseLinear.from_arguments),
 }
 _NAMES = {kind.cls: name for name, kind in KINDS.items()}
@@ -191,16 +195,18 @@ def replacements(
         yield from replacements(child, below, _join(path, name), depth + 1)
 
 
-def compressed(node: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, CompressedLinear]]:
+def compressed(
+    node: Any, path: str = "", depth: int = 0
+) -> Iterator[tuple[str, CompressedLinear | LowRankLinear]]:
     """The compressed layers that a tree describes, by path; tensors on "meta".
 
     Raises:
         StructureError: a node that is malformed.
     """
     kind = _kind(node, path, depth)
-    if kind is not None and issubclass(kind.cls, CompressedLinear):
+    if kind is not None and issubclass(kind.cls, CompressedLinear | LowRankLinear):
         module = _make(node, path)
-        assert isinstance(module, CompressedLinear)
+        assert isinstance(module, CompressedLinear | LowRankLinear)
         yield path, module
     for name, child in node.get("children", {}).items():
         yield from compressed(child, _join(path, name), depth + 1)

@@ -8,6 +8,7 @@ from bigops.nn.lora_linear import LoRALinear, add_lora_
 from bigops.nn.low_rank_linear import LowRankLinear
 from bigops.nn.plain import plain
 from bigops.nn.quant_linear import QuantLinear
+from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
 from bigops.nn.sparse_linear import SparseLinear
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LoRALinear",
     "LowRankLinear",
     "QuantLinear",
+    "QuantLowRankLinear",
     "SparseLinear",
     "add_lora_",
     "fuse_",

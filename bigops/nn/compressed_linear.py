@@ -1,4 +1,4 @@
-"""What QuantLinear and SparseLinear share: a trainable state, a frozen one, a pack in between.
+"""What the compressed layers share: a trainable state, a frozen one, a pack in between.
 
 Recovery: a float ``weight`` Parameter is trained in the form it will be stored in. In `eval` with
 gradients off the real kernel runs from a pack that is made on first use. The pack is no part of
@@ -28,9 +28,10 @@ Self = TypeVar("Self", bound="CompressedLinear")
 
 
 class CompressedLinear(nn.Module):
-    """Base of the compressed layers; see `QuantLinear` and `SparseLinear`."""
+    """Base of the compressed layers; `QuantLinear`, `SparseLinear`, `QuantLowRankLinear`."""
 
     storage_names: tuple[str, ...]  # buffers of the frozen state, fields of the storage
+    trained_names: tuple[str, ...] = ("weight",)  # Parameters of the recovery state
     in_features: int
     out_features: int
     activation: str
@@ -52,7 +53,8 @@ class CompressedLinear(nn.Module):
         self.activation = activation
         self.frozen = False
         self._pack = None
-        self.register_parameter("weight", None)  # weight first: the order that optimisers see
+        for name in self.trained_names:  # before the bias: the order that optimisers see
+            self.register_parameter(name, None)
         self.register_parameter("bias", None)
         self.register_buffer("y_grid", None)
 
@@ -108,6 +110,10 @@ class CompressedLinear(nn.Module):
             or torch._C._are_functorch_transforms_active()
         ):
             return self.run(x, self.storage(), residual)
+        return self.run_trained(x, residual)
+
+    def run_trained(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The differentiable forward pass of the recovery state."""
         return fused_linear(x, self.trained_weight(), self.bias, residual, self.activation)
 
     def _floating(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -235,7 +241,7 @@ class CompressedLinear(nn.Module):
     def set_storage(self, storage: Any) -> None:
         """Become frozen with this storage."""
         self.drop_pack()
-        for name in ("weight", "mask", *self.storage_names):
+        for name in (*self.trained_names, "mask", *self.storage_names):
             self._parameters.pop(name, None)
             self._buffers.pop(name, None)
         for name in self.storage_names:
@@ -405,7 +411,8 @@ class Source(NamedTuple):
 
 def check_source(linear: nn.Module) -> Source:
     """What ``linear`` is made of; raise TypeError or ValueError where it has no float weight."""
-    if not isinstance(linear, nn.Linear | CompressedLinear):
+    names = getattr(linear, "trained_names", ("weight",))
+    if not isinstance(linear, nn.Linear | CompressedLinear) or "weight" not in names:
         raise TypeError(f"linear: expected a torch.nn.Linear; got {type(linear).__name__}")
     if isinstance(linear, CompressedLinear) and linear.frozen:
         state = "thawed" if linear.thawed else "frozen"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,20 @@ from bigops.nn.linear import Linear, check_size, packs
 from bigops.nn.pack import KeepsPack, renewed
 from bigops.ops import _activation as act
 from bigops.ops.low_rank_linear import low_rank_linear
-from bigops.ops.packed_linear import pack_weight, packed_linear
+from bigops.ops.packed_linear import PackedWeight, pack_weight, packed_linear
 
 Self = TypeVar("Self", bound="LowRankLinear")
+
+
+class _Packed(NamedTuple):
+    """Both factors as `packed_linear` reads them."""
+
+    u: PackedWeight
+    v: PackedWeight
+
+    @property
+    def nbytes(self) -> int:
+        return self.u.nbytes + self.v.nbytes
 
 
 class LowRankLinear(KeepsPack):
@@ -139,7 +150,9 @@ class LowRankLinear(KeepsPack):
             and packs(self.v, x)
         ):
             (u, v), self._pack = renewed(
-                self._pack, (self.u, self.v), lambda: [pack_weight(self.u), pack_weight(self.v)]
+                self._pack,
+                (self.u, self.v),
+                lambda: _Packed(pack_weight(self.u), pack_weight(self.v)),
             )
             return packed_linear(packed_linear(x, v), u, self.bias, residual, self.activation)
         return low_rank_linear(x, self.u, self.v, self.bias, residual, self.activation)
@@ -161,8 +174,7 @@ class LowRankLinear(KeepsPack):
     @property
     def density(self) -> float:
         """Entries of the factors over entries of the dense weight; above 1 nothing is saved."""
-        dense = self.in_features * self.out_features
-        return (self.u.numel() + self.v.numel()) / dense if dense else 0.0
+        return density_of(self.in_features, self.out_features, self.rank)
 
     def extra_repr(self) -> str:
         text = (
@@ -191,6 +203,12 @@ def check_rank(rank: int, in_features: int, out_features: int, least: int) -> No
             f"rank: expected {least} to {most}, the smaller side of "
             f"[{out_features}, {in_features}]; got {rank}"
         )
+
+
+def density_of(in_features: int, out_features: int, rank: int) -> float:
+    """Entries of two factors over entries of the dense weight."""
+    dense = in_features * out_features
+    return rank * (in_features + out_features) / dense if dense else 0.0
 
 
 def _rank_of(values: Tensor, energy: float) -> int:

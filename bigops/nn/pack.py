@@ -22,6 +22,12 @@ class Pack(NamedTuple):
     # The sources themselves are held, so no later tensor can take their addresses.
     sources: tuple[tuple[Tensor, int], ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the form, or of the forms of a list."""
+        forms = self.storage if isinstance(self.storage, list) else [self.storage]
+        return sum(form.nbytes for form in forms)
+
     def is_fresh(self, sources: tuple[Tensor, ...]) -> bool:
         """Whether nothing has been written to the sources since."""
         return all(
@@ -61,13 +67,9 @@ class KeepsPack(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of the parameters and of the packed forms, where there are any."""
-        layers = [m for m in self.modules() if isinstance(m, KeepsPack) and m._pack is not None]
-        packed = sum(form.nbytes for layer in layers for form in layer._forms())
+        layers = (m for m in self.modules() if isinstance(m, KeepsPack))
+        packed = sum(layer._pack.nbytes for layer in layers if layer._pack is not None)
         return sum(p.nbytes for p in self.parameters()) + packed
-
-    def _forms(self) -> list[Any]:
-        forms = [] if self._pack is None else self._pack.storage
-        return forms if isinstance(forms, list) else [forms]
 
     def train(self: Self, mode: bool = True) -> Self:
         self._pack = None

@@ -90,7 +90,7 @@ class Sites:
         others = [p for p in self.paths[id(module)] if p != path]
         if others:
             return f"the same module is also reachable as {', '.join(others)}"
-        for leaf in ("weight", "bias"):
+        for leaf in ("weight", "u", "v", "bias"):
             value = getattr(module, leaf, None)
             if value is None:
                 continue

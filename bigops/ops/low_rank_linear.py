@@ -14,8 +14,10 @@ from torch import Tensor
 from bigops import backend
 from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
+from bigops.ops import _quantized_factors as factors
 from bigops.ops import _triton_low_rank as _triton
 from bigops.ops._library import LIB, autocast, define, loop, rows
+from bigops.ops._quantized_weight import QuantizedWeight
 from bigops.ops.fused_linear import fused_linear
 
 # --- reference -----------------------------------------------------------------------------
@@ -380,8 +382,8 @@ LIB.impl("low_rank_linear_backward", _cuda_backward, "CUDA")
 @backend.serves("low_rank_linear")
 def _explain(
     x: Tensor,
-    u: Tensor,
-    v: Tensor,
+    u: Any,
+    v: Any,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
@@ -390,6 +392,9 @@ def _explain(
     scale: float = 1.0,
     device: str | None = None,
 ) -> backend.Explanation:
+    if isinstance(u, QuantizedWeight) or isinstance(v, QuantizedWeight):
+        _check_form(base, scale)
+        return factors.explain(x, u, v, bias, residual, activation, device)
     check(x, u, v, bias, residual, base, activation)
     target = device or ("cpu" if x.device.type == "meta" else x.device.type)
     (n, rank), k = u.shape, v.shape[1]
@@ -416,8 +421,8 @@ def _explain(
 
 def low_rank_linear(
     x: Tensor,
-    u: Tensor,
-    v: Tensor,
+    u: Tensor | QuantizedWeight,
+    v: Tensor | QuantizedWeight,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
@@ -432,7 +437,8 @@ def low_rank_linear(
 
     Args:
         x: ``[.., K]``; float32, bfloat16, float16 or float64, any strides.
-        u: ``[N, r]``; r from 0 (the product is zero) to min(N, K).
+        u: ``[N, r]``; r from 0 (the product is zero) to min(N, K). Or both factors by
+            `quantize_weight`: two calls of `quantized_linear`, without ``base`` and ``scale``.
         v: ``[r, K]``.
         bias: ``[N]`` or None.
         residual: ``[.., N]``, the shape of the result, or None.
@@ -451,6 +457,9 @@ def low_rank_linear(
             that do not fit.
         TypeError: a dtype that is not served, or dtypes that differ.
     """
+    if isinstance(u, QuantizedWeight) or isinstance(v, QuantizedWeight):
+        _check_form(base, scale)
+        return factors.product(x, u, v, bias, residual, activation)  # type: ignore[arg-type]
     try:
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
@@ -475,3 +484,11 @@ def low_rank_linear(
             checks.tensors(x=x, u=u, v=v, bias=bias, residual=residual, base=base)
             check(x, u, v, bias, residual, base, activation)
         raise
+
+
+def _check_form(base: Tensor | None, scale: float) -> None:
+    if base is not None or scale != 1.0:
+        raise ValueError(
+            "base, scale: expected None and 1 with quantised factors; got "
+            f"{'None' if base is None else 'a tensor'} and {scale}"
+        )

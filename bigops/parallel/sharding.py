@@ -22,6 +22,16 @@ its first half of rows is no half of the op. The rows of a quantised weight spli
 16, as many for each rank; a dynamically quantised row of x needs all of K for its range. The
 storage of ``sparse_linear`` has no sub-tensor that belongs to some rows alone; where its values are
 trained, their gradient is an open sum over the ranks' rows of x.
+
+The factors u [N, r] and v [r, K] of ``low_rank_linear`` split by rows of x, by N (rows of u and of
+the base; every rank then makes x v^T) and, without an activation and a base, by r (columns of u,
+rows of v; a sum over ranks is open). By N each rank needs r rows of u, since a rank above the
+smaller side is refused. K is not split: v would be, at once with r.
+
+``linear_cross_entropy`` splits by tokens with reduction "none" (the losses are split) and "sum" (a
+sum over ranks is open), gradients of weight and bias being open sums; the weight is whole. "mean"
+is not split, since each rank would divide by its own tokens, nor are the classes, whose softmax
+needs all of them, nor K.
 """
 
 from __future__ import annotations
@@ -31,17 +41,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bigops.ops._activation import GATED  # importing bigops.ops defines the ops named below
+from bigops.parallel import _loss_rules
+from bigops.parallel._rule import Rule, _if
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
-
-    # One entry per result and per argument; None for whatever is no tensor.
-    Rule = tuple[list[Placement | None], list[Placement | None]]
 
 _OPS = (
     "fused_linear",
     "fused_linear_with_preact",
     "fused_linear_backward",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_grad",
+    "linear_cross_entropy_backward",
+    "low_rank_linear",
+    "low_rank_linear_with_parts",
+    "low_rank_linear_backward",
     "packed_linear",
     "packed_linear_backward",
     "quantized_linear",
@@ -71,7 +86,7 @@ def register_sharding_rules() -> None:
     known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
     for name in _OPS:
         op = getattr(torch.ops.bigops, name).default
-        register_sharding(op)(globals()[f"_{name}"])
+        register_sharding(op)(globals().get(f"_{name}") or getattr(_loss_rules, name))
         # DTensor caches a choice by the tensors' shapes and by the arguments from static_argnum
         # on; register_sharding counts integers only. Without this line "swiglu" would get the
         # split that "relu" was given for equal shapes.
@@ -345,5 +360,85 @@ def _with_grids(rules: list[Rule], place: int, *grids: Any) -> list[Rule]:
     return [(results, [*given[:place], *whole, *given[place:]]) for results, given in rules]
 
 
-def _if(tensor: Any, placement: Placement) -> Placement | None:
-    return None if tensor is None else placement
+def _low_rank_linear(
+    x: Any,
+    u: Any,
+    v: Any,
+    bias: Any,
+    residual: Any,
+    base: Any,
+    activation: str,
+    scale: float,
+    parts: bool = False,
+) -> list[Rule]:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    last = x.ndim - 1
+    whole = Replicate()
+
+    def rule(y: Any, t: Any, x_: Any, u_: Any, v_: Any, row: Any, base_: Any) -> Rule:
+        # z of activation "none" is an empty tensor, which cannot be split.
+        results = [y, t, whole if activation == "none" else y] if parts else [y]
+        given = (_if(bias, row), _if(residual, y), _if(base, base_))
+        return results, [x_, u_, v_, *given, None, None]
+
+    rules = [rule(whole, whole, whole, whole, whole, whole, whole)]
+    for d in range(last):
+        rules.append(rule(Shard(d), Shard(d), Shard(d), whole, whole, whole, whole))
+    if _rows_for_rank(u):
+        rules.append(rule(Shard(last), whole, whole, Shard(0), whole, Shard(0), Shard(0)))
+    if activation == "none" and base is None:
+        open_sum = Partial()
+        rules.append(rule(open_sum, Shard(last), whole, Shard(1), Shard(0), open_sum, whole))
+    return rules
+
+
+def _low_rank_linear_with_parts(
+    x: Any, u: Any, v: Any, bias: Any, residual: Any, base: Any, activation: str, scale: float
+) -> list[Rule]:
+    return _low_rank_linear(x, u, v, bias, residual, base, activation, scale, parts=True)
+
+
+def _low_rank_linear_backward(
+    grad: Any,
+    x: Any,
+    u: Any,
+    v: Any,
+    base: Any,
+    t: Any,
+    preact: Any,
+    activation: str,
+    scale: float,
+    *needs: bool,
+) -> list[Rule]:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    last = x.ndim - 1
+    whole, open_sum = Replicate(), Partial()
+
+    def rule(grads: tuple[Any, ...], z: Any, x_: Any, u_: Any, v_: Any, t_: Any) -> Rule:
+        results = [g if need else whole for g, need in zip(grads, needs, strict=True)]
+        base_ = u_ if u_ == Shard(0) else whole
+        given = (z, x_, u_, v_, _if(base, base_), t_, _if(preact, z))
+        return results, [*given, *[None] * 7]
+
+    # Gradients of x, u, v, bias and base.
+    grads: tuple[Any, ...] = (whole,) * 5
+    rules = [rule(grads, whole, whole, whole, whole, whole)]
+    for d in range(last):
+        grads = (Shard(d), open_sum, open_sum, open_sum, open_sum)
+        rules.append(rule(grads, Shard(d), Shard(d), whole, whole, Shard(d)))
+    if _rows_for_rank(u):
+        grads = (open_sum, Shard(0), open_sum, Shard(0), Shard(0))
+        rules.append(rule(grads, Shard(last), whole, Shard(0), whole, whole))
+    if base is None:
+        grads = (open_sum, Shard(1), Shard(0), whole, whole)
+        rules.append(rule(grads, whole, whole, Shard(1), Shard(0), Shard(last)))
+    return rules
+
+
+def _rows_for_rank(u: Any) -> bool:
+    """Whether every rank of the mesh gets as many rows of u [N, r], and at least r."""
+    n, rank = u.shape
+    ranks = u.mesh.size()
+    return bool(n % ranks == 0 and n // ranks >= rank)
