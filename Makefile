@@ -5,6 +5,7 @@
 #   make bench                          pytest-benchmark -> bench.json, .csv, .md, a .png per op
 #   make lint                           ruff, mypy, clang-format
 #   make gpu-report                     compile the GPU kernels for every target and read the code
+#   make wheel                          dist/*.whl with the CUDA C++ kernels, where nvcc is
 #
 # Choices (each also works on later calls; a changed choice re-installs):
 #   PYTHON=python3.12        the interpreter that makes .venv
@@ -28,7 +29,7 @@ PINS = $(patsubst %,-c %,$(wildcard requirements/constraints-py$(shell $(PY) -c 
   $(if $(filter $(PINNED_TORCH),$(CHOICE)),-c requirements/constraints-torch-2.13.0.txt)
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-slow bench lint gpu-report install dev clean FORCE
+.PHONY: demo test test-slow bench lint gpu-report wheel install dev clean FORCE
 .DELETE_ON_ERROR:
 
 demo: install
@@ -54,6 +55,11 @@ lint: dev
 
 gpu-report: dev
 	$(PY) tests/gpu_report.py $(ARGS)
+
+# One wheel for torch with and without CUDA; no nvcc: a warning, and the CPU kernels alone.
+wheel: dev
+	BIGOPS_CUDA=$${BIGOPS_CUDA-1} $(PY) -m pip --disable-pip-version-check wheel --quiet \
+	  --no-build-isolation --no-deps --wheel-dir dist .
 
 install: $(VENV)/.installed
 dev: $(VENV)/.dev
