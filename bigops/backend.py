@@ -108,6 +108,7 @@ def apply_crossovers(table: crossover.Table | None = None) -> None:
     table = table or crossovers()
     for dtype, limits in table.fused_linear.items():
         extension.set_crossover("fused_linear", dtype, limits.max_rows, limits.max_flops)
+    extension.set_bf16_dot(table.bf16_dot)
     extension.set_float_product(usable(table.float_product))
 
 

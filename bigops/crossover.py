@@ -12,7 +12,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,6 +41,7 @@ class Table:
         fused_linear: dtype -> limits of the own kernel.
         packs: dtype -> whether a dense layer in inference lays its weight out for packed_linear.
         float_product: "aten" or "onednn".
+        bf16_dot: whether packed and weight-only products of bf16 use vdpbf16ps, not float fmas.
         source: "committed", or the tuned file.
         ignored: why a tuned file was not taken, or "".
     """
@@ -48,6 +49,7 @@ class Table:
     fused_linear: dict[str, Limits]
     packs: dict[str, bool]
     float_product: str
+    bf16_dot: bool = True
     source: str = "committed"
     ignored: str = field(default="", compare=False)
 
@@ -79,7 +81,9 @@ def committed(extension: ModuleType) -> Table:
         if feature in extension.features():
             limits |= {dtype: Limits(**of) for dtype, of in changes["fused_linear"].items()}
             packs |= changes["packs"]
-    return Table(limits, packs, data["float_product"].get(extension.vendor(), "aten"))
+    maker = extension.vendor()
+    library = data["float_product"].get(maker, "aten")
+    return Table(limits, packs, library, data["bf16_dot"].get(maker, True))
 
 
 def current(extension: ModuleType) -> Table:
@@ -96,11 +100,12 @@ def current(extension: ModuleType) -> Table:
     except FileNotFoundError:
         return table
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no home folder
-        return Table(table.fused_linear, table.packs, table.float_product, ignored=str(error))
+        return replace(table, ignored=str(error))
     return Table(
         table.fused_linear | {t: Limits(**of) for t, of in tuned.get("fused_linear", {}).items()},
         table.packs | tuned.get("packs", {}),
         tuned.get("float_product", table.float_product),
+        table.bf16_dot,
         str(path),
     )
 

@@ -42,6 +42,8 @@ PYBIND11_MODULE(_C, m) {
         return before;
       },
       py::arg("name"), "Use an instruction set from now on; returns the one before.");
+  m.def("set_bf16_dot", &set_bf16_dot, py::arg("pays"),
+        "Whether packed and weight-only products of bf16 use vdpbf16ps where the CPU has it.");
   m.def("vendor", &cpu_vendor, "The maker of the CPU: amd, intel or other.");
   m.def(
       "features",

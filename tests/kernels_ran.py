@@ -20,10 +20,12 @@ def isa(name: str) -> Iterator[None]:
     """Run CPU kernels at an instruction set of this machine."""
     assert backend.extension is not None
     before = backend.extension.set_isa(name)
+    backend.extension.set_bf16_dot(True)  # every kernel of the level, whether it pays here or not
     try:
         yield
     finally:
         backend.extension.set_isa(before)
+        backend.extension.set_bf16_dot(backend.crossovers().bf16_dot)
 
 
 @contextlib.contextmanager

@@ -224,6 +224,7 @@ def test_features_of_the_cpu_change_the_committed_table() -> None:
     assert without.packs["bf16"]
     assert with_amx.fused_linear["bf16"].max_rows < without.fused_linear["bf16"].max_rows
     assert with_amx.fused_linear["f32"] == without.fused_linear["f32"]
+    assert not with_amx.bf16_dot
 
 
 # --- bad requests and the command ----------------------------------------------------------------

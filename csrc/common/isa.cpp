@@ -72,6 +72,14 @@ bool set_isa(const char* name) {
   return true;
 }
 
+namespace {
+std::atomic<bool> g_bf16_dot{true};
+}
+
+bool bf16_dot_pays() { return g_bf16_dot.load(std::memory_order_relaxed); }
+
+void set_bf16_dot(bool pays) { g_bf16_dot.store(pays, std::memory_order_relaxed); }
+
 const char* cpu_vendor() {
 #if defined(__x86_64__)
   __builtin_cpu_init();

@@ -27,7 +27,8 @@ Chosen choose(FloatKind kind) {
   Isa isa = Isa::portable;
 #if defined(__x86_64__)
   const Isa active = active_isa();
-  if (kind == kBFloat16 && active >= Isa::avx512bf16) return {avx512bf16_packed, Isa::avx512bf16};
+  if (kind == kBFloat16 && active >= Isa::avx512bf16 && bf16_dot_pays())
+    return {avx512bf16_packed, Isa::avx512bf16};
   if (active >= Isa::avx512) {
     kernels = &avx512_packed;
     isa = Isa::avx512;

@@ -149,7 +149,7 @@ Chosen choose(int64_t bits, bool integer, bool bf16) {
   bool pairs = false;
 #if defined(__x86_64__)
   if (isa >= Isa::avx512vnni) integers = &avx512vnni_quantized;
-  if (isa >= Isa::avx512bf16 && bf16) {
+  if (isa >= Isa::avx512bf16 && bf16 && bf16_dot_pays()) {
     floats = &avx512bf16_quantized;
     pairs = true;
   }
