@@ -1,4 +1,6 @@
-"""2:4 sparse products by mma.sp: the host twins held to NVIDIA's manual."""
+"""2:4 sparse weights and products by mma.sp: the compressed form and the host twins of the
+instructions, held to NVIDIA's manual.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from bigops.ops._sparse24_weight import _bits, check_storage, from_sparse, pack24
+from bigops.ops.sparse_linear import n_m_mask, sparsify_weight
 from tests import hostrun
 
 SOURCE = Path(__file__).parent / "hostrun_kernels.cu"
@@ -136,3 +140,88 @@ def test_metadata_that_the_manual_forbids_ends_the_run(library: Path, tmp_path: 
     done = hostrun.call_apart(library, "run_sparse_f16", *given, folder=tmp_path)
     assert done.returncode != 0
     assert "mma.sp.f16: metadata whose places do not rise" in done.stderr
+
+
+# the compressed form -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_packing_gives_the_figure(kind: str) -> None:
+    """The numbers and the metadata that the manual prints; any other spread of them is seen."""
+    matrix, numbers, places = figure(128)
+    packed = pack24(matrix.float() / (1 if kind != "s8" else 32), dtype=DTYPES[kind])
+    tiles = places.view(16, 2, 32) if kind == "s8" else places.view(16, 4, 16)
+    if kind != "s8":
+        assert torch.equal(packed.values, numbers.to(DTYPES[kind]))
+        meta = [
+            lanes(tiles[:, 2 * i], 16, 0) * (t < 2) + lanes(tiles[:, 2 * i + 1], 16, 1) * (t >= 2)
+            for i in range(2)
+            for t in [torch.arange(32) % 4]
+        ]
+    else:
+        assert packed.scale is not None
+        ideal = numbers / 32 / packed.scale.unsqueeze(1)
+        assert bool(((packed.values - ideal).abs() <= 0.5).all())
+        meta = [lanes(tiles[:, i], 8) for i in range(2)]
+    assert torch.equal(packed.meta, torch.stack(meta).unsqueeze(0))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (37, 130), (70, 257), (5, 0), (0, 8)], ids=str)
+@pytest.mark.parametrize("kind", DTYPES)
+def test_round_trip(kind: str, shape: tuple[int, int]) -> None:
+    w = torch.randn(shape).to(torch.bfloat16)
+    mask = n_m_mask(w) & (torch.rand(shape) < 0.9)  # some fours keep fewer than two
+    packed = pack24(w, mask, DTYPES[kind])
+    check_storage(*packed.tensors, shape[1])
+    want = torch.where(mask, w.float(), 0)
+    if kind == "s8":
+        general = sparsify_weight(w, mask, torch.int8, (1, 1))
+        assert torch.equal(packed.to_dense(), general.to_dense())
+        assert packed.sums is not None
+        assert general.sums is not None
+        assert torch.equal(packed.sums, general.sums)
+    else:
+        assert torch.equal(packed.to_dense(), want)
+        general = sparsify_weight(w, mask, torch.bfloat16, (1, 1))
+    again = from_sparse(general, DTYPES[kind])
+    for one, other in zip(packed.tensors, again.tensors, strict=True):
+        if one is None:
+            assert other is None
+        elif kind != "s8" or one is not packed.meta:  # a kept entry may have rounded to 0
+            assert other is not None
+    assert torch.equal(again.to_dense(), packed.to_dense())
+    if kind != "s8":
+        assert torch.equal(again.values, packed.values)
+        assert torch.equal(again.meta, packed.meta)
+
+
+def test_bytes_are_nine_sixteenths_of_dense_bfloat16() -> None:
+    w = torch.randn(64, 256).bfloat16()
+    packed = pack24(w, n_m_mask(w))
+    assert packed.values.dtype == torch.bfloat16
+    assert packed.nbytes * 16 == w.nbytes * 9
+
+
+def test_places_rise_in_every_four() -> None:
+    """What mma.sp::ordered_metadata demands, of fours that keep none, one or two."""
+    w = torch.randn(48, 192)
+    bits = _bits(pack24(w, n_m_mask(w) & (torch.rand(48, 192) < 0.5)).meta, torch.bfloat16)
+    assert set(bits.unique().tolist()) == {0b0100, 0b1000, 0b1001, 0b1100, 0b1101, 0b1110}
+
+
+def test_errors() -> None:
+    w = torch.randn(8, 64)
+    with pytest.raises(ValueError, match=r"mask: expected at most 2 .* got 4 in row 0, columns 0 "):
+        pack24(w)
+    with pytest.raises(TypeError, match="dtype: expected bfloat16, float16 or int8; got torch.f"):
+        pack24(w, n_m_mask(w), torch.float32)
+    with pytest.raises(ValueError, match=r"mask: expected shape \[8, 64\]; got \[8, 60\]"):
+        pack24(w, n_m_mask(w)[:, :60])
+    general = sparsify_weight(w, n_m_mask(w), torch.int8, (1, 1))
+    with pytest.raises(TypeError, match="dtype: expected int8 for values of s8; got torch.float16"):
+        from_sparse(general, torch.float16)
+    packed = pack24(w, n_m_mask(w))
+    with pytest.raises(ValueError, match=r"values: expected shape \[N, 64\]; got \[8, 32\]"):
+        check_storage(*packed.tensors, 65)
+    with pytest.raises(TypeError, match="scale: expected a tensor with int8 values and None with"):
+        check_storage(packed.values, packed.meta, torch.ones(8), None, 64)
