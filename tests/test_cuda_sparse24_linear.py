@@ -17,6 +17,7 @@ from torch import Tensor
 
 import bigops
 from bigops import backend
+from bigops.nn import Linear, SparseLinear
 from bigops.ops import _activation as act
 from bigops.ops import _sparse24_linear as op
 from bigops.ops._sparse24_weight import Sparse24Weight, from_sparse, pack24, padded
@@ -268,6 +269,69 @@ def test_explain_names_the_kernel() -> None:
         said = bigops.explain("sparse_linear", case.x, weight, device=device)
         assert said.kernel == "reference.sparse24_linear"
         assert reason in said.reason
+
+
+@pytest.mark.parametrize("stored", ["bf16", "s8"])
+def test_a_frozen_2_4_layer_takes_the_kernel(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that it serves: without gradients, more rows than a decode step has, a pack."""
+    if stored == "s8":
+        pytest.importorskip("triton")
+        from tests import triton_interpreter
+
+        triton_interpreter.install()
+    values = {"bf16": "bf16", "s8": "int8"}[stored]
+    layer = SparseLinear.from_linear(Linear(70, 24, activation="relu"), None, "2:4", values)
+    layer = layer.bfloat16().freeze().eval()
+    x, residual = torch.randn(20, 70).bfloat16(), torch.randn(20, 24).bfloat16()
+    assert layer.bias is not None
+    general, before = layer.storage(), layer.nbytes
+    bias = layer.bias.detach()
+    dense = general.to_dense(torch.float64)
+    case = Case(x, general, dense, stored == "s8", bias, residual, residual, "relu")
+    monkeypatch.setattr(op._op, "forward", op._forward)
+    with torch.no_grad(), backend.record() as names:
+        layer(x, residual)
+    assert names
+    assert not any("sparse24" in name for name in names), names
+    monkeypatch.setattr(op, "serves", lambda x, stored: True)
+    with torch.no_grad(), expect(f"cuda.sparse24_linear.bf16.{stored}"):
+        y = layer(x, residual)
+    case.check_forward(y)
+    packed = from_sparse(general)
+    assert layer.nbytes == before + packed.nbytes
+    with torch.no_grad(), backend.record() as names:
+        layer(x[:16])  # a decode step
+    with backend.record() as more:
+        layer(x)  # the bias wants a gradient
+    with torch.no_grad(), backend.record() as static:
+        SparseLinear.from_linear(Linear(70, 24), 0.5, "1x4", values).bfloat16().freeze()(x)
+    for found in (names, more, static):
+        assert found
+        assert not any("sparse24" in name for name in found), found
+    with torch.no_grad():  # a write that counts is seen, and train() drops the pack
+        layer.values.zero_()
+        if isinstance(layer.sums, Tensor):
+            layer.sums.zero_()
+        with expect(f"cuda.sparse24_linear.bf16.{stored}"):
+            y = layer(x)
+        assert torch.equal(y, torch.relu(layer.bias).expand(20, 24))
+    assert layer.train().nbytes == before
+
+
+def test_a_layer_whose_words_were_filled_by_training_keeps_the_general_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = SparseLinear.from_linear(Linear(64, 16), None, "2:4", "bf16").bfloat16().freeze()
+    monkeypatch.setattr(op, "serves", lambda x, stored: True)
+    before = layer.nbytes
+    with torch.no_grad():
+        layer.values.fill_(1.0)  # whole words: more than two of four
+        for _ in range(2):
+            with backend.record() as names:
+                layer(torch.randn(20, 64).bfloat16())
+            assert names
+            assert not any("sparse24" in name for name in names), names
+    assert layer.nbytes == before
 
 
 def test_bad_arguments() -> None:

@@ -163,9 +163,18 @@ def _serves_on(arch: str, k: int, stored: torch.dtype) -> bool:
     return arch in ARCHS and backend.cuda_runs_on(arch) and _fits(k, stored)
 
 
+def serves(x: Tensor, stored: torch.dtype) -> bool:
+    """Whether the kernel serves x and values of ``stored`` on x's device."""
+    return (
+        x.is_cuda
+        and not backend.cuda_error
+        and _serves_on(device_arch(x.device), x.shape[-1], stored)
+    )
+
+
 def _cuda(x: Tensor, *args: Any) -> Tensor:
     check(x, *args)
-    if not backend.cuda_error and _serves_on(device_arch(x.device), x.shape[-1], args[0].dtype):
+    if serves(x, args[0].dtype):
         return _forward(x, *args)
     return _op._serve(x, *args)
 
