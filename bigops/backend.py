@@ -11,12 +11,12 @@ import functools
 import importlib.machinery
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+from bigops import crossover
 
 __all__ = ["Explanation", "explain", "extension", "note", "record", "report"]
 
@@ -85,30 +87,46 @@ def cuda_runs_on(arch: str) -> bool:
     return False
 
 
-_CROSSOVER_FILE = Path(__file__).parent / "configs" / "crossover_cpu.json"
-
-
-def _apply_crossovers() -> None:
-    """Hand the committed crossover table to the extension (tuning is data, never timed here)."""
-    if extension is None:
-        return
-    table = json.loads(_CROSSOVER_FILE.read_text())
-    for op, by_dtype in table["crossover"].items():
-        for dtype, limits in by_dtype.items():
-            extension.set_crossover(op, dtype, int(limits["max_rows"]), int(limits["max_flops"]))
-    extension.set_float_product(float_product())
+_SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 @functools.cache
+def crossovers() -> crossover.Table:
+    """Where own CPU kernels hand over: the committed table, or `bigops tune`'s of this machine."""
+    if extension is None:
+        return crossover.Table({}, {}, "aten")
+    table = crossover.current(extension)
+    if table.ignored:
+        warnings.warn(f"tuned crossovers are ignored: {table.ignored}", stacklevel=2)
+    return table
+
+
+def apply_crossovers(table: crossover.Table | None = None) -> None:
+    """Hand a table, by default this machine's, to the extension."""
+    if extension is None:
+        return
+    table = table or crossovers()
+    for dtype, limits in table.fused_linear.items():
+        extension.set_crossover("fused_linear", dtype, limits.max_rows, limits.max_flops)
+    extension.set_float_product(usable(table.float_product))
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether dense layers in inference lay a CPU weight of ``dtype`` out for packed_linear."""
+    return crossovers().packs.get(_SHORT.get(dtype, ""), False)
+
+
 def float_product() -> str:
     """Whose product of float32 matrices serves besides the own kernel: "aten" or "onednn"."""
-    if extension is None:
-        return "aten"
-    by_vendor = json.loads(_CROSSOVER_FILE.read_text())["float_product"]
-    library: str = by_vendor.get(extension.vendor(), "aten")
-    return "aten" if library == "onednn" and not _has_onednn() else library
+    return usable(crossovers().float_product)
 
 
+def usable(library: str) -> str:
+    """``library``, or "aten" where this torch does not have oneDNN's product."""
+    return library if library == "aten" or _has_onednn() else "aten"
+
+
+@functools.cache
 def _has_onednn() -> bool:
     """Whether this torch has the private op by which oneDNN multiplies fp32 matrices."""
     if not torch.backends.mkldnn.is_available():
@@ -120,7 +138,7 @@ def _has_onednn() -> bool:
     return want in str(op.default._schema)
 
 
-_apply_crossovers()
+apply_crossovers()
 
 
 # --- which kernels ran ---------------------------------------------------------------------
@@ -272,6 +290,7 @@ def report() -> dict[str, Any]:
             "isas": list(extension.isas()) if extension else [],
             "forced": os.environ.get("BIGOPS_ISA"),
         },
+        "crossovers": {"source": crossovers().source, "ignored": crossovers().ignored},
         "extension": "loaded" if extension else extension_error,
         "compiler": _compiler(),
         "torch": torch.__version__,

@@ -75,6 +75,16 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0
 
 
+def _tune(args: argparse.Namespace) -> int:
+    from bigops import tune
+
+    _set_threads(args.threads)
+    dtypes = [name.replace("fp", "f") for name in args.dtype or ("fp32", "bf16", "fp16")]
+    path = tune.tune(dtypes, again=args.again, report=lambda line: print(line, flush=True))
+    print(f"wrote {path}; it serves from the next start of Python on")
+    return 0
+
+
 def _bench(args: argparse.Namespace) -> int:
     from bigops.benches import plots, rows, summary
     from bigops.files import check_writable
@@ -240,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="train, compress, save, reload, compare"))
     _add_bench(commands.add_parser("bench", help="measure the ops against torch and rivals"))
+    _add_tune(commands.add_parser("tune", help="measure this machine's crossovers and keep them"))
     doctor = commands.add_parser("doctor", help="what this machine has, which kernel serves what")
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
     doctor.set_defaults(command=_doctor)
@@ -284,6 +295,14 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--summary", metavar="FILE", help="write where we stand against the best rival (Markdown)")
     add("--from-json", metavar="FILE", help="take rows from `pytest benches --benchmark-json`")
     parser.set_defaults(command=_bench)
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--dtype", action="append", choices=("fp32", "bf16", "fp16"), help="repeatable (all)")
+    add("--again", action="store_true", help="measure what the file already has, too")
+    add("--threads", type=_positive(int), metavar="N", help="CPU threads (default: torch's choice)")
+    parser.set_defaults(command=_tune)
 
 
 def _add_explain(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ def text(report: Mapping[str, Any]) -> str:
         _line("CPU features", " ".join(cpu["features"]) or "unknown (needs the extension)"),
         _line("instruction set", _instruction_set(cpu)),
         _line("threads", str(cpu["threads"])),
+        _line("crossovers", report["crossovers"]["source"]),
         _line("extension", report["extension"]),
         _line("C++ compiler", report["compiler"] or "none found (c++, g++ or CXX)"),
         _line("torch", report["torch"]),
@@ -44,6 +45,10 @@ def advice(report: Mapping[str, Any]) -> list[str]:
     forced = report["cpu"]["forced"]
     if forced:
         hints.append(f"BIGOPS_ISA={forced} holds the kernels below what this CPU has; unset it")
+    if report["crossovers"]["ignored"]:
+        hints.append(f"tuned crossovers are ignored: {report['crossovers']['ignored']}")
+    elif report["crossovers"]["source"] == "committed" and report["extension"] == "loaded":
+        hints.append("the crossovers are another machine's: `bigops tune` measures this one's")
     if report["triton"] is None and report["cuda"]["available"]:
         hints.append("torch sees a GPU, but the GPU kernels need triton: pip install triton")
     if report["cuda"]["built"] is None and sys.platform == "linux":

@@ -52,3 +52,17 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         raise PermissionError(
             f"{folder}: cannot write into this folder ({error.strerror})"
         ) from None
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes that ask for the same path waiting until the block ends.
+
+    The lock is a file beside ``path``; the system lets go of it when its holder dies.
+    """
+    import fcntl  # of POSIX systems
+
+    target = Path(path)
+    with open(target.parent / f".{target.name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,6 +1,10 @@
 """Set-up shared by all tests. Runs before any test module imports triton."""
 
 import os
+import tempfile
+
+# No test depends on what `bigops tune` measured on this machine, nor writes there.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bigops-tests-")
 
 # Triton reads this when a kernel is decorated: the unit suite runs kernels in the interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "1")

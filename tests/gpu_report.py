@@ -1,18 +1,20 @@
 """Compile every Triton kernel and shipped config for GPUs that are not here; read what came out.
 
-    python tests/gpu_report.py [--arch sm_90] [--quick] [--out FILE.csv] [--check FILE.csv]
+    python tests/gpu_report.py [--arch sm_90] [--quick] [--sample N] [--out FILE.csv]
+                               [--check FILE.csv] [--update]
 
 One row per kernel form, config, dtype and device: registers, spilled bytes, shared memory, warps,
 programs per multiprocessor and what limits them, counts of the instructions that matter. The exit
 status is 1 where a row spills, asks for more shared memory than the device has, or lacks the
 matrix instruction its tile is for; with --check, also where a row is worse than in FILE.
+--sample N compiles every Nth row of a device, and with --check all that FILE does not hold as they
+are now (gpu_golden.py); --update compiles only the latter and writes them to the committed table.
 Nothing here is a time: no GPU runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 import subprocess
@@ -36,10 +38,11 @@ from triton.compiler import ASTSource
 
 from bigops.kernels import fused_linear, gemm, tiles
 from bigops.kernels.activation import NAMES, split_code
+from tests import gpu_golden
 from tests import gpu_jobs_quantized as quantized
+from tests.gpu_golden import GOLDEN, KEY, regressions
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-GOLDEN = Path(__file__).parent / "golden" / "gpu_report.csv"
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 
@@ -91,7 +94,6 @@ class Job(NamedTuple):
         return (*parts, self.activation, self.precision)
 
 
-KEY = ("arch", "kernel", "form", "dtype", "tile", "activation", "precision")
 FACTS = (
     "registers",
     "spill_bytes",
@@ -101,6 +103,7 @@ FACTS = (
     "limiter",
     *COUNTS,
     "verdict",
+    "digest",
 )
 
 
@@ -155,6 +158,28 @@ def quick_jobs() -> list[Job]:
     return chosen
 
 
+def all_jobs() -> list[Job]:
+    """Of every device, in the order of the committed table."""
+    return [job for arch in ARCHS for job in jobs(arch)]
+
+
+def stale(wanted: list[Job], golden: list[dict[str, str]]) -> list[Job]:
+    """The jobs that the table does not hold, or holds as something else compiled them."""
+    known = gpu_golden.by_key(golden)
+    return [
+        job
+        for job in wanted
+        if job.key not in known or known[job.key].get("digest") != compilation(job).digest
+    ]
+
+
+def sampled(wanted: list[Job], every: int | None) -> list[Job]:
+    """Every so-manieth job of each device; none without a number."""
+    if not every:
+        return []
+    return [job for arch in ARCHS for job in [j for j in wanted if j.arch == arch][::every]]
+
+
 def _arguments(job: Job) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, the types of its run-time arguments, the values of its constants."""
     if job.kernel in quantized.KERNELS:
@@ -194,8 +219,20 @@ def _arguments(job: Job) -> tuple[Any, dict[str, str], dict[str, Any]]:
     return fn, types, constants
 
 
-def compile_job(job: Job) -> Any:
-    """Compile one job with triton, as a launch with sizes divisible by 16 would."""
+class Compilation(NamedTuple):
+    """What triton is asked for."""
+
+    source: ASTSource
+    target: GPUTarget
+    options: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return gpu_golden.digest(*self)
+
+
+def compilation(job: Job) -> Compilation:
+    """How triton compiles a job for a launch with sizes divisible by 16."""
     fn, types, constants = _arguments(job)
     if job.form.endswith("_ones"):
         constants |= {name: 1 for name in "MNKR" if name in fn.arg_names}
@@ -220,7 +257,7 @@ def compile_job(job: Job) -> Any:
         target = GPUTarget("hip", job.arch, 64)
     else:
         target = GPUTarget("cuda", int(job.arch[3:]), 32)
-    return triton.compile(source, target=target, options=options)
+    return Compilation(source, target, options)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -341,42 +378,20 @@ def measure(job: Job) -> dict[str, Any]:
     """Compile one job and give its row; a compilation that fails is a row with that verdict."""
     row: dict[str, Any] = dict(zip(KEY, job.key, strict=True))
     try:
-        kernel = compile_job(job)
+        asked = compilation(job)
+        row["digest"] = asked.digest
+        kernel = triton.compile(asked.source, target=asked.target, options=asked.options)
     except Exception as error:  # triton raises many kinds; each is a fault of this config
-        blank = dict.fromkeys(FACTS, 0)
-        return row | blank | {"verdict": f"{type(error).__name__}: {str(error)[:160]}"}
+        return (
+            dict.fromkeys(FACTS, 0)
+            | row
+            | {"verdict": f"{type(error).__name__}: {str(error)[:160]}"}
+        )
     read = _amd_facts if job.arch.startswith("gfx") else _nvidia_facts
     facts = read(job, kernel)
     facts |= {"shared_bytes": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
     facts["verdict"] = verdict(job, facts, tiles.table_for(job.arch).shared_memory)
     return {name: (row | facts)[name] for name in (*KEY, *FACTS)}
-
-
-def regressions(rows: list[dict[str, Any]], golden: list[dict[str, str]]) -> list[str]:
-    """What is worse in ``rows`` than in ``golden``: a missing row, fewer programs, lost MMAs."""
-    known = {tuple(row[name] for name in KEY): row for row in golden}
-    worse = []
-    for row in rows:
-        key = tuple(str(row[name]) for name in KEY)
-        name = " ".join(key)
-        if key not in known:
-            worse.append(f"{name}: not in the golden table; write it anew")
-            continue
-        before = known[key]
-        if int(row["programs_per_sm"]) < int(before["programs_per_sm"]):
-            worse.append(
-                f"{name}: programs_per_sm {before['programs_per_sm']} -> {row['programs_per_sm']}"
-            )
-        for count in ("mma", "wgmma", "tcgen05", "mfma", "cp_async"):
-            if int(before[count]) > 0 and int(row[count]) == 0:
-                worse.append(f"{name}: {count} {before[count]} -> 0")
-    return worse
-
-
-def read_golden(path: Path = GOLDEN) -> list[dict[str, str]]:
-    """The committed table, one dict per row."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -395,25 +410,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one row per device")
     parser.add_argument("--out", type=Path, help="write the table as CSV")
     parser.add_argument("--check", type=Path, help="compare with a CSV written earlier")
+    parser.add_argument("--sample", type=int, metavar="N", help="only every Nth row of a device")
+    parser.add_argument("--update", action="store_true", help="renew the committed table")
     options = parser.parse_args(argv)
     archs = options.arch or ARCHS
-    todo = quick_jobs() if options.quick else [job for arch in ARCHS for job in jobs(arch)]
+    todo = [job for job in (quick_jobs() if options.quick else all_jobs()) if job.arch in archs]
+    known = gpu_golden.read(options.check or GOLDEN) if options.check or options.update else []
+    chosen = todo
+    if options.sample or options.update:
+        changed = stale(todo, known) if known else []
+        chosen = changed + [job for job in sampled(todo, options.sample) if job not in changed]
     rows = []
     # A compilation uses one core and the whole sweep is a quarter of an hour of them. Spawned
     # workers, since LLVM and triton keep state that a fork would share.
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        for row in pool.map(measure, [job for job in todo if job.arch in archs]):
+        for row in pool.map(measure, chosen):
             rows.append(row)
             print(_line(row), flush=True)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*KEY, *FACTS], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        gpu_golden.write(options.out, (*KEY, *FACTS), rows)
+    if options.update:
+        renewed = gpu_golden.by_key(known) | gpu_golden.by_key(rows)
+        in_order = [renewed[key] for key in (job.key for job in all_jobs()) if key in renewed]
+        gpu_golden.write(GOLDEN, (*KEY, *FACTS), in_order)
     faults = [_line(row) for row in rows if row["verdict"] != "ok"]
     if options.check:
-        faults += regressions(rows, read_golden(options.check))
+        faults += regressions(rows, known)
     print(f"{len(rows)} rows, {len(faults)} faults")
     for fault in faults:
         print(f"FAULT {fault}", file=sys.stderr)

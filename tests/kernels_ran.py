@@ -44,4 +44,4 @@ def crossover(op: str, dtype: str, max_rows: int, max_flops: int) -> Iterator[No
         backend.extension.set_crossover(op, dtype, max_rows, max_flops)
         yield
     finally:
-        backend._apply_crossovers()
+        backend.apply_crossovers()

@@ -21,7 +21,7 @@ SOURCES = (".py", ".cpp", ".h", ".inl", ".cu", ".cuh")
 MAX_LINES = 500
 
 # Room -> rooms it may import. Not listed: every room may import itself and the leaves.
-LEAVES = {"backend", "timing", "files", "_C"}
+LEAVES = {"backend", "crossover", "timing", "files", "_C"}
 BELOW_RECIPES = {"nn", "ops", "kernels", "train", "compress", "parallel"}
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
@@ -33,7 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipes": BELOW_RECIPES,
     "benches": BELOW_RECIPES,  # beside recipes: measures what stands below both
     "doctor": set(),
-    "cli": {*BELOW_RECIPES, "recipes", "benches", "doctor"},
+    "tune": {"ops"},  # measures them for this machine
+    "cli": {*BELOW_RECIPES, "recipes", "benches", "doctor", "tune"},
     "__main__": {"cli"},
     "": BELOW_RECIPES,  # bigops/__init__.py re-exports
 }

@@ -325,6 +325,7 @@ def fake_report(**more: Any) -> dict[str, Any]:
         "torch": "2.13.0",
         "triton": "3.9.0",
         "cuda": {"built": "13.0", "available": True, "devices": ["One GPU"], "kernels": "loaded"},
+        "crossovers": {"source": "cpu-tuned.json", "ignored": ""},
         "ops": {"fused_linear": {"cpu": "cpu.avx2.fused_linear", "gpu": "triton.fused_linear"}},
     }  # fmt: skip
     return {**report, **more}
@@ -343,6 +344,8 @@ def test_doctor_has_no_advice_where_nothing_is_missing() -> None:
         ({"extension": "not built"}, "pip install --no-build-isolation"),
         ({"extension": "not built", "compiler": None}, "install a C++17 compiler"),
         ({"triton": None}, "pip install triton"),
+        ({"crossovers": {"source": "committed", "ignored": ""}}, "`bigops tune`"),
+        ({"crossovers": {"source": "committed", "ignored": "f: cut off"}}, "ignored: f: cut off"),
         ({"cuda": {"built": None, "available": False, "devices": [], "kernels": "not built"}},
          "built without CUDA"),
         (

@@ -16,6 +16,12 @@ from tests import tolerance
 from tests.kernels_ran import expect, needs_extension
 
 
+@pytest.fixture(autouse=True)
+def _packing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without AMX, where it does in every dtype."""
+    monkeypatch.setattr(backend, "packs", lambda dtype: True)
+
+
 def _truth(layer: nn.Linear, x: torch.Tensor, residual: torch.Tensor | None, activation: str):
     def run(dtype: torch.dtype) -> torch.Tensor:
         bias = None if layer.bias is None else layer.bias.to(dtype)
@@ -232,4 +238,13 @@ def test_a_weight_made_under_inference_mode_is_not_packed() -> None:
     with torch.inference_mode():
         layer = _wide()
         assert all(".fused_linear." in name for name in _kernels(layer, torch.randn(2, 96)))
+    assert layer._pack is None
+
+
+def test_a_dtype_that_does_not_pay_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "packs", lambda dtype: dtype != torch.bfloat16)
+    layer = Linear(256, 256).eval().bfloat16()
+    with torch.inference_mode(), backend.record() as ran:
+        layer(torch.randn(4, 256).bfloat16())
+    assert not any("packed" in name for name in ran)
     assert layer._pack is None

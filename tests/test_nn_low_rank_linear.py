@@ -8,10 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from bigops import backend
 from bigops.nn import Linear, LowRankLinear
 from bigops.ops import _activation as act
 from tests import tolerance
 from tests.kernels_ran import expect, needs_extension
+
+
+@pytest.fixture(autouse=True)
+def _packing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without AMX, where it does in every dtype."""
+    monkeypatch.setattr(backend, "packs", lambda dtype: True)
 
 
 def _dense_truth(layer: LowRankLinear, x: torch.Tensor, residual: torch.Tensor | None):

@@ -49,7 +49,8 @@ def test_the_python_of_the_readme_runs(
 
 def test_the_command_lines_of_the_readme_parse() -> None:
     lines = re.findall(r"^bigops .*$", TEXT, re.MULTILINE)
-    assert {line.split()[1] for line in lines} == {"demo", "bench", "doctor", "explain", "show"}
+    commands = {"demo", "bench", "doctor", "explain", "show", "tune"}
+    assert {line.split()[1] for line in lines} == commands
     for line in lines:
         cli._parser().parse_args(shlex.split(line, comments=True)[1:])
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bigops import backend
-from bigops.nn.pack import Pack, renewed
+from bigops.nn.pack import KeepsPack, renewed
 from bigops.ops import _activation as act
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.packed_linear import SERVED, pack_weight, packed_linear
 
 _LEAST = 64 * 64  # entries of a weight that is worth a pack
 
-Self = TypeVar("Self", bound="Linear")
 
-
-class Linear(nn.Linear):
+class Linear(KeepsPack, nn.Linear):
     """``act(x @ weight.T + bias) + residual`` by one `bigops.fused_linear` call.
 
     A drop-in for `torch.nn.Linear`: the same parameters, initialisation and `state_dict` in both
@@ -57,7 +54,6 @@ class Linear(nn.Linear):
         check_size("in_features", in_features)
         check_size("out_features", out_features)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._pack: Pack | None = None
         self.activation = activation
 
     @classmethod
@@ -86,27 +82,6 @@ class Linear(nn.Linear):
             return packed_linear(x, weight, self.bias, residual, self.activation)
         return fused_linear(x, self.weight, self.bias, residual, self.activation)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the parameters and of the pack, where there is one."""
-        own = sum(p.nbytes for p in self.parameters())
-        return own + (0 if self._pack is None else self._pack.storage.nbytes)
-
-    def train(self: Self, mode: bool = True) -> Self:
-        self._pack = None
-        return super().train(mode)
-
-    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._pack = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._pack = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pack": None}  # pickle, copy and deepcopy all come by here
-
     def extra_repr(self) -> str:
         suffix = "" if self.activation == "none" else f", activation={self.activation}"
         return super().extra_repr() + suffix
@@ -129,6 +104,7 @@ def packs(weight: Tensor, x: Tensor) -> bool:
         and not weight.is_inference()  # it counts no versions: a pack could not be kept
         and weight.dtype == x.dtype
         and weight.dtype in SERVED
+        and backend.packs(weight.dtype)
         and weight.device.type == "cpu"
         and backend.extension is not None
         and not torch.is_autocast_enabled("cpu")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from bigops.nn.linear import Linear, check_size, packs
-from bigops.nn.pack import Pack, renewed
+from bigops.nn.pack import KeepsPack, renewed
 from bigops.ops import _activation as act
 from bigops.ops.low_rank_linear import low_rank_linear
 from bigops.ops.packed_linear import pack_weight, packed_linear
@@ -18,7 +17,7 @@ from bigops.ops.packed_linear import pack_weight, packed_linear
 Self = TypeVar("Self", bound="LowRankLinear")
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(KeepsPack):
     """``act(x @ (u @ v).T + bias) + residual`` by one `bigops.low_rank_linear` call.
 
     In `eval` under `torch.inference_mode` on the CPU both factors are packed, as `Linear` packs its
@@ -56,7 +55,6 @@ class LowRankLinear(nn.Module):
         check_size("out_features", out_features)
         check_rank(rank, in_features, out_features, least=0)
         super().__init__()
-        self._pack: Pack | None = None
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.activation = rank, activation
         where: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -141,7 +139,7 @@ class LowRankLinear(nn.Module):
             and packs(self.v, x)
         ):
             (u, v), self._pack = renewed(
-                self._pack, (self.u, self.v), lambda: (pack_weight(self.u), pack_weight(self.v))
+                self._pack, (self.u, self.v), lambda: [pack_weight(self.u), pack_weight(self.v)]
             )
             return packed_linear(packed_linear(x, v), u, self.bias, residual, self.activation)
         return low_rank_linear(x, self.u, self.v, self.bias, residual, self.activation)
@@ -165,27 +163,6 @@ class LowRankLinear(nn.Module):
         """Entries of the factors over entries of the dense weight; above 1 nothing is saved."""
         dense = self.in_features * self.out_features
         return (self.u.numel() + self.v.numel()) / dense if dense else 0.0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the parameters and of the packs, where there are any."""
-        own = sum(p.nbytes for p in self.parameters())
-        return own + sum(p.nbytes for p in (() if self._pack is None else self._pack.storage))
-
-    def train(self: Self, mode: bool = True) -> Self:
-        self._pack = None
-        return super().train(mode)
-
-    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._pack = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._pack = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pack": None}  # pickle, copy and deepcopy all come by here
 
     def extra_repr(self) -> str:
         text = (

@@ -7,10 +7,12 @@ No part of a module's state: layers drop it on `deepcopy`, pickle, `.to()`, `tra
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Self = TypeVar("Self", bound="KeepsPack")
 
 
 class Pack(NamedTuple):
@@ -46,3 +48,38 @@ def renewed(
     if any(t.is_inference() for t in sources):
         return storage, None
     return storage, Pack(storage, tuple((t.detach(), t._version) for t in sources))
+
+
+class KeepsPack(nn.Module):
+    """A layer that lays its weights out for the kernels of inference; comes before nn's own class.
+
+    The forms are in ``_pack``: one with ``nbytes``, or a list of them.
+    """
+
+    _pack: Pack | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters and of the packed forms, where there are any."""
+        layers = [m for m in self.modules() if isinstance(m, KeepsPack) and m._pack is not None]
+        packed = sum(form.nbytes for layer in layers for form in layer._forms())
+        return sum(p.nbytes for p in self.parameters()) + packed
+
+    def _forms(self) -> list[Any]:
+        forms = [] if self._pack is None else self._pack.storage
+        return forms if isinstance(forms, list) else [forms]
+
+    def train(self: Self, mode: bool = True) -> Self:
+        self._pack = None
+        return super().train(mode)
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._pack = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._pack = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pack": None}  # pickle, copy and deepcopy all come by here

@@ -99,6 +99,10 @@ const char* cpu_features() {
     BIGOPS_FEATURE("avx512dq");
     BIGOPS_FEATURE("avx512vnni");
     BIGOPS_FEATURE("avx512bf16");
+#if defined(__GNUC__) && !defined(__clang__)
+    BIGOPS_FEATURE("amx-bf16");  // no kernel of ours; oneDNN's products use it
+    BIGOPS_FEATURE("amx-int8");
+#endif
 #undef BIGOPS_FEATURE
   }
   return text;

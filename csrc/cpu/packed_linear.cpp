@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kChunkRows = 192;  // rows of x of a task: 48 KB of sums
 constexpr int64_t kLeastRows = 24;   // the same where tasks run short
+constexpr int64_t kFewRows = 6;  // and where panels do: a factor of low rank, one register block
 
 struct Chosen {
   void (*product)(const PackedTask&);
@@ -85,7 +86,8 @@ void product(const CompressedCall& call, const Panels& w, void* y, bool y_float)
   const Words x(call, w.words);
   const int64_t threads = torch::stable::get_num_threads();
   int64_t rows = kChunkRows;
-  while (rows > kLeastRows && w.count * ((call.m + rows - 1) / rows) < 4 * threads) rows /= 2;
+  const int64_t least = w.count < 2 * threads ? kFewRows : kLeastRows;
+  while (rows > least && w.count * ((call.m + rows - 1) / rows) < 4 * threads) rows /= 2;
   const int64_t chunks = (call.m + rows - 1) / rows;
   FinishTask finish{};
   finish.bias = data(call.bias);

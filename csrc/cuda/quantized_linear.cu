@@ -120,27 +120,42 @@ struct Numbers<f16, 8> {
   }
 };
 
-// c += a x, where x holds four columns of a lane.
-template <class T>
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], const T* x) {
-  const uint2 v = *reinterpret_cast<const uint2*>(x);
-  const uint32_t b[2] = {v.x, v.y};
-  ptx::multiply(c, a, b, T{});
+// c += a x, where x holds the columns of a lane in one line, four to a product. 16-bit columns are
+// read at once: by halves, the lanes of four lines would meet half of the banks twice.
+template <class T, int Columns>
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[Columns / 4][4],
+                                         const T* x) {
+  uint32_t b[Columns / 4][2];
+  if constexpr (Columns == 8) {
+    const uint4 v = *reinterpret_cast<const uint4*>(x);
+    b[0][0] = v.x, b[0][1] = v.y, b[1][0] = v.z, b[1][1] = v.w;
+  } else {
+    const uint2 v = *reinterpret_cast<const uint2*>(x);
+    b[0][0] = v.x, b[0][1] = v.y;
+  }
+#pragma unroll
+  for (int half = 0; half < Columns / 4; ++half) ptx::multiply(c, a[half], b[half], T{});
 }
 
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], const float* x) {
-  const float4 v = *reinterpret_cast<const float4*>(x);
-  float rest[4] = {v.x, v.y, v.z, v.w};
-  for (int plane = 0; plane < 3; ++plane) {
-    float top[4];
-    for (int i = 0; i < 4; ++i) {
-      // Cut, not rounded: the largest floats must not become infinite, and the rest stays exact.
-      const bool finite = fabsf(rest[i]) <= 3.402823466e38f;
-      top[i] = finite ? __uint_as_float(__float_as_uint(rest[i]) & 0xffff0000u) : rest[i];
-      rest[i] = finite ? rest[i] - top[i] : 0.0f;
+template <int Columns>
+__device__ __forceinline__ void multiply_planes(float (&c)[4], const uint32_t (&a)[Columns / 4][4],
+                                                const float* x) {
+#pragma unroll
+  for (int half = 0; half < Columns / 4; ++half) {
+    const float4 v = *reinterpret_cast<const float4*>(x + 4 * half);
+    float rest[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int plane = 0; plane < 3; ++plane) {
+      float top[4];
+      for (int i = 0; i < 4; ++i) {
+        // Cut, not rounded: the largest floats must not become infinite, and the rest stays exact.
+        const bool finite = fabsf(rest[i]) <= 3.402823466e38f;
+        top[i] = finite ? __uint_as_float(__float_as_uint(rest[i]) & 0xffff0000u) : rest[i];
+        rest[i] = finite ? rest[i] - top[i] : 0.0f;
+      }
+      const uint32_t b[2] = {ptx::pack(top[0], top[1], bf16{}), ptx::pack(top[2], top[3], bf16{})};
+      ptx::multiply(c, a[half], b, bf16{});
     }
-    const uint32_t b[2] = {ptx::pack(top[0], top[1], bf16{}), ptx::pack(top[2], top[3], bf16{})};
-    ptx::multiply(c, a, b, bf16{});
   }
 }
 
@@ -237,18 +252,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const int place = row / 2 ^ (at / 2 % 2 * 2);
       const uint2 words = *reinterpret_cast<const uint2*>(
           from.values + (tile * kLines + at) * kLineBytes + place * 16 + row % 2 * 8);
+      uint32_t a[S::columns / 4][4];
 #pragma unroll
       for (int half = 0; half < S::columns / 4; ++half) {  // four columns of the lane's line
-        const uint32_t a[4] = {even.pair(words.x, 2 * half), odd.pair(words.y, 2 * half),
-                               even.pair(words.x, 2 * half + 1), odd.pair(words.y, 2 * half + 1)};
+        a[half][0] = even.pair(words.x, 2 * half);
+        a[half][1] = odd.pair(words.y, 2 * half);
+        a[half][2] = even.pair(words.x, 2 * half + 1);
+        a[half][3] = odd.pair(words.y, 2 * half + 1);
+      }
 #pragma unroll
-        for (int b = 0; b < Blocks; ++b) {
-          // A row past M reads row 0: its column of the product is never stored.
-          const int x_row = row + 8 * b < m ? row + 8 * b : 0;
-          multiply(
-              part[b], a,
-              reinterpret_cast<const T*>(from.x + x_row * S::x_pitch) + at * S::columns + 4 * half);
-        }
+      for (int b = 0; b < Blocks; ++b) {
+        // A row past M reads row 0: its column of the product is never stored.
+        const int x_row = row + 8 * b < m ? row + 8 * b : 0;
+        const T* x = reinterpret_cast<const T*>(from.x + x_row * S::x_pitch) + at * S::columns;
+        if constexpr (sizeof(T) == 4)
+          multiply_planes<S::columns>(part[b], a, x);
+        else
+          multiply<T, S::columns>(part[b], a, x);
       }
       if (group > 0 && (((step + 1) & group_mask) == 0 || step + 1 == kSteps)) {
         const float even_scale = from.scale[in_group], odd_scale = from.scale[in_group + 1];

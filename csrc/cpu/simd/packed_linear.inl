@@ -107,9 +107,10 @@ inline __attribute__((always_inline)) void packed_block(const PackedTask& t, int
 // All rows for NV vectors of the panel: MR at a time, the rest in one smaller block.
 template <class P, int MR, int NV, int A>
 inline void packed_rows(const PackedTask& t, int64_t column, const char* ahead) {
+  constexpr int U = NV == 1 ? 2 : 1;  // MR sums of one vector would wait for one another
   int64_t m = 0;
   for (; m + MR <= t.rows; m += MR, ahead += t.words * A * 64)
-    packed_block<P, MR, NV, 1, A>(t, m, column, ahead);
+    packed_block<P, MR, NV, U, A>(t, m, column, ahead);
   switch (t.rows - m) {
     case 1: return packed_block<P, 1, NV, 2, A>(t, m, column, ahead);  // fma's latency would show
     case 2: return packed_block<P, 2, NV, 1, A>(t, m, column, ahead);
@@ -146,7 +147,13 @@ void packed(const PackedTask& t) {
     else
       packed_rows<P, MR, NV, 1>(t, column, ahead);
   }
-  for (; column < t.columns; column += L::width) packed_rows<P, MR, 1, 0>(t, column, ahead);
+  // the last panel's rest in one pass: a vector by itself would read x as often as NV of them
+  const int64_t left = t.columns - column;
+  if constexpr (NV > 3)
+    if (left > 2 * L::width) return packed_rows<P, MR, 3, 0>(t, column, ahead);
+  if constexpr (NV > 2)
+    if (left > L::width) return packed_rows<P, MR, 2, 0>(t, column, ahead);
+  if (left > 0) packed_rows<P, MR, 1, 0>(t, column, ahead);
 }
 
 template <class L>
