@@ -318,9 +318,8 @@ def test_a_frozen_2_4_layer_takes_the_kernel(stored: str, monkeypatch: pytest.Mo
     assert layer.train().nbytes == before
 
 
-def test_a_layer_whose_words_were_filled_by_training_keeps_the_general_kernel(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_layer_with_full_words_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training of bfloat16 values leaves them."""
     layer = SparseLinear.from_linear(Linear(64, 16), None, "2:4", "bf16").bfloat16().freeze()
     monkeypatch.setattr(op, "serves", lambda x, stored: True)
     before = layer.nbytes
