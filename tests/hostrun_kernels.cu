@@ -80,6 +80,20 @@ __global__ void one_multiply(const uint32_t* a, const uint32_t* b, Sum* c) {
   for (int i = 0; i < 4; ++i) c[(group + 8 * (i / 2)) * 8 + 2 * member + i % 2] = sums[i];
 }
 
+// One warp. a [16, 16 or 32] the numbers of a 2:4 matrix, b [8, 32 or 64] row by row, meta [32] as
+// the lanes hold it, c [16, 8] added to.
+template <class Element, int Selector, class Sum>
+__global__ void one_sparse(const uint32_t* a, const uint32_t* b, const uint32_t* meta, Sum* c) {
+  const int group = threadIdx.x / 4, member = threadIdx.x % 4;
+  uint32_t x[4], y[4];
+  Sum sums[4];
+  for (int i = 0; i < 4; ++i) x[i] = a[(group + 8 * (i % 2)) * 8 + member + 4 * (i / 2)];
+  for (int i = 0; i < 4; ++i) y[i] = b[group * 16 + member + 4 * i];
+  for (int i = 0; i < 4; ++i) sums[i] = c[(group + 8 * (i / 2)) * 8 + 2 * member + i % 2];
+  ptx::multiply_sparse<Selector>(sums, x, y, meta[threadIdx.x], Element{});
+  for (int i = 0; i < 4; ++i) c[(group + 8 * (i / 2)) * 8 + 2 * member + i % 2] = sums[i];
+}
+
 // One warp. from: matrices [count, 8, 8] of 16 bits; to: [count, 32] words.
 template <int Count>
 __global__ void one_load(const uint4* from, uint32_t* to, int transposed) {
@@ -154,6 +168,22 @@ extern "C" void run_multiply_f16(const uint32_t* a, const uint32_t* b, float* c)
 }
 extern "C" void run_multiply_s8(const uint32_t* a, const uint32_t* b, int32_t* c) {
   BIGOPS_LAUNCH((one_multiply<int8_t, int32_t>), dim3(1), dim3(32), 0, cudaStream_t{}, a, b, c);
+}
+
+extern "C" void run_sparse_bf16(const uint32_t* a, const uint32_t* b, const uint32_t* meta,
+                                float* c, int selector) {
+  const auto kernel = selector ? one_sparse<bf16, 1, float> : one_sparse<bf16, 0, float>;
+  BIGOPS_LAUNCH(kernel, dim3(1), dim3(32), 0, cudaStream_t{}, a, b, meta, c);
+}
+extern "C" void run_sparse_f16(const uint32_t* a, const uint32_t* b, const uint32_t* meta, float* c,
+                               int selector) {
+  const auto kernel = selector ? one_sparse<f16, 1, float> : one_sparse<f16, 0, float>;
+  BIGOPS_LAUNCH(kernel, dim3(1), dim3(32), 0, cudaStream_t{}, a, b, meta, c);
+}
+extern "C" void run_sparse_s8(const uint32_t* a, const uint32_t* b, const uint32_t* meta,
+                              int32_t* c) {
+  const auto kernel = one_sparse<int8_t, 0, int32_t>;
+  BIGOPS_LAUNCH(kernel, dim3(1), dim3(32), 0, cudaStream_t{}, a, b, meta, c);
 }
 
 extern "C" void run_load(const uint4* from, uint32_t* to, int count, int transposed) {

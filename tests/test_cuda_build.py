@@ -34,6 +34,15 @@ KERNELS = {
     "quantized_linear": ("decode_linear", 3 * 2 * 2, 3, 80),
     # float words by dtype, bfloat16, int8, for 1, 4 and 16 rows; float and int8 sums by dtype
     "sparse_linear": ("sparse_sums", (3 + 1 + 1) * 3, 2 * 3, 128),
+    # bfloat16, half, int8 by dtype, for 32 and 128 rows; two blocks of 128 threads share
+    "sparse24_linear": ("sparse24_product", (1 + 1 + 3) * 2, 0, 255),
+}
+
+# Of the kernels of sparse24_linear, by the mangled type of the values.
+SPARSE_MMA = {
+    "a": "IMMA.SP.16864.S8.S8",
+    "6__half": "HMMA.SP.16832.F32",
+    "13__nv_bfloat16": "HMMA.SP.16832.F32.BF16",
 }
 
 
@@ -241,6 +250,19 @@ def test_quantised_decode_copies_asynchronously_and_multiplies_on_tensor_cores(
         wanted = "HMMA.16816.F32" if "6__half" in name else "HMMA.16816.F32.BF16"
         assert wanted in code, f"{name}: no {wanted}"
         assert not re.search(r"\b(LDL|STL)\b", code), f"{name}: local memory"
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", nvcc.ARCHS)
+def test_2_4_multiplies_on_sparse_tensor_cores(tree: Path, arch: str) -> None:
+    for name, code in functions(tree, "sparse24_linear", arch):
+        values = re.search(r"sparse24_productI(a|6__half|13__nv_bfloat16)", name)
+        assert values is not None, name
+        wanted = SPARSE_MMA[values[1]]
+        assert re.search(rf"{re.escape(wanted)} ", code), f"{name}: no {wanted}"
+        assert "LDGSTS" in code, f"{name}: no cp.async"
+        assert "LDSM" in code, f"{name}: no ldmatrix"
+        assert not re.search(r"\b(LDL|STL|ATOMG?|RED\.E)\b", code), f"{name}: local memory, atomics"
 
 
 @needs_cuobjdump

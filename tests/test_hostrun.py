@@ -268,12 +268,18 @@ def test_each_wrapper_does_on_a_gpu_what_its_twin_does(library: Path, tmp_path: 
     words = torch.randint(-(2**31), 2**31, (32,), dtype=torch.int64).to(torch.int32)
     a8, b8 = (torch.randint(-128, 128, (r, 32), dtype=torch.int8) for r in (16, 8))
     a16, b16 = torch.randint(-9, 10, (16, 16)), torch.randint(-9, 10, (8, 16))
+    b32, b64 = torch.randint(-9, 10, (8, 32)), torch.randint(-128, 128, (8, 64), dtype=torch.int8)
+    rising = torch.tensor([0b0100, 0b1000, 0b1001, 0b1100, 0b1101, 0b1110])
+    places = (rising[torch.randint(6, (32, 8))] << torch.arange(0, 32, 4)).sum(1).to(torch.int32)
     matrices = torch.arange(256, dtype=torch.int16)
     whole = torch.arange(128).view(16, 8)  # exact in every type: sums in any order agree
     calls: list[tuple[str, tuple[Any, ...]]] = [
         ("run_multiply_bf16", (a16.bfloat16(), b16.bfloat16(), whole.float())),
         ("run_multiply_f16", (a16.half(), b16.half(), whole.float())),
         ("run_multiply_s8", (a8, b8, whole.int())),
+        ("run_sparse_bf16", (a16.bfloat16(), b32.bfloat16(), places, whole.float(), 1)),
+        ("run_sparse_f16", (a16.half(), b32.half(), places, whole.float(), 0)),
+        ("run_sparse_s8", (a8, b64, places, whole.int())),
         ("run_warp_functions", (words, torch.zeros(8, 32, dtype=torch.int32))),
         ("run_product", (*operands(*RAGGED), *RAGGED)),
     ]

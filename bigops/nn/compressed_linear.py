@@ -259,7 +259,8 @@ class CompressedLinear(nn.Module):
         """Bytes of parameters, buffers and the pack, where there is one."""
         kept = [*self._parameters.values(), *self._buffers.values()]
         own = sum(t.nbytes for t in kept if t is not None)
-        return own + (self._pack.storage.nbytes if self._pack is not None else 0)
+        pack = None if self._pack is None else self._pack.storage
+        return own + (0 if pack is None else pack.nbytes)
 
     # --- where the pack is dropped ----------------------------------------------------------
 

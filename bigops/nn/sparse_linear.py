@@ -8,12 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source, wants_gradient
+from bigops.nn.pack import renewed
 from bigops.nn.quant_linear import straight_through
 from bigops.ops import _checks as checks
+from bigops.ops import _cuda_sparse as decode
 from bigops.ops import _quantize as quantize
+from bigops.ops import _sparse24_linear as sparse24
 from bigops.ops._sparse_weight import CHUNKS, COLUMNS, SLICE, TENSORS, chunk_rows, sizes
 from bigops.ops.fused_linear import fused_linear
-from bigops.ops.sparse_linear import Pattern, SparseWeight, sparse_linear, sparsify_weight
+from bigops.ops.sparse_linear import (
+    Pattern,
+    Sparse24Weight,
+    SparseWeight,
+    from_sparse,
+    sparse_linear,
+    sparsify_weight,
+)
 
 VALUES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
 SPARSITY = 0.8  # where none is given and the pattern does not say it
@@ -31,7 +41,9 @@ class SparseLinear(CompressedLinear):
       and for int8, whose rounding is trained through.
     - Frozen (`freeze`): the buffers ``values``, ``index``, ``rows``, ``length``, ``ptr``,
       ``scale`` and ``sums``, whose layout `bigops.ops._sparse_weight` describes. For inference,
-      and under adapters that are trained around it: x has a gradient, the weight has none.
+      and under adapters that are trained around it: x has a gradient, the weight has none. Of
+      2:4, where sparse tensor cores serve a call without gradients, a pack in their form is kept
+      beside it from the first one on.
     - Thawed (`thaw`, from frozen, floating values only): ``values`` is a Parameter. Forward and
       backward run the sparse kernels; gradient and optimiser state have the size of what is
       stored, and padding stays 0. For long training at a fixed pattern, where the dense weight
@@ -214,6 +226,10 @@ class SparseLinear(CompressedLinear):
     def run(
         self, x: Tensor, storage: Any, residual: Tensor | None, y_grid: Tensor | None = None
     ) -> Tensor:
+        if y_grid is None and self._on_sparse_tensor_cores(x, storage, residual):
+            sources = tuple(t for t in storage.tensors if t is not None)
+            packed, self._pack = renewed(self._pack, sources, lambda: _compressed(storage))
+            storage = packed or storage
         bias, low = self.bias, torch.bfloat16
         if y_grid is not None or self.x_grid is not None:
             if y_grid is None and wants_gradient(x, bias, residual):
@@ -231,6 +247,24 @@ class SparseLinear(CompressedLinear):
         checks.shape("residual", residual, list(y.shape))
         checks.like("residual", residual, x)
         return y + residual  # in x's dtype: a residual stream keeps its precision
+
+    def _on_sparse_tensor_cores(self, x: Tensor, storage: Any, residual: Tensor | None) -> bool:
+        """Whether a frozen 2:4 weight is packed for the sparse tensor cores of x's device.
+
+        The few rows of a decode step stay with the kernel for them, which divides K among blocks.
+        """
+        return (
+            (self.pattern.n, self.pattern.m) == (2, 4)
+            and self.frozen
+            and not self.thawed
+            and self.stored != "fp32"
+            and self.x_grid is None
+            and x.shape[:-1].numel() > decode.MAX_ROWS
+            and not torch.compiler.is_compiling()
+            and not storage.values.is_inference()  # such a pack could not be kept
+            and not wants_gradient(x, self.bias, residual)
+            and sparse24.serves(x, storage.values.dtype)
+        )
 
     def _static_with_gradient(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
         """The numbers of the static kernel by a dense product, straight through its rounding."""
@@ -312,6 +346,16 @@ class SparseLinear(CompressedLinear):
         return (
             f"{super().extra_repr()}, pattern={self.pattern}, values={self.stored}{static}{known}"
         )
+
+
+def _compressed(storage: SparseWeight) -> Sparse24Weight | None:
+    """The form of sparse tensor cores, or None: bfloat16 values that were trained fill their words,
+    the entries that the pattern 2:4 dropped among them.
+    """
+    try:
+        return from_sparse(storage)
+    except ValueError:
+        return None
 
 
 def _narrowed(old: SparseLinear, pattern: Pattern, sparsity: float) -> Tensor:

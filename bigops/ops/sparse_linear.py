@@ -1,7 +1,8 @@
 """sparse_linear: y = act(x W^T + bias) + residual, W sparse with int8, bfloat16 or float32 values.
 
 Any pattern is stored (unstructured, blocks of any shape, N:M); layout: `_sparse_weight`,
-conversion: `_sparse_convert`.
+conversion: `_sparse_convert`. 2:4 has a form of its own for sparse tensor cores besides
+(`_sparse24_weight`), which `from_sparse` makes; its op is in `_sparse24_linear`.
 
 Reference, op (schema, fake, autograd, vmap come from `_frozen`), dispatch, public function, in that
 order.
@@ -19,19 +20,24 @@ from bigops.ops import _checks as checks
 from bigops.ops import _cuda_sparse as _decode
 from bigops.ops import _frozen
 from bigops.ops import _quantize as quantize
+from bigops.ops import _sparse24_linear as _sparse24
 from bigops.ops import _sparse_weight as storage
 from bigops.ops import _triton_sparse as _triton
 from bigops.ops._grid import GridLinear
 from bigops.ops._library import LIB
+from bigops.ops._sparse24_weight import Sparse24Weight, from_sparse, pack24
 from bigops.ops._sparse_convert import Pattern, block_mask, from_dense, n_m_mask, sparsify_weight
 from bigops.ops._sparse_weight import TENSORS, SparseWeight
 
 __all__ = [
     "Pattern",
+    "Sparse24Weight",
     "SparseWeight",
     "block_mask",
     "from_dense",
+    "from_sparse",
     "n_m_mask",
+    "pack24",
     "reference",
     "reference_grid",
     "sparse_linear",
@@ -200,10 +206,15 @@ def _check_weight_shape(x: Tensor, weight: SparseWeight) -> None:
         )
 
 
+def _check_no_grid(*grids: Tensor | None) -> None:
+    if any(grid is not None for grid in grids):
+        raise ValueError("x_grid, y_grid: expected None with a weight compressed to 2:4")
+
+
 @backend.serves("sparse_linear")
 def _explain(
     x: Tensor,
-    weight: SparseWeight,
+    weight: SparseWeight | Sparse24Weight,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
@@ -212,6 +223,9 @@ def _explain(
     x_grid: Tensor | None = None,
     y_grid: Tensor | None = None,
 ) -> backend.Explanation:
+    if isinstance(weight, Sparse24Weight):
+        _check_no_grid(x_grid, y_grid)
+        return _sparse24.explain(x, weight, bias, residual, activation, device)
     _check_weight_shape(x, weight)
     fixed = (*weight.tensors, weight.shape[0], weight.chunk)
     if x_grid is None and y_grid is None and x.dtype != torch.uint8:
@@ -253,7 +267,7 @@ def _explain_gpu(
 
 def sparse_linear(
     x: Tensor,
-    weight: SparseWeight,
+    weight: SparseWeight | Sparse24Weight,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
@@ -274,7 +288,10 @@ def sparse_linear(
     Args:
         x: ``[.., K]``; float32, bfloat16 or float16, any strides; bfloat16 with bfloat16 values. Or
             uint8 on ``x_grid`` with int8 values.
-        weight: `sparsify_weight` or `from_dense` of a ``[N, K]`` matrix.
+        weight: `sparsify_weight` or `from_dense` of a ``[N, K]`` matrix; or, for the sparse tensor
+            cores of sm_80 to sm_89, `pack24` of one or `from_sparse` of such a weight that is 2:4
+            sparse: it takes no grid, x in the dtype of its floating values, and has no gradient.
+            NaN and infinity of x at zeros of W do not spread there.
         bias: ``[N]`` in x's dtype, or None.
         residual: ``[.., N]``, the shape of the result, or None.
         activation: none, relu, relu2, gelu (erf), gelu_tanh, silu, sigmoid or tanh.
@@ -296,6 +313,9 @@ def sparse_linear(
         RuntimeError: storage whose contents are broken (`SparseWeight.validate` says where), or NaN
             or inf in a y that was to become uint8.
     """
+    if isinstance(weight, Sparse24Weight):
+        _check_no_grid(x_grid, y_grid)
+        return _sparse24.apply(x, weight, bias, residual, activation)
     n, k = weight.shape
     if x.shape[-1:] != (k,):
         checks.tensors(x=x)

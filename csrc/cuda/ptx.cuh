@@ -1,7 +1,8 @@
 // The only file with inline PTX. Each wrapper has a host twin, which runs where csrc/hostrun does.
 //
 // Instructions and fragment layouts: NVIDIA, Parallel Thread Execution ISA ("cp.async",
-// "ld.global.nc", "ldmatrix", "Matrix Fragments for mma.m16n8k16", "... mma.m16n8k32"). All need
+// "ld.global.nc", "ldmatrix", "Matrix Fragments for mma.m16n8k16", "... mma.m16n8k32", "Sparse
+// matrix storage", "Matrix Fragments for sparse mma.m16n8k32", "... sparse mma.m16n8k64"). All need
 // sm_80 at most.
 #pragma once
 
@@ -198,6 +199,65 @@ PTX_INLINE void multiply(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
   hostrun::multiply<int8_t>("mma.s8", c, a, b, __LINE__);
+#endif
+}
+
+// --- products with a matrix that is half zeros --------------------------------------------------
+// c [16, 8] += a [16, K] b [K, 8], where each four neighbours in a row of a hold two numbers, the
+// only ones given, and two zeros; K = 32 of 16 bits or 64 of 8. a and c as above, a as if the
+// numbers were its columns; b[i]: column g, `per` numbers from row per * (t + 4 i) on. meta gives
+// the places of the two numbers in their four, 2 bits each, the first lowest and below the second;
+// four bits a four, from column 0 on:
+//   16 bits  lane 4 g + 2 Selector + h, h of 0 and 1: columns 16 h .. 16 h + 15 of row g in the low
+//            half and of row g + 8 in the high half; the other two lanes' meta is not looked at
+//   8 bits   lane 4 g + t: columns 32 (t / 2) .. 32 (t / 2) + 31 of row g + 8 (t % 2)
+// A sum never meets the numbers of b that stand at zeros of a.
+
+template <int Selector>
+PTX_INLINE void multiply_sparse(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                uint32_t meta, bf16) {
+  static_assert(Selector == 0 || Selector == 1, "lanes 0 and 1 of four, or 2 and 3");
+#if defined(__CUDACC__)
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+        "r"(meta), "n"(Selector));
+#else
+  hostrun::multiply_sparse<bf16, Selector>("mma.sp.bf16", c, a, b, meta, __LINE__);
+#endif
+}
+
+template <int Selector>
+PTX_INLINE void multiply_sparse(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                uint32_t meta, f16) {
+  static_assert(Selector == 0 || Selector == 1, "lanes 0 and 1 of four, or 2 and 3");
+#if defined(__CUDACC__)
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+        "r"(meta), "n"(Selector));
+#else
+  hostrun::multiply_sparse<f16, Selector>("mma.sp.f16", c, a, b, meta, __LINE__);
+#endif
+}
+
+template <int Selector>
+PTX_INLINE void multiply_sparse(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                uint32_t meta, int8_t) {
+  static_assert(Selector == 0, "every lane gives metadata");
+#if defined(__CUDACC__)
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+        "r"(meta), "n"(Selector));
+#else
+  hostrun::multiply_sparse<int8_t, Selector>("mma.sp.s8", c, a, b, meta, __LINE__);
 #endif
 }
 

@@ -83,6 +83,51 @@ void multiply(const char* what, Sum (&c)[4], const uint32_t (&a)[4], const uint3
   memcpy(c, sums.c, sizeof(c));
 }
 
+// The same where a [16, K] is 2:4 sparse, K = 32 of 16 bits or 64 of 8, four registers of b. meta
+// by "Sparse matrix storage" and the figures of the metadata of sparse mma.m16n8k32 (.f16, .bf16)
+// and mma.m16n8k64 (.s8): four bits for each four columns. A lane that contributes holds, for 16
+// bits, 16 columns of row group and of row group + 8; for 8 bits, 32 columns of one of the two.
+template <class Element, int Selector, class Sum>
+void multiply_sparse(const char* what, Sum (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                     uint32_t meta, int line) {
+  constexpr int per = 4 / static_cast<int>(sizeof(Element)), fours = 4 * per;
+  constexpr bool bytes = sizeof(Element) == 1;
+  struct Operands {
+    uint32_t a[4], b[4], meta;
+  };
+  struct Sums {
+    Sum c[4];
+  };
+  Operands mine;
+  memcpy(mine.a, a, sizeof(a));
+  memcpy(mine.b, b, sizeof(b));
+  mine.meta = meta;
+  const int group = self->lane / 4, member = self->lane % 4;
+  const Sums sums = exchange(what, line, mine, [&](auto at) {
+    Sums out;
+    for (int i = 0; i < 4; ++i) out.c[i] = c[i];
+    for (int half = 0; half < 2; ++half) {  // rows group and group + 8
+      for (int four = 0; four < fours; ++four) {
+        const int lane = bytes ? half + 2 * (four / 8) : 2 * Selector + four / 4;
+        const int bit = bytes ? 4 * (four % 8) : 16 * half + 4 * (four % 4);
+        const int places = at(4 * group + lane).meta >> bit & 15;
+        if (places % 4 >= places / 4) fail(what, ": metadata whose places do not rise");
+        for (int j = 2 * four; j < 2 * four + 2; ++j) {
+          const uint32_t left = at(4 * group + j / per % 4).a[half + 2 * (j / per / 4)];
+          const int k = 4 * four + (places >> 2 * (j % 2) & 3);
+          for (int i = 0; i < 2; ++i) {
+            const uint32_t right = at(4 * (2 * member + i) + k / per % 4).b[k / per / 4];
+            out.c[2 * half + i] += static_cast<Sum>(element(Element{}, left, j % per)) *
+                                   static_cast<Sum>(element(Element{}, right, k % per));
+          }
+        }
+      }
+    }
+    return out;
+  });
+  memcpy(c, sums.c, sizeof(c));
+}
+
 // Two 16-bit floats in a word, low half first, by a function of two floats.
 template <class Element, class F>
 uint32_t of_pairs(uint32_t a, uint32_t b, F f) {

@@ -1,0 +1,241 @@
+"""The op under `sparse_linear` for a weight that is 2:4 sparse and compressed for NVIDIA GPUs.
+
+The general storage of `sparse_linear` runs everywhere; this op takes the form that sparse tensor
+cores read (layout: `_sparse24_weight`; `from_sparse` makes it of the general storage, once, where
+a weight is frozen for such a GPU).
+
+Reference, op (schema, fake, autograd, vmap come from `_frozen`), dispatch, public function, in that
+order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigops import backend
+from bigops.kernels.tiles import device_arch
+from bigops.ops import _activation as act
+from bigops.ops import _checks as checks
+from bigops.ops import _frozen
+from bigops.ops import _quantize as quantize
+from bigops.ops import _sparse24_weight as storage
+from bigops.ops._library import LIB, rows
+from bigops.ops._sparse24_weight import Sparse24Weight
+
+MAX_K = 2**17  # with int8 values: sums past that may not fit in int32
+BLOCK_N = 128  # rows of W of a block of the kernel
+# Where the kernel serves: on sm_90 and up dense wgmma and tcgen05 are the rivals, and no default
+# is set against them before hardware was measured.
+ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89")
+
+# --- reference -----------------------------------------------------------------------------
+
+
+def reference(
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    scale: Tensor | None,
+    sums: Tensor | None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """The meaning of `sparse24_linear` in plain torch."""
+    w = storage.to_dense(values, meta, x.shape[-1])
+    if scale is None:
+        z = F.linear(x.float(), w)
+    else:
+        seen = quantize.quantize_rows(x, "dynamic", None)
+        # whole numbers below 2^53: the product is exact, in whatever order it is summed
+        total = torch.matmul((seen.q - seen.zero_point).double(), w.double().t()).float()
+        z = total * (seen.scale * scale)
+    if bias is not None:
+        z = z + bias.float()
+    y = act.apply(activation, z)
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(x.dtype)
+
+
+def _dense(
+    x: Tensor, values: Tensor, meta: Tensor, scale: Tensor | None, sums: Tensor | None
+) -> Tensor:
+    w = storage.to_dense(values, meta, x.shape[-1])
+    return w if scale is None else w * scale.unsqueeze(1)
+
+
+def check(
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    scale: Tensor | None,
+    sums: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> None:
+    """Raise ValueError or TypeError naming the argument, what was expected and what came."""
+    if x.dim() == 0:
+        raise ValueError("x: expected shape [.., K]; got []")
+    k = x.shape[-1]
+    storage.check_storage(values, meta, scale, sums, k)
+    served = quantize.SERVED if values.dtype == torch.int8 else (values.dtype,)
+    _frozen.check_call(x, values.shape[0], k, bias, residual, activation, served)
+    for name, t in (("values", values), ("meta", meta), ("scale", scale), ("sums", sums)):
+        if t is not None:
+            checks.device(name, t, x)
+
+
+# --- op ------------------------------------------------------------------------------------
+
+
+class _Sparse24Linear(_frozen.FrozenLinear):
+    def rows(self, x: Tensor, *fixed: object) -> int:
+        values = fixed[0]
+        assert isinstance(values, Tensor)
+        return values.shape[0]
+
+
+_op = _Sparse24Linear(
+    "sparse24_linear",
+    "Tensor values, Tensor meta, Tensor? scale, Tensor? sums",
+    reference=reference,
+    dense=_dense,
+    check=check,
+    rounds=lambda *fixed: fixed[2] is not None,
+)
+reference_backward = _op.reference_backward
+
+LIB.define(
+    "sparse24_linear_product(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor like, "
+    "Tensor values, Tensor meta, Tensor? scale, Tensor? sums, int k, Tensor? bias, "
+    "Tensor? residual, str activation) -> Tensor"
+)  # the kernel by itself, for a GPU only; `sparse24_linear` has its reference and gradients
+
+
+# --- dispatch ------------------------------------------------------------------------------
+# The kernel serves the forward on sm_80 to sm_89; the backward is the reference everywhere.
+
+
+def _forward(x: Tensor, *args: Any) -> Tensor:
+    """The op by the kernel; x of any rank."""
+    values, meta, scale, sums, bias, residual, activation = args
+    flat, k, n = rows(x), x.shape[-1], values.shape[0]
+    seen, x_scale, x_zero = flat, None, None
+    if scale is not None:
+        from bigops.kernels.quantized_linear import quantize_activations
+
+        seen, x_scale, x_zero, _ = quantize_activations(flat, "dynamic")
+    y = torch.ops.bigops.sparse24_linear_product(
+        seen,
+        x_scale,
+        x_zero,
+        x,
+        values,
+        meta,
+        scale,
+        sums,
+        k,
+        bias,
+        None if residual is None else rows(residual),
+        activation,
+    )
+    backend.note(_name(x.dtype, values.dtype))
+    out: Tensor = y.view(*x.shape[:-1], n)
+    return out
+
+
+def _name(dtype: torch.dtype, stored: torch.dtype) -> str:
+    return f"cuda.sparse24_linear.{checks.short(dtype)}.{checks.short(stored)}"
+
+
+def _fits(k: int, stored: torch.dtype) -> bool:
+    # Triton's kernel quantises the rows of x for int8 values.
+    return stored != torch.int8 or (k < MAX_K and backend.has_triton())
+
+
+def _serves_on(arch: str, k: int, stored: torch.dtype) -> bool:
+    return arch in ARCHS and backend.cuda_runs_on(arch) and _fits(k, stored)
+
+
+def serves(x: Tensor, stored: torch.dtype) -> bool:
+    """Whether the kernel serves x and values of ``stored`` on x's device."""
+    return (
+        x.is_cuda
+        and not backend.cuda_error
+        and _serves_on(device_arch(x.device), x.shape[-1], stored)
+    )
+
+
+def _cuda(x: Tensor, *args: Any) -> Tensor:
+    check(x, *args)
+    if serves(x, args[0].dtype):
+        return _forward(x, *args)
+    return _op._serve(x, *args)
+
+
+LIB.impl("sparse24_linear", _cuda, "CUDA")
+
+
+def _check_weight_shape(x: Tensor, weight: Sparse24Weight) -> None:
+    # The storage is filled up, so that it does not say where K ends.
+    checks.tensors(x=x)
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(
+            f"x: expected shape [.., {k}] for a weight of [{n}, {k}]; got {list(x.shape)}"
+        )
+
+
+def explain(
+    x: Tensor,
+    weight: Sparse24Weight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    device: str | None = None,
+) -> backend.Explanation:
+    """Which kernel serves such a call of `sparse_linear`."""
+    _check_weight_shape(x, weight)
+    _op.check(x, *weight.tensors, bias, residual, activation)
+    k, stored = weight.shape[1], weight.values.dtype
+    target = device or ("cpu" if x.device.type == "meta" else x.device.type)
+    if target == "cuda" and torch.cuda.is_available() and not backend.cuda_error:
+        target = device_arch(torch.device("cuda", torch.cuda.current_device()))
+    plain = "the product with the unpacked weight by torch serves; gradients likewise"
+    if _serves_on(target, k, stored):
+        m = x.shape[:-1].numel()
+        step = storage.STEP[stored]
+        config = {"block_n": BLOCK_N, "block_m": 32 if m <= 32 else 128, "block_k": step}
+        reason = "sparse tensor cores (mma.sp); gradients come from torch's product"
+        return backend.Explanation("sparse_linear", _name(x.dtype, stored), reason, config)
+    if target == "cpu":
+        reason = f"made for sparse tensor cores, the general storage has CPU kernels; {plain}"
+    elif target in ARCHS:
+        why = backend.cuda_error or f"the CUDA C++ kernels are not built for {target}"
+        reason = f"{why if _fits(k, stored) else 'int8 needs Triton and K below 2^17'}; {plain}"
+    else:
+        reason = f"no default before hardware was measured, {ARCHS[0]} to {ARCHS[-1]} only; {plain}"
+    return backend.Explanation("sparse_linear", "reference.sparse24_linear", reason)
+
+
+def apply(
+    x: Tensor,
+    weight: Sparse24Weight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """`sparse_linear` of such a weight.
+
+    What x holds at the zeros of W is never read into a sum by the kernel, so NaN and infinity there
+    do not spread; the reference, which multiplies by zero, gives NaN. Gradients for x, bias and
+    residual come from torch's product with the unpacked weight; the weight has none.
+    """
+    _check_weight_shape(x, weight)
+    return _op.apply(x, *weight.tensors, bias, residual, activation)
