@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +23,7 @@ from bigops.kernels.activation import NAMES
 from bigops.kernels.tiles import TileConfig
 from tests import triton_interpreter
 from tests.linear_cases import GATED, act, slope
+from tests.planted import load
 from tests.tolerance import check
 
 triton_interpreter.install()
@@ -316,20 +315,8 @@ def planted(folder: Path, old: str, new: str) -> ModuleType:
         found += source.count(old)
         source = source.replace(old, new)
         source = re.sub(r"from \.(activation|gemm) ", r"from .planted_\1 ", source)
-        module = _load(folder, f"planted_{stem}", source)
+        module = load(folder, f"planted_{stem}", source)
     assert found, f"nothing to plant the fault on: {old!r}"
-    return module
-
-
-def _load(folder: Path, stem: str, source: str) -> ModuleType:
-    path = folder / f"{stem}.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(f"bigops.kernels.{stem}", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
     return module
 
 

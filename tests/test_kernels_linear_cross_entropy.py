@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from bigops.ops import linear_cross_entropy as op
 from tests import triton_interpreter
 from tests.cross_entropy_cases import ALL, make
 from tests.kernels_ran import expect
+from tests.planted import plant
 
 triton_interpreter.install()
 module = sys.modules["bigops.ops.linear_cross_entropy"]
@@ -78,16 +78,7 @@ def test_planted_fault_is_caught(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = FAULTS[fault]
-    source = Path(kernels.__file__).read_text()
-    assert old in source
-    path = tmp_path / "planted_loss.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("bigops.kernels.planted_loss", path)
-    assert spec
-    assert spec.loader
-    planted = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = planted
-    spec.loader.exec_module(planted)
+    planted = plant(kernels, tmp_path, old, new)
     monkeypatch.setattr(kernels, "chunk", planted.chunk)
     with pytest.raises(Exception, match="too far|out of bounds|NaN at other"):
         make(3, 600, 5, torch.float32, ignored=0.0, **ALL["all, none"]).check()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +28,7 @@ from tests import triton_interpreter
 from tests.compressed_cases import DTYPES, QUANTISED, Case, make
 from tests.kernels_ran import expect
 from tests.linear_cases import PLAIN
+from tests.planted import plant
 from tests.test_kernels_fused_linear import guarded
 
 triton_interpreter.install()
@@ -328,22 +326,6 @@ def test_explain_says_what_no_gpu_kernel_serves() -> None:
 # --- planted faults: the checks above must see each of them -----------------------------------
 
 
-def planted(folder: Path, old: str, new: str) -> ModuleType:
-    """A copy of the kernels with ``old`` replaced by ``new``."""
-    source = Path(kernels.__file__).read_text()
-    assert old in source, f"nothing to plant the fault on: {old!r}"
-    name = "planted_" + re.sub(r"\W", "", folder.name)
-    path = folder / f"{name}.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(f"bigops.kernels.{name}", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 FAULTS = {
     "nibbles swapped": ("w4", "tl.join(w & 15, w >> 4)", "tl.join(w >> 4, w & 15)"),
     "columns of a line permuted": ("w4", "(0, 2, 1, 4, 5, 3)", "(0, 2, 1, 3, 5, 4)"),
@@ -367,7 +349,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_caught(fault: str, tmp_path: Path) -> None:
     form, old, new = FAULTS[fault]
-    module = planted(tmp_path, old, new)
+    module = plant(kernels, tmp_path, old, new)
     case = make(form, 37, 45, 134, "f32", "gelu")
     case.check_forward(call(case))
     with pytest.raises((AssertionError, IndexError, RuntimeError, InterpreterError)):
@@ -376,4 +358,4 @@ def test_planted_fault_is_caught(fault: str, tmp_path: Path) -> None:
 
 def test_a_copy_without_a_fault_passes(tmp_path: Path) -> None:
     case = make("w4_zero", 37, 45, 134, "f32", "gelu")
-    case.check_forward(call(case, planted(tmp_path, "M,", "M,")))
+    case.check_forward(call(case, plant(kernels, tmp_path, "M,", "M,")))

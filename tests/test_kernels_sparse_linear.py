@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,6 +26,7 @@ from tests import triton_interpreter
 from tests.compressed_cases import Case, make
 from tests.kernels_ran import expect
 from tests.linear_cases import PLAIN, curvature, slope
+from tests.planted import plant
 from tests.test_kernels_fused_linear import guarded
 from tests.test_kernels_low_rank_linear import Counter
 from tests.tolerance import check
@@ -355,22 +353,6 @@ def test_bytes_moved_are_those_of_the_stored_blocks(monkeypatch: pytest.MonkeyPa
 # --- planted faults: the checks above must see each of them -----------------------------------
 
 
-def planted(folder: Path, old: str, new: str) -> ModuleType:
-    """A copy of the kernels with ``old`` replaced by ``new``."""
-    source = Path(kernels.__file__).read_text()
-    assert old in source, f"nothing to plant the fault on: {old!r}"
-    name = "planted_" + re.sub(r"\W", "", folder.name)
-    path = folder / f"{name}.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(f"bigops.kernels.{name}", path)
-    assert spec
-    assert spec.loader
-    copy = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = copy
-    spec.loader.exec_module(copy)
-    return copy
-
-
 FAULTS = {
     "rows and words swapped": ("(0, 2, 4, 1, 3)", "(0, 1, 2, 3, 4)"),
     "columns of a word swapped in the transposed product": ("(0, 1, 3, 2, 4)", "(0, 2, 3, 1, 4)"),
@@ -393,7 +375,7 @@ def test_planted_fault_is_caught(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(3)
-    copy = planted(tmp_path, *FAULTS[fault])
+    copy = plant(kernels, tmp_path, *FAULTS[fault])
     for name in ("forward", "transposed", "sampled"):
         monkeypatch.setattr(kernels, name, getattr(copy, name))
     pattern, form, dtype = "32x32", "sparse_bf16", "bf16"
@@ -407,7 +389,7 @@ def test_planted_fault_is_caught(
 
 
 def test_a_copy_without_a_fault_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = planted(tmp_path, "M,", "M,")
+    copy = plant(kernels, tmp_path, "M,", "M,")
     for name in ("forward", "transposed", "sampled"):
         monkeypatch.setattr(kernels, name, getattr(copy, name))
     case = trained("sparse_bf16", 35, 40, 70, "bf16", "silu", pattern="32x32", sparsity=0.0)
