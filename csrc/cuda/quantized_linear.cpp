@@ -43,10 +43,7 @@ Tensor quantized_linear_decode(const Tensor& x, const Tensor& values, const Tens
            {tiles, lines, kTile, 4});
   check_on("scale", scale, x, ScalarType::Float, {groups, padded});
   check_on("zero_point", zero_point, x, ScalarType::Char, {groups, padded});
-  check_on("bias", bias, x, dtype, {n});
-  check_on("residual", residual, x, dtype, {m, n});
-  const int code = check_activation(activation);
-  if (is_gated(code)) fail("activation", "none that is gated", std::string(activation));
+  const int code = check_epilogue(x, dtype, m, n, bias, residual, activation);
 
   const DeviceGuard guard(x);
   Tensor y = torch::stable::new_empty(x, {m, n}, dtype);

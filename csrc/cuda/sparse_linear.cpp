@@ -71,19 +71,8 @@ Tensor sparse_linear_decode(const Tensor& x, const OptTensor& x_scale, const Opt
   check_on("index", index, x, ScalarType::Byte, {steps, indices});
   check_on("rows", rows, x, ScalarType::Byte, {slices, indices});
   check_on("ptr", ptr, x, ScalarType::Int, {slices + 1});
-  for (const bool given :
-       {x_scale.has_value(), x_zero.has_value(), scale.has_value(), sums.has_value()})
-    if (given != whole)
-      fail("x_scale, x_zero, scale, sums", whole ? "tensors with int8 values" : "None",
-           whole ? "None" : "a tensor");
-  check_on("x_scale", x_scale, x, ScalarType::Float, {m});
-  check_on("x_zero", x_zero, x, ScalarType::Int, {m});
-  check_on("scale", scale, x, ScalarType::Float, {n});
-  check_on("sums", sums, x, ScalarType::Int, {n});
-  check_on("bias", bias, x, dtype, {n});
-  check_on("residual", residual, x, dtype, {m, n});
-  const int code = check_activation(activation);
-  if (is_gated(code)) fail("activation", "none that is gated", std::string(activation));
+  check_whole(whole, x, m, n, x_scale, x_zero, scale, sums);
+  const int code = check_epilogue(x, dtype, m, n, bias, residual, activation);
 
   const DeviceGuard guard(x);
   Tensor y = torch::stable::new_empty(x, {m, n}, dtype);

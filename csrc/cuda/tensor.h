@@ -53,6 +53,32 @@ inline void check_on(const char* name, const OptTensor& t, const Tensor& x, Scal
   if (t.has_value()) check_on(name, *t, x, dtype, sizes);
 }
 
+// What a product of whole numbers needs besides: scale and zero point of the rows of x [m], scale
+// and sums of the rows of W [n]; none of them where the product is not whole.
+inline void check_whole(bool whole, const Tensor& x, int64_t m, int64_t n, const OptTensor& x_scale,
+                        const OptTensor& x_zero, const OptTensor& scale, const OptTensor& sums) {
+  for (const bool given :
+       {x_scale.has_value(), x_zero.has_value(), scale.has_value(), sums.has_value()})
+    if (given != whole)
+      fail("x_scale, x_zero, scale, sums", whole ? "tensors with int8 values" : "None",
+           whole ? "None" : "a tensor");
+  check_on("x_scale", x_scale, x, ScalarType::Float, {m});
+  check_on("x_zero", x_zero, x, ScalarType::Int, {m});
+  check_on("scale", scale, x, ScalarType::Float, {n});
+  check_on("sums", sums, x, ScalarType::Int, {n});
+}
+
+// Bias [n] and residual [m, n] in y's dtype; the code of the activation, which is not gated.
+inline int check_epilogue(const Tensor& x, ScalarType dtype, int64_t m, int64_t n,
+                          const OptTensor& bias, const OptTensor& residual,
+                          std::string_view activation) {
+  check_on("bias", bias, x, dtype, {n});
+  check_on("residual", residual, x, dtype, {m, n});
+  const int code = check_activation(activation);
+  if (is_gated(code)) fail("activation", "none that is gated", std::string(activation));
+  return code;
+}
+
 // Contiguous at an address that divides by 16, as cp.async of 16 bytes wants it.
 inline Tensor dense_16(const Tensor& t) {
   const Tensor whole = dense(t);
