@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -288,6 +289,29 @@ def test_explain_answers_for_a_gpu_that_is_not_here() -> None:
     )
     with pytest.raises(ValueError, match="op: expected one of .*fused_linear.*; got 'nope'"):
         bigops.explain("nope")
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes"),
+    [
+        ("fused_linear", [(64, 1024), (4096, 1024), (4096,)]),
+        ("low_rank_linear", [(64, 1024), (4096, 128), (128, 1024)]),
+        ("linear_cross_entropy", [(64, 1024), (4096, 1024)]),
+        ("fused_adamw", [[(64, 1024), (7,)]]),
+    ],
+)
+def test_explain_takes_shapes_in_place_of_tensors(op: str, shapes: list[Any]) -> None:
+    def made(shape: Any) -> Any:
+        if isinstance(shape, list):
+            return [made(of) for of in shape]
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    for device in ("cpu", "sm_80", "sm_90", "gfx942"):
+        said = bigops.explain(op, *shapes, dtype=torch.bfloat16, device=device)
+        assert said == bigops.explain(op, *map(made, shapes), device=device)
+        assert ("cpu." if device == "cpu" else "triton.") in said.kernel
+    with pytest.raises(ValueError, match="dtype: expected a torch.dtype for the shape"):
+        bigops.explain(op, *shapes, device="sm_90")
 
 
 def test_a_stand_in_is_seen() -> None:
