@@ -1,7 +1,9 @@
 """Set-up shared by all tests. Runs before any test module imports triton."""
 
+import csv
 import os
 import tempfile
+from pathlib import Path
 
 # No test depends on what `bigops tune` measured on this machine, nor writes there.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bigops-tests-")
@@ -16,3 +18,21 @@ import torch
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what the committed table of GPU kernels holds, and how much was compiled in this run."""
+    reports = [r for kind in terminalreporter.stats.values() for r in kind if hasattr(r, "when")]
+    compiled = [dict(r.user_properties).get("gpu_rows", 0) for r in reports if r.when == "call"]
+    if not any(compiled):
+        return
+    with (Path(__file__).parent / "golden" / "gpu_report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    kernels = {row["kernel"] for row in rows}
+    archs = sorted({row["arch"] for row in rows})
+    spills = sum(int(row["spill_bytes"]) for row in rows)
+    terminalreporter.write_sep("-", "GPU kernels, compiled for GPUs that are not here")
+    terminalreporter.write_line(
+        f"{len(rows)} rows of {len(kernels)} Triton kernels x configs for {', '.join(archs)}; "
+        f"{spills} bytes spilled; {sum(compiled)} rows compiled in this run"
+    )

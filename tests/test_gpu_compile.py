@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,21 +28,26 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_main_tile_of_each_device_passes_the_gate() -> None:
+def test_main_tile_of_each_device_passes_the_gate(
+    record_property: Callable[[str, object], None],
+) -> None:
     done = _run("gpu_report.py", "--quick", "--check", str(GOLDEN))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("| ok") == 5, done.stdout
     assert "5 rows, 0 faults" in done.stdout
+    record_property("gpu_rows", 5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
-def test_a_sample_of_all_rows_passes_the_gate(arch: str) -> None:
+def test_a_sample_of_all_rows_passes_the_gate(
+    arch: str, record_property: Callable[[str, object], None]
+) -> None:
     done = _run("gpu_report.py", "--arch", arch, "--sample", "6", "--check", str(GOLDEN))
     assert done.returncode == 0, done.stderr
     rows = int(done.stdout.splitlines()[-1].split()[0])
-    print(f"{arch}: {rows} rows compiled")
     assert rows >= 20
+    record_property("gpu_rows", rows)
 
 
 DIGESTS = """
