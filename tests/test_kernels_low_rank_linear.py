@@ -29,6 +29,7 @@ from tests.low_rank_cases import LowRankCase, make
 from tests.planted import plant
 from tests.test_gpu_compile import GOLDEN
 from tests.test_kernels_fused_linear import guarded
+from tests.traffic import counting
 
 triton_interpreter.install()
 
@@ -229,30 +230,6 @@ def test_only_the_asked_gradients_are_made(which: int) -> None:
 # bytes -------------------------------------------------------------------------------------
 
 
-class Counter:
-    """Bytes that the interpreted kernels load and store, by the element, masked ones left out."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.read = self.written = 0
-        builder = triton_interpreter.Builder
-        load, store = builder.create_masked_load, builder.create_masked_store
-
-        def size(pointers, mask):  # type: ignore[no-untyped-def]
-            each = pointers.get_element_ty().primitive_bitwidth // 8
-            return int(mask.data.sum()) * each
-
-        def masked_load(this, pointers, mask, *rest):  # type: ignore[no-untyped-def]
-            self.read += size(pointers, mask)
-            return load(this, pointers, mask, *rest)
-
-        def masked_store(this, pointers, value, mask, *rest):  # type: ignore[no-untyped-def]
-            self.written += size(pointers, mask)
-            return store(this, pointers, value, mask, *rest)
-
-        monkeypatch.setattr(builder, "create_masked_load", masked_load)
-        monkeypatch.setattr(builder, "create_masked_store", masked_store)
-
-
 @pytest.mark.parametrize("base", [False, True], ids=["factors", "lora"])
 def test_bytes_moved_are_those_of_the_formula(base: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With rows enough for the device x is read once and y alone is written, t nowhere."""
@@ -261,11 +238,11 @@ def test_bytes_moved_are_those_of_the_formula(base: bool, monkeypatch: pytest.Mo
     case = make(m, n, k, rank, torch.bfloat16, extras=False, base=base)
     x, u, v, *_, b = case.inputs
     config = model.fits("interpreter", torch.bfloat16, m, rank, base, True)
-    counter = Counter(monkeypatch)
-    kernels.forward(x, u, v, None, None, b, config=config)
+    with counting() as traffic:
+        kernels.forward(x, u, v, None, None, b, config=config)
     read, written = model.traffic(m, n, k, rank, base, 2, config)
-    assert counter.written == written == y_bytes(case)
-    assert counter.read == read
+    assert traffic.sums("all") == (read, written)
+    assert written == y_bytes(case)
     if not base:
         tiles_m = -(-m // config.block_m)
         assert read == 2 * (m * k + tiles_m * rank * (k + n))

@@ -27,7 +27,7 @@ from tests.kernels_ran import expect
 from tests.linear_cases import PLAIN
 from tests.planted import plant
 from tests.test_kernels_fused_linear import guarded
-from tests.test_kernels_low_rank_linear import Counter
+from tests.traffic import counting
 
 triton_interpreter.install()
 module = sys.modules["bigops.ops.sparse_linear"]
@@ -293,7 +293,7 @@ def test_bad_arguments() -> None:
 # bytes -------------------------------------------------------------------------------------
 
 
-def test_bytes_moved_are_those_of_the_stored_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_moved_are_those_of_the_stored_blocks() -> None:
     """What is not stored is not read, and y alone is written; indices come on top."""
     m, n, k = 40, 64, 96
     case = make("sparse_bf16", m, n, k, "bf16", bias=False, residual=False, pattern="32x32",
@@ -303,13 +303,14 @@ def test_bytes_moved_are_those_of_the_stored_blocks(monkeypatch: pytest.MonkeyPa
     assert 0 < stored < 6
     config = form_tiles.choose_config("sparse_linear", "interpreter", "forward", torch.bfloat16,
                                       m, 32)  # fmt: skip
-    counter = Counter(monkeypatch)
-    kernels.forward(case.x, case.weight.values, blocks, n, config=config)
+    with counting() as traffic:
+        kernels.forward(case.x, case.weight.values, blocks, n, config=config)
+    found_read, found_written = traffic.sums("all")
     read, written = kernels.traffic(m, n, k, stored, 2, 32 * 32, 2, config)
-    assert counter.written == written == m * n * 2
+    assert found_written == written == m * n * 2
     tiles_m = -(-m // config.block_m)
     assert read == 2 * (stored * 32 * m + tiles_m * stored * 1024)
-    indices = counter.read - read
+    indices = found_read - read
     assert 0 < indices < tiles_m * stored * 32 * 4 * 2
 
 
