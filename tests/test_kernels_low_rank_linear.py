@@ -1,4 +1,7 @@
-"""Values of the Triton kernel of low_rank_linear under the interpreter, by the numerics rule."""
+"""What is the Triton kernel's own in low_rank_linear: tiles, strides, traffic, planted faults.
+
+Its values by the public function are in test_low_rank_linear.py, beside those of all other ways.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,12 @@ from bigops.kernels import tiles
 from bigops.kernels.tiles import TileConfig
 from bigops.ops import _triton_low_rank as road
 from tests import triton_interpreter
+from tests.guarded import guarded
 from tests.kernels_ran import expect
 from tests.linear_cases import PLAIN
 from tests.low_rank_cases import LowRankCase, make
 from tests.planted import plant
 from tests.test_gpu_compile import GOLDEN
-from tests.test_kernels_fused_linear import guarded
 from tests.traffic import counting
 
 triton_interpreter.install()
@@ -71,30 +74,6 @@ def run(case: LowRankCase, form: str = "fused") -> None:
             None if base is None else gbase,
         ]
     )
-
-
-@pytest.mark.parametrize("base", [False, True], ids=["factors", "lora"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_dtype(dtype: str, base: bool) -> None:
-    run(make(37, 45, 70, 9, DTYPES[dtype], "gelu", base=base, scale=0.75))
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_every_activation(name: str) -> None:
-    run(make(5, 20, 40, 3, torch.float32, name, base=True, scale=2.0))
-
-
-# Ragged against the 32 x 32 x 32 tile of configs/low_rank_linear/interpreter.json; ranks around
-# the padded 16 and 32.
-@pytest.mark.parametrize(
-    ("lead", "n", "k", "rank"),
-    [([1], 1, 1, 1), ([2, 3], 33, 65, 17), ([33], 16, 32, 16), ([3], 40, 70, 32),
-     ([40], 32, 64, 32), ([2], 5, 4, 0), ([0], 7, 5, 2), ([3], 7, 0, 0)],
-    ids=str,
-)  # fmt: skip
-def test_shapes(lead: list[int], n: int, k: int, rank: int) -> None:
-    for base in (False, True):
-        run(make(lead, n, k, rank, torch.float32, "tanh", base=base))
 
 
 @pytest.mark.slow

@@ -23,10 +23,10 @@ from bigops.ops import _sparse_blocks
 from bigops.ops.sparse_linear import SparseWeight, sparsify_weight
 from tests import triton_interpreter
 from tests.compressed_cases import Case, make
+from tests.guarded import guarded
 from tests.kernels_ran import expect
 from tests.linear_cases import PLAIN
 from tests.planted import plant
-from tests.test_kernels_fused_linear import guarded
 from tests.traffic import counting
 
 triton_interpreter.install()
