@@ -94,8 +94,11 @@ $(VENV)/.installed: $(VENV)/.torch $(wildcard requirements/*.txt) $(BUILD_INPUTS
 	$(PIP) $(PINS) --no-build-isolation -e '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.installed requirements/dev.txt
+$(VENV)/.dev: $(VENV)/.installed requirements/dev.txt requirements/ttsem.txt
 	$(PIP) $(PINS) -r requirements/dev.txt
+	@rm -rf $(VENV)/ttsem
+	@$(PIP) --no-deps --ignore-requires-python --target $(VENV)/ttsem -r requirements/ttsem.txt || \
+	  echo "make: no ttsem; the tests that run Triton's code by it will be skipped" >&2
 	@touch $@
 
 clean:

@@ -226,11 +226,38 @@ class Case:
         plain = self.truth(torch.float32)[0].to(y.dtype)
         check(y, self.truth(torch.float64)[0], plain, self.scales()[0], what=f"{self.name} {what}")
 
-    def check_gradients(self, grads: Sequence[Tensor | None], what: str = "") -> None:
-        """Gradients of the leaves, in their order; None where there is no input."""
+    def roundings(self) -> list[Tensor | None]:
+        """What a gz that is stored in x's dtype carries into the gradients, float64."""
+        x, w = self.x.double().flatten(0, -2), self.dense
+        bias = 0.0 if self.bias is None else self.bias.double()
+        z = x @ w.t() + bias
+        z_scale = x.abs() @ w.abs().t() + abs(bias)
+        gz = grad = self.grad.double().abs().flatten(0, -2)
+        if self.name != "none":
+            gz = grad * (slope(self.name, z) + curvature(self.name) * z_scale)
+        gz = gz**2
+        carried = [
+            (gz @ w**2).sqrt().view(self.x.shape),
+            None if self.bias is None else gz.sum(0).sqrt(),
+            None if self.residual is None else torch.zeros_like(self.grad, dtype=torch.float64),
+        ]
+        if self.trains:
+            carried.insert(1, self.at_stored((gz.t() @ x**2).sqrt()))
+        return carried
+
+    def check_gradients(
+        self, grads: Sequence[Tensor | None], what: str = "", stored: bool = False
+    ) -> None:
+        """Gradients of the leaves, in their order; None where there is no input.
+
+        ``stored``: the kernel keeps gz in the dtype of x between its products, where others keep
+        float32.
+        """
         truth, plain = self.truth(torch.float64)[1], self.truth(torch.float32)[1]
-        for name, got, ref, base, scale in zip(
-            self.names, grads, truth, plain, self.scales()[1], strict=True
+        rounded = stored and self.x.dtype != torch.float32
+        carried = self.roundings() if rounded else [torch.zeros(())] * len(truth)
+        for name, got, ref, base, scale, rounding in zip(
+            self.names, grads, truth, plain, self.scales()[1], carried, strict=True
         ):
             label = f"{self.name} {what} gradient of {name}"
             if ref is None:
@@ -239,11 +266,15 @@ class Case:
             assert got is not None, f"{label}: None"
             assert base is not None
             assert scale is not None
+            assert rounding is not None
             if name == "values":
                 assert got.dtype == self.weight.values.dtype
                 only_padding = self.at_stored(torch.ones(self.weight.shape)) == 0
                 assert not got[only_padding].any(), f"{label}: not 0 where values only pad"
-            check(got, ref, base.to(got.dtype), scale, what=label)
+                if rounded and got.dtype == torch.float32:  # gz was rounded, the sum was not
+                    narrow, wide = torch.finfo(self.x.dtype).eps, torch.finfo(got.dtype).eps
+                    scale = scale + rounding * narrow / wide
+            check(got, ref, base.to(got.dtype), scale, rounding=rounding, what=label)
 
 
 def make(

@@ -1,4 +1,7 @@
-"""Values of the Triton kernel of low_rank_linear under the interpreter, by the numerics rule."""
+"""What is the Triton kernel's own in low_rank_linear: tiles, strides, traffic, planted faults.
+
+Its values by the public function are in test_low_rank_linear.py, beside those of all other ways.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,13 @@ from bigops.kernels import tiles
 from bigops.kernels.tiles import TileConfig
 from bigops.ops import _triton_low_rank as road
 from tests import triton_interpreter
+from tests.guarded import guarded
 from tests.kernels_ran import expect
 from tests.linear_cases import PLAIN
 from tests.low_rank_cases import LowRankCase, make
 from tests.planted import plant
 from tests.test_gpu_compile import GOLDEN
-from tests.test_kernels_fused_linear import guarded
+from tests.traffic import counting
 
 triton_interpreter.install()
 
@@ -70,30 +74,6 @@ def run(case: LowRankCase, form: str = "fused") -> None:
             None if base is None else gbase,
         ]
     )
-
-
-@pytest.mark.parametrize("base", [False, True], ids=["factors", "lora"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_dtype(dtype: str, base: bool) -> None:
-    run(make(37, 45, 70, 9, DTYPES[dtype], "gelu", base=base, scale=0.75))
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_every_activation(name: str) -> None:
-    run(make(5, 20, 40, 3, torch.float32, name, base=True, scale=2.0))
-
-
-# Ragged against the 32 x 32 x 32 tile of configs/low_rank_linear/interpreter.json; ranks around
-# the padded 16 and 32.
-@pytest.mark.parametrize(
-    ("lead", "n", "k", "rank"),
-    [([1], 1, 1, 1), ([2, 3], 33, 65, 17), ([33], 16, 32, 16), ([3], 40, 70, 32),
-     ([40], 32, 64, 32), ([2], 5, 4, 0), ([0], 7, 5, 2), ([3], 7, 0, 0)],
-    ids=str,
-)  # fmt: skip
-def test_shapes(lead: list[int], n: int, k: int, rank: int) -> None:
-    for base in (False, True):
-        run(make(lead, n, k, rank, torch.float32, "tanh", base=base))
 
 
 @pytest.mark.slow
@@ -229,30 +209,6 @@ def test_only_the_asked_gradients_are_made(which: int) -> None:
 # bytes -------------------------------------------------------------------------------------
 
 
-class Counter:
-    """Bytes that the interpreted kernels load and store, by the element, masked ones left out."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.read = self.written = 0
-        builder = triton_interpreter.Builder
-        load, store = builder.create_masked_load, builder.create_masked_store
-
-        def size(pointers, mask):  # type: ignore[no-untyped-def]
-            each = pointers.get_element_ty().primitive_bitwidth // 8
-            return int(mask.data.sum()) * each
-
-        def masked_load(this, pointers, mask, *rest):  # type: ignore[no-untyped-def]
-            self.read += size(pointers, mask)
-            return load(this, pointers, mask, *rest)
-
-        def masked_store(this, pointers, value, mask, *rest):  # type: ignore[no-untyped-def]
-            self.written += size(pointers, mask)
-            return store(this, pointers, value, mask, *rest)
-
-        monkeypatch.setattr(builder, "create_masked_load", masked_load)
-        monkeypatch.setattr(builder, "create_masked_store", masked_store)
-
-
 @pytest.mark.parametrize("base", [False, True], ids=["factors", "lora"])
 def test_bytes_moved_are_those_of_the_formula(base: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With rows enough for the device x is read once and y alone is written, t nowhere."""
@@ -261,11 +217,11 @@ def test_bytes_moved_are_those_of_the_formula(base: bool, monkeypatch: pytest.Mo
     case = make(m, n, k, rank, torch.bfloat16, extras=False, base=base)
     x, u, v, *_, b = case.inputs
     config = model.fits("interpreter", torch.bfloat16, m, rank, base, True)
-    counter = Counter(monkeypatch)
-    kernels.forward(x, u, v, None, None, b, config=config)
+    with counting() as traffic:
+        kernels.forward(x, u, v, None, None, b, config=config)
     read, written = model.traffic(m, n, k, rank, base, 2, config)
-    assert counter.written == written == y_bytes(case)
-    assert counter.read == read
+    assert traffic.sums("all") == (read, written)
+    assert written == y_bytes(case)
     if not base:
         tiles_m = -(-m // config.block_m)
         assert read == 2 * (m * k + tiles_m * rank * (k + n))

@@ -26,10 +26,10 @@ from bigops.ops._quantized_weight import pack
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight, reference
 from tests import triton_interpreter
 from tests.compressed_cases import DTYPES, QUANTISED, Case, make
+from tests.guarded import guarded
 from tests.kernels_ran import expect
 from tests.linear_cases import PLAIN
 from tests.planted import plant
-from tests.test_kernels_fused_linear import guarded
 
 triton_interpreter.install()
 

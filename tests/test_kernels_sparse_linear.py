@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -24,12 +23,11 @@ from bigops.ops import _sparse_blocks
 from bigops.ops.sparse_linear import SparseWeight, sparsify_weight
 from tests import triton_interpreter
 from tests.compressed_cases import Case, make
+from tests.guarded import guarded
 from tests.kernels_ran import expect
-from tests.linear_cases import PLAIN, curvature, slope
+from tests.linear_cases import PLAIN
 from tests.planted import plant
-from tests.test_kernels_fused_linear import guarded
-from tests.test_kernels_low_rank_linear import Counter
-from tests.tolerance import check
+from tests.traffic import counting
 
 triton_interpreter.install()
 module = sys.modules["bigops.ops.sparse_linear"]
@@ -54,45 +52,6 @@ def blocks_of(weight: SparseWeight) -> kernels.Blocks:
     return found
 
 
-def roundings(case: Case) -> list[Tensor | None]:
-    """What a gz that is stored in x's dtype carries into the gradients of the leaves, float64."""
-    x, w = case.x.double().flatten(0, -2), case.dense
-    bias = 0.0 if case.bias is None else case.bias.double()
-    z = x @ w.t() + bias
-    z_scale = x.abs() @ w.abs().t() + abs(bias)
-    grad = case.grad.double().abs().flatten(0, -2)
-    gz = grad
-    if case.name != "none":
-        gz = grad * (slope(case.name, z) + curvature(case.name) * z_scale)
-    gz = gz**2
-    return [
-        (gz @ w**2).sqrt().view(case.x.shape),
-        case.at_stored((gz.t() @ x**2).sqrt()),
-        None if case.bias is None else gz.sum(0).sqrt(),
-    ]
-
-
-def check_gradients(case: Case, found: tuple[Tensor, ...]) -> None:
-    """Of x, values and bias, with what a stored gz carries where x has 16 bits."""
-    truth, plain = case.truth(torch.float64)[1], case.truth(torch.float32)[1]
-    scales, carried = case.scales()[1], roundings(case)
-    names = ("x", "values", "bias")
-    for i, (name, got) in enumerate(zip(names, found, strict=True)):
-        ref, base, scale, rounding = truth[i], plain[i], scales[i], carried[i]
-        if ref is None:
-            continue
-        assert base is not None
-        assert scale is not None
-        assert rounding is not None
-        if case.x.dtype == torch.float32:
-            rounding = torch.zeros(())
-        elif got.dtype == torch.float32:  # values of a 16-bit x: gz was rounded, the sum was not
-            scale = scale + rounding * torch.finfo(case.x.dtype).eps / torch.finfo(got.dtype).eps
-        check(got, ref, base.to(got.dtype), scale, rounding=rounding, what=f"gradient of {name}")
-    padding = case.at_stored(torch.ones(case.weight.shape)) == 0
-    assert not found[1][padding].any(), "not 0 where values only pad"
-
-
 def run(case: Case) -> str:
     """Forward and backward as the ops run on a GPU, outputs between guards; gives the pattern."""
     blocks = blocks_of(case.weight)
@@ -106,7 +65,9 @@ def run(case: Case) -> str:
         found = module._cuda_backward(
             case.grad, case.x, *case.storage, case.bias, case.name, *needs
         )
-    check_gradients(case, found)
+    gx, gv, gb = found
+    grads = [gx, gv, None if case.bias is None else gb]
+    case.check_gradients([*grads, None if case.residual is None else case.grad], stored=True)
     return pattern
 
 
@@ -241,7 +202,9 @@ def test_other_patterns_are_served_by_the_reference_and_explain_says_so(pattern:
             case.grad, case.x, *case.storage, case.bias, case.name, True, True, True
         )
     assert names == ["reference.sparse_linear", "reference.sparse_linear_backward"]
-    check_gradients(case, found)
+    gx, gv, gb = found
+    grads = [gx, gv, None if case.bias is None else gb]
+    case.check_gradients([*grads, None if case.residual is None else case.grad], stored=True)
 
 
 @pytest.mark.parametrize("pattern", BLOCKS)
@@ -330,7 +293,7 @@ def test_bad_arguments() -> None:
 # bytes -------------------------------------------------------------------------------------
 
 
-def test_bytes_moved_are_those_of_the_stored_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_moved_are_those_of_the_stored_blocks() -> None:
     """What is not stored is not read, and y alone is written; indices come on top."""
     m, n, k = 40, 64, 96
     case = make("sparse_bf16", m, n, k, "bf16", bias=False, residual=False, pattern="32x32",
@@ -340,13 +303,14 @@ def test_bytes_moved_are_those_of_the_stored_blocks(monkeypatch: pytest.MonkeyPa
     assert 0 < stored < 6
     config = form_tiles.choose_config("sparse_linear", "interpreter", "forward", torch.bfloat16,
                                       m, 32)  # fmt: skip
-    counter = Counter(monkeypatch)
-    kernels.forward(case.x, case.weight.values, blocks, n, config=config)
+    with counting() as traffic:
+        kernels.forward(case.x, case.weight.values, blocks, n, config=config)
+    found_read, found_written = traffic.sums("all")
     read, written = kernels.traffic(m, n, k, stored, 2, 32 * 32, 2, config)
-    assert counter.written == written == m * n * 2
+    assert found_written == written == m * n * 2
     tiles_m = -(-m // config.block_m)
     assert read == 2 * (stored * 32 * m + tiles_m * stored * 1024)
-    indices = counter.read - read
+    indices = found_read - read
     assert 0 < indices < tiles_m * stored * 32 * 4 * 2
 
 

@@ -1,6 +1,11 @@
-"""low_rank_linear: every kernel against float64, ragged shapes, ranks, errors."""
+"""low_rank_linear: values and gradients by every way that serves it, ragged shapes, ranks, errors.
+
+What is Triton's own is in test_kernels_low_rank_linear.py.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +17,8 @@ import bigops
 from bigops import backend
 from bigops.ops.low_rank_linear import low_rank_linear, reference
 from tests import tolerance
-from tests.kernels_ran import ISAS, crossover, expect, isa, needs_extension
+from tests.backends import CPU, REFERENCE, TRITON, Way
+from tests.kernels_ran import crossover, needs_extension
 from tests.linear_cases import PLAIN
 from tests.low_rank_cases import LowRankCase, make
 
@@ -26,21 +32,57 @@ def run(case: LowRankCase) -> Tensor:
     return low_rank_linear(x, u, v, bias, residual, case.name, base=base, scale=case.scale)
 
 
+def both(case: LowRankCase, way: Way, *fragments: str) -> None:
+    """Forward without and with a graph and all gradients by one way, values and kernel names."""
+    with way.serving("low_rank_linear", *fragments), torch.no_grad():
+        y = run(case)
+    case.check_forward(y)
+    leaves = case.leaves()
+    with way.serving("low_rank_linear", *fragments, gradients=True):
+        y = run(replace(case, inputs=tuple(leaves)))
+        found = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], case.grad))
+    case.check_forward(y, "y with graph")
+    case.check_gradients([None if t is None else next(found) for t in leaves], str(way))
+
+
 @pytest.mark.parametrize("base", [False, True], ids=["factors", "lora"])
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_activation(dtype: torch.dtype, name: str, base: bool) -> None:
-    case = make(9, 21, 35, 6, dtype, name, base=base, scale=0.75)
-    with torch.no_grad(), expect("low_rank_linear"):
-        case.check_forward(run(case))
+@pytest.mark.parametrize("way", [REFERENCE, *CPU[-1:]], ids=str)
+def test_every_activation(way: Way, dtype: torch.dtype, name: str, base: bool) -> None:
+    both(make(9, 21, 35, 6, dtype, name, base=base, scale=0.75), way)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_activation_in_triton(name: str) -> None:
+    both(make(5, 20, 40, 3, torch.float32, name, base=True, scale=2.0), TRITON, "f32.fused")
 
 
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
-@pytest.mark.parametrize("level", ISAS)
-def test_every_kernel(level: str, dtype: torch.dtype) -> None:
-    case = make(7, 33, 65, 17, dtype, "gelu", base=True, scale=1.5)
-    with isa(level), torch.no_grad(), expect(f".low_rank_linear.{SHORT[dtype]}.dot"):
-        case.check_forward(run(case), level)
+@pytest.mark.parametrize("way", CPU, ids=str)
+def test_every_kernel(way: Way, dtype: torch.dtype) -> None:
+    both(make(7, 33, 65, 17, dtype, "gelu", base=True, scale=1.5), way, f".{SHORT[dtype]}.dot")
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["factors", "lora"])
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+def test_every_dtype_in_triton(dtype: torch.dtype, base: bool) -> None:
+    case = make(37, 45, 70, 9, dtype, "gelu", base=base, scale=0.75)
+    both(case, TRITON, f"low_rank_linear.{SHORT[dtype]}.fused")
+
+
+# Ragged against the 32 x 32 x 32 tile of configs/low_rank_linear/interpreter.json; ranks around
+# the padded 16 and 32.
+@pytest.mark.parametrize("way", [REFERENCE, *CPU[-1:], TRITON], ids=str)
+@pytest.mark.parametrize(
+    ("lead", "n", "k", "rank"),
+    [([1], 1, 1, 1), ([2, 3], 33, 65, 17), ([33], 16, 32, 16), ([3], 40, 70, 32),
+     ([40], 32, 64, 32), ([2], 5, 4, 0), ([0], 7, 5, 2), ([3], 7, 0, 0)],
+    ids=str,
+)  # fmt: skip
+def test_shapes(lead: list[int], n: int, k: int, rank: int, way: Way) -> None:
+    for base in (False, True):
+        both(make(lead, n, k, rank, torch.float32, "tanh", base=base), way)
 
 
 @pytest.mark.parametrize("base", [False, True], ids=["factors", "lora"])
@@ -68,14 +110,18 @@ def test_ragged_shapes(m: int, n: int, k: int, base: bool, data: st.DataObject) 
 
 
 @pytest.mark.parametrize("lead", [[], [0], [1], [2, 3], [2, 1, 3, 2]], ids=str)
-def test_leading_dimensions(lead: list[int]) -> None:
+@pytest.mark.parametrize("way", [REFERENCE, *CPU[-1:], TRITON], ids=str)
+def test_leading_dimensions(way: Way, lead: list[int]) -> None:
     case = make(lead or [1], 6, 9, 4, name="relu")
     if not lead:
         x, u, v, bias, residual, _ = case.inputs
-        case.check_forward(low_rank_linear(x[0], u, v, bias, residual[0], "relu")[None])
+        with way.serving("low_rank_linear"):
+            y = low_rank_linear(x[0], u, v, bias, residual[0], "relu")
+        case.check_forward(y[None])
         return
-    with torch.no_grad():
-        case.check_forward(run(case))
+    with torch.no_grad(), way.serving("low_rank_linear"):
+        y = run(case)
+    case.check_forward(y)
 
 
 def test_strided_inputs() -> None:

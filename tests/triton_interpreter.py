@@ -52,7 +52,8 @@ Handle = interpreter.TensorHandle
 class _Launch:
     """What one kernel launch may touch, and what it has stored so far."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, kernel: str, tensors: dict[str, torch.Tensor]) -> None:
+        self.kernel = kernel
         self.extents = []
         for name, t in tensors.items():
             if t.numel():
@@ -76,6 +77,10 @@ class _Launch:
             f"which has {end - start}"
         )
 
+    def tensor_at(self, address: int) -> str:
+        """Name of the argument that holds this address."""
+        return next(name for start, end, name in self.extents if start <= address < end)
+
     def finish(self) -> None:
         if not self.stores:
             return
@@ -93,6 +98,8 @@ _installed = False
 _behind_tables: list[torch.Tensor] = []
 _launch: _Launch | None = None
 _checking = True
+# Called as see(launch, "read" or "written", addresses, bytes of each) for every load and store.
+observers: list[Callable[[_Launch, str, np.ndarray, int], None]] = []
 
 
 @contextlib.contextmanager
@@ -226,7 +233,10 @@ def _add_checks() -> None:
     def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         if _launch is not None and _checking:
             size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-            _launch.check("load", touched(pointers, mask), size)
+            addresses = touched(pointers, mask)
+            _launch.check("load", addresses, size)
+            for see in observers:
+                see(_launch, "read", addresses, size)
         return load(self, pointers, mask, *rest)
 
     def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
@@ -235,6 +245,8 @@ def _add_checks() -> None:
             addresses = touched(pointers, mask)
             _launch.check("store", addresses, size)
             _launch.stores.append((self.grid_idx, addresses))
+            for see in observers:
+                see(_launch, "written", addresses, size)
         return store(self, pointers, value, mask, *rest)
 
     def init_args(self: Any, args: Any, kwargs: Any) -> Any:
@@ -243,7 +255,7 @@ def _add_checks() -> None:
         named = {**dict(zip(self.arg_names, on_host[0], strict=False)), **on_host[1]}
         given = {n: t for n, t in named.items() if isinstance(t, torch.Tensor)}
         behind = {f"tensor {i} of a table": t for i, t in enumerate(_behind_tables)}
-        _launch = _Launch(given | behind)
+        _launch = _Launch(self.fn.__name__, given | behind)
         return on_host
 
     restore = interpreter.GridExecutor._restore_args_dev

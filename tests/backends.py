@@ -1,0 +1,147 @@
+"""The ways that an op can be served, on CPU tensors: the tests of an op run over all that serve it.
+
+"reference" is what a device without kernels gets, "cpu" the C++ kernels, "triton" what a GPU gets,
+interpreted, and "hostrun" the same where the CUDA C++ kernels are built, these run by csrc/hostrun.
+A way is taken below the dispatcher, under the key of CPU tensors: public functions, autograd and
+checks above it are the ones that users call. `Way.serving` asserts which kernels ran.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import bigops.ops  # noqa: F401  registers the ops
+from bigops import backend
+from tests import hostrun
+from tests.guarded import guarded
+from tests.kernels_ran import ISAS, isa
+
+# The device whose entry in the dispatcher's table serves: one without kernels, and a GPU.
+_KEYS = {"reference": "PrivateUse1", "triton": "CUDA", "hostrun": "CUDA"}
+_PREFIX = {"reference": "reference.", "cpu": "cpu.", "triton": "triton.", "hostrun": "cuda."}
+# Ops of csrc/cuda, by the op that calls them; each is built when a test first takes the way.
+_IN_CUDA = ("quantized_linear", "sparse_linear", "sparse24_linear")
+# Whose kernels give the gradients, where it is not the way's own: the reference where `explain`
+# says so, and Triton's behind a forward in CUDA C++.
+_BACKWARD = {
+    ("triton", "quantized_linear"): ("reference.",),
+    ("hostrun", "quantized_linear"): ("reference.",),
+    ("hostrun", "sparse24_linear"): ("reference.",),
+    ("hostrun", "sparse_linear"): ("triton.", "reference."),
+}
+
+
+def _ops() -> list[str]:
+    """The ops that have a reference and a kernel; all others are made of these."""
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key
+    reference = set(registered("CompositeExplicitAutograd"))
+    kernels = set(registered("CPU")) | set(registered("CUDA"))
+    ours = (name for name in reference & kernels if name.startswith("bigops::"))
+    return sorted(name.removeprefix("bigops::") for name in ours)
+
+
+@functools.cache
+def _kernels(key: str) -> dict[str, Callable[..., Any]]:
+    """For each op what the dispatcher calls for tensors of ``key``."""
+    names = _ops()
+    return {name: torch.library.get_kernel(f"bigops::{name}", key).call_boxed for name in names}
+
+
+@contextlib.contextmanager
+def _dispatched_as(key: str) -> Iterator[None]:
+    """CPU tensors go where those of ``key`` do."""
+    library = torch.library.Library("bigops", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a kernel is registered over another: it is
+            for name, kernel in _kernels(key).items():
+                library.impl(name, kernel, "CPU", with_keyset=True)
+        yield
+    finally:
+        library._destroy()
+
+
+@functools.cache
+def _load(op: str) -> None:
+    hostrun.schedule(hostrun.load_op(op), 0, False)
+
+
+@contextlib.contextmanager
+def _built(op: str) -> Iterator[None]:
+    """As where bigops/_cuda was built: what it serves goes there."""
+    _load(op)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "cuda_error", "")
+        patch.setattr(backend, "cuda_runs_on", lambda arch: True)
+        sparse24 = sys.modules["bigops.ops._sparse24_linear"]
+        patch.setattr(sparse24, "serves", lambda x, stored: sparse24._fits(x.shape[-1], stored))
+        yield
+
+
+class Way(NamedTuple):
+    """One way; ``level`` is the instruction set of a CPU kernel."""
+
+    name: str
+    level: str = ""
+
+    def __str__(self) -> str:
+        return self.level or self.name
+
+    @contextlib.contextmanager
+    def taken(self, op: str) -> Iterator[None]:
+        """Calls inside take this way; ``op`` says which CUDA C++ kernels "hostrun" is about."""
+        with contextlib.ExitStack() as stack:
+            if self.name == "cpu":
+                stack.enter_context(isa(self.level))
+            else:
+                stack.enter_context(_dispatched_as(_KEYS[self.name]))
+            if self.name in ("triton", "hostrun"):
+                pytest.importorskip("triton")
+                from tests import triton_interpreter
+
+                triton_interpreter.install()
+            if self.name == "triton":
+                stack.enter_context(guarded())
+            if self.name == "hostrun":
+                if hostrun.lacks():
+                    pytest.skip(hostrun.lacks())
+                stack.enter_context(_built(op))
+            yield
+
+    @contextlib.contextmanager
+    def serving(self, op: str, *fragments: str, gradients: bool = False) -> Iterator[None]:
+        """Take this way, and fail unless its kernels of ``op`` ran and no others.
+
+        ``fragments``: parts of the names that must be among them, but for the reference, whose name
+        is that of the op alone; with ``gradients`` a backward must be, too.
+        """
+        own = _PREFIX[self.name]
+        with self.taken(op), backend.record() as names:
+            yield
+        forward = [plain(name) for name in names if "_backward" not in name]
+        backward = [plain(name) for name in names if "_backward" in name]
+        assert any(name.startswith(own + op) for name in forward), f"{self}: {names}"
+        assert all(name.startswith(own) for name in forward), f"{self}: another ran: {names}"
+        allowed = _BACKWARD.get((self.name, op), (own,))
+        assert all(name.startswith(allowed) for name in backward), f"{self}: another ran: {names}"
+        assert backward or not gradients, f"{self}: no backward among {names}"
+        for fragment in fragments if self.name != "reference" else ():
+            assert any(fragment in name for name in names), f"no {fragment!r} among {names}"
+
+
+def plain(name: str) -> str:
+    """The name of a kernel without the level of a CPU one."""
+    parts = name.split(".")
+    return ".".join([parts[0], *parts[2:]] if parts[0] == "cpu" else parts)
+
+
+REFERENCE, TRITON, HOSTRUN = Way("reference"), Way("triton"), Way("hostrun")
+CPU = [Way("cpu", level) for level in ISAS]
