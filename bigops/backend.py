@@ -274,7 +274,12 @@ _ON_GPU = (
 )
 
 
-_IN_CUDA = ("quantized_linear", "sparse_linear")  # some calls of them, as `explain` says
+_IN_CUDA = {  # which calls of them
+    "quantized_linear": "for few rows",
+    "sparse_linear": "for few rows",
+    "fused_adamw": "without float64",
+    "fused_grad_norm": "",
+}
 
 
 def _op_status() -> dict[str, dict[str, str]]:
@@ -295,7 +300,7 @@ def _op_status() -> dict[str, dict[str, str]]:
         else:
             gpu = f"triton.{op}"
         if op in _IN_CUDA and not cuda_error:
-            gpu = f"cuda.{op} for few rows, else {gpu}"
+            gpu = f"cuda.{op} {_IN_CUDA[op]}, else {gpu}" if _IN_CUDA[op] else f"cuda.{op}"
         ops[op] = {"cpu": cpu, "gpu": gpu}
     return ops
 

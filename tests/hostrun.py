@@ -48,6 +48,7 @@ extern "C" void hostrun_count(int64_t* counts) {
   counts[0] = hostrun::settings.copied.exchange(0);
   counts[1] = hostrun::settings.streamed.exchange(0);
 }
+extern "C" int64_t hostrun_stored() { return hostrun::settings.stored.exchange(0); }
 """
 
 Fault = tuple[str, str, str]  # file of csrc or of the source, what stands there, what instead
@@ -149,10 +150,17 @@ def schedule(library: Path, seed: int, early: bool) -> None:
 
 
 def counts(library: Path) -> list[int]:
-    """[bytes read by cp.async, bytes read by the loads of ptx.cuh] since the last call."""
+    """[bytes read by cp.async, bytes read by streaming loads] since the last call."""
     found = torch.zeros(2, dtype=torch.int64)
     ctypes.CDLL(str(library)).hostrun_count(ctypes.c_void_p(found.data_ptr()))
     return [int(count) for count in found]
+
+
+def stored(library: Path) -> int:
+    """Bytes written by streaming stores since the last call."""
+    function = ctypes.CDLL(str(library)).hostrun_stored
+    function.restype = ctypes.c_int64
+    return int(function())
 
 
 def convert(args: tuple[Any, ...], keep: list[Any]) -> list[Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -36,6 +37,15 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def round_roots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round torch's square roots: of many float32 at once it is off by the last bit now and then.
+
+    The reference is then one of bits, for kernels that round where it rounds.
+    """
+    root = Tensor.sqrt
+    monkeypatch.setattr(Tensor, "sqrt", lambda t: root(t.double()).to(t.dtype))
 
 
 class Problem:
@@ -82,3 +92,10 @@ class Problem:
     def all(self) -> list[Tensor]:
         return [*self.params, *self.first, *self.second, *self.first_scales, *self.second_scales,
                 *self.steps]  # fmt: skip
+
+
+def same(problem: Problem, reference: Problem) -> None:
+    """Hold one problem to the bits of another."""
+    for i, (ours, theirs) in enumerate(zip(problem.all(), reference.all(), strict=True)):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs), i

@@ -34,6 +34,8 @@ KERNELS = {
     "quantized_linear": ("decode_linear", 3 * 2 * 2, 3, 80),
     # float words by dtype, bfloat16, int8, for 1, 4 and 16 rows; float and int8 sums by dtype
     "sparse_linear": ("sparse_sums", (3 + 1 + 1) * 3, 2 * 3, 128),
+    # the step of all dtypes; the count of steps, sums of squares, the norm
+    "fused_adamw": ("adamw_step", 1, 3, 80),
     # bfloat16, half, int8 by dtype, for 32 and 128 rows; two blocks of 128 threads share
     "sparse24_linear": ("sparse24_product", (1 + 1 + 3) * 2, 0, 255),
 }
@@ -270,4 +272,18 @@ def test_2_4_multiplies_on_sparse_tensor_cores(tree: Path, arch: str) -> None:
 def test_sparse_decode_multiplies_four_bytes_at_once(tree: Path, arch: str) -> None:
     for name, code in functions(tree, "sparse_linear", arch):
         assert ("IDP.4A.S8.S8" if "Int8" in name else "FFMA") in code, name
+        assert not re.search(r"\b(LDL|STL|ATOMG?|RED\.E)\b", code), f"{name}: local memory, atomics"
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", nvcc.ARCHS)
+def test_a_step_loads_everything_before_it_stores(tree: Path, arch: str) -> None:
+    """Once, past the cache, of every width; the maps of 8-bit states stay in it."""
+    for name, code in functions(tree, "fused_adamw", arch):
+        moves = re.findall(r"\b((?:LDG|STG)\.[\w.]+)", code)
+        streamed = [move for move in moves if ".EF" in move]
+        assert {"LDG.E.EF", "LDG.E.EF.U16", "LDG.E.EF.U8"} <= set(streamed), name
+        loads = [i for i, move in enumerate(streamed) if move.startswith("LDG")]
+        assert loads == list(range(len(loads))), f"{name}: a load after a store"
+        assert len(loads) == 8 * (2 + 2 + 2 + 2) + 2, f"{name}: {len(loads)} loads"
         assert not re.search(r"\b(LDL|STL|ATOMG?|RED\.E)\b", code), f"{name}: local memory, atomics"

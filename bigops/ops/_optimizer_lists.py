@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -81,3 +82,18 @@ def step_lists(
             raise ValueError(f"params[{i}]: expected device {params[0].device}; got {param.device}")
     if streams and len(streams) != len(params):
         raise ValueError(f"streams: expected none or {len(params)}; got {len(streams)}")
+
+
+def check_norm(norm: Tensor | None, clip_norm: float, params: Sequence[Tensor]) -> None:
+    """The norm that a step looks at, and the largest one that it lets through."""
+    if not clip_norm > 0:
+        raise ValueError(f"clip_norm: expected a number above 0; got {clip_norm}")
+    if norm is None:
+        if clip_norm != math.inf:
+            raise ValueError(f"norm: expected that of grads, to clip them to {clip_norm}; got None")
+        return
+    checks.tensors(norm=norm)
+    checks.dtype("norm", norm, torch.float64)
+    checks.shape("norm", norm, [])
+    if params and norm.device != params[0].device:
+        raise ValueError(f"norm: expected device {params[0].device}; got {norm.device}")

@@ -62,7 +62,7 @@ def explain_chunk(
 
 
 @functools.cache
-def _maps(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def maps_of(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(  # type: ignore[return-value]
         table(signed).to(device)
         for signed in (True, False)
@@ -95,7 +95,7 @@ def adamw(  # type: ignore[no-untyped-def]
         streams, seed, rounding_step,
     )  # fmt: skip
     factor = -grad_factor if maximize else grad_factor
-    maps = _maps(params[0].device)
+    maps = maps_of(params[0].device)
     launch.adamw(step, steps, maps, lr, beta1, beta2, eps, weight_decay, factor)
     _names("fused_adamw", params, exp_avgs)
 
@@ -113,7 +113,7 @@ def sgd(  # type: ignore[no-untyped-def]
         streams, seed, rounding_step,
     )  # fmt: skip
     factor = -grad_factor if maximize else grad_factor
-    maps = _maps(params[0].device)
+    maps = maps_of(params[0].device)
     launch.sgd(step, maps, lr, momentum, dampening, weight_decay, nesterov, first_step, factor)
     _names("fused_sgd", params, momentum_buffers)
 

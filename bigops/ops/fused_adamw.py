@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bigops import backend
 from bigops.ops import _checks as checks
+from bigops.ops import _cuda_adamw as _cuda
 from bigops.ops import _optimizer_lists as lists
 from bigops.ops import _optimizer_states as states
 from bigops.ops import _triton, _triton_loss
@@ -266,12 +267,16 @@ for _name, _op in (("fused_adamw", _adamw), ("fused_sgd", _sgd), ("fused_grad_no
 
 
 # --- dispatch ------------------------------------------------------------------------------
-# The CPU kernels register themselves (csrc/cpu/fused_adamw.cpp); GPUs take the Triton kernels, but
-# for lists with float64 parameters: these and other devices take the reference.
+# The CPU kernels register themselves (csrc/cpu/fused_adamw.cpp); GPUs take the CUDA C++ kernels
+# where they are built, else the Triton kernels, which also serve SGD, but for lists with float64
+# parameters: these and other devices take the reference.
 
 
 def _cuda_adamw(params, *rest):  # type: ignore[no-untyped-def]
-    (_triton_loss.adamw if _triton_loss.serves_step(params) else _serve_adamw)(params, *rest)
+    if _cuda.serves_step(params, rest[3]):
+        _cuda.adamw(params, *rest)
+    else:
+        (_triton_loss.adamw if _triton_loss.serves_step(params) else _serve_adamw)(params, *rest)
 
 
 def _cuda_sgd(params, *rest):  # type: ignore[no-untyped-def]
@@ -279,6 +284,8 @@ def _cuda_sgd(params, *rest):  # type: ignore[no-untyped-def]
 
 
 def _cuda_norm(grads):  # type: ignore[no-untyped-def]
+    if _cuda.serves(grads):
+        return _cuda.norm(grads)
     serves = len(grads) > 0 and backend.has_triton()
     return (_triton_loss.norm if serves else _serve_norm)(grads)
 
@@ -296,6 +303,11 @@ def _explainer(op: str) -> Callable[..., backend.Explanation]:
         checks.floating("params[0]", params[0] if len(params) else torch.empty(0))
         target = device or (params[0].device.type if len(params) else "cpu")
         if target not in ("cpu", "meta"):
+            wide = op == "fused_adamw" and dtype == torch.float64
+            if op != "fused_sgd" and not wide and _cuda.serves_on(target):
+                form = "double" if op == "fused_grad_norm" else "8bit" if eight_bit else "fused"
+                name = f"cuda.{op}.{checks.short(dtype)}.{form}"
+                return backend.Explanation(op, name, "one launch for 320 tensors of any dtypes")
             why = _triton.why_not(torch.float32 if op == "fused_grad_norm" else dtype)
             if why:
                 return backend.Explanation(op, f"reference.{op}", why)
@@ -367,6 +379,8 @@ def fused_adamw(
     streams: Sequence[int] = (),
     seed: int = 0,
     rounding_step: int = 0,
+    norm: Tensor | None = None,
+    clip_norm: float = math.inf,
 ) -> None:
     """One AdamW step (decoupled weight decay, arXiv 1711.05101) of many tensors, in place.
 
@@ -378,7 +392,8 @@ def fused_adamw(
         grads: float64 where the parameter is, else float32, bfloat16 or float16.
         exp_avgs, exp_avg_sqs: float32 (float64 for float64 parameters), or uint8 codes of the
             dynamic map (arXiv 2110.02861), contiguous, with ``exp_avg_scales``.
-        steps: float32, one element, on the CPU for CPU parameters; incremented here.
+        steps: float32, one element, on the CPU for CPU parameters, elsewhere on the CPU or the
+            device of params; incremented here.
         lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
         grad_factor: gradients are multiplied by it first: the inverse loss scale times the
             clipping factor.
@@ -390,12 +405,19 @@ def fused_adamw(
             stochastically by Philox of (seed, stream, rounding_step, element), the same bits at
             every thread count. Left out: to nearest.
         seed, rounding_step: see streams; rounding_step must differ from step to step.
+        norm: float64 0-dimensional, `fused_grad_norm` of grads: nothing changes where it is inf or
+            NaN. The CUDA C++ kernels read it on the device where steps are there too, so that
+            norm and step can be captured in one CUDA graph; others wait for it.
+        clip_norm: with norm: grads times grad_factor whose norm is past it are brought down to it,
+            as torch.nn.utils.clip_grad_norm_ does.
 
     Raises:
-        ValueError: lists of other lengths, shapes, devices, or sparse tensors.
+        ValueError: lists of other lengths, shapes, devices, or sparse tensors; clip_norm not above
+            0, or one without a norm.
         TypeError: dtypes that are not served.
     """
     lists.step_lists(params, grads, copies, streams)
+    lists.check_norm(norm, clip_norm, params)
     lists.moments("exp_avgs", exp_avgs, exp_avg_scales, params)
     lists.moments("exp_avg_sqs", exp_avg_sqs, exp_avg_sq_scales, params)
     if len(steps) != len(params):
@@ -408,11 +430,22 @@ def fused_adamw(
     for i, (m, v) in enumerate(zip(exp_avgs, exp_avg_sqs, strict=True)):
         if v.dtype != m.dtype:
             checks.dtype(f"exp_avg_sqs[{i}]", v, m.dtype)
-    if params:
-        step_adamw(
-            params, grads, exp_avgs, exp_avg_sqs, steps, exp_avg_scales, exp_avg_sq_scales, copies,
-            lr, *betas, eps, weight_decay, maximize, grad_factor, streams, seed, rounding_step,
-        )  # fmt: skip
+    if not params:
+        return
+    mutated = (params, exp_avgs, exp_avg_sqs, steps, exp_avg_scales, exp_avg_sq_scales, copies)
+    options = (lr, *betas, eps, weight_decay, maximize)
+    if norm is not None and _cuda.counts(params, steps):
+        rest = (*mutated[1:], *options, grad_factor, streams, seed, rounding_step)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            _cuda.adamw(params, grads, *rest, norm=norm, clip_norm=clip_norm)
+        for changed in mutated:
+            torch.autograd.graph.increment_version(changed)
+        return
+    if norm is not None:
+        if not norm.isfinite():
+            return
+        grad_factor *= min(1.0, clip_norm / (float(norm) * abs(grad_factor) + 1e-6))
+    step_adamw(params, grads, *mutated[1:], *options, grad_factor, streams, seed, rounding_step)
 
 
 @torch.no_grad()

@@ -48,7 +48,8 @@ struct Settings {
   int64_t only_block = -1;           // the one blockIdx.x that runs, or -1 for all
   bool copies_land_early = false;    // cp.async writes when issued; else when it is waited for
   std::atomic<int64_t> copied{0};    // bytes read by cp.async
-  std::atomic<int64_t> streamed{0};  // bytes read by the loads of ptx.cuh
+  std::atomic<int64_t> streamed{0};  // bytes read by the loads of ptx.cuh and by __ldcs
+  std::atomic<int64_t> stored{0};    // bytes written by __stcs
 };
 
 inline Settings settings;

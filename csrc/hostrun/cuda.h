@@ -11,6 +11,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 #define threadIdx (hostrun::self->index)
 #define blockIdx (hostrun::self->block->index)
@@ -113,6 +114,29 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   return result;
 }
 
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
+}
+
+// Each rounded by itself: g++ contracts nothing without a flag for fused instructions.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return sqrtf(a); }
+
+// Loads and stores of what is used once.
+template <class T>
+T __ldcs(const T* from) {
+  hostrun::settings.streamed.fetch_add(sizeof(T), std::memory_order_relaxed);
+  return *from;
+}
+template <class T>
+void __stcs(T* to, T value) {
+  hostrun::settings.stored.fetch_add(sizeof(T), std::memory_order_relaxed);
+  *to = value;
+}
+
 inline float __uint_as_float(unsigned v) {
   float f;
   memcpy(&f, &v, 4);
@@ -143,6 +167,8 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
 struct __half {
   uint16_t bits;
 };
+
+inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
 
 inline float __half2float(__half v) {
   const unsigned sign = (v.bits & 0x8000u) << 16, magnitude = v.bits & 0x7fffu;
