@@ -221,12 +221,16 @@ class Case:
             scales.insert(1, self.at_stored(values))
         return y_scale, scales
 
+    def roundings(self) -> list[Tensor | float | None]:
+        """What stored intermediates carry into each gradient: nothing, where none is stored."""
+        return [0.0] * len(self.names)
+
     def check_forward(self, y: Tensor, what: str = "y") -> None:
         assert y.dtype == self.x.dtype
         plain = self.truth(torch.float32)[0].to(y.dtype)
         check(y, self.truth(torch.float64)[0], plain, self.scales()[0], what=f"{self.name} {what}")
 
-    def roundings(self) -> list[Tensor | None]:
+    def roundings_of_gz(self) -> list[Tensor | float | None]:
         """What a gz that is stored in x's dtype carries into the gradients, float64."""
         x, w = self.x.double().flatten(0, -2), self.dense
         bias = 0.0 if self.bias is None else self.bias.double()
@@ -236,7 +240,7 @@ class Case:
         if self.name != "none":
             gz = grad * (slope(self.name, z) + curvature(self.name) * z_scale)
         gz = gz**2
-        carried = [
+        carried: list[Tensor | float | None] = [
             (gz @ w**2).sqrt().view(self.x.shape),
             None if self.bias is None else gz.sum(0).sqrt(),
             None if self.residual is None else torch.zeros_like(self.grad, dtype=torch.float64),
@@ -255,7 +259,7 @@ class Case:
         """
         truth, plain = self.truth(torch.float64)[1], self.truth(torch.float32)[1]
         rounded = stored and self.x.dtype != torch.float32
-        carried = self.roundings() if rounded else [torch.zeros(())] * len(truth)
+        carried = self.roundings_of_gz() if rounded else self.roundings()
         for name, got, ref, base, scale, rounding in zip(
             self.names, grads, truth, plain, self.scales()[1], carried, strict=True
         ):

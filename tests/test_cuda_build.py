@@ -36,8 +36,13 @@ KERNELS = {
     "sparse_linear": ("sparse_sums", (3 + 1 + 1) * 3, 2 * 3, 128),
     # the step of all dtypes; the count of steps, sums of squares, the norm
     "fused_adamw": ("adamw_step", 1, 3, 80),
-    # bfloat16, half, int8 by dtype, for 32 and 128 rows; two blocks of 128 threads share
-    "sparse24_linear": ("sparse24_product", (1 + 1 + 3) * 2, 0, 255),
+    # gradient of the values in bfloat16 and half
+    "sparse24_gradient": ("sparse24_sampled", 2, 0, 128),
+    # bfloat16 and half, y like them or float32, int8 by dtype, for 32 and 128 rows; two blocks of
+    # 128 threads share
+    "sparse24_linear": ("sparse24_product", (2 + 2 + 3) * 2, 0, 255),
+    # dtypes of W by those of the values; the values of the transpose
+    "sparse24_pack": ("sparse24_compress", 3 * 2, 2, 80),
 }
 
 # Of the kernels of sparse24_linear, by the mangled type of the values.
@@ -264,6 +269,26 @@ def test_2_4_multiplies_on_sparse_tensor_cores(tree: Path, arch: str) -> None:
         assert re.search(rf"{re.escape(wanted)} ", code), f"{name}: no {wanted}"
         assert "LDGSTS" in code, f"{name}: no cp.async"
         assert "LDSM" in code, f"{name}: no ldmatrix"
+        assert not re.search(r"\b(LDL|STL|ATOMG?|RED\.E)\b", code), f"{name}: local memory, atomics"
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_the_gradient_of_2_4_values_multiplies_on_tensor_cores(tree: Path, arch: str) -> None:
+    for name, code in functions(tree, "sparse24_gradient", arch):
+        wanted = "HMMA.16816.F32" if "6__half" in name else "HMMA.16816.F32.BF16"
+        assert re.search(rf"{re.escape(wanted)} ", code), f"{name}: no {wanted}"
+        assert "LDGSTS" in code, f"{name}: no cp.async"
+        assert "LDSM.16.MT88.4" in code, f"{name}: no ldmatrix that transposes"
+        assert not re.search(r"\b(LDL|STL|ATOMG?|RED\.E)\b", code), f"{name}: local memory, atomics"
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_packing_2_4_keeps_a_block_in_registers(tree: Path, arch: str) -> None:
+    for name, code in functions(tree, "sparse24_pack", arch):
+        wide = "128" if "compressIf" in name else "64"
+        assert re.search(rf"LDG\.E\S*\.{wide}\.CONSTANT", code), f"{name}: no load of a whole four"
         assert not re.search(r"\b(LDL|STL|ATOMG?|RED\.E)\b", code), f"{name}: local memory, atomics"
 
 

@@ -23,9 +23,10 @@ from bigops.ops import _sparse24_linear as op
 from bigops.ops._sparse24_weight import Sparse24Weight, from_sparse, pack24, padded
 from bigops.ops.sparse_linear import sparse_linear
 from tests import hostrun, roads
-from tests.compressed_cases import DTYPES, Case, make
+from tests.compressed_cases import DTYPES, Case
 from tests.kernels_ran import expect
 from tests.linear_cases import PLAIN
+from tests.sparse24_cases import make24
 
 SOURCE = Path(__file__).parent / "hostrun_sparse24_linear.cu"
 pytestmark = [
@@ -35,8 +36,6 @@ pytestmark = [
 ]
 # Stored as, and x: int8 values take x of any dtype, others their own.
 KINDS = [("bf16", "bf16"), ("f16", "f16"), ("s8", "f32"), ("s8", "bf16"), ("s8", "f16")]
-STORED = {"bf16": torch.bfloat16, "f16": torch.float16, "s8": torch.int8}
-FORM = {"bf16": "sparse_bf16", "f16": "sparse_float", "s8": "sparse_int8"}
 # Ragged against blocks of 128 rows of W, 32 or 128 of x, and steps of 64 or 128 columns.
 SHAPES = [(1, 1, 1), (5, 130, 70), (33, 17, 136), (130, 129, 65), (3, 16, 0), (0, 16, 64)]
 
@@ -49,14 +48,6 @@ def library() -> Path:
 @pytest.fixture(autouse=True)
 def _schedule(library: Path) -> None:
     hostrun.schedule(library, 0, False)
-
-
-def make24(stored: str, lead: int | list[int], n: int, k: int, dtype: str, name: str = "none",
-           **more: Any) -> tuple[Case, Sparse24Weight]:  # fmt: skip
-    """A case of `sparse_linear` with a 2:4 pattern, and its weight compressed."""
-    case = make(FORM[stored], lead, n, k, dtype, name, pattern="2:4", **more)
-    weight = from_sparse(case.weight, STORED[stored])
-    return replace(case, dense=weight.to_dense(torch.float64)), weight
 
 
 def product(case: Case, weight: Sparse24Weight, **given: Any) -> Tensor:
@@ -112,6 +103,15 @@ def test_leading_dimensions(lead: list[int]) -> None:
 @pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (False, True)])
 def test_optional_arguments(bias: bool, residual: bool) -> None:
     run("f16", "f16", 16, 20, 136, "gelu", bias=bias, residual=residual)
+
+
+@pytest.mark.parametrize("stored", ["bf16", "f16"])
+@pytest.mark.parametrize("m", [5, 40])
+def test_a_float32_result_of_16_bit_values(m: int, stored: str) -> None:
+    """A pre-activation, which the backward computes anew."""
+    case, weight = make24(stored, m, 20, 72, stored, bias=False, residual=False)
+    wide = replace(case, x=case.x.float(), bias=torch.randn(20))
+    wide.check_forward(product(case, weight, like=wide.x, bias=wide.bias))
 
 
 def test_any_strides() -> None:
@@ -210,7 +210,7 @@ def test_offsets_past_32_bits(tmp_path: Path) -> None:
     loaded.hostrun_only(ctypes.c_int64(tiles // 8 - 1))
     try:
         given = (case.x, None, None, values, meta, None, None, None, None, y)
-        hostrun.call(library, "run_sparse24", *given, 33, n, k, k, k, tiles, 0, 0, 1)
+        hostrun.call(library, "run_sparse24", *given, 33, n, k, k, k, tiles, 0, 0, 0, 1)
     finally:
         loaded.hostrun_only(ctypes.c_int64(-1))
     case.check_forward(y[:, -16:].contiguous())
@@ -260,7 +260,7 @@ def test_explain_names_the_kernel() -> None:
         said = bigops.explain("sparse_linear", case.x, weight, device=arch)
         assert said.kernel == "cuda.sparse24_linear.bf16.bf16"
         assert said.config == {"block_n": 128, "block_m": 128, "block_k": 64}
-        assert "gradients come from torch's product" in said.reason
+        assert "that of x comes from torch's product" in said.reason
     for device, reason in (
         ("sm_90", "no default before hardware was measured, sm_80 to sm_89 only"),
         ("gfx942", "sm_80 to sm_89 only"),
@@ -340,7 +340,7 @@ def test_bad_arguments() -> None:
     for given, message in (
         ({"x": x[:, :60]}, r"x: expected shape \[M, 64\]; got \[4, 60\]"),
         ({"x": x.half(), "like": x.half()}, "x: expected dtype bf16; got f16"),
-        ({"like": x.float()}, "like: expected the dtype of the values; got f32"),
+        ({"like": x.half()}, "like: expected the dtype of the values or f32; got f16"),
         ({"values": weight.values.float()}, "values: expected dtype bf16, f16 or s8; got f32"),
         ({"values": weight.values[:, :16]}, r"values: expected shape \[20, 32\]; got \[20, 16\]"),
         ({"meta": weight.meta[:1]}, r"meta: expected shape \[2, 1, 32\]; got \[1, 1, 32\]"),
@@ -375,7 +375,7 @@ def arguments(case: Case, weight: Sparse24Weight) -> tuple[Tensor, tuple[Any, ..
     tensors = (case.x, None, None, weight.values, weight.meta, None, None, case.bias, case.residual)
     numbers = (m, n, k, k, padded(k, weight.values.dtype), weight.meta.shape[0])
     types = list(DTYPES.values())
-    return y, (*tensors, y, *numbers, act.CODES[case.name], 0, types.index(case.x.dtype))
+    return y, (*tensors, y, *numbers, act.CODES[case.name], 0, 0, types.index(case.x.dtype))
 
 
 KERNEL = "sparse24_linear.cu"

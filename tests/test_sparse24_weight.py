@@ -10,8 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigops.ops._sparse24_weight import _bits, check_storage, from_sparse, pack24
-from bigops.ops.sparse_linear import n_m_mask, sparsify_weight
+from bigops.ops._sparse24_weight import (
+    _bits,
+    check_storage,
+    from_sparse,
+    pack24,
+    prune24,
+    sample,
+    to_dense,
+    turn,
+)
+from bigops.ops._sparse_convert import _BLOCKS
+from bigops.ops.sparse_linear import n_m_mask, sparsify_weight, transposable_mask
 from tests import hostrun
 
 SOURCE = Path(__file__).parent / "hostrun_kernels.cu"
@@ -172,7 +182,7 @@ def test_round_trip(kind: str, shape: tuple[int, int]) -> None:
     w = torch.randn(shape).to(torch.bfloat16)
     mask = n_m_mask(w) & (torch.rand(shape) < 0.9)  # some fours keep fewer than two
     packed = pack24(w, mask, DTYPES[kind])
-    check_storage(*packed.tensors, shape[1])
+    check_storage(*packed.tensors[:4], shape[1])
     want = torch.where(mask, w.float(), 0)
     if kind == "s8":
         general = sparsify_weight(w, mask, torch.int8, (1, 1))
@@ -209,6 +219,89 @@ def test_places_rise_in_every_four() -> None:
     assert set(bits.unique().tolist()) == {0b0100, 0b1000, 0b1001, 0b1100, 0b1101, 0b1110}
 
 
+# the transposable form ---------------------------------------------------------------------------
+
+
+def blocks_of(t: Tensor) -> Tensor:
+    """[N, K] as 4 x 4 blocks, [.., 16]."""
+    return t.unflatten(1, (-1, 4)).unflatten(0, (-1, 4)).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def test_no_mask_of_two_a_row_and_column_keeps_more() -> None:
+    """All 65536 masks of a block, by a count of its own; of whole numbers, whose sums are exact."""
+    every = torch.arange(2**16).unsqueeze(1) >> torch.arange(16) & 1
+    lines = every.view(-1, 4, 4)
+    legal = every[(lines.sum(1) == 2).all(1) & (lines.sum(2) == 2).all(1)].double()
+    assert len(legal) == len(_BLOCKS) == 90
+    for top in (1000, 2):  # few magnitudes: many masks are equally good
+        w = torch.randint(-top, top + 1, (24, 36)).double()
+        mask = transposable_mask(w)
+        kept, size = blocks_of(mask).double(), blocks_of(w.abs())
+        assert bool((kept.view(-1, 4, 4).sum(1) == 2).all())
+        assert bool((kept.view(-1, 4, 4).sum(2) == 2).all())
+        assert torch.equal((kept * size).sum(1), (size @ legal.t()).amax(1))
+
+
+def test_of_equal_masks_the_first_stays() -> None:
+    want = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]).bool()
+    assert torch.equal(transposable_mask(torch.ones(4, 4)), want)
+    assert torch.equal(transposable_mask(torch.zeros(4, 4)), want)
+
+
+def test_blocks_that_the_edges_cut() -> None:
+    for shape in ((5, 7), (1, 1), (3, 4), (0, 4), (4, 0)):
+        w = torch.randn(shape)
+        mask = transposable_mask(w)
+        assert mask.shape == shape
+        full = torch.nn.functional.pad(mask, (0, -shape[1] % 4, 0, -shape[0] % 4))
+        assert bool((full.unflatten(1, (-1, 4)).sum(-1) <= 2).all())
+        assert bool((full.t().unflatten(1, (-1, 4)).sum(-1) <= 2).all())
+        whole = w[: shape[0] // 4 * 4, : shape[1] // 4 * 4]
+        assert torch.equal(mask[: whole.shape[0], : whole.shape[1]], transposable_mask(whole))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_transposable_pack_holds_both(dtype: torch.dtype) -> None:
+    """W, and with the values of W^T, which are made of it, W^T: 2:4 each."""
+    w = torch.randn(36, 72).to(dtype)
+    packed = prune24(w, transposable=True)
+    assert packed.meta_t is not None
+    check_storage(*packed.tensors[:4], 72, packed.meta_t)
+    want = torch.where(transposable_mask(w), w, 0)
+    assert torch.equal(packed.to_dense(dtype), want)
+    values_t = turn(packed.values, packed.meta, packed.meta_t, 72)
+    assert torch.equal(to_dense(values_t, packed.meta_t, 36).to(dtype), want.t())
+    assert torch.equal(sample(want, packed.meta, dtype), packed.values)
+    assert packed.nbytes == sum(t.nbytes for t in (packed.values, packed.meta, packed.meta_t))
+    again = pack24(want, transposable=True)
+    assert torch.equal(again.meta_t, packed.meta_t)  # type: ignore[arg-type]
+
+
+def test_what_is_not_transposable_is_refused() -> None:
+    w = torch.randn(8, 64).bfloat16()
+    for call, error, message in (
+        (
+            lambda: prune24(w[:7], transposable=True),
+            ValueError,
+            r"w: expected N and K .* \[7, 64\]",
+        ),
+        (lambda: pack24(w, n_m_mask(w), transposable=True), ValueError, "got . in column 0 from"),
+        (
+            lambda: prune24(w, torch.int8, True),
+            TypeError,
+            "dtype: expected bfloat16 or float16 for",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    packed = prune24(w, transposable=True)
+    assert packed.meta_t is not None
+    with pytest.raises(ValueError, match=r"meta_t: expected shape \[4, 1, 32\]; got \[3, 1, 32\]"):
+        check_storage(*packed.tensors[:4], 64, packed.meta_t[:3])
+    with pytest.raises(ValueError, match="meta_t: expected None unless values are bfloat16"):
+        check_storage(*prune24(w, torch.int8).tensors[:4], 64, packed.meta_t)
+
+
 def test_errors() -> None:
     w = torch.randn(8, 64)
     with pytest.raises(ValueError, match=r"mask: expected at most 2 .* got 4 in row 0, columns 0 "):
@@ -222,6 +315,6 @@ def test_errors() -> None:
         from_sparse(general, torch.float16)
     packed = pack24(w, n_m_mask(w))
     with pytest.raises(ValueError, match=r"values: expected shape \[N, 64\]; got \[8, 32\]"):
-        check_storage(*packed.tensors, 65)
+        check_storage(*packed.tensors[:4], 65)
     with pytest.raises(TypeError, match="scale: expected a tensor with int8 values and None with"):
         check_storage(packed.values, packed.meta, torch.ones(8), None, 64)

@@ -113,8 +113,8 @@ class FrozenLinear:
 
     def _serve_backward(self, *args: Any) -> tuple[Tensor, ...]:
         backend.note(f"reference.{self.name}_backward")
-        empty = args[0].new_empty(0)
-        return tuple(empty if g is None else g for g in self.reference_backward(*args))
+        found = self.reference_backward(*args)
+        return tuple(args[0].new_empty(0) if g is None else g for g in found)  # none is another's
 
     def reference_backward(self, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
         """The results of the backward op as a differentiable expression; None where not needed."""

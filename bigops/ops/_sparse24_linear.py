@@ -22,6 +22,7 @@ from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
 from bigops.ops import _frozen
 from bigops.ops import _quantize as quantize
+from bigops.ops import _sparse24_pack as kernels
 from bigops.ops import _sparse24_weight as storage
 from bigops.ops._library import LIB, rows
 from bigops.ops._sparse24_weight import Sparse24Weight
@@ -41,6 +42,7 @@ def reference(
     meta: Tensor,
     scale: Tensor | None,
     sums: Tensor | None,
+    meta_t: Tensor | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
@@ -62,11 +64,19 @@ def reference(
     return y.to(x.dtype)
 
 
-def _dense(
-    x: Tensor, values: Tensor, meta: Tensor, scale: Tensor | None, sums: Tensor | None
+def _dense(  # type: ignore[no-untyped-def]
+    x: Tensor, values, meta, scale, sums, meta_t
 ) -> Tensor:
     w = storage.to_dense(values, meta, x.shape[-1])
     return w if scale is None else w * scale.unsqueeze(1)
+
+
+def _sample(  # type: ignore[no-untyped-def]
+    g: Tensor, x: Tensor, values, meta, scale, sums, meta_t
+) -> Tensor:
+    if values.dtype == torch.int8:
+        raise TypeError("values: expected a floating-point dtype to have a gradient; got int8")
+    return storage.sample(g, meta, values.dtype).to(values.dtype)
 
 
 def check(
@@ -75,6 +85,7 @@ def check(
     meta: Tensor,
     scale: Tensor | None,
     sums: Tensor | None,
+    meta_t: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str,
@@ -83,10 +94,11 @@ def check(
     if x.dim() == 0:
         raise ValueError("x: expected shape [.., K]; got []")
     k = x.shape[-1]
-    storage.check_storage(values, meta, scale, sums, k)
+    storage.check_storage(values, meta, scale, sums, k, meta_t)
     served = quantize.SERVED if values.dtype == torch.int8 else (values.dtype,)
     _frozen.check_call(x, values.shape[0], k, bias, residual, activation, served)
-    for name, t in (("values", values), ("meta", meta), ("scale", scale), ("sums", sums)):
+    tensors = (values, meta, scale, sums, meta_t)
+    for name, t in zip(_op.storage, tensors, strict=True):
         if t is not None:
             checks.device(name, t, x)
 
@@ -103,11 +115,12 @@ class _Sparse24Linear(_frozen.FrozenLinear):
 
 _op = _Sparse24Linear(
     "sparse24_linear",
-    "Tensor values, Tensor meta, Tensor? scale, Tensor? sums",
+    "Tensor values, Tensor meta, Tensor? scale, Tensor? sums, Tensor? meta_t",
     reference=reference,
     dense=_dense,
     check=check,
     rounds=lambda *fixed: fixed[2] is not None,
+    sample=_sample,
 )
 reference_backward = _op.reference_backward
 
@@ -119,39 +132,84 @@ LIB.define(
 
 
 # --- dispatch ------------------------------------------------------------------------------
-# The kernel serves the forward on sm_80 to sm_89; the backward is the reference everywhere.
+# The kernels serve on sm_80 to sm_89: the forward of all formats, the gradients of 16-bit values.
+# That of x is a product of the same kind where the weight is transposable, else torch's.
+
+
+def _product(
+    x: Tensor, like: Tensor, values: Tensor, meta: Tensor, k: int, *epilogue: Any, **more: Any
+) -> Tensor:
+    """The kernel on x [M, K]; a result like ``like``."""
+    names = ("x_scale", "x_zero", "scale", "sums")
+    x_scale, x_zero, scale, sums = (more.get(name) for name in names)
+    y: Tensor = torch.ops.bigops.sparse24_linear_product(
+        x, x_scale, x_zero, like, values, meta, scale, sums, k, *epilogue
+    )
+    return y
 
 
 def _forward(x: Tensor, *args: Any) -> Tensor:
     """The op by the kernel; x of any rank."""
-    values, meta, scale, sums, bias, residual, activation = args
+    values, meta, scale, sums, _, bias, residual, activation = args
     flat, k, n = rows(x), x.shape[-1], values.shape[0]
-    seen, x_scale, x_zero = flat, None, None
+    seen, more = flat, {}
     if scale is not None:
         from bigops.kernels.quantized_linear import quantize_activations
 
         seen, x_scale, x_zero, _ = quantize_activations(flat, "dynamic")
-    y = torch.ops.bigops.sparse24_linear_product(
-        seen,
-        x_scale,
-        x_zero,
-        x,
-        values,
-        meta,
-        scale,
-        sums,
-        k,
-        bias,
-        None if residual is None else rows(residual),
-        activation,
-    )
+        more = {"x_scale": x_scale, "x_zero": x_zero, "scale": scale, "sums": sums}
+    added = None if residual is None else rows(residual)
+    y = _product(seen, x, values, meta, k, bias, added, activation, **more)
     backend.note(_name(x.dtype, values.dtype))
-    out: Tensor = y.view(*x.shape[:-1], n)
-    return out
+    return y.view(*x.shape[:-1], n)
 
 
-def _name(dtype: torch.dtype, stored: torch.dtype) -> str:
-    return f"cuda.sparse24_linear.{checks.short(dtype)}.{checks.short(stored)}"
+def _backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Gradients of x, 16-bit values and bias by kernels; [0] for what is not needed.
+
+    The pre-activation is computed anew, in float32: the forward keeps nothing.
+    """
+    values, meta, _, _, meta_t, bias, activation, need_x, need_values, need_bias = args
+    k, n = x.shape[-1], values.shape[0]
+    z = None
+    if activation != "none":
+        wide = None if bias is None else bias.float()
+        like = x.new_empty(0, dtype=torch.float32)
+        z = _product(rows(x), like, values, meta, k, wide, None, "none")
+    gz, gb = _preact_gradient(rows(grad), z, activation, need_x or need_values, need_bias)
+    gx, gv = x.new_empty(0), x.new_empty(0)
+    if need_x and meta_t is not None:
+        values_t = kernels.turn(values, meta, meta_t, k)
+        gx = _product(gz, gz, values_t, meta_t, n, None, None, "none").view(x.shape)
+        backend.note(_name(x.dtype, values.dtype, "_grad_x"))
+    elif need_x:
+        gx = (gz @ storage.to_dense(values, meta, k).to(x.dtype)).view(x.shape)
+        backend.note("reference.sparse24_linear_grad_x")
+    if need_values:
+        gv = kernels.gradient(gz, rows(x), meta)
+    return gx, gv, gb
+
+
+def _preact_gradient(
+    grad: Tensor, z: Tensor | None, activation: str, need_gz: bool, need_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """(gz [M, N] in grad's dtype, its column sums); z float32, None without an activation."""
+    nothing = grad.new_empty(0)
+    if backend.has_triton():
+        from bigops.kernels.fused_linear import preact_gradient
+
+        code = act.CODES[activation]
+        gz, gb = preact_gradient(grad, z, code, z is not None and need_gz, need_bias)
+        return grad if gz is None else gz, nothing if gb is None else gb
+    wide = grad.float()
+    if z is not None:
+        wide = act.epilogue_backward(activation, wide, z)
+    gb = wide.sum(0).to(grad.dtype) if need_bias else nothing
+    return wide.to(grad.dtype), gb
+
+
+def _name(dtype: torch.dtype, stored: torch.dtype, part: str = "") -> str:
+    return f"cuda.sparse24_linear{part}.{checks.short(dtype)}.{checks.short(stored)}"
 
 
 def _fits(k: int, stored: torch.dtype) -> bool:
@@ -179,7 +237,14 @@ def _cuda(x: Tensor, *args: Any) -> Tensor:
     return _op._serve(x, *args)
 
 
+def _cuda_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    if args[0].dtype != torch.int8 and serves(x, args[0].dtype):
+        return _backward(grad, x, *args)
+    return _op._serve_backward(grad, x, *args)
+
+
 LIB.impl("sparse24_linear", _cuda, "CUDA")
+LIB.impl("sparse24_linear_backward", _cuda_backward, "CUDA")
 
 
 def _check_weight_shape(x: Tensor, weight: Sparse24Weight) -> None:
@@ -190,6 +255,17 @@ def _check_weight_shape(x: Tensor, weight: Sparse24Weight) -> None:
         raise ValueError(
             f"x: expected shape [.., {k}] for a weight of [{n}, {k}]; got {list(x.shape)}"
         )
+
+
+def _gradients_by(weight: Sparse24Weight) -> str:
+    if weight.values.dtype == torch.int8:
+        return "gradients come from torch's product"
+    if weight.meta_t is not None:
+        return "the gradient of x on them too, by the transpose; that of the values on dense ones"
+    return (
+        "the gradient of the values on dense tensor cores; that of x comes from torch's product, "
+        "since the weight is not transposable"
+    )
 
 
 def explain(
@@ -212,7 +288,7 @@ def explain(
         m = x.shape[:-1].numel()
         step = storage.STEP[stored]
         config = {"block_n": BLOCK_N, "block_m": 32 if m <= 32 else 128, "block_k": step}
-        reason = "sparse tensor cores (mma.sp); gradients come from torch's product"
+        reason = f"sparse tensor cores (mma.sp); {_gradients_by(weight)}"
         return backend.Explanation("sparse_linear", _name(x.dtype, stored), reason, config)
     if target == "cpu":
         reason = f"made for sparse tensor cores, the general storage has CPU kernels; {plain}"
@@ -234,8 +310,8 @@ def apply(
     """`sparse_linear` of such a weight.
 
     What x holds at the zeros of W is never read into a sum by the kernel, so NaN and infinity there
-    do not spread; the reference, which multiplies by zero, gives NaN. Gradients for x, bias and
-    residual come from torch's product with the unpacked weight; the weight has none.
+    do not spread; the reference, which multiplies by zero, gives NaN. Floating values have a
+    gradient, at the places that are stored.
     """
     _check_weight_shape(x, weight)
     return _op.apply(x, *weight.tensors, bias, residual, activation)

@@ -11,6 +11,7 @@ in the metadata:
                                        two bits each, rising, four bits a four
     scale   float32 [N]                with int8 values: row n is scale[n] * values
     sums    int32 [N]                  with int8 values: the sum of row n's values
+    meta_t  int32 [K'' / 16, N'' / 64, 32]   of a transposable weight: the metadata of W^T [K, N]
 
 Lane 4 g + t of a tile holds, with 16-bit values, columns 16 t .. 16 t + 15 of row g in its low half
 and of row g + 8 in its high half: two instructions of 32 columns take the words of lanes t < 2 and
@@ -19,6 +20,13 @@ g + 8 (t % 2), all for one instruction. The layouts are those of the PTX ISA, "S
 storage" and the figures of the metadata of sparse mma.m16n8k32 (.bf16) and mma.m16n8k64 (.s8).
 
 For bfloat16, values and metadata are 9/16 of the bytes of the dense matrix.
+
+A transposable weight keeps just two of four along its columns too, so that W^T is 2:4 and the
+gradient of x can be made on sparse tensor cores (Hubara et al. 2021, "Accelerated Sparse Neural
+Training", arXiv 2102.08124). N and K divide by 4 then, and each 4 x 4 block keeps two entries in
+every row and every column: no place only fills up, so that training the values cannot leave the
+pattern. Where entries are kept does not change in training, so meta_t is stored; the values of W^T
+are made of those of W where they are needed (`turn`), so that they cannot be stale.
 """
 
 from __future__ import annotations
@@ -31,7 +39,9 @@ from torch import Tensor
 
 from bigops.ops import _checks as checks
 from bigops.ops import _quantize as quantize
+from bigops.ops import _sparse24_pack as kernels
 from bigops.ops import _sparse_weight as storage
+from bigops.ops._sparse_convert import n_m_mask, transposable_mask
 from bigops.ops._sparse_weight import SparseWeight
 
 TILE = 16  # rows of an instruction
@@ -57,11 +67,12 @@ class Sparse24Weight(NamedTuple):
     scale: Tensor | None
     sums: Tensor | None
     shape: tuple[int, int]  # (N, K)
+    meta_t: Tensor | None = None  # of a transposable weight
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The storage, in the order in which the op takes it."""
-        return self[:4]
+        return (*self[:4], self.meta_t)
 
     @property
     def nbytes(self) -> int:
@@ -75,41 +86,115 @@ class Sparse24Weight(NamedTuple):
 
 
 def pack24(
-    w: Tensor, mask: Tensor | None = None, dtype: torch.dtype | None = None
+    w: Tensor,
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    transposable: bool = False,
 ) -> Sparse24Weight:
-    """Compress a matrix that is 2:4 sparse; plain torch, on any device.
+    """Compress a matrix that is 2:4 sparse; on any device, on an NVIDIA GPU by a kernel.
 
     Args:
         w: ``[N, K]``, any floating dtype.
-        mask: bool ``[N, K]``, True where an entry is kept, as `n_m_mask` gives it; None keeps what
-            is not exactly 0.
+        mask: bool ``[N, K]``, True where an entry is kept, as `n_m_mask` and `transposable_mask`
+            give it; None keeps what is not exactly 0.
         dtype: of the stored values: bfloat16, float16, or int8 (one symmetric scale a row); None
             keeps a 16-bit dtype and takes bfloat16 for the rest.
+        transposable: with the metadata of the transpose, for training: the mask keeps two of each
+            four neighbours along rows and columns; not with int8.
 
     Raises:
-        ValueError: more than two of four neighbours are kept, mask of another shape, w no matrix,
-            or NaN or inf in it.
+        ValueError: more than two of four neighbours are kept, or with ``transposable`` not just
+            two; mask of another shape, w no matrix, or NaN or inf in it.
         TypeError: w is no floating tensor, mask no bool, or a dtype that is not stored.
     """
+    dtype = _check_pack(w, dtype, transposable)
+    if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask: expected a torch.Tensor; got {type(mask).__name__}")
+        checks.dtype("mask", mask, torch.bool)
+        checks.shape("mask", mask, list(w.shape))
+        checks.device("mask", mask, w)
+    if kernels.serves(w, dtype) and not (transposable and _uneven(w)):
+        packed = kernels.pack(w.detach(), mask, "given", dtype, transposable)
+        if not bool(packed.broken.any()):  # else the road below names what is wrong
+            return _of_kernel(packed, w, transposable)
+    return _pack(w, w != 0 if mask is None else mask, dtype, transposable)
+
+
+def prune24(
+    w: Tensor, dtype: torch.dtype | None = None, transposable: bool = False
+) -> Sparse24Weight:
+    """Choose what to keep of a matrix and compress it, in one pass on an NVIDIA GPU.
+
+    Args:
+        w: ``[N, K]``, any floating dtype; with ``transposable`` N and K divide by 4.
+        dtype: as for `pack24`.
+        transposable: keep what `transposable_mask` keeps, and the metadata of the transpose, for
+            training; else what `n_m_mask` keeps.
+
+    Raises:
+        ValueError, TypeError: as `pack24`.
+    """
+    dtype = _check_pack(w, dtype, transposable)
+    if kernels.serves(w, dtype) and not (transposable and _uneven(w)):
+        packed = kernels.pack(w.detach(), None, "largest", dtype, transposable)
+        return _of_kernel(packed, w, transposable)
+    return _pack(w, transposable_mask(w) if transposable else n_m_mask(w), dtype, transposable)
+
+
+def _check_pack(w: Tensor, dtype: torch.dtype | None, transposable: bool) -> torch.dtype:
+    """The dtype of the stored values."""
     quantize.check_weight(w)
     if dtype is None:
         dtype = w.dtype if w.dtype in STEP else torch.bfloat16
     if dtype not in STEP:
         raise TypeError(f"dtype: expected bfloat16, float16 or int8; got {dtype}")
-    if mask is None:
-        mask = w != 0
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: expected a torch.Tensor; got {type(mask).__name__}")
-    checks.dtype("mask", mask, torch.bool)
-    checks.shape("mask", mask, list(w.shape))
+    if transposable and dtype == torch.int8:
+        raise TypeError("dtype: expected bfloat16 or float16 for the transposable form; got int8")
+    return dtype
+
+
+def _uneven(w: Tensor) -> bool:
+    return w.shape[0] % 4 != 0 or w.shape[1] % 4 != 0
+
+
+def _of_kernel(packed: kernels.Packed, w: Tensor, transposable: bool) -> Sparse24Weight:
+    n, k = w.shape
+    meta_t = packed.meta_t if transposable else None
+    return Sparse24Weight(packed.values, packed.meta, None, None, (n, k), meta_t)
+
+
+def _pack(w: Tensor, mask: Tensor, dtype: torch.dtype, transposable: bool) -> Sparse24Weight:
+    """`pack24` in plain torch."""
     kept = torch.where(mask, w.detach(), 0)
-    scale = sums = None
+    scale = sums = meta_t = None
+    if transposable:
+        _check_blocks(mask)
+        _, meta_t = _compress(kept.to(dtype).t(), mask.t())
     if dtype == torch.int8:
         scale = quantize.row_scales(kept.float())
         kept = quantize.to_int8(kept.float(), scale.unsqueeze(1))
         sums = kept.sum(1, dtype=torch.int32)
     values, meta = _compress(kept.to(dtype), mask)
-    return Sparse24Weight(values, meta, scale, sums, (w.shape[0], w.shape[1]))
+    return Sparse24Weight(values, meta, scale, sums, (w.shape[0], w.shape[1]), meta_t)
+
+
+def _check_blocks(mask: Tensor) -> None:
+    """Raise ValueError unless each 4 x 4 block keeps two entries in every row and column."""
+    n, k = mask.shape
+    if n % 4 or k % 4:
+        raise ValueError(
+            f"w: expected N and K that divide by 4 for the transposable form; got [{n}, {k}]"
+        )
+    for of, fours in (("row", mask), ("column", mask.t())):
+        counts = fours.unflatten(1, (-1, 4)).sum(-1)
+        wrong = counts != 2
+        if bool(wrong.any()):
+            line, four = (int(i) for i in wrong.nonzero()[0])
+            raise ValueError(
+                f"mask: expected 2 of each 4 neighbours of rows and columns for the transposable "
+                f"form; got {int(counts[line, four])} in {of} {line} from {4 * four} on"
+            )
 
 
 def from_sparse(weight: SparseWeight, dtype: torch.dtype | None = None) -> Sparse24Weight:
@@ -187,8 +272,27 @@ def to_dense(values: Tensor, meta: Tensor, k: int) -> Tensor:
     return dense.scatter(-1, places, values.float().unflatten(1, (-1, 2))).flatten(1)[:, :k]
 
 
+def sample(g: Tensor, meta: Tensor, dtype: torch.dtype) -> Tensor:
+    """The entries of a matrix g [N, K] where a weight of values in ``dtype`` stores its own."""
+    n, k = g.shape
+    bits = _bits(meta, dtype)[:n]
+    places = torch.stack([bits & 3, bits >> 2], -1)
+    fours = F.pad(g, (0, padded(k, dtype) - k)).unflatten(1, (-1, 4))
+    return fours.gather(-1, places).flatten(1)
+
+
+def turn(values: Tensor, meta: Tensor, meta_t: Tensor, k: int) -> Tensor:
+    """The values [K, N' / 2] of the transpose of a transposable weight [N, k]."""
+    return sample(to_dense(values, meta, k).t(), meta_t, values.dtype).to(values.dtype)
+
+
 def check_storage(
-    values: Tensor, meta: Tensor, scale: Tensor | None, sums: Tensor | None, k: int
+    values: Tensor,
+    meta: Tensor,
+    scale: Tensor | None,
+    sums: Tensor | None,
+    k: int,
+    meta_t: Tensor | None = None,
 ) -> None:
     """Raise ValueError or TypeError unless dtypes and sizes fit k columns."""
     if values.dtype not in STEP:
@@ -211,3 +315,11 @@ def check_storage(
         if row is not None:
             checks.dtype(name, row, dtype)
             checks.shape(name, row, [n])
+    if meta_t is not None:
+        if values.dtype == torch.int8 or n % 4 or k % 4:
+            raise ValueError(
+                "meta_t: expected None unless values are bfloat16 or float16 and N and K divide by "
+                f"4; got a tensor with {checks.short_name(values.dtype)} for [{n}, {k}]"
+            )
+        checks.dtype("meta_t", meta_t, torch.int32)
+        checks.shape("meta_t", meta_t, meta_shape(k, n, values.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any, NamedTuple
 
@@ -126,6 +127,52 @@ def n_m_mask(w: Tensor, n: int = 2, m: int = 4) -> Tensor:
     order = size.argsort(dim=-1, descending=True, stable=True)[..., :n]
     mask = torch.zeros_like(size, dtype=torch.bool).scatter_(-1, order, True)
     return mask.flatten(1)[:, :k].contiguous() if k else mask.new_zeros((rows, 0))
+
+
+# The pairs of columns that a row of four may keep, and the 90 choices for four rows in which each
+# column is kept twice, in lexicographic order: what csrc/cuda/sparse24_pack.cu tries.
+_PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+_BLOCKS = [
+    rows
+    for rows in itertools.product(range(6), repeat=4)
+    if all(sum(column in _PAIRS[pair] for pair in rows) == 2 for column in range(4))
+]
+
+
+def transposable_mask(w: Tensor) -> Tensor:
+    """Keep two of each four neighbours along rows and along columns at once: of each 4 x 4 block
+    the 8 entries, two in every row and column, whose magnitudes have the greatest sum.
+
+    So W and W^T are both 2:4, and training can use sparse tensor cores for the gradient of x too
+    (Hubara et al. 2021, "Accelerated Sparse Neural Training", arXiv 2102.08124). All 90 choices are
+    tried. Sums are of float32 pairs, ``(row 0 + row 1) + (row 2 + row 3)``; of equal ones the first
+    choice in lexicographic order stays. Blocks that the edges of ``w`` cut are filled up with
+    zeros, so that their lines may keep fewer.
+
+    Returns:
+        bool ``[N, K]``.
+
+    Raises:
+        ValueError: w no matrix, or NaN or inf in it.
+        TypeError: w is no floating tensor.
+    """
+    quantize.check_weight(w)
+    n, k = w.shape
+    size = F.pad(w.detach().abs().float(), (0, -k % 4, 0, -n % 4))
+    blocks = size.unflatten(1, (-1, 4)).unflatten(0, (-1, 4))  # [., rows, ., columns]
+    sums = [[blocks[:, i, :, a] + blocks[:, i, :, b] for a, b in _PAIRS] for i in range(4)]
+    best = torch.full_like(blocks[:, 0, :, 0], -1)
+    choice = torch.zeros_like(best, dtype=torch.long)
+    for number, (p, q, r, s) in enumerate(_BLOCKS):
+        total = (sums[0][p] + sums[1][q]) + (sums[2][r] + sums[3][s])
+        better = total > best
+        best, choice = torch.where(better, total, best), torch.where(better, number, choice)
+    kept = torch.tensor(
+        [[[column in _PAIRS[pair] for column in range(4)] for pair in rows] for rows in _BLOCKS],
+        device=w.device,
+    )
+    masks = kept[choice]  # [N' / 4, K' / 4, rows, columns]
+    return masks.transpose(1, 2).flatten(2).flatten(0, 1)[:n, :k].contiguous()
 
 
 def sparsify_weight(

@@ -25,8 +25,15 @@ from bigops.ops import _sparse_weight as storage
 from bigops.ops import _triton_sparse as _triton
 from bigops.ops._grid import GridLinear
 from bigops.ops._library import LIB
-from bigops.ops._sparse24_weight import Sparse24Weight, from_sparse, pack24
-from bigops.ops._sparse_convert import Pattern, block_mask, from_dense, n_m_mask, sparsify_weight
+from bigops.ops._sparse24_weight import Sparse24Weight, from_sparse, pack24, prune24
+from bigops.ops._sparse_convert import (
+    Pattern,
+    block_mask,
+    from_dense,
+    n_m_mask,
+    sparsify_weight,
+    transposable_mask,
+)
 from bigops.ops._sparse_weight import TENSORS, SparseWeight
 
 __all__ = [
@@ -38,10 +45,12 @@ __all__ = [
     "from_sparse",
     "n_m_mask",
     "pack24",
+    "prune24",
     "reference",
     "reference_grid",
     "sparse_linear",
     "sparsify_weight",
+    "transposable_mask",
 ]
 
 # --- reference -----------------------------------------------------------------------------
@@ -289,9 +298,9 @@ def sparse_linear(
         x: ``[.., K]``; float32, bfloat16 or float16, any strides; bfloat16 with bfloat16 values. Or
             uint8 on ``x_grid`` with int8 values.
         weight: `sparsify_weight` or `from_dense` of a ``[N, K]`` matrix; or, for the sparse tensor
-            cores of sm_80 to sm_89, `pack24` of one or `from_sparse` of such a weight that is 2:4
-            sparse: it takes no grid, x in the dtype of its floating values, and has no gradient.
-            NaN and infinity of x at zeros of W do not spread there.
+            cores of sm_80 to sm_89, `prune24` or `pack24` of one or `from_sparse` of such a weight
+            that is 2:4 sparse: it takes no grid, and x in the dtype of its floating values. NaN and
+            infinity of x at zeros of W do not spread there.
         bias: ``[N]`` in x's dtype, or None.
         residual: ``[.., N]``, the shape of the result, or None.
         activation: none, relu, relu2, gelu (erf), gelu_tanh, silu, sigmoid or tanh.

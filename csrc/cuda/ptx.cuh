@@ -88,6 +88,21 @@ PTX_INLINE uint4 load_streaming(const uint4* from) {
   return v;
 }
 
+// The same of 8 bytes.
+PTX_INLINE uint2 load_streaming(const uint2* from) {
+  uint2 v;
+#if defined(__CUDACC__)
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(from));
+#else
+  if (reinterpret_cast<uintptr_t>(from) % 8 != 0) hostrun::fail("ld.v2 from a misaligned address");
+  hostrun::settings.streamed.fetch_add(8, std::memory_order_relaxed);
+  v = *from;
+#endif
+  return v;
+}
+
 // --- fragments of matrices ----------------------------------------------------------------------
 
 // r[i]: matrix i of 8 rows of 8 16-bit numbers; lanes 8 i .. 8 i + 7 give its rows in shared

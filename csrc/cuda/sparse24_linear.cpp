@@ -37,7 +37,8 @@ Tensor sparse24_linear_product(const Tensor& x, const OptTensor& x_scale, const 
   const bool fits = x.dim() == 2 && (whole ? x.size(1) >= k : x.size(1) == k);
   if (!fits) fail("x", "shape [M, " + std::to_string(k) + "]", shape_of(x));
   check_dtype("x", x, whole ? ScalarType::Char : stored);
-  if (!whole && dtype != stored) fail("like", "the dtype of the values", short_name(dtype));
+  if (!whole && dtype != stored && dtype != ScalarType::Float)
+    fail("like", "the dtype of the values or f32", short_name(dtype));
   const int64_t step = whole ? 2 * kColumns : kColumns, padded = (k + step - 1) / step * step;
   const int64_t m = x.size(0), n = values.dim() > 0 ? values.size(0) : 0;
   const int64_t tiles = (n + kTile - 1) / kTile;
@@ -73,6 +74,7 @@ Tensor sparse24_linear_product(const Tensor& x, const OptTensor& x_scale, const 
   task.tiles = tiles;
   task.activation = code;
   task.whole = whole;
+  task.half = stored == ScalarType::Half;
   const char* error = multiply_sparse24(task, type, stream_of(x));
   STD_TORCH_CHECK(error == nullptr, "sparse24_linear_product: ", error == nullptr ? "" : error);
   return y;

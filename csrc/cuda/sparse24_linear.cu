@@ -222,7 +222,8 @@ const char* multiply_sparse24(const Sparse24Task& task, Sparse24Type type, void*
     return type == kSparse24BFloat16 ? launch<int8_t, bf16>(task, on)
                                      : launch<int8_t, f16>(task, on);
   }
-  if (type == kSparse24Float) return "float32 has no sparse product";
+  if (type == kSparse24Float)
+    return task.half ? launch<f16, float>(task, on) : launch<bf16, float>(task, on);
   return type == kSparse24BFloat16 ? launch<bf16, bf16>(task, on) : launch<f16, f16>(task, on);
 }
 
