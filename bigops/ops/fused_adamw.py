@@ -270,6 +270,10 @@ for _name, _op in (("fused_adamw", _adamw), ("fused_sgd", _sgd), ("fused_grad_no
 # for lists with float64 parameters: these and other devices take the reference.
 
 
+def _why_not(dtype: torch.dtype, target: _triton.Target) -> str:
+    return _triton.why_not(dtype, target, "fused_linear")  # whose files hold their block
+
+
 def _cuda_adamw(params, *rest):  # type: ignore[no-untyped-def]
     (_triton_loss.adamw if _triton_loss.serves_step(params) else _serve_adamw)(params, *rest)
 
@@ -279,7 +283,7 @@ def _cuda_sgd(params, *rest):  # type: ignore[no-untyped-def]
 
 
 def _cuda_norm(grads):  # type: ignore[no-untyped-def]
-    serves = len(grads) > 0 and backend.has_triton()
+    serves = len(grads) > 0 and not _why_not(torch.float32, grads[0].device)
     return (_triton_loss.norm if serves else _serve_norm)(grads)
 
 
@@ -296,7 +300,7 @@ def _explainer(op: str) -> Callable[..., backend.Explanation]:
         checks.floating("params[0]", params[0] if len(params) else torch.empty(0))
         target = device or (params[0].device.type if len(params) else "cpu")
         if target not in ("cpu", "meta"):
-            why = _triton.why_not(torch.float32 if op == "fused_grad_norm" else dtype)
+            why = _why_not(torch.float32 if op == "fused_grad_norm" else dtype, target)
             if why:
                 return backend.Explanation(op, f"reference.{op}", why)
             form = "double" if op == "fused_grad_norm" else "8bit" if eight_bit else "fused"
