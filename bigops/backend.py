@@ -250,9 +250,39 @@ def _version(package: str) -> str | None:
         return None
 
 
+# 3.4 cannot take the recursive epilogue of the GEMM; 3.5 to 3.7 refuse `tl.dot` of int8 into int32.
+MIN_TRITON = (3, 8)
+
+
+@functools.cache
+def _find_triton() -> tuple[str | None, str]:
+    """(version of triton, why it does not serve: "" where it does)."""
+    if importlib.util.find_spec("triton") is None:
+        return None, "triton is not installed"
+    try:
+        version = str(importlib.import_module("triton").__version__)
+    except Exception as error:  # a broken installation fails in many ways, and torch serves anyway
+        return None, f"triton does not load: {str(error) or type(error).__name__}"
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or (int(found.group(1)), int(found.group(2))) < MIN_TRITON:
+        least = ".".join(map(str, MIN_TRITON))
+        return version, f"triton {version} is too old: expected {least} or later"
+    return version, ""
+
+
+def triton_error() -> str:
+    """Why triton, which is optional, does not serve here: missing, broken, too old; else ""."""
+    return _find_triton()[1]
+
+
+def triton_version() -> str | None:
+    """The version of the triton that is imported here, which pip may know by another name."""
+    return _find_triton()[0]
+
+
 def has_triton() -> bool:
-    """Whether triton is importable (it is optional)."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether a triton that the GPU kernels can use is importable."""
+    return not triton_error()
 
 
 def _compiler() -> str | None:
@@ -293,8 +323,8 @@ def _op_status() -> dict[str, dict[str, str]]:
             cpu = f"reference.{op} ({extension_error})"
         if op not in _ON_GPU:
             gpu = f"reference.{op} (no GPU kernel of this op yet)"
-        elif not has_triton():
-            gpu = f"reference.{op} (triton is not installed)"
+        elif triton_error():
+            gpu = f"reference.{op} ({triton_error()})"
         elif not torch.cuda.is_available():
             gpu = f"triton.{op}, idle: torch sees no GPU"
         else:
@@ -303,6 +333,13 @@ def _op_status() -> dict[str, dict[str, str]]:
             gpu = f"cuda.{op} {_IN_CUDA[op]}, else {gpu}" if _IN_CUDA[op] else f"cuda.{op}"
         ops[op] = {"cpu": cpu, "gpu": gpu}
     return ops
+
+
+def _tiles_status() -> list[dict[str, Any]]:
+    """The tuned tiles of each kind of GPU here, and why a file of them is ignored."""
+    from bigops.ops import _triton_tuned
+
+    return _triton_tuned.status()
 
 
 def report() -> dict[str, Any]:
@@ -322,12 +359,14 @@ def report() -> dict[str, Any]:
         "extension": "loaded" if extension else extension_error,
         "compiler": _compiler(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": triton_version(),
+        "triton_error": triton_error(),
         "cuda": {
             "built": torch.version.cuda,
             "available": torch.cuda.is_available(),
             "kernels": cuda_error or f"loaded, for sm_{', sm_'.join(cuda_archs)}",
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
+        "tiles": _tiles_status(),
         "ops": _op_status(),
     }

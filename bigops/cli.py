@@ -79,8 +79,28 @@ def _tune(args: argparse.Namespace) -> int:
     from bigops import tune
 
     _set_threads(args.threads)
+    if args.device != "cpu":
+        return _tune_gpu(args)
+    if args.op or args.shapes:
+        raise ValueError("--op, --shapes: expected with --device cuda only; the device is cpu")
     dtypes = [name.replace("fp", "f") for name in args.dtype or ("fp32", "bf16", "fp16")]
     path = tune.tune(dtypes, again=args.again, report=lambda line: print(line, flush=True))
+    print(f"wrote {path}; it serves from the next start of Python on")
+    return 0
+
+
+def _tune_gpu(args: argparse.Namespace) -> int:
+    from bigops import tune_gpu
+
+    target = tune_gpu.target_of(args.device)
+    path = tune_gpu.tune(
+        target,
+        args.op or tune_gpu.OPS,
+        args.shapes or tune_gpu.SHAPES,
+        [name.replace("fp", "f") for name in args.dtype or ("bf16", "fp16", "fp32")],
+        again=args.again,
+        report=lambda line: print(line, flush=True),
+    )
     print(f"wrote {path}; it serves from the next start of Python on")
     return 0
 
@@ -226,6 +246,16 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     return parse
 
 
+def _shape(text: str) -> tuple[int, int, int]:
+    try:
+        m, n, k = map(int, text.split(","))
+    except ValueError:
+        m = n = k = 0
+    if min(m, n, k) < 1:
+        raise argparse.ArgumentTypeError(f"expected M,N,K of at least 1 each, got {text!r}")
+    return m, n, k
+
+
 def _fraction(text: str) -> float:
     try:
         value = float(text)
@@ -258,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="train, compress, save, reload, compare"))
     _add_bench(commands.add_parser("bench", help="measure the ops against torch and rivals"))
-    _add_tune(commands.add_parser("tune", help="measure this machine's crossovers and keep them"))
+    _add_tune(commands.add_parser("tune", help="measure this machine or its GPU, and keep it"))
     doctor = commands.add_parser("doctor", help="what this machine has, which kernel serves what")
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
     doctor.set_defaults(command=_doctor)
@@ -307,6 +337,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("--device", default="cpu", help="cpu: crossovers; cuda or cuda:N: tiles of the GPU kernels")
+    add("--op", action="append", metavar="NAME", help="of the GPU kernels; repeatable (all)")
+    add("--shapes", nargs="+", type=_shape, metavar="M,N,K", help="of the GPU kernels' products")
     add("--dtype", action="append", choices=("fp32", "bf16", "fp16"), help="repeatable (all)")
     add("--again", action="store_true", help="measure what the file already has, too")
     add("--threads", type=_positive(int), metavar="N", help="CPU threads (default: torch's choice)")

@@ -20,9 +20,10 @@ def text(report: Mapping[str, Any]) -> str:
         _line("extension", report["extension"]),
         _line("C++ compiler", report["compiler"] or "none found (c++, g++ or CXX)"),
         _line("torch", report["torch"]),
-        _line("triton", report["triton"] or "not installed"),
+        _line("triton", report["triton_error"] or report["triton"]),
         _line("CUDA", _cuda(cuda)),
         _line("CUDA C++", cuda["kernels"]),
+        *(_line("GPU tiles", _tiles(of)) for of in report["tiles"]),
         "",
         "Which kernel serves which op here:",
     ]
@@ -49,8 +50,15 @@ def advice(report: Mapping[str, Any]) -> list[str]:
         hints.append(f"tuned crossovers are ignored: {report['crossovers']['ignored']}")
     elif report["crossovers"]["source"] == "committed" and report["extension"] == "loaded":
         hints.append("the crossovers are another machine's: `bigops tune` measures this one's")
-    if report["triton"] is None and report["cuda"]["available"]:
-        hints.append("torch sees a GPU, but the GPU kernels need triton: pip install triton")
+    for of in report["tiles"]:
+        if of["ignored"]:
+            hints.append(f"tuned tiles are ignored: {of['ignored']}")
+        elif of["source"] == "committed":
+            step = "`bigops tune --device cuda` measures them"
+            hints.append(f"the tiles for {of['device']} are chosen by a model: {step}")
+    if report["triton_error"] and report["cuda"]["available"]:
+        step = "pip install -U triton"
+        hints.append(f"torch sees a GPU, but {report['triton_error']}, so torch serves: {step}")
     if report["cuda"]["built"] is None and sys.platform == "linux":
         hints.append("this torch is built without CUDA; for a GPU install a CUDA build of torch")
     return hints
@@ -65,6 +73,11 @@ def _instruction_set(cpu: Mapping[str, Any]) -> str:
         return "none (needs the extension)"
     forced = f", forced by BIGOPS_ISA={cpu['forced']}" if cpu["forced"] else ""
     return f"{cpu['isa']} (of {', '.join(cpu['isas'])}{forced})"
+
+
+def _tiles(of: Mapping[str, Any]) -> str:
+    count = "" if of["source"] == "committed" else f", {of['tiles']} tuned"
+    return f"{of['device']}: {of['source']}{count}"
 
 
 def _cuda(cuda: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import tiles
+from . import tiles, tuned
 from .tiles import CONFIG_DIR, DTYPES, TileConfig, _fields, _power_of_two
 
 FORMAT = "bigops-form-tiles-1"
@@ -128,7 +128,7 @@ def table_for(op: str, arch: str) -> Table:
     return _tables(op)[tiles.table_for(arch).device]
 
 
-@functools.lru_cache(maxsize=4096)
+@tuned.cached
 def choose_config(
     op: str, arch: str, form: str, dtype: torch.dtype, m: int, width: int, aligned: bool = True
 ) -> TileConfig | None:
@@ -149,6 +149,11 @@ def choose_config(
     """
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype}")
+    measured = tuned.lookup(
+        op, arch, tuned.form_of(form, aligned, width), DTYPES[dtype], tuned.bucket(m)
+    )
+    if measured is not None:
+        return TileConfig(**measured)
     reaching = [
         (entry.width, float("inf") if entry.max_m is None else entry.max_m, entry.config)
         for entry in table_for(op, arch).entries

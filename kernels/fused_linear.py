@@ -10,10 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuned
 from .activation import NONE, activate, derivative, split_code
 from .gemm import on_device, product
-from .tiles import DTYPES, TileConfig, choose_config, device_arch, pointwise_config, table_for
+from .tiles import (
+    DTYPES,
+    FORMS,
+    TileConfig,
+    choose_config,
+    device_arch,
+    pointwise_config,
+    table_for,
+)
 
+_MAX_GRID_Y = 65535  # CUDA C++ Programming Guide, "Technical Specifications"
 _MAX_SIZE = 2**31 - 2**12  # tile indices are 32 bit and may overhang an edge by one tile
 
 
@@ -173,6 +183,9 @@ def preact_gradient(
     if m == 0 or n == 0 or not (need_gz or need_bias):
         return gz, gb
     tile = pointwise_config(device_arch(grad.device))
+    if triton.cdiv(n, tile.block_n) > _MAX_GRID_Y:
+        most = _MAX_GRID_Y * tile.block_n
+        raise ValueError(f"grad: expected at most {most} columns; got {n}")
     # At most `max_chunks` partial sums per column, whatever M: the second stage stays small and
     # the order of summation depends on the shape alone.
     rows = triton.cdiv(triton.cdiv(m, tile.max_chunks), tile.block_m) * tile.block_m
@@ -288,7 +301,8 @@ def explain(
     n = rows // 2 if gated else rows
     aligned = n % 16 == 0 and k % 16 == 0
     config = choose_config(target, dtype, m, n, k, gated, aligned)
-    name = table_for(target).device
-    kind = f"{'' if aligned else 'un'}aligned {'gated' if gated else 'plain'} {DTYPES[dtype]}"
-    reason = f"{kind} tile for {m} rows from kernels/configs/{name}.json"
-    return {**config._asdict(), "file": f"{name}.json"}, reason
+    form, committed = tuned.form_of(FORMS[gated], aligned), f"{table_for(target).device}.json"
+    at = tuned.bucket(m, n, k)
+    file, where = tuned.cite("fused_linear", target, form, DTYPES[dtype], at, committed)
+    kind = f"{'' if aligned else 'un'}aligned {FORMS[gated]} {DTYPES[dtype]}"
+    return {**config._asdict(), "file": file}, f"{kind} tile for {m} rows {where}"

@@ -18,6 +18,7 @@ multiprocessor is idle, this costs no time.
 import torch
 import triton
 
+from . import tuned
 from .form_tiles import Table, choose_config, table_for
 from .tiles import DTYPES, TileConfig
 
@@ -138,9 +139,11 @@ def explain(
                 f"{launches} launches of the dense kernel"
             ),
         )
+    form = tuned.form_of(form_of(based), aligned, padded_rank(rank))
+    file, where = tuned.cite(OP, target, form, DTYPES[dtype], tuned.bucket(m), name)
     used = shared_bytes(config, rank, based, dtype.itemsize)
     reason = (
-        f"{kind} tile for {m} rows and a rank of {rank} from kernels/configs/{name}, at most "
+        f"{kind} tile for {m} rows and a rank of {rank} {where}, at most "
         f"{used} of {table.shared_memory} bytes of shared memory"
     )
-    return FUSED, {**config._asdict(), "file": name}, reason
+    return FUSED, {**config._asdict(), "file": file}, reason

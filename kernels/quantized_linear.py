@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuned
 from .activation import split_code
 from .gemm import _finish, _is_aligned, dot_precision, on_device
 from .quantized_tiles import choose_config, row_config, table_for
@@ -488,9 +489,8 @@ def explain(
     kind = kind_of(bits, activations)
     aligned = n % 16 == 0 and (activations != "none" or k % 16 == 0)
     config = _within(choose_config(target, kind, dtype, m, aligned), group)
-    name = f"quantized_linear/{table_for(target).device}.json"
+    committed = f"quantized_linear/{table_for(target).device}.json"
+    form, at = tuned.form_of(kind, aligned), tuned.bucket(m)
+    file, where = tuned.cite("quantized_linear", target, form, DTYPES[dtype], at, committed)
     what = f"{'' if aligned else 'un'}aligned {kind} {DTYPES[dtype]}"
-    return {
-        **config._asdict(),
-        "file": name,
-    }, f"{what} tile for {m} rows from kernels/configs/{name}"
+    return {**config._asdict(), "file": file}, f"{what} tile for {m} rows {where}"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import tiles
+from . import tiles, tuned
 from .tiles import DTYPES, TileConfig, _fields, _power_of_two
 
 CONFIG_DIR = tiles.CONFIG_DIR / "quantized_linear"
@@ -138,7 +138,7 @@ def table_for(arch: str) -> Table:
     return _tables()[tiles.table_for(arch).device]
 
 
-@functools.lru_cache(maxsize=4096)
+@tuned.cached
 def choose_config(
     arch: str, kind: str, dtype: torch.dtype, m: int, aligned: bool = True
 ) -> TileConfig:
@@ -157,6 +157,10 @@ def choose_config(
     """
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype}")
+    form = tuned.form_of(kind, aligned)
+    measured = tuned.lookup("quantized_linear", arch, form, DTYPES[dtype], tuned.bucket(m))
+    if measured is not None:
+        return TileConfig(**measured)
     entries = _fitting(table_for(arch).entries, kind, aligned, DTYPES[dtype])
     fitting = [e for e in entries if e.max_m is None or m <= e.max_m]
     return min(fitting, key=lambda e: float("inf") if e.max_m is None else e.max_m).config

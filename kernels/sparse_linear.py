@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuned
 from .activation import NONE, split_code
 from .form_tiles import choose_config, table_for
 from .gemm import _finish_tile, _is_aligned, dot_precision, on_device
@@ -471,9 +472,8 @@ def explain(
     aligned = n % 16 == 0 and k % 16 == 0
     config = choose_config(OP, target, "forward", dtype, m, height, aligned)
     assert config is not None, "a config file without a block of 32"
-    name = f"{OP}/{table_for(OP, target).device}.json"
+    committed = f"{OP}/{table_for(OP, target).device}.json"
+    form, at = tuned.form_of("forward", aligned, height), tuned.bucket(m)
+    file, where = tuned.cite(OP, target, form, DTYPES[dtype], at, committed)
     kind = f"{'' if aligned else 'un'}aligned {height}x{width} {DTYPES[dtype]}"
-    return {
-        **config._asdict(),
-        "file": name,
-    }, f"{kind} tile for {m} rows from kernels/configs/{name}"
+    return {**config._asdict(), "file": file}, f"{kind} tile for {m} rows {where}"

@@ -11,8 +11,10 @@ A product is aligned where N, the strides between rows and the addresses divide 
 does the compiler load and store in wide words. Otherwise the addresses of a large tile alone would
 overflow the registers, so smaller tiles serve.
 
-Nothing is timed here or on any call. The same call gives the same config on every machine, so a
-machine without the device can say what the device would run.
+Before them comes what `bigops tune` measured on the user's device (tuned.py), where it did.
+
+Nothing is timed here or on any call. The same call gives the same config on every machine that has
+no tuned file, so a machine without the device can say what the device would run.
 """
 
 import functools
@@ -23,6 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from . import tuned
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 FORMAT = "bigops-tiles-1"
@@ -219,7 +223,7 @@ def table_for(arch: str) -> Table:
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@tuned.cached
 def choose_config(
     arch: str,
     dtype: torch.dtype,
@@ -245,6 +249,10 @@ def choose_config(
     """
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype}")
+    form = tuned.form_of(FORMS[gated], aligned)
+    measured = tuned.lookup("fused_linear", arch, form, DTYPES[dtype], tuned.bucket(m, n, k))
+    if measured is not None:
+        return TileConfig(**measured)
     entries = _fitting(table_for(arch).entries, FORMS[gated], aligned, DTYPES[dtype])
     fitting = [e for e in entries if e.max_m is None or m <= e.max_m]
     return min(fitting, key=lambda e: float("inf") if e.max_m is None else e.max_m).config

@@ -21,7 +21,7 @@ SOURCES = (".py", ".cpp", ".h", ".inl", ".cu", ".cuh")
 MAX_LINES = 500
 
 # Room -> rooms it may import. Not listed: every room may import itself and the leaves.
-LEAVES = {"backend", "crossover", "timing", "files", "_C"}
+LEAVES = {"backend", "crossover", "gpu_tiles", "timing", "files", "_C"}
 BELOW_RECIPES = {"nn", "ops", "kernels", "train", "compress", "parallel"}
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
@@ -34,7 +34,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "benches": BELOW_RECIPES,  # beside recipes: measures what stands below both
     "doctor": set(),
     "tune": {"ops"},  # measures them for this machine
-    "cli": {*BELOW_RECIPES, "recipes", "benches", "doctor", "tune"},
+    "tune_gpu": {"ops", "kernels", "tune_problems"},
+    "tune_problems": {"ops", "kernels"},
+    "cli": {*BELOW_RECIPES, "recipes", "benches", "doctor", "tune", "tune_gpu"},
     "__main__": {"cli"},
     "": BELOW_RECIPES,  # bigops/__init__.py re-exports
 }

@@ -328,6 +328,8 @@ def fake_report(**more: Any) -> dict[str, Any]:
         "compiler": "g++",
         "torch": "2.13.0",
         "triton": "3.9.0",
+        "triton_error": "",
+        "tiles": [{"device": "One GPU", "source": "gpu-tuned.json", "tiles": 9, "ignored": ""}],
         "cuda": {"built": "13.0", "available": True, "devices": ["One GPU"], "kernels": "loaded"},
         "crossovers": {"source": "cpu-tuned.json", "ignored": ""},
         "ops": {"fused_linear": {"cpu": "cpu.avx2.fused_linear", "gpu": "triton.fused_linear"}},
@@ -340,6 +342,7 @@ def test_doctor_has_no_advice_where_nothing_is_missing() -> None:
     assert "What would help" not in text
     assert "avx2 (of portable, avx2)" in text
     assert "torch built for 13.0; One GPU" in text
+    assert "One GPU: gpu-tuned.json, 9 tuned" in text
 
 
 @pytest.mark.parametrize(
@@ -347,7 +350,11 @@ def test_doctor_has_no_advice_where_nothing_is_missing() -> None:
     [
         ({"extension": "not built"}, "pip install --no-build-isolation"),
         ({"extension": "not built", "compiler": None}, "install a C++17 compiler"),
-        ({"triton": None}, "pip install triton"),
+        ({"triton": None, "triton_error": "triton is not installed"}, "pip install -U triton"),
+        ({"tiles": [{"device": "One GPU", "source": "committed", "tiles": 0, "ignored": ""}]},
+         "`bigops tune --device cuda`"),
+        ({"tiles": [{"device": "One GPU", "source": "committed", "tiles": 0, "ignored": "g: cut"}]},
+         "tuned tiles are ignored: g: cut"),
         ({"crossovers": {"source": "committed", "ignored": ""}}, "`bigops tune`"),
         ({"crossovers": {"source": "committed", "ignored": "f: cut off"}}, "ignored: f: cut off"),
         ({"cuda": {"built": None, "available": False, "devices": [], "kernels": "not built"}},

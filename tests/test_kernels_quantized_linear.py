@@ -317,8 +317,8 @@ def test_explain_says_what_no_gpu_kernel_serves() -> None:
         assert said.kernel == "reference.quantized_linear_grid"
         assert why in said.reason
     assert road.MAX_K == kernels.MAX_K
-    assert "131072 columns" in road.why_not(torch.float32, 1 << 17, "dynamic")
-    assert road.serves(torch.float32, 1 << 17, "none")
+    assert "131072 columns" in road.why_not(torch.float32, 1 << 17, "dynamic", "sm_90")
+    assert road.serves(torch.float32, 1 << 17, "none", "sm_90")
     with pytest.raises(ValueError, match="x: expected shape"):
         bigops.explain("quantized_linear", case.x[:, 1:], case.weight, device="sm_90")
 

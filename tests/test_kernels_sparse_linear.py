@@ -239,7 +239,7 @@ def test_explain_says_what_no_gpu_kernel_serves() -> None:
         values=torch.empty(case.weight.values.shape, device="meta"), scale=None, sums=None
     )
     fixed = (*meta.tensors, 32, meta.chunk)
-    assert "meta device" in module._triton.blocks_of(case.x, *fixed)[1]
+    assert "meta device" in module._triton.blocks_of(case.x, case.x.device, *fixed)[1]
 
 
 def test_blocks_are_found_once_and_anew_when_the_storage_changes(

@@ -13,19 +13,12 @@ from bigops import backend
 from bigops.ops import _checks as checks
 from bigops.ops import _cross_entropy, _triton
 from bigops.ops import _optimizer_states as states
+from bigops.ops._triton import present
 
 
-def present(target: str) -> str:
-    """``target`` itself, or the architecture of the present GPU for "cuda"."""
-    from bigops.kernels.tiles import device_arch
-
-    if target != "cuda":
-        return target
-    if not torch.cuda.is_available():
-        raise ValueError(
-            "device: torch sees no GPU here; expected an architecture such as sm_90; got 'cuda'"
-        )
-    return device_arch(torch.device("cuda", torch.cuda.current_device()))
+def why_not(dtype: torch.dtype, target: _triton.Target) -> str:
+    """The reason why no kernel passes over logits on ``target``; empty where one does."""
+    return _triton.why_not(dtype, target, "fused_linear")
 
 
 def chunk(logits: Tensor, *rest: Any) -> Tensor:
@@ -40,7 +33,7 @@ def chunk(logits: Tensor, *rest: Any) -> Tensor:
 
 def serve_chunk(logits: Tensor, *rest: Any) -> Tensor:
     """The pass over a chunk on a GPU: the kernel, or plain torch where it does not serve."""
-    if not _triton.serves(logits.dtype):
+    if why_not(logits.dtype, logits.device):
         return _cross_entropy.serve_chunk(logits, *rest)  # type: ignore[no-any-return]
     return chunk(logits, *rest)
 
@@ -72,7 +65,10 @@ def maps_of(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def serves_step(params: Sequence[Tensor]) -> bool:
     """Whether the kernels serve all of these parameters; a list with float64 takes plain torch."""
-    return len(params) > 0 and all(_triton.serves(dtype) for dtype in {p.dtype for p in params})
+    if not params:
+        return False
+    dtypes, device = {p.dtype for p in params}, params[0].device
+    return all(_triton.serves(dtype, device, "fused_linear") for dtype in dtypes)
 
 
 def _names(op: str, params: Sequence[Tensor], first: Sequence[Tensor]) -> None:

@@ -12,10 +12,17 @@ from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
 from bigops.ops import _triton
 from bigops.ops._library import rows
-from bigops.ops._triton_loss import present
+from bigops.ops._triton import present
 
-why_not = _triton.why_not
-serves = _triton.serves
+
+def why_not(dtype: torch.dtype, target: _triton.Target) -> str:
+    """The reason why no Triton kernel serves such a call on ``target``; empty where one does."""
+    return _triton.why_not(dtype, target, "low_rank_linear")
+
+
+def serves(dtype: torch.dtype, target: _triton.Target) -> bool:
+    """Whether the Triton kernels serve such a call on ``target``."""
+    return not why_not(dtype, target)
 
 
 def _name(op: str, dtype: torch.dtype, form: str) -> str:

@@ -17,18 +17,18 @@ from bigops.ops._quantized_weight import QuantizedWeight
 MAX_K = 2**17  # that of kernels/quantized_linear.py, which only a machine with triton can import
 
 
-def why_not(dtype: torch.dtype, k: int, activations: str) -> str:
-    """The reason why no Triton kernel serves such a call here; empty where one does."""
+def why_not(dtype: torch.dtype, k: int, activations: str, target: _triton.Target) -> str:
+    """The reason why no Triton kernel serves such a call on ``target``; empty where one does."""
     if dtype == torch.uint8:
         return "no Triton kernel for a uint8 x"
     if activations != "none" and k >= MAX_K:
         return f"no Triton kernel for {k} columns: sums past {MAX_K - 1} may not fit in int32"
-    return _triton.why_not(dtype)
+    return _triton.why_not(dtype, target, "quantized_linear")
 
 
-def serves(dtype: torch.dtype, k: int, activations: str) -> bool:
-    """Whether the Triton kernels serve such a call here."""
-    return not why_not(dtype, k, activations)
+def serves(dtype: torch.dtype, k: int, activations: str, target: _triton.Target) -> bool:
+    """Whether the Triton kernels serve such a call on ``target``."""
+    return not why_not(dtype, k, activations, target)
 
 
 def name(dtype: torch.dtype, bits: int, activations: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,22 +15,24 @@ from bigops.ops import _checks as checks
 from bigops.ops import _sparse_blocks, _triton
 from bigops.ops import _sparse_weight as storage
 from bigops.ops._library import rows
-from bigops.ops._triton_loss import present
+from bigops.ops._triton import present
 
 if TYPE_CHECKING:
     from bigops.kernels.sparse_linear import Blocks
 
 
-def blocks_of(x: Tensor, *fixed: Any) -> tuple[Blocks | None, str]:
+def blocks_of(x: Tensor, target: _triton.Target, *fixed: Any) -> tuple[Blocks | None, str]:
     """(where the blocks of the weight lie, the reason why no kernel serves it, or "")."""
     values, index, given_rows, length, ptr, _, _, n, chunk = fixed
-    reason = _triton.why_not(x.dtype)
+    reason = _triton.why_not(x.dtype, target, "sparse_linear")
     if x.dtype == torch.uint8:
         reason = "no GPU kernel for a uint8 x"
     elif values.dtype == torch.int8:
         reason = "no GPU kernel for int8 values"
     elif values.device.type == "meta":
         reason = "a weight on the meta device does not say whether it has blocks"
+    if not reason:
+        reason = _no_tile(_triton.present(target), values.dtype)
     if reason:
         return None, reason
     found = _sparse_blocks.find(values, index, given_rows, length, ptr, n, chunk, x.shape[-1])
@@ -39,6 +43,19 @@ def blocks_of(x: Tensor, *fixed: Any) -> tuple[Blocks | None, str]:
             f"matrix unit (16x1, 16x16, 32x32); got {group} by {group}"
         )
     return found, ""
+
+
+@functools.cache
+def _no_tile(arch: str, dtype: torch.dtype) -> str:
+    """The reason why the config file cannot serve every block, or ""."""
+    from bigops.kernels import form_tiles
+
+    for form in form_tiles.FORMS["sparse_linear"]:
+        for side, aligned in itertools.product(_sparse_blocks.SIDES, (True, False)):
+            given = (form, dtype, 1 << 31, side, aligned)
+            if form_tiles.choose_config("sparse_linear", arch, *given) is None:
+                return f"no tile for {form} by blocks of {side} in the config file of {arch}"
+    return ""
 
 
 def _name(op: str, x: Tensor, values: Tensor, blocks: Blocks) -> str:

@@ -272,6 +272,10 @@ for _name, _op in (("fused_adamw", _adamw), ("fused_sgd", _sgd), ("fused_grad_no
 # parameters: these and other devices take the reference.
 
 
+def _why_not(dtype: torch.dtype, target: _triton.Target) -> str:
+    return _triton.why_not(dtype, target, "fused_linear")  # whose files hold their block
+
+
 def _cuda_adamw(params, *rest):  # type: ignore[no-untyped-def]
     if _cuda.serves_step(params, rest[3]):
         _cuda.adamw(params, *rest)
@@ -286,7 +290,7 @@ def _cuda_sgd(params, *rest):  # type: ignore[no-untyped-def]
 def _cuda_norm(grads):  # type: ignore[no-untyped-def]
     if _cuda.serves(grads):
         return _cuda.norm(grads)
-    serves = len(grads) > 0 and backend.has_triton()
+    serves = len(grads) > 0 and not _why_not(torch.float32, grads[0].device)
     return (_triton_loss.norm if serves else _serve_norm)(grads)
 
 
@@ -308,7 +312,7 @@ def _explainer(op: str) -> Callable[..., backend.Explanation]:
                 form = "double" if op == "fused_grad_norm" else "8bit" if eight_bit else "fused"
                 name = f"cuda.{op}.{checks.short(dtype)}.{form}"
                 return backend.Explanation(op, name, "one launch for 320 tensors of any dtypes")
-            why = _triton.why_not(torch.float32 if op == "fused_grad_norm" else dtype)
+            why = _why_not(torch.float32 if op == "fused_grad_norm" else dtype, target)
             if why:
                 return backend.Explanation(op, f"reference.{op}", why)
             form = "double" if op == "fused_grad_norm" else "8bit" if eight_bit else "fused"

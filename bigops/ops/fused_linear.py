@@ -362,21 +362,21 @@ def _vmap_backward(info, in_dims, *args):  # type: ignore[no-untyped-def]
 
 
 def _cuda(x, weight, bias, residual, activation):  # type: ignore[no-untyped-def]
-    if not _triton.serves(x.dtype):
+    if not _triton.serves(x.dtype, x.device, "fused_linear"):
         return _serve(x, weight, bias, residual, activation)
     check(x, weight, bias, residual, activation)
     return _triton.forward(x, weight, bias, residual, activation, False)[0]
 
 
 def _cuda_with_preact(x, weight, bias, residual, activation):  # type: ignore[no-untyped-def]
-    if not _triton.serves(x.dtype):
+    if not _triton.serves(x.dtype, x.device, "fused_linear"):
         return _serve_with_preact(x, weight, bias, residual, activation)
     check(x, weight, bias, residual, activation)
     return _triton.forward(x, weight, bias, residual, activation, True)
 
 
 def _cuda_backward(grad, x, weight, preact, activation, *needs):  # type: ignore[no-untyped-def]
-    if not _triton.serves(x.dtype):
+    if not _triton.serves(x.dtype, x.device, "fused_linear"):
         return _serve_backward(grad, x, weight, preact, activation, *needs)
     return _triton.backward(grad, x, weight, preact, activation, *needs)
 
@@ -406,10 +406,9 @@ def _explain(
             )
         kernel, reason = backend.extension.choose_fused_linear(m, n, k, checks.short(x.dtype))
         return backend.Explanation("fused_linear", kernel, reason)
-    if not _triton.serves(x.dtype):
-        return backend.Explanation(
-            "fused_linear", "reference.fused_linear", _triton.why_not(x.dtype)
-        )
+    why = _triton.why_not(x.dtype, target, "fused_linear")
+    if why:
+        return backend.Explanation("fused_linear", "reference.fused_linear", why)
     kernel, config, reason = _triton.explain(target, x.dtype, m, n, k, activation)
     return backend.Explanation("fused_linear", kernel, reason, config)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.ops import _checks as checks
 from bigops.ops import _chunked_loss as chunked
-from bigops.ops import _triton, _triton_loss
+from bigops.ops import _triton_loss
 from bigops.ops._cross_entropy import (
     accumulation,
     check,
@@ -427,10 +427,10 @@ def _explain(
         kernel = backend.extension.choose_linear_cross_entropy(checks.short(x.dtype))
         reason = f"own pass over chunks of {config['chunk']} tokens, torch's products"
         return backend.Explanation(op, kernel, reason, config)
-    if place != "cpu" and _triton.serves(x.dtype):
+    why = backend.extension_error if place == "cpu" else _triton_loss.why_not(x.dtype, place)
+    if place != "cpu" and not why:
         return _triton_loss.explain_chunk(place, x.dtype, v, config)
-    reason = backend.extension_error if place == "cpu" else _triton.why_not(x.dtype)
-    return backend.Explanation(op, f"reference.{op}", reason, config)
+    return backend.Explanation(op, f"reference.{op}", why, config)
 
 
 # --- public function -----------------------------------------------------------------------

@@ -354,7 +354,7 @@ def _composed(
 
 def _cuda(x, u, v, bias, residual, base, activation, scale):  # type: ignore[no-untyped-def]
     args = (x, u, v, bias, residual, base, activation, scale)
-    if not _triton.serves(x.dtype):
+    if not _triton.serves(x.dtype, x.device):
         return _serve(*args)
     check(*args[:-1])
     return _triton.forward(*args, False)[0]
@@ -362,7 +362,7 @@ def _cuda(x, u, v, bias, residual, base, activation, scale):  # type: ignore[no-
 
 def _cuda_with_parts(x, u, v, bias, residual, base, activation, scale):  # type: ignore[no-untyped-def]
     args = (x, u, v, bias, residual, base, activation, scale)
-    if not _triton.serves(x.dtype):
+    if not _triton.serves(x.dtype, x.device):
         return _serve_with_parts(*args)
     check(*args[:-1])
     y, t, z = _triton.forward(*args, True)
@@ -370,7 +370,7 @@ def _cuda_with_parts(x, u, v, bias, residual, base, activation, scale):  # type:
 
 
 def _cuda_backward(grad, *args):  # type: ignore[no-untyped-def]
-    serve = _triton.backward if _triton.serves(grad.dtype) else _serve_backward
+    serve = _triton.backward if _triton.serves(grad.dtype, grad.device) else _serve_backward
     return serve(grad, *args)
 
 
@@ -399,7 +399,7 @@ def _explain(
     target = device or ("cpu" if x.device.type == "meta" else x.device.type)
     (n, rank), k = u.shape, v.shape[1]
     m, dtype = (x.numel() // k if k else 0), checks.short(x.dtype)
-    why = backend.extension_error if target == "cpu" else _triton.why_not(x.dtype)
+    why = backend.extension_error if target == "cpu" else _triton.why_not(x.dtype, target)
     if why:
         return backend.Explanation("low_rank_linear", "reference.low_rank_linear", why)
     if target != "cpu":

@@ -156,7 +156,7 @@ def _cuda(x, *args):  # type: ignore[no-untyped-def]
     if _decode.serves(x, activations):
         check(x, *args)
         return _decode.forward(x, *args)
-    if not _triton.serves(x.dtype, k, activations):
+    if not _triton.serves(x.dtype, k, activations, x.device):
         return _op._serve(x, *args)
     check(x, *args)
     return _triton.forward(x, *args)
@@ -187,7 +187,7 @@ def _explain(
         if y_grid is None and _decode.serves_on(target, x.dtype, m, weight.activations):
             kernel, config, reason = _decode.explain(x.dtype, m, weight)
             return backend.Explanation("quantized_linear", kernel, reason, config)
-        reason = _triton.why_not(x.dtype, weight.k, weight.activations)
+        reason = _triton.why_not(x.dtype, weight.k, weight.activations, target)
         if y_grid is not None:
             reason = "no Triton kernel for a uint8 result"
         if reason:

@@ -192,12 +192,12 @@ def _cuda(x, *args):  # type: ignore[no-untyped-def]
     check(x, *args)
     if _decode.serves(x, args[0]):
         return _decode.forward(x, *args)
-    blocks, _ = _triton.blocks_of(x, *args[: _op.fixed])
+    blocks, _ = _triton.blocks_of(x, x.device, *args[: _op.fixed])
     return _op._serve(x, *args) if blocks is None else _triton.forward(x, blocks, *args)
 
 
 def _cuda_backward(grad, x, *args):  # type: ignore[no-untyped-def]
-    blocks, _ = _triton.blocks_of(x, *args[: _op.fixed])
+    blocks, _ = _triton.blocks_of(x, x.device, *args[: _op.fixed])
     if blocks is None:
         return _op._serve_backward(grad, x, *args)
     return _triton.backward(grad, x, blocks, *args)
@@ -262,7 +262,7 @@ def _explain_gpu(
     fixed = (*weight.tensors, weight.shape[0], weight.chunk)
     if not grids and _decode.serves_on(target, x.dtype, m, weight.shape[1], weight.values.dtype):
         return backend.Explanation("sparse_linear", *_decode.explain(x.dtype, m, weight))
-    blocks, reason = _triton.blocks_of(x, *fixed)
+    blocks, reason = _triton.blocks_of(x, target, *fixed)
     if grids:
         reason = "no GPU kernel for a call with grids"
     elif blocks is not None:
