@@ -17,6 +17,8 @@ from torch import Tensor
 
 import bigops
 from bigops import backend
+from bigops.benches import harness
+from bigops.benches.limits import Cost
 from bigops.nn import Linear, SparseLinear
 from bigops.ops import _activation as act
 from bigops.ops import _bitmap_linear as op
@@ -302,6 +304,20 @@ def test_a_frozen_layer_takes_the_kernel(values: str, monkeypatch: pytest.Monkey
         with expect("cuda.bitmap_linear"):
             assert torch.equal(layer(x), torch.relu(layer.bias).expand(5, 24))
     assert layer.train().nbytes == before
+
+
+def test_the_bench_measures_it_beside_the_general_storage() -> None:
+    """The side that a GPU adds, by its values; here the reference serves."""
+    bench = harness.bench_module("sparse_linear")
+    case, weight = make_bitmap("bf16", 3, 20, 300, residual=False)
+    assert case.bias is not None
+    sizes = harness.Case("sparse_linear", "decode", 3, 300, 20, "bf16")
+    cost = Cost("bf16", 1.0, float(case.weight.nbytes + 100))
+    side = bench.bitmap_side(sizes, case.x, case.weight, case.bias, "none", cost)
+    case.check_forward(side.call())
+    assert side.cost.nbytes == weight.nbytes + 100
+    decodes = [c for c in bench.cases() if c.name.startswith("decode-bf16-1x1")]
+    assert {c.m for c in decodes} == {1, 16}
 
 
 def test_bad_arguments() -> None:

@@ -8,6 +8,7 @@ import ctypes
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import bigops
 from bigops import backend, fused_adamw, fused_grad_norm
+from bigops.benches import harness
 from bigops.ops import _cuda_adamw as road
 from bigops.ops import _optimizer_states as states
 from bigops.ops import _triton_loss
@@ -269,6 +271,16 @@ def test_offsets_past_32_bits(tmp_path: Path) -> None:
     assert torch.equal(m[-77:], small.first[0])
     assert torch.equal(scales[1][-1:], small.second_scales[0])
     assert not p[-8192:-77].any()
+
+
+def test_the_bench_clips_without_the_host() -> None:
+    """The side that a GPU adds gives what its other sides are held to."""
+    bench = harness.bench_module("fused_adamw")
+    case = replace(next(c for c in bench.cases() if c.name == "layers-clip"), m=1, k=8, n=16)
+    (truth,), _ = bench.build(case, "cpu")
+    with expect("cuda.fused_adamw.f32", "cuda.fused_grad_norm.f32"):
+        got = bench.on_device(case, "cpu")()
+    check(got, truth, truth.float(), truth.abs() + 1e-2)
 
 
 # which kernel, and errors ------------------------------------------------------------------------
