@@ -87,7 +87,8 @@ class _BitmapLinear(_frozen.FrozenLinear):
 
     def _serve(self, x, *rest):  # type: ignore[no-untyped-def]
         self.check(x, *rest)
-        storage.check_structure(*rest[:4], x.shape[-1])
+        values, bits, ptr, n, *_ = rest
+        storage.check_structure(values, bits, ptr, n, x.shape[-1])
         return super()._serve(x, *rest)
 
 
