@@ -371,6 +371,7 @@ PANEL_BARRIER = "__syncthreads();  // x of the next"
 FAULTS = {
     "values of the word before": ("before -= __popc(word);", ""),
     "bits of the neighbour": ("bits >> lane & 1u", "bits >> (lane ^ 1) & 1u"),
+    "warp barrier forgotten": ("__syncwarp();  // the tile of every", "// the tile of every"),
     "prefix cut short": ("by = 1; by < 32; by *= 2", "by = 1; by < 16; by *= 2"),
     "x of the panel before": ("put(panel + 1, 0);", ""),
     "one split forgotten": ("int s = 0; s < task.splits", "int s = 1; s < task.splits"),
