@@ -2,7 +2,8 @@
 
 A case is a transformer: m layers of width k with n hidden units, and an embedding of
 ``params["vocab"]`` rows. "clip" adds what a loss scale and clipping need: the look for inf, the
-norm, the unscaling. A call changes its parameters; only the first is held against float64.
+norm, the unscaling; on a GPU also with norm, clipping and the count of steps on the device, where
+nothing waits for the host. A call changes its parameters; only the first is held against float64.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigops import train
+from bigops import fused_adamw, fused_grad_norm, train
 from bigops.benches.harness import EAGER, OWN, Case, Side, say_once
 from bigops.benches.limits import Cost
 
@@ -88,6 +89,22 @@ def _clipped(
     return call
 
 
+def on_device(case: Case, device: str) -> Callable[[], Tensor]:
+    """The clipped step by the ops themselves, steps beside the parameters."""
+    problem = _Problem(case, device)
+    params = [p.detach() for p in problem.params]
+    grads = [p.grad for p in problem.params if p.grad is not None]
+    first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    steps = [torch.zeros((), device=device) for _ in params]
+
+    def call() -> Tensor:
+        norm = fused_grad_norm(grads)
+        fused_adamw(params, grads, first, second, steps, lr=LR, norm=norm, clip_norm=CLIP_NORM)
+        return params[0]
+
+    return call
+
+
 def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     """The largest parameter after one step in float64, and the sides that make it."""
     form = str(case.params["form"])
@@ -136,6 +153,8 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
             Side(EAGER, eager, plain_cost, "unscale+clip+fused"),
             Side("torch fused", torchs(fused=True), plain_cost, "no clip", reference=truth(False)),
         ]
+        if device != "cpu":
+            sides.append(Side(f"{OWN} on the device", on_device(case, device), own_cost))
         return truth(True), sides
     if form == "8bit":
         coded, optimizer = own(True)

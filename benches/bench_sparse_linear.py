@@ -3,7 +3,7 @@
 The weights are pruned first, and every error is against the float64 product with the pruned
 weights: what pruning itself costs belongs to a receipt, not to a kernel. A limit counts the
 useful work only, that of the entries kept. In the backward cases the other sides are torch's dense
-products of the same dtype.
+products of the same dtype. On a GPU floating values are measured as a bitmap too, up to 16 rows.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from bigops.benches.harness import (
     in_turn,
 )
 from bigops.benches.limits import Cost
+from bigops.ops._bitmap_linear import MAX_ROWS as BITMAP_ROWS
 from bigops.ops.quantized_linear import quantize_weight
-from bigops.ops.sparse_linear import Pattern, SparseWeight, sparsify_weight
+from bigops.ops.sparse_linear import Pattern, SparseWeight, bitmap_from_sparse, sparsify_weight
 
 ROWS = (1, 4, 16, 64, 128, 256, 1024)
 SHAPES = ((768, 3072), (1024, 1024), (4096, 4096), (4096, 11008))
@@ -67,6 +68,8 @@ def cases() -> list[Case]:
                 _case("grid", m, k, n, s, "fp32", "1x1", rotate=rotate)
                 for s in (0.5, 0.6, 0.8, 0.9)
             ]
+    for m in (1, 16):
+        found += [_case("decode", m, 4096, 4096, s, "bf16", "1x1", rotate=True) for s in (0.5, 0.7)]
     for m in (16, 128):
         found += [_case("gelu", m, 768, 3072, s, activation="gelu") for s in (0.8, 0.9)]
     for values in VALUES:
@@ -114,6 +117,8 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
         rivals.eager_side(case, x, weight, (bias,), plain, dense),
         rivals.dense_compiled(case, x, weight, bias, plain, dense),
     ]
+    if device != "cpu" and values != "int8" and case.m <= BITMAP_ROWS:
+        sides.append(bitmap_side(case, x, own, bias, activation, sparse))
     if device == "cpu":
         if values == "int8":
             sides.append(_dense_int8(case, x, weight, bias, activation, total, moved))
@@ -125,6 +130,21 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
                 sides += families.sparse_fp32_sides(case, x, weight, bias, activation)
             sides += families.dense_fp32_sides(case, x, weight, bias, activation)
     return reference, sides
+
+
+def bitmap_side(
+    case: Case, x: Tensor, own: SparseWeight, bias: Tensor, activation: str, cost: Cost
+) -> Side:
+    """The same entries as a bitmap and packed values: fewer bytes, for decode steps on a GPU."""
+    packed = bitmap_from_sparse(own)
+    take = in_turn(
+        copies(case, packed, packed.nbytes, lambda w: w._replace(values=w.values.clone()))
+    )
+    return Side(
+        f"{OWN} bitmap",
+        lambda: bigops.sparse_linear(x, take(), bias, None, activation),
+        replace(cost, nbytes=cost.nbytes - own.nbytes + packed.nbytes),
+    )
 
 
 def _dense_int8(

@@ -36,6 +36,8 @@ KERNELS = {
     "sparse_linear": ("sparse_sums", (3 + 1 + 1) * 3, 2 * 3, 128),
     # the step of all dtypes; the count of steps, sums of squares, the norm
     "fused_adamw": ("adamw_step", 1, 3, 80),
+    # dtypes, for 1, 4 and 16 rows; the sums of blocks that share K
+    "bitmap_linear": ("bitmap_decode", 3 * 3, 3, 160),
     # gradient of the values in bfloat16 and half
     "sparse24_gradient": ("sparse24_sampled", 2, 0, 128),
     # bfloat16 and half, y like them or float32, int8 by dtype, for 32 and 128 rows; two blocks of
@@ -297,6 +299,17 @@ def test_packing_2_4_keeps_a_block_in_registers(tree: Path, arch: str) -> None:
 def test_sparse_decode_multiplies_four_bytes_at_once(tree: Path, arch: str) -> None:
     for name, code in functions(tree, "sparse_linear", arch):
         assert ("IDP.4A.S8.S8" if "Int8" in name else "FFMA") in code, name
+        assert not re.search(r"\b(LDL|STL|ATOMG?|RED\.E)\b", code), f"{name}: local memory, atomics"
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_bitmap_decode_copies_asynchronously_and_counts_bits(tree: Path, arch: str) -> None:
+    for name, code in functions(tree, "bitmap_linear", arch):
+        for wanted in ("LDGSTS.E.BYPASS.128", "POPC", "FFMA"):
+            assert wanted in code, f"{name}: no {wanted}"
+        if "Li16E" in name:
+            assert "LDS.128" in code, f"{name}: x is not read by 16 bytes"
         assert not re.search(r"\b(LDL|STL|ATOMG?|RED\.E)\b", code), f"{name}: local memory, atomics"
 
 

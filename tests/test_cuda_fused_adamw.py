@@ -8,6 +8,7 @@ import ctypes
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import bigops
 from bigops import backend, fused_adamw, fused_grad_norm
+from bigops.benches import harness
 from bigops.ops import _cuda_adamw as road
 from bigops.ops import _optimizer_states as states
 from bigops.ops import _triton_loss
@@ -87,6 +89,7 @@ def test_gradients_of_another_dtype_and_copies(grad: torch.dtype) -> None:
         assert all(torch.equal(c, p.to(low)) for c, p in zip(copies, ours.params, strict=True))
 
 
+@pytest.mark.slow
 def test_more_tensors_than_one_table_holds() -> None:
     shapes = [(i % 3 + 1,) for i in range(325)]
     ours, theirs = (Problem(torch.float32, shapes=shapes) for _ in range(2))
@@ -271,6 +274,16 @@ def test_offsets_past_32_bits(tmp_path: Path) -> None:
     assert not p[-8192:-77].any()
 
 
+def test_the_bench_clips_without_the_host() -> None:
+    """The side that a GPU adds gives what its other sides are held to."""
+    bench = harness.bench_module("fused_adamw")
+    case = replace(next(c for c in bench.cases() if c.name == "layers-clip"), m=1, k=8, n=16)
+    (truth,), _ = bench.build(case, "cpu")
+    with expect("cuda.fused_adamw.f32", "cuda.fused_grad_norm.f32"):
+        got = bench.on_device(case, "cpu")()
+    check(got, truth, truth.float(), truth.abs() + 1e-2)
+
+
 # which kernel, and errors ------------------------------------------------------------------------
 
 
@@ -362,10 +375,16 @@ class TestOnAGpu:
     @pytest.fixture(autouse=True)
     def _undo(self, _on_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
+        round_roots(monkeypatch)
 
     @pytest.mark.parametrize("eight_bit", [False, True], ids=["full", "8bit"])
     def test_steps_in_a_graph(self, eight_bit: bool) -> None:
-        """Norm, clipping and step captured once and replayed: what eager steps on the CPU give."""
+        """Norm, clipping and step captured once and replayed: what steps on the CPU give.
+
+        8-bit states, which no size of the step enters, by their codes; there nothing is clipped, so
+        that no last bit of a norm chooses another code.
+        """
+        clip = math.inf if eight_bit else 100.0
         shapes = [*SHAPES, (1000, 1001)]
         ours, theirs = (Problem(*MIXED, shapes=shapes, eight_bit=eight_bit) for _ in range(2))
         to_gpu(ours)
@@ -374,7 +393,7 @@ class TestOnAGpu:
         before = [t.clone() for t in ours.all()]
 
         def step() -> None:
-            ours.adamw(0, norm=fused_grad_norm(grads), clip_norm=100.0)
+            ours.adamw(0, norm=fused_grad_norm(grads), clip_norm=clip)
 
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream), expect("cuda.fused_adamw.", "cuda.fused_grad_norm."):
@@ -389,7 +408,10 @@ class TestOnAGpu:
             for g, new in zip(grads, theirs.grads(i), strict=True):
                 g.copy_(new)
             graph.replay()
-            theirs.adamw(i, norm=fused_grad_norm(theirs.grads(i)), clip_norm=100.0)
+            if eight_bit:
+                theirs.adamw_reference(i)
+            else:
+                theirs.adamw(i, norm=fused_grad_norm(theirs.grads(i)), clip_norm=clip)
         grads[-1].fill_(math.inf)
         kept = [t.clone() for t in ours.all()]
         graph.replay()
@@ -397,8 +419,8 @@ class TestOnAGpu:
         for got, want in zip(ours.all(), theirs.all(), strict=True):
             if got.dtype != torch.uint8:
                 check(got.cpu(), want.double(), want, want.double().abs() + 1e-2)
-            else:  # a last bit before the search may choose the neighbour
-                assert int((got.cpu().int() - want.int()).abs().amax()) <= 1
+            else:
+                assert torch.equal(got.cpu(), want)
 
     def test_steps_counted_on_the_cpu(self) -> None:
         ours, theirs = (Problem(*MIXED, shapes=SHAPES) for _ in range(2))

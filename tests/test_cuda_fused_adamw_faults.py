@@ -88,6 +88,18 @@ def test_a_planted_fault_gives_wrong_values(fault: str) -> None:
     assert wrong(library, 7)
 
 
+@pytest.mark.parametrize("fault", [False, True])
+def test_a_norm_that_nobody_looks_at_is_seen(fault: bool) -> None:
+    planted = (KERNEL, "1.7976931348623157e308)) return false", "1.0)) return true")
+    library = hostrun.build(SOURCE, "canary", planted if fault else None)
+    ours, _ = problems()
+    before, norm = [p.clone() for p in ours.params], torch.tensor(torch.inf).double()
+    hostrun.call(library, "run_adamw", *arguments(ours, norm=norm))
+    kept = all(torch.equal(p, old) for p, old in zip(ours.params, before, strict=True))
+    assert kept != fault
+    assert int(ours.steps[0]) == fault
+
+
 BARRIER = "__syncthreads();  // the sums of all warps"
 NORM_FAULTS = {
     "barrier forgotten": (BARRIER, ""),

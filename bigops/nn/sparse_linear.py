@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source, wants_gradient
 from bigops.nn.pack import renewed
 from bigops.nn.quant_linear import straight_through
+from bigops.ops import _bitmap_linear as bitmap
 from bigops.ops import _checks as checks
 from bigops.ops import _cuda_sparse as decode
 from bigops.ops import _quantize as quantize
@@ -17,9 +18,11 @@ from bigops.ops import _sparse24_linear as sparse24
 from bigops.ops._sparse_weight import CHUNKS, COLUMNS, SLICE, TENSORS, chunk_rows, sizes
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.sparse_linear import (
+    BitmapWeight,
     Pattern,
     Sparse24Weight,
     SparseWeight,
+    bitmap_from_sparse,
     from_sparse,
     sparse_linear,
     sparsify_weight,
@@ -43,7 +46,8 @@ class SparseLinear(CompressedLinear):
       ``scale`` and ``sums``, whose layout `bigops.ops._sparse_weight` describes. For inference,
       and under adapters that are trained around it: x has a gradient, the weight has none. Of
       2:4, where sparse tensor cores serve a call without gradients, a pack in their form is kept
-      beside it from the first one on.
+      beside it from the first one on; likewise of other patterns with floating values, where the
+      kernel for up to 16 rows on a GPU serves, a bitmap and packed values if those are fewer bytes.
     - Thawed (`thaw`, from frozen, floating values only): ``values`` is a Parameter. Forward and
       backward run the sparse kernels; gradient and optimiser state have the size of what is
       stored, and padding stays 0. For long training at a fixed pattern, where the dense weight
@@ -230,6 +234,10 @@ class SparseLinear(CompressedLinear):
             sources = tuple(t for t in storage.tensors if t is not None)
             packed, self._pack = renewed(self._pack, sources, lambda: _compressed(storage))
             storage = packed or storage
+        elif y_grid is None and self._decodes_bitmaps(x, storage, residual):
+            sources = tuple(t for t in storage.tensors if t is not None)
+            packed, self._pack = renewed(self._pack, sources, lambda: _as_bitmap(storage))
+            storage = packed or storage
         bias, low = self.bias, torch.bfloat16
         if y_grid is not None or self.x_grid is not None:
             if y_grid is None and wants_gradient(x, bias, residual):
@@ -264,6 +272,24 @@ class SparseLinear(CompressedLinear):
             and not storage.values.is_inference()  # such a pack could not be kept
             and not wants_gradient(x, self.bias, residual)
             and sparse24.serves(x, storage.values.dtype)
+        )
+
+    def _decodes_bitmaps(self, x: Tensor, storage: Any, residual: Tensor | None) -> bool:
+        """Whether a frozen floating weight may be kept as a bitmap for a decode step on a GPU.
+
+        Of 2:4 the pack that is kept is the one for sparse tensor cores.
+        """
+        return (
+            (self.pattern.n, self.pattern.m) != (2, 4)
+            and self.frozen
+            and not self.thawed
+            and self.x_grid is None
+            and x.dtype == storage.values.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.compiler.is_compiling()
+            and not storage.values.is_inference()  # such a pack could not be kept
+            and not wants_gradient(x, self.bias, residual)
+            and bitmap.serves(x)
         )
 
     def _static_with_gradient(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
@@ -356,6 +382,12 @@ def _compressed(storage: SparseWeight) -> Sparse24Weight | None:
         return from_sparse(storage)
     except ValueError:
         return None
+
+
+def _as_bitmap(storage: SparseWeight) -> BitmapWeight | None:
+    """The form of a bitmap, or None where it takes no fewer bytes: then it would not be faster."""
+    packed = bitmap_from_sparse(storage)
+    return packed if packed.nbytes < storage.nbytes else None
 
 
 def _narrowed(old: SparseLinear, pattern: Pattern, sparsity: float) -> Tensor:

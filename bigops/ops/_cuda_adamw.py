@@ -32,6 +32,7 @@ def serves(tensors: Sequence[Tensor]) -> bool:
     """Whether the kernels run where these parameters or gradients are."""
     return (
         len(tensors) > 0
+        and tensors[0].is_cuda
         and not backend.cuda_error
         and backend.cuda_runs_on(device_arch(tensors[0].device))
     )

@@ -2,7 +2,8 @@
 
 Any pattern is stored (unstructured, blocks of any shape, N:M); layout: `_sparse_weight`,
 conversion: `_sparse_convert`. 2:4 has a form of its own for sparse tensor cores besides
-(`_sparse24_weight`), which `from_sparse` makes; its op is in `_sparse24_linear`.
+(`_sparse24_weight`), which `from_sparse` makes; its op is in `_sparse24_linear`. Floating values
+have one of fewer bytes for decode steps on a GPU (`_bitmap_weight`, op in `_bitmap_linear`).
 
 Reference, op (schema, fake, autograd, vmap come from `_frozen`), dispatch, public function, in that
 order.
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from bigops import backend
 from bigops.ops import _activation as act
+from bigops.ops import _bitmap_linear as _bitmap
 from bigops.ops import _checks as checks
 from bigops.ops import _cuda_sparse as _decode
 from bigops.ops import _frozen
@@ -23,6 +25,7 @@ from bigops.ops import _quantize as quantize
 from bigops.ops import _sparse24_linear as _sparse24
 from bigops.ops import _sparse_weight as storage
 from bigops.ops import _triton_sparse as _triton
+from bigops.ops._bitmap_weight import BitmapWeight, bitmap_from_sparse, pack_bitmap
 from bigops.ops._grid import GridLinear
 from bigops.ops._library import LIB
 from bigops.ops._sparse24_weight import Sparse24Weight, from_sparse, pack24, prune24
@@ -37,14 +40,17 @@ from bigops.ops._sparse_convert import (
 from bigops.ops._sparse_weight import TENSORS, SparseWeight
 
 __all__ = [
+    "BitmapWeight",
     "Pattern",
     "Sparse24Weight",
     "SparseWeight",
+    "bitmap_from_sparse",
     "block_mask",
     "from_dense",
     "from_sparse",
     "n_m_mask",
     "pack24",
+    "pack_bitmap",
     "prune24",
     "reference",
     "reference_grid",
@@ -215,15 +221,16 @@ def _check_weight_shape(x: Tensor, weight: SparseWeight) -> None:
         )
 
 
-def _check_no_grid(*grids: Tensor | None) -> None:
+def _check_no_grid(weight: Sparse24Weight | BitmapWeight, *grids: Tensor | None) -> None:
     if any(grid is not None for grid in grids):
-        raise ValueError("x_grid, y_grid: expected None with a weight compressed to 2:4")
+        kind = "compressed to 2:4" if isinstance(weight, Sparse24Weight) else "stored as a bitmap"
+        raise ValueError(f"x_grid, y_grid: expected None with a weight {kind}")
 
 
 @backend.serves("sparse_linear")
 def _explain(
     x: Tensor,
-    weight: SparseWeight | Sparse24Weight,
+    weight: SparseWeight | Sparse24Weight | BitmapWeight,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
@@ -233,8 +240,11 @@ def _explain(
     y_grid: Tensor | None = None,
 ) -> backend.Explanation:
     if isinstance(weight, Sparse24Weight):
-        _check_no_grid(x_grid, y_grid)
+        _check_no_grid(weight, x_grid, y_grid)
         return _sparse24.explain(x, weight, bias, residual, activation, device)
+    if isinstance(weight, BitmapWeight):
+        _check_no_grid(weight, x_grid, y_grid)
+        return _bitmap.explain(x, weight, bias, residual, activation, device)
     _check_weight_shape(x, weight)
     fixed = (*weight.tensors, weight.shape[0], weight.chunk)
     if x_grid is None and y_grid is None and x.dtype != torch.uint8:
@@ -276,7 +286,7 @@ def _explain_gpu(
 
 def sparse_linear(
     x: Tensor,
-    weight: SparseWeight | Sparse24Weight,
+    weight: SparseWeight | Sparse24Weight | BitmapWeight,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
@@ -300,7 +310,9 @@ def sparse_linear(
         weight: `sparsify_weight` or `from_dense` of a ``[N, K]`` matrix; or, for the sparse tensor
             cores of sm_80 to sm_89, `prune24` or `pack24` of one or `from_sparse` of such a weight
             that is 2:4 sparse: it takes no grid, and x in the dtype of its floating values. NaN and
-            infinity of x at zeros of W do not spread there.
+            infinity of x at zeros of W do not spread there. Or, for up to 16 rows of x on a GPU,
+            `pack_bitmap` of a matrix or `bitmap_from_sparse`: no grid, x in its dtype, and it has
+            no gradient.
         bias: ``[N]`` in x's dtype, or None.
         residual: ``[.., N]``, the shape of the result, or None.
         activation: none, relu, relu2, gelu (erf), gelu_tanh, silu, sigmoid or tanh.
@@ -323,8 +335,11 @@ def sparse_linear(
             or inf in a y that was to become uint8.
     """
     if isinstance(weight, Sparse24Weight):
-        _check_no_grid(x_grid, y_grid)
+        _check_no_grid(weight, x_grid, y_grid)
         return _sparse24.apply(x, weight, bias, residual, activation)
+    if isinstance(weight, BitmapWeight):
+        _check_no_grid(weight, x_grid, y_grid)
+        return _bitmap.apply(x, weight, bias, residual, activation)
     n, k = weight.shape
     if x.shape[-1:] != (k,):
         checks.tensors(x=x)

@@ -51,7 +51,7 @@ class AdamW(FusedOptimizer):
 
     Args:
         params: parameters or groups; float32, bfloat16, float16, float64, mixed freely, on the
-            CPU (elsewhere a plain torch reference serves).
+            CPU or a GPU (`bigops.explain("fused_adamw", params)` names the kernel).
         lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; lr may be a tensor of one
             element.
         amsgrad: not served.
