@@ -5,6 +5,7 @@ and its neighbours the whole backward, on the CPU by csrc/hostrun, by the rule.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import bigops
 from bigops import backend
 from bigops.ops import _sparse24_linear as op
 from bigops.ops import _sparse24_pack as kernels
@@ -316,6 +318,33 @@ def test_opcheck() -> None:
                 torch.ops.bigops.sparse24_linear_backward,
                 (case.grad, case.x, *case.weight.tensors, case.bias, "gelu", *wanted),
             )
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where bigops/_cuda was built."""
+    monkeypatch.setattr(backend, "cuda_archs", ("80", "89", "90a"))
+    backend.cuda_runs_on.cache_clear()
+    yield
+    backend.cuda_runs_on.cache_clear()
+
+
+@pytest.mark.usefixtures("built")
+def test_explain_says_who_makes_the_gradients() -> None:
+    x = torch.randn(5, 36).bfloat16()
+    w = torch.randn(12, 36).bfloat16()
+    said = bigops.explain("sparse_linear", x, prune24(w, transposable=True), device="sm_80")
+    assert said.kernel == "cuda.sparse24_linear.bf16.bf16"
+    assert "the gradient of x on them too" in said.reason
+    said = bigops.explain("sparse_linear", x, prune24(w), device="sm_80")
+    assert (
+        "that of x comes from torch's product, since the weight is not transposable" in said.reason
+    )
+    said = bigops.explain("sparse_linear", x, prune24(w, torch.int8), device="sm_89")
+    assert "gradients come from torch's product" in said.reason
+    said = bigops.explain("sparse_linear", x, prune24(w, transposable=True), device="sm_90")
+    assert said.kernel == "reference.sparse24_linear"
+    assert "no default before hardware was measured" in said.reason
 
 
 def test_int8_values_have_no_gradient() -> None:
