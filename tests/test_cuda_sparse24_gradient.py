@@ -4,6 +4,7 @@ and its neighbours the whole backward, on the CPU by csrc/hostrun, by the rule.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +117,33 @@ def test_bytes(library: Path) -> None:
     assert hostrun.counts(library) == [gz.nbytes + x.nbytes, 0]
     assert got.nbytes * 2 == 128 * 128 * 2
     assert (got.nbytes + weight.meta.nbytes) * 16 == 128 * 128 * 2 * 9
+
+
+@pytest.mark.slow
+def test_offsets_past_32_bits(tmp_path: Path) -> None:
+    """The last block of 2^31 values and more, all in sparse files."""
+    n, k, m = (1 << 26) + 128, 64, 2
+
+    def sparse(name: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape)
+        file = torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=dtype)
+        return file.view(shape)
+
+    last, x, weight = inputs(m, 128, k)
+    gz = sparse("gz", [m, n], torch.bfloat16)
+    meta = sparse("meta", [n // 16, 1, 32], torch.int32)
+    got = sparse("values", [n, k // 2], torch.bfloat16)
+    gz[:, -128:], meta[-8:] = last, weight.meta
+    assert got.numel() > 2**31
+    built = hostrun.build(SOURCE)
+    loaded = ctypes.CDLL(str(built))
+    loaded.hostrun_only(ctypes.c_int64(n // 128 - 1))
+    try:
+        hostrun.call(built, "run_gradient", gz, x, meta, got, m, n, k, 0)
+    finally:
+        loaded.hostrun_only(ctypes.c_int64(-1))
+    hold(got[-128:].contiguous(), last, x, weight)
+    assert not got[-256:-128].any()
 
 
 def test_bad_arguments() -> None:
