@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import bigops
-from bigops.benches import families, rivals
+from bigops.benches import families, rivals, sparse24
 from bigops.benches.harness import (
     DTYPES,
     OWN,
@@ -87,11 +87,13 @@ def cases() -> list[Case]:
                 for direction in ("backward-x", "backward-values")
                 for pattern in (("1x1", "1x4") if values == "fp32" else ("1x4",))
             ]
-    return found
+    return found + sparse24.cases()
 
 
 def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     """The float64 truth of a case and its sides."""
+    if case.params["pattern"] == sparse24.PATTERN:
+        return sparse24.build(case, device)
     dtype, activation = DTYPES[case.dtype], str(case.params["activation"])
     sparsity, values = float(case.params["sparsity"]), str(case.params["values"])
     pattern = Pattern.parse(str(case.params["pattern"]))

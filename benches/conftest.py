@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
+import torch
 
 from bigops.benches import harness, rows
 from bigops.benches.limits import Limits
@@ -42,8 +43,10 @@ def versus(
     done: list[rows.Row] = []
 
     def run(case: harness.Case) -> None:
-        pairs = request.config.getoption("--pairs")
-        result = harness.run_case(case, request.module.build, limits, pairs=pairs)
+        pairs, device = request.config.getoption("--pairs"), "cuda" if case.gpu else "cpu"
+        if case.gpu and not torch.cuda.is_available():
+            pytest.skip("the case is of GPU kernels, and torch sees no GPU")
+        result = harness.run_case(case, request.module.build, limits, device=device, pairs=pairs)
         done.extend(result)
         own = next(row for row in result if rows.is_own(row.provider))
         benchmark.group = f"{case.op} {case.direction} {case.dtype}"
@@ -56,15 +59,16 @@ def versus(
             best_rival_interval=[own.best_low, own.best_high],
             limits=str(limits),
         )
-        benchmark.pedantic(own_call(case, request.module.build), rounds=5, warmup_rounds=1)
+        own_side = own_call(case, request.module.build, device)
+        benchmark.pedantic(own_side, rounds=5, warmup_rounds=1)
 
     yield run
     print(rows.table(done))
 
 
-def own_call(case: harness.Case, build: harness.Build) -> Callable[[], object]:
+def own_call(case: harness.Case, build: harness.Build, device: str) -> Callable[[], object]:
     """This package's side of a case, on its own."""
-    _, sides = build(case, "cpu")
+    _, sides = build(case, device)
     for side in sides:
         side.close()
     return next(side.call for side in sides if rows.is_own(side.provider))

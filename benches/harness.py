@@ -56,6 +56,7 @@ class Case:
     params: dict[str, Any] = field(default_factory=dict)
     rotate: bool = False  # weights rotate past the cache: the case means memory
     quick: bool = False  # part of `--quick`
+    gpu: bool = False  # of kernels that a CPU has not
 
     @property
     def id(self) -> str:
@@ -277,6 +278,14 @@ def bench_module(op: str) -> ModuleType:
     return importlib.import_module(f"bigops.benches.bench_{op}")
 
 
+def _runs_on(case: Case, device: str) -> bool:
+    """Whether a case can run there; said once where not."""
+    if case.gpu and device == "cpu":
+        say_once(f"{case.op}: {case.params.get('pattern', case.name)} left out: it needs a GPU")
+        return False
+    return True
+
+
 def run(
     ops: Sequence[str],
     *,
@@ -296,7 +305,7 @@ def run(
         (module, case)
         for module in map(bench_module, ops)
         for case in module.cases()
-        if (case.quick or not quick) and match in case.id
+        if (case.quick or not quick) and match in case.id and _runs_on(case, device)
     ]
     if not chosen:
         raise ValueError(f"match: no case of {', '.join(ops)} has {match!r} in its name")

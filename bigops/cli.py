@@ -356,6 +356,6 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     add("--activation", default="none")
     add("--rank", type=integer, help="of low_rank_linear (default: a quarter of the smaller side)")
     add("--sparsity", type=_fraction, help="of sparse_linear's weight (default: 0.8, or of N:M)")
-    add("--pattern", default="1x4", help="of sparse_linear's weight: 1x4, 16x16, 1x1, 2:4 ...")
+    add("--pattern", default="1x4", help="of sparse_linear's weight: 1x4, 16x16, 1x1, 2:4, 2:4t")
     add("--values", help="sparse_linear stores int8, bf16 or fp32; low_rank_linear's factors: int8")
     parser.set_defaults(command=_explain)

@@ -15,7 +15,14 @@ from bigops.nn import Linear
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.packed_linear import pack_weight, packed_linear
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear, static_grid
-from bigops.ops.sparse_linear import SparseWeight, block_mask, sparse_linear, sparsify_weight
+from bigops.ops.sparse_linear import (
+    Sparse24Weight,
+    SparseWeight,
+    block_mask,
+    prune24,
+    sparse_linear,
+    sparsify_weight,
+)
 from bigops.parallel import init
 from tests import sharding_factors
 
@@ -212,6 +219,37 @@ def run_grids(mesh: Any) -> dict[str, Tensor]:
         }
 
 
+def train_2_4(spread: Any) -> dict[str, Tensor]:
+    """A step on the values of a 2:4 weight; small whole numbers, of which every sum is exact."""
+    generator = torch.Generator().manual_seed(6)
+    shapes = ((8, 16), (6, 16), (8,), (6, 8))
+    w, *rest = (torch.randint(-3, 4, s, generator=generator).bfloat16() for s in shapes)
+    weight = prune24(w, transposable=True)
+    x, bias, grad = (spread(t, letter) for t, letter in zip(rest, "0R0", strict=True))
+    values, meta, _, _, meta_t = (None if t is None else spread(t, "R") for t in weight.tensors)
+    leaves = [t.detach().requires_grad_() for t in (x, values, bias)]
+    weight = Sparse24Weight(leaves[1], meta, None, None, weight.shape, meta_t)
+    y = sparse_linear(leaves[0], weight, leaves[2], None, "relu")
+    found = torch.autograd.grad(y, leaves, grad)
+    return dict(zip(("y", "x", "values", "bias"), (y.detach(), *found), strict=True))
+
+
+def run_2_4(mesh: Any) -> dict[str, Tensor]:
+    """By rows of x; the gradients of values and bias are sums over ranks that are left open."""
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    def spread(tensor: Tensor, letter: str) -> Any:
+        return distribute_tensor(tensor, mesh, [Replicate() if letter == "R" else Shard(0)])
+
+    with CommDebugMode() as talk:
+        found = train_2_4(spread)
+    open_sums = [name for name, t in found.items() if t.placements == (Partial(),)]  # type: ignore[attr-defined]
+    assert open_sums == ["values", "bias"], open_sums
+    assert talk.get_total_counts() == 6, talk.get_comm_counts()  # of distribute_tensor itself
+    return {name: t.full_tensor() for name, t in found.items()}  # type: ignore[attr-defined]
+
+
 def plan_model() -> nn.Sequential:
     torch.manual_seed(3)
     return nn.Sequential(Linear(16, 12, activation="gelu"), Linear(12, 8))
@@ -260,6 +298,7 @@ def main() -> None:
         mesh = init_device_mesh("cpu", (world.size,))
         seen = {name: run_case(name, mesh) for name in CASES}
         seen |= {"grids": run_grids(mesh), **sharding_factors.run_all(mesh)}
+        seen |= {"2:4": run_2_4(mesh)}
         seen |= {"raw": run_raw(mesh), "plan": run_plan(mesh), "planted": run_planted(mesh)}
         if world.is_first:
             torch.save(seen, Path(sys.argv[1]) / "seen.pt")

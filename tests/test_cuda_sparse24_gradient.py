@@ -4,7 +4,9 @@ and its neighbours the whole backward, on the CPU by csrc/hostrun, by the rule.
 
 from __future__ import annotations
 
+import ctypes
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import bigops
 from bigops import backend
 from bigops.ops import _sparse24_linear as op
 from bigops.ops import _sparse24_pack as kernels
@@ -114,6 +117,33 @@ def test_bytes(library: Path) -> None:
     assert hostrun.counts(library) == [gz.nbytes + x.nbytes, 0]
     assert got.nbytes * 2 == 128 * 128 * 2
     assert (got.nbytes + weight.meta.nbytes) * 16 == 128 * 128 * 2 * 9
+
+
+@pytest.mark.slow
+def test_offsets_past_32_bits(tmp_path: Path) -> None:
+    """The last block of 2^31 values and more, all in sparse files."""
+    n, k, m = (1 << 26) + 128, 64, 2
+
+    def sparse(name: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape)
+        file = torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=dtype)
+        return file.view(shape)
+
+    last, x, weight = inputs(m, 128, k)
+    gz = sparse("gz", [m, n], torch.bfloat16)
+    meta = sparse("meta", [n // 16, 1, 32], torch.int32)
+    got = sparse("values", [n, k // 2], torch.bfloat16)
+    gz[:, -128:], meta[-8:] = last, weight.meta
+    assert got.numel() > 2**31
+    built = hostrun.build(SOURCE)
+    loaded = ctypes.CDLL(str(built))
+    loaded.hostrun_only(ctypes.c_int64(n // 128 - 1))
+    try:
+        hostrun.call(built, "run_gradient", gz, x, meta, got, m, n, k, 0)
+    finally:
+        loaded.hostrun_only(ctypes.c_int64(-1))
+    hold(got[-128:].contiguous(), last, x, weight)
+    assert not got[-256:-128].any()
 
 
 def test_bad_arguments() -> None:
@@ -316,6 +346,33 @@ def test_opcheck() -> None:
                 torch.ops.bigops.sparse24_linear_backward,
                 (case.grad, case.x, *case.weight.tensors, case.bias, "gelu", *wanted),
             )
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where bigops/_cuda was built."""
+    monkeypatch.setattr(backend, "cuda_archs", ("80", "89", "90a"))
+    backend.cuda_runs_on.cache_clear()
+    yield
+    backend.cuda_runs_on.cache_clear()
+
+
+@pytest.mark.usefixtures("built")
+def test_explain_says_who_makes_the_gradients() -> None:
+    x = torch.randn(5, 36).bfloat16()
+    w = torch.randn(12, 36).bfloat16()
+    said = bigops.explain("sparse_linear", x, prune24(w, transposable=True), device="sm_80")
+    assert said.kernel == "cuda.sparse24_linear.bf16.bf16"
+    assert "the gradient of x on them too" in said.reason
+    said = bigops.explain("sparse_linear", x, prune24(w), device="sm_80")
+    assert (
+        "that of x comes from torch's product, since the weight is not transposable" in said.reason
+    )
+    said = bigops.explain("sparse_linear", x, prune24(w, torch.int8), device="sm_89")
+    assert "gradients come from torch's product" in said.reason
+    said = bigops.explain("sparse_linear", x, prune24(w, transposable=True), device="sm_90")
+    assert said.kernel == "reference.sparse24_linear"
+    assert "no default before hardware was measured" in said.reason
 
 
 def test_int8_values_have_no_gradient() -> None:

@@ -4,6 +4,8 @@ by csrc/hostrun, bit by bit what plain torch gives.
 
 from __future__ import annotations
 
+import ctypes
+import math
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,43 @@ def test_each_byte_is_read_once(library: Path) -> None:
     kernels.turn(found.values, found.meta, found.meta_t, 192)
     read = sum(t.nbytes for t in (found.values, found.meta, found.meta_t))
     assert hostrun.counts(library) == [read, 0]
+
+
+@pytest.mark.slow
+def test_offsets_past_32_bits(tmp_path: Path) -> None:
+    """The last tile of a weight of 2^31 entries and more, all in sparse files."""
+    n, k, to = (1 << 25) + 64, 64, torch.bfloat16
+
+    def sparse(name: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape)
+        file = torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=dtype)
+        return file.view(shape)
+
+    w, last = sparse("w", [n, k], to), weight(64, 64)
+    w[-64:] = last
+    values, values_t = sparse("values", [n, 32], to), sparse("values_t", [k, n // 2], to)
+    again, broken = sparse("again", [k, n // 2], to), sparse("broken", [n // 64], torch.int32)
+    meta = sparse("meta", meta_shape(n, k, to), torch.int32)
+    meta_t = sparse("meta_t", meta_shape(k, n, to), torch.int32)
+    assert w.numel() > 2**31
+    built = hostrun.build(SOURCE)
+    loaded = ctypes.CDLL(str(built))
+    loaded.hostrun_only(ctypes.c_int64(n // 64 - 1))
+    try:
+        given = (w, None, values, meta, values_t, meta_t, broken, n, k, 2, 1, 0)
+        hostrun.call(built, "run_pack", *given)
+        hostrun.call(built, "run_turn", values, meta, meta_t, again, n, k, 0)
+    finally:
+        loaded.hostrun_only(ctypes.c_int64(-1))
+    want = _pack(last, transposable_mask(last), to, True)
+    assert want.meta_t is not None
+    turned = turn(want.values, want.meta, want.meta_t, k)
+    assert torch.equal(values[-64:], want.values)
+    assert torch.equal(meta[-4:], want.meta)
+    assert torch.equal(meta_t[:, -1:], want.meta_t)
+    assert torch.equal(values_t[:, -32:], turned)
+    assert torch.equal(again[:, -32:], turned)
+    assert not values[-128:-64].any()
 
 
 # what cannot be kept ------------------------------------------------------------------------------

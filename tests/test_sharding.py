@@ -205,6 +205,13 @@ def test_u8_between_layers_on_two_ranks(seen: dict[str, dict[str, Tensor]]) -> N
         assert torch.equal(value, want), name
 
 
+def test_training_2_4_values_on_two_ranks(seen: dict[str, dict[str, Tensor]]) -> None:
+    """Whole numbers: no bit may differ."""
+    for name, want in worker.train_2_4(lambda tensor, letter: tensor).items():
+        assert want.abs().max() <= 256, name  # bfloat16 holds it
+        assert torch.equal(seen["2:4"][name], want), name
+
+
 def test_torch_tensor_parallel_plan(seen: dict[str, dict[str, Tensor]]) -> None:
     """ColwiseParallel and RowwiseParallel on two of our layers."""
 

@@ -21,7 +21,8 @@ class Sparse:
 
     Args:
         sparsity: share of the blocks that goes, 0 <= sparsity < 1; None where the pattern says it.
-        pattern: "1x4" (rows x columns of a block), "1x1" for single entries, "2:4" for N:M.
+        pattern: "1x4" (rows x columns of a block), "1x1" for single entries, "2:4" for N:M, "2:4t"
+            for 2:4 along rows and columns at once, which GPUs can train sparse.
         values: how the kept ones are stored, "fp32" or "bf16"; `+ Int8()` stores int8.
     """
 

@@ -15,6 +15,8 @@ from bigops.ops import _checks as checks
 from bigops.ops import _cuda_sparse as decode
 from bigops.ops import _quantize as quantize
 from bigops.ops import _sparse24_linear as sparse24
+from bigops.ops import _sparse24_pack as packing
+from bigops.ops._sparse24_weight import check_blocks, to_dense
 from bigops.ops._sparse_weight import CHUNKS, COLUMNS, SLICE, TENSORS, chunk_rows, sizes
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.sparse_linear import (
@@ -41,7 +43,9 @@ class SparseLinear(CompressedLinear):
       forward pass uses ``weight * mask`` (rounded to ``values`` with a straight-through gradient),
       dense, so the gradient stays on the pattern; in eval with gradients off the sparse kernel
       runs. For fine-tuning right after pruning, with the optimiser of the layer that it replaces,
-      and for int8, whose rounding is trained through.
+      and for int8, whose rounding is trained through. Of "2:4t" with values "bf16" and x bfloat16,
+      where sparse tensor cores serve, the weight is packed anew in every step and forward and
+      gradients run on it; N and K divide by 4.
     - Frozen (`freeze`): the buffers ``values``, ``index``, ``rows``, ``length``, ``ptr``,
       ``scale`` and ``sums``, whose layout `bigops.ops._sparse_weight` describes. For inference,
       and under adapters that are trained around it: x has a gradient, the weight has none. Of
@@ -58,7 +62,8 @@ class SparseLinear(CompressedLinear):
         out_features: N.
         sparsity: share of the blocks that goes, 0 <= sparsity < 1; the smallest L2 norms go. None:
             0.8, or what an N:M pattern says.
-        pattern: "1x4" (rows x columns of a block), "1x1" for single entries, "2:4" for N:M.
+        pattern: "1x4" (rows x columns of a block), "1x1" for single entries, "2:4" for N:M, "2:4t"
+            for 2:4 along rows and columns at once, which GPUs can train sparse.
         values: "int8" (activations are then quantised), "bf16" (the product is in bf16, x of
             another dtype is cast there and back, outside autocast) or "fp32".
         bias: whether the layer has a bias [N].
@@ -127,8 +132,9 @@ class SparseLinear(CompressedLinear):
 
         The values outside the pattern are left in the weight and masked in every use; what
         `freeze()` stores has no trace of them. A ``mask`` of the caller's, one entry a block,
-        takes the place of the choice by size. What the pattern of a `SparseLinear` dropped does
-        not come back by a new choice.
+        takes the place of the choice by size; for "2:4t" it keeps two entries in each row and
+        column of every 4 x 4 block. What the pattern of a `SparseLinear` dropped does not come back
+        by a new choice.
 
         Raises:
             TypeError: ``linear`` is no `nn.Linear` and no compressed layer.
@@ -155,6 +161,8 @@ class SparseLinear(CompressedLinear):
                 f"mask: expected bool of shape {list(new.mask.shape)}; got {mask.dtype} of "
                 f"{list(mask.shape)}"
             )
+        if new.pattern.transposable and not _uneven(mask):
+            check_blocks(mask)
         new.weight, new.bias = source.weight, source.bias
         new.mask = mask
         return new.train(linear.training)
@@ -226,6 +234,30 @@ class SparseLinear(CompressedLinear):
             rounded = weight.detach().to(torch.bfloat16).to(weight.dtype)
             return rounded + (weight - weight.detach())
         return weight
+
+    def run_trained(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if not self._trains_on_sparse_tensor_cores(x):
+            return super().run_trained(x, residual)
+        values, meta, meta_t = _Packed.apply(self.weight, self.mask)
+        n, k = self.weight.shape
+        weight = Sparse24Weight(values, meta, None, None, (n, k), meta_t)
+        return sparse_linear(x, weight, self.bias, residual, self.activation)
+
+    def _trains_on_sparse_tensor_cores(self, x: Tensor) -> bool:
+        """Whether forward and backward run on a pack of the masked weight."""
+        if not (self.pattern.transposable and self.stored == "bf16" and x.is_floating_point()):
+            return False
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return False
+        kind, low = x.device.type, torch.bfloat16
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return (
+            dtype == low
+            and not _uneven(self.weight)
+            and x.shape[-1:] == self.weight.shape[1:]  # else the other road says what is wrong
+            and sparse24.serves(x, low)
+            and packing.serves(self.weight, low)
+        )
 
     def run(
         self, x: Tensor, storage: Any, residual: Tensor | None, y_grid: Tensor | None = None
@@ -372,6 +404,31 @@ class SparseLinear(CompressedLinear):
         return (
             f"{super().extra_repr()}, pattern={self.pattern}, values={self.stored}{static}{known}"
         )
+
+
+class _Packed(torch.autograd.Function):
+    """(values, meta, meta_t) of ``weight * mask`` in bfloat16 by the packing kernel.
+
+    Nothing is asked of the device: a mask that is not 2:4 along rows and columns gives NaN.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, mask):  # type: ignore[no-untyped-def]
+        packed = packing.pack(weight.detach(), mask, "given", torch.bfloat16, True)
+        ctx.save_for_backward(packed.meta)
+        ctx.columns, ctx.dtype = weight.shape[1], weight.dtype
+        ctx.mark_non_differentiable(packed.meta, packed.meta_t)
+        return packed.values, packed.meta, packed.meta_t
+
+    @staticmethod
+    def backward(ctx, grad, *rest):  # type: ignore[no-untyped-def]
+        (meta,) = ctx.saved_tensors
+        return to_dense(grad, meta, ctx.columns).to(ctx.dtype), None
+
+
+def _uneven(weight: Tensor) -> bool:
+    """Whether 4 x 4 blocks do not tile a matrix."""
+    return weight.shape[0] % 4 != 0 or weight.shape[1] % 4 != 0
 
 
 def _compressed(storage: SparseWeight) -> Sparse24Weight | None:

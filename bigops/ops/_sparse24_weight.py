@@ -169,7 +169,7 @@ def _pack(w: Tensor, mask: Tensor, dtype: torch.dtype, transposable: bool) -> Sp
     kept = torch.where(mask, w.detach(), 0)
     scale = sums = meta_t = None
     if transposable:
-        _check_blocks(mask)
+        check_blocks(mask)
         _, meta_t = _compress(kept.to(dtype).t(), mask.t())
     if dtype == torch.int8:
         scale = quantize.row_scales(kept.float())
@@ -179,7 +179,7 @@ def _pack(w: Tensor, mask: Tensor, dtype: torch.dtype, transposable: bool) -> Sp
     return Sparse24Weight(values, meta, scale, sums, (w.shape[0], w.shape[1]), meta_t)
 
 
-def _check_blocks(mask: Tensor) -> None:
+def check_blocks(mask: Tensor) -> None:
     """Raise ValueError unless each 4 x 4 block keeps two entries in every row and column."""
     n, k = mask.shape
     if n % 4 or k % 4:

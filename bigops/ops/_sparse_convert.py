@@ -27,17 +27,19 @@ from bigops.ops._sparse_weight import (
 class Pattern(NamedTuple):
     """What is pruned together: blocks of ``height`` x ``width``, or all but ``n`` of each ``m``.
 
-    Written "1x4", "16x16" or "2:4"; "1x1" is unstructured.
+    Written "1x4", "16x16" or "2:4"; "1x1" is unstructured. "2:4t" is 2:4 along rows and columns at
+    once (`transposable_mask`), so that a GPU can train it on sparse tensor cores.
     """
 
     height: int = 1
     width: int = 4
     n: int = 0  # with m: the n largest of each m neighbours of a row stay; blocks are 1x1 then
     m: int = 0
+    transposable: bool = False  # 2:4 only
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """Read "1x4" or "2:4".
+        """Read "1x4", "2:4" or "2:4t".
 
         Raises:
             TypeError: no string.
@@ -45,6 +47,8 @@ class Pattern(NamedTuple):
         """
         if not isinstance(text, str):
             raise TypeError(f"pattern: expected a string such as '1x4'; got {type(text).__name__}")
+        if text == "2:4t":
+            return cls(1, 1, 2, 4, True)
         found = re.fullmatch(r"(\d{1,4})([x:])(\d{1,4})", text)
         if found:
             a, b = int(found[1]), int(found[3])
@@ -55,14 +59,20 @@ class Pattern(NamedTuple):
         raise ValueError(f"pattern: expected HxW such as '1x4', or N:M with N < M; got {text!r}")
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}" if self.m else f"{self.height}x{self.width}"
+        if self.m:
+            return f"{self.n}:{self.m}{'t' if self.transposable else ''}"
+        return f"{self.height}x{self.width}"
 
     def mask_shape(self, n: int, k: int) -> tuple[int, int]:
         """Shape of the mask of a weight [n, k]: one entry a block."""
         return -(-n // self.height), -(-k // self.width)
 
     def mask(self, w: Tensor, sparsity: float | None) -> Tensor:
-        """Choose what to keep of ``w`` [N, K]: `block_mask`, or `n_m_mask` for N:M."""
+        """Choose what to keep of ``w`` [N, K]: `block_mask`; for N:M `n_m_mask`, for 2:4t
+        `transposable_mask`.
+        """
+        if self.transposable:
+            return transposable_mask(w)
         if self.m:
             return n_m_mask(w, self.n, self.m)
         if sparsity is None:

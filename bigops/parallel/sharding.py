@@ -62,6 +62,8 @@ _OPS = (
     "quantized_linear",
     "quantized_linear_backward",
     "quantized_linear_grid",
+    "sparse24_linear",
+    "sparse24_linear_backward",
     "sparse_linear",
     "sparse_linear_backward",
     "sparse_linear_grid",
@@ -282,57 +284,46 @@ def _quantized_linear_backward(
     return rules
 
 
-def _sparse_linear(
-    x: Any,
-    values: Any,
-    index: Any,
-    rows_: Any,
-    length: Any,
-    ptr: Any,
-    scale: Any,
-    sums: Any,
-    n: int,
-    chunk: int,
-    bias: Any,
-    residual: Any,
-    activation: str,
+def _sparse_linear(x: Any, *args: Any) -> list[Rule]:
+    return _split_rows(x, args[:-5], 2, *args[-3:-1])
+
+
+def _sparse24_linear(x: Any, *args: Any) -> list[Rule]:
+    return _split_rows(x, args[:-3], 0, *args[-3:-1])
+
+
+def _split_rows(
+    x: Any, storage: tuple[Any, ...], sizes: int, bias: Any, residual: Any
 ) -> list[Rule]:
+    """Rows of x are split and the weight is whole; after its storage come ``sizes`` numbers."""
     from torch.distributed.tensor import Replicate, Shard
 
     def rule(rows: Any) -> Rule:
         whole = Replicate()
-        weight = [*[whole] * 5, _if(scale, whole), _if(sums, whole), None, None]
+        weight = [*(_if(t, whole) for t in storage), *[None] * sizes]
         return [rows], [rows, *weight, _if(bias, whole), _if(residual, rows), None]
 
     return [rule(Replicate()), *(rule(Shard(d)) for d in range(x.ndim - 1))]
 
 
-def _sparse_linear_backward(
-    grad: Any,
-    x: Any,
-    values: Any,
-    index: Any,
-    rows_: Any,
-    length: Any,
-    ptr: Any,
-    scale: Any,
-    sums: Any,
-    n: int,
-    chunk: int,
-    bias: Any,
-    activation: str,
-    need_x: bool,
-    need_values: bool,
-    need_bias: bool,
+def _sparse_linear_backward(grad: Any, x: Any, *args: Any) -> list[Rule]:
+    return _split_rows_backward(x, args[:-7], 2, args[-5], *args[-3:])
+
+
+def _sparse24_linear_backward(grad: Any, x: Any, *args: Any) -> list[Rule]:
+    return _split_rows_backward(x, args[:-5], 0, args[-5], *args[-3:])
+
+
+def _split_rows_backward(
+    x: Any, storage: tuple[Any, ...], sizes: int, bias: Any, need_x: bool, *needs: bool
 ) -> list[Rule]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     whole = Replicate()
 
     def rule(rows: Any, summed: Any) -> Rule:
-        results = [rows if need_x else whole]
-        results += [summed if need else whole for need in (need_values, need_bias)]
-        weight = [*[whole] * 5, _if(scale, whole), _if(sums, whole), None, None]
+        results = [rows if need_x else whole, *(summed if need else whole for need in needs)]
+        weight = [*(_if(t, whole) for t in storage), *[None] * sizes]
         return results, [rows, rows, *weight, _if(bias, whole), None, None, None, None]
 
     return [rule(whole, whole), *(rule(Shard(d), Partial()) for d in range(x.ndim - 1))]
