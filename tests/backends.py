@@ -12,7 +12,7 @@ import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -135,6 +135,19 @@ class Way(NamedTuple):
         assert backward or not gradients, f"{self}: no backward among {names}"
         for fragment in fragments if self.name != "reference" else ():
             assert any(fragment in name for name in names), f"no {fragment!r} among {names}"
+
+
+@contextlib.contextmanager
+def reachable(way: Way, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Kernels may also touch these tensors, whose addresses stand in a table."""
+    if way.name != "triton":
+        yield
+        return
+    pytest.importorskip("triton")
+    from tests import triton_interpreter
+
+    with triton_interpreter.reachable(tensors):
+        yield
 
 
 def plain(name: str) -> str:

@@ -14,6 +14,8 @@ from bigops.ops._sparse24_weight import Sparse24Weight, from_sparse, prune24, sa
 from bigops.ops.sparse_linear import sparse_linear
 from tests.compressed_cases import DTYPES, Case, make
 
+# Stored as, and x: int8 values take x of any dtype, others their own.
+KINDS = [("bf16", "bf16"), ("f16", "f16"), ("s8", "f32"), ("s8", "bf16"), ("s8", "f16")]
 STORED = {"bf16": torch.bfloat16, "f16": torch.float16, "s8": torch.int8}
 FORM = {"bf16": "sparse_bf16", "f16": "sparse_float", "s8": "sparse_int8"}
 

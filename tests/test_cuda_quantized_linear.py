@@ -25,17 +25,12 @@ from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
 from tests import hostrun
 from tests.compressed_cases import DTYPES, QUANTISED, Case, make
 from tests.kernels_ran import expect
-from tests.linear_cases import PLAIN
 
 SOURCE = Path(__file__).parent / "hostrun_quantized_linear.cu"
 pytestmark = hostrun.needs()
 FORMS = ("w8", "w8_group", "w8_zero", "w4", "w4_zero", "w4_row")  # those with a floating x
 KINDS = ("w8_zero", "w4_zero", "w4_row")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Ragged against blocks of 64 rows and stages of 128 (int8) or 256 (int4) columns; K with and
-# without rows that divide by 16 bytes.
-SHAPES = [(1, 1, 1), (16, 64, 256), (9, 65, 257), (2, 130, 1030), (8, 16, 1032), (3, 16, 0),
-          (0, 16, 32), (5, 0, 32)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -60,50 +55,12 @@ def decode(case: Case, weight: QuantizedWeight | None = None, splits: int | None
     return y
 
 
-def run(form: str, dtype: str, lead: int | list[int], n: int, k: int, name: str = "none",
-        **more: Any) -> None:  # fmt: skip
-    """One case by the road that a GPU takes: values by the rule, the kernel by its name."""
-    case = make(form, lead, n, k, dtype, name, **more)
-    with expect(f"cuda.quantized_linear.{dtype}.w{case.weight.bits}"):
-        y = road.forward(case.x, *case.storage, case.bias, case.residual, name)
-    case.check_forward(y)
-
-
 # values --------------------------------------------------------------------------------------
 
 
 def test_the_forms_are_all_that_take_floating_activations() -> None:
     floating = [f for f in QUANTISED if make(f, 1, 1, 1).weight.activations == "none"]
     assert sorted(floating) == sorted(FORMS)
-
-
-@pytest.mark.parametrize("m", [3, 11])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", FORMS)
-def test_every_format_and_dtype(form: str, dtype: str, m: int) -> None:
-    run(form, dtype, m, 70, 300, "gelu")
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_every_activation(name: str) -> None:
-    run("w4_zero", "f32", 5, 37, 83, name)
-    run("w8", "bf16", 5, 37, 83, name)
-
-
-@pytest.mark.parametrize("form", KINDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes(shape: tuple[int, int, int], form: str) -> None:
-    run(form, "bf16", *shape, "silu")
-
-
-@pytest.mark.parametrize("lead", [[], [4, 0], [2, 3], [2, 1, 3, 2]], ids=str)
-def test_leading_dimensions(lead: list[int]) -> None:
-    run("w4", "f32", lead, 6, 7, "tanh")
-
-
-@pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (False, True)])
-def test_optional_arguments(bias: bool, residual: bool) -> None:
-    run("w8_zero", "f16", 16, 20, 136, "gelu", bias=bias, residual=residual)
 
 
 @pytest.mark.parametrize("form", KINDS)

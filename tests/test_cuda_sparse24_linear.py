@@ -22,11 +22,10 @@ from bigops.ops import _activation as act
 from bigops.ops import _sparse24_linear as op
 from bigops.ops._sparse24_weight import Sparse24Weight, from_sparse, pack24, padded
 from bigops.ops.sparse_linear import sparse_linear
-from tests import hostrun, roads
+from tests import hostrun
 from tests.compressed_cases import DTYPES, Case
 from tests.kernels_ran import expect
-from tests.linear_cases import PLAIN
-from tests.sparse24_cases import make24
+from tests.sparse24_cases import KINDS, make24
 
 SOURCE = Path(__file__).parent / "hostrun_sparse24_linear.cu"
 pytestmark = [
@@ -34,10 +33,6 @@ pytestmark = [
     # numpy's, of Triton's interpreter, on NaN and inf
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
-# Stored as, and x: int8 values take x of any dtype, others their own.
-KINDS = [("bf16", "bf16"), ("f16", "f16"), ("s8", "f32"), ("s8", "bf16"), ("s8", "f16")]
-# Ragged against blocks of 128 rows of W, 32 or 128 of x, and steps of 64 or 128 columns.
-SHAPES = [(1, 1, 1), (5, 130, 70), (33, 17, 136), (130, 129, 65), (3, 16, 0), (0, 16, 64)]
 
 
 @pytest.fixture(scope="module")
@@ -61,48 +56,7 @@ def product(case: Case, weight: Sparse24Weight, **given: Any) -> Tensor:
     return y
 
 
-def run(stored: str, dtype: str, lead: int | list[int], n: int, k: int, name: str = "none",
-        **more: Any) -> None:  # fmt: skip
-    """One case by the road that a GPU takes: values by the rule, the kernel by its name."""
-    if stored == "s8":
-        pytest.importorskip("triton")
-        from tests import triton_interpreter
-
-        triton_interpreter.install()
-    case, weight = make24(stored, lead, n, k, dtype, name, **more)
-    with expect(f"cuda.sparse24_linear.{dtype}.{stored}"):
-        y = op._forward(case.x, *weight.tensors, case.bias, case.residual, name)
-    case.check_forward(y)
-
-
 # values ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("stored", "dtype"), KINDS)
-@pytest.mark.parametrize("m", [3, 40])
-def test_every_format_and_dtype(m: int, stored: str, dtype: str) -> None:
-    run(stored, dtype, m, 70, 330, "gelu")
-
-
-@pytest.mark.parametrize("stored", ["bf16", "s8"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes(shape: tuple[int, int, int], stored: str) -> None:
-    run(stored, "bf16", *shape, "silu")
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_every_activation(name: str) -> None:
-    run("f16", "f16", 4, 20, 72, name)
-
-
-@pytest.mark.parametrize("lead", [[], [4, 0], [2, 1, 3, 2]], ids=str)
-def test_leading_dimensions(lead: list[int]) -> None:
-    run("bf16", "bf16", lead, 6, 7, "tanh")
-
-
-@pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (False, True)])
-def test_optional_arguments(bias: bool, residual: bool) -> None:
-    run("f16", "f16", 16, 20, 136, "gelu", bias=bias, residual=residual)
 
 
 @pytest.mark.parametrize("stored", ["bf16", "f16"])
@@ -217,31 +171,7 @@ def test_offsets_past_32_bits(tmp_path: Path) -> None:
     assert not y[:, -128:-16].any()
 
 
-# the op: reference, gradients, explain -----------------------------------------------------------
-
-
-@pytest.mark.parametrize(("stored", "dtype"), KINDS)
-@pytest.mark.parametrize("road", roads.ROADS)
-def test_gradients_on_every_road(stored: str, dtype: str, road: str) -> None:
-    """The references, on the CPU; they serve the gradients of the kernel as well."""
-    case, weight = make24(stored, 5, 12, 33, dtype, "gelu")
-
-    def f(x: Tensor, *rest: Tensor | None) -> Tensor:
-        return sparse_linear(x, weight, *rest, "gelu")
-
-    with backend.record() as names:
-        grads = roads.ROADS[road](f, case.leaves(), case.grad)
-    assert any(name.startswith("reference.sparse24_linear") for name in names)
-    case.check_gradients(grads, road)
-    case.check_forward(f(*case.inputs))
-
-
-def test_opcheck() -> None:
-    case, weight = make24("bf16", 5, 12, 33, "bf16", "gelu")
-    x, bias, residual = case.leaves()
-    torch.library.opcheck(
-        torch.ops.bigops.sparse24_linear, (x, *weight.tensors, bias, residual, "gelu")
-    )
+# explain, and layers that take the kernel ------------------------------------------------------
 
 
 @pytest.fixture

@@ -18,9 +18,8 @@ from bigops.ops import _cuda_sparse as road
 from bigops.ops._sparse_weight import sizes
 from bigops.ops.sparse_linear import sparsify_weight
 from tests import hostrun
-from tests.compressed_cases import DTYPES, PATTERNS, SPARSE, Case, make, served
+from tests.compressed_cases import DTYPES, SPARSE, Case, make, served
 from tests.kernels_ran import expect
-from tests.linear_cases import PLAIN
 
 SOURCE = Path(__file__).parent / "hostrun_sparse_linear.cu"
 pytestmark = [
@@ -29,8 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 FLOATING = ("sparse_float", "sparse_bf16")
-# Ragged against chunks of 64 rows and panels of 64 words.
-SHAPES = [(1, 1, 1), (16, 64, 256), (9, 65, 257), (2, 130, 515), (5, 16, 0), (0, 16, 32)]
 
 
 @pytest.fixture(scope="module")
@@ -74,46 +71,10 @@ def run(form: str, dtype: str, lead: int | list[int], n: int, k: int, name: str 
 # values --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("m", [1, 3, 11])
-@pytest.mark.parametrize(
-    ("form", "dtype"), [(form, dtype) for form in SPARSE for dtype in served(form)]
-)
-def test_every_format_and_dtype(form: str, dtype: str, m: int) -> None:
-    run(form, dtype, m, 70, 300, "gelu")
-
-
-@pytest.mark.parametrize("form", SPARSE)
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_every_pattern(pattern: str, form: str) -> None:
-    """Rows that share an index in groups of 1, 4 and 16."""
-    run(form, served(form)[0], 4, 100, 130, pattern=pattern)
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_every_activation(name: str) -> None:
-    run("sparse_float", "f32", 5, 37, 83, name)
-
-
-@pytest.mark.parametrize("form", SPARSE)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes(shape: tuple[int, int, int], form: str) -> None:
-    run(form, "bf16", *shape, "silu")
-
-
 @pytest.mark.parametrize("sparsity", [0.0, 0.9, 1.0])
 @pytest.mark.parametrize("form", SPARSE)
 def test_full_thin_and_empty(form: str, sparsity: float) -> None:
     run(form, "bf16", 3, 70, 140, sparsity=sparsity)
-
-
-@pytest.mark.parametrize("lead", [[], [4, 0], [2, 3], [2, 1, 3, 2]], ids=str)
-def test_leading_dimensions(lead: list[int]) -> None:
-    run("sparse_float", "f32", lead, 6, 7, "tanh")
-
-
-@pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (False, True)])
-def test_optional_arguments(bias: bool, residual: bool) -> None:
-    run("sparse_float", "f16", 16, 20, 136, "gelu", bias=bias, residual=residual)
 
 
 def test_longer_chunks() -> None:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from bigops import fused_adamw, fused_grad_norm, fused_sgd
+from bigops.ops.fused_adamw import reference_norm, reference_sgd
 from tests import tolerance
+from tests.backends import CPU, REFERENCE, TRITON, Way, reachable
 from tests.kernels_ran import ISAS, expect, isa, needs_extension
 from tests.optimizer_cases import ADAMW, DTYPES, SHAPES, Problem, level_of, threads
 
@@ -116,20 +118,30 @@ def test_sgd_follows_torch_over_many_steps(dtype: str, level: str, name: str) ->
     hold(problem.params, ref64, plain, steps * 1e-2 * 10)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("level", ISAS)
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [(way, dtype) for way in (REFERENCE, *CPU) for dtype in DTYPES]
+    + [(TRITON, dtype) for dtype in DTYPES if dtype != "f64"],
+    ids=str,
+)
 @pytest.mark.parametrize("form", ["nearest", "stochastic", "8bit"])
-def test_every_dtype_follows_the_reference(dtype: str, level: str, form: str) -> None:
+def test_every_dtype_follows_the_reference(way: Way, dtype: str, form: str) -> None:
     """One step from each point of the reference's way, so that codes do not drift apart."""
     eight_bit = form == "8bit"
-    kernel = "8bit" if eight_bit and dtype != "f64" else "fused"
-    theirs = Problem(DTYPES[dtype], eight_bit=eight_bit)
-    for step in range(4):
-        ours = Problem(DTYPES[dtype], eight_bit=eight_bit)
+    end = "8bit" if eight_bit and dtype != "f64" else "fused"
+    kernel = f"{way.name}.fused_adamw.{dtype}.{end}"
+    if way.name == "cpu":
+        kernel = f"cpu.{level_of(way.level, dtype)}.fused_adamw.{dtype}.{end}"
+    shapes = [*SHAPES[:-1], (70, 67)] if way is TRITON else SHAPES  # the interpreter is slow
+    theirs = Problem(DTYPES[dtype], shapes=shapes, eight_bit=eight_bit)
+    for step in range(2 if way is TRITON else 4):
+        ours = Problem(DTYPES[dtype], shapes=shapes, eight_bit=eight_bit)
         for mine, other in zip(ours.all(), theirs.all(), strict=True):
             mine.copy_(other)
         streams = list(range(len(SHAPES))) if form == "stochastic" else []
-        with isa(level), expect(f"cpu.{level_of(level, dtype)}.fused_adamw.{dtype}.{kernel}"):
+        grads = ours.grads(step)
+        ours.grads = lambda _, grads=grads: grads  # type: ignore[method-assign,misc]
+        with way.serving("fused_adamw", kernel), reachable(way, [*ours.all(), *grads]):
             ours.adamw(step, streams=streams, seed=5, rounding_step=step)
         theirs.adamw_reference(step, streams=form == "stochastic")
         for mine, other in zip(ours.all(), theirs.all(), strict=True):
@@ -137,6 +149,44 @@ def test_every_dtype_follows_the_reference(dtype: str, level: str, form: str) ->
                 assert torch.equal(mine, other)
                 continue
             tolerance.check(mine, other.double(), other, other.double().abs() + 1e-2)
+
+
+@pytest.mark.parametrize("way", [REFERENCE, *CPU, TRITON], ids=str)
+@pytest.mark.parametrize("first_step", [False, True])
+@pytest.mark.parametrize("name", SGD)
+def test_sgd_follows_the_reference(way: Way, name: str, first_step: bool) -> None:
+    """Parameters of three dtypes in one call."""
+    options = {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False,
+               "maximize": False, **SGD[name]}  # fmt: skip
+    mixed, shapes = [DTYPES[d] for d in ("f32", "bf16", "f16")], [*SHAPES[:-1], (70, 67)]
+    ours, theirs = (Problem(*mixed, shapes=shapes) for _ in range(2))
+    grads = ours.grads(0)
+    buffers = ours.first if options["momentum"] else []
+    with way.serving("fused_sgd"), reachable(way, [*ours.all(), *grads]):
+        fused_sgd(ours.params, grads, buffers, lr=0.1, first_step=first_step, **options)
+    maximize = options.pop("maximize")
+    for p, g, m in zip(theirs.params, grads, theirs.first, strict=True):
+        buffer = m if options["momentum"] else None
+        reference_sgd(
+            p, g, buffer, None, None, 0.1, *options.values(), first_step, -1.0 if maximize else 1.0
+        )
+    for mine, other in zip(ours.all(), theirs.all(), strict=True):
+        tolerance.check(mine, other.double(), other, other.double().abs() + 1e-2)
+
+
+@pytest.mark.parametrize("way", [REFERENCE, *CPU, TRITON], ids=str)
+def test_the_norm_of_mixed_gradients(way: Way) -> None:
+    dtypes = [DTYPES[d] for d in ("f32", "bf16", "f16")]
+    grads = [torch.randn(s).to(dtypes[i % 3]) for i, s in enumerate([*SHAPES[:-1], (70, 67)])]
+    grads += [torch.full((3,), 1e30), torch.randn(5, dtype=torch.float64)]
+    with way.serving("fused_grad_norm"), reachable(way, grads):
+        norm = fused_grad_norm(grads)
+        grads[3][7] = float("inf")
+        assert fused_grad_norm(grads).isinf()
+    grads[3][7] = 0
+    truth = reference_norm(grads)
+    tolerance.check(fused_grad_norm(grads), truth, truth, truth)
+    assert norm.dtype == torch.float64
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])

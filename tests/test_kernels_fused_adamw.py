@@ -1,4 +1,7 @@
-"""The Triton kernels of the optimiser steps under the interpreter, held to plain torch."""
+"""What is the Triton kernels' own in the optimiser steps: mixed lists in one launch, tables.
+
+Their values of each dtype, of SGD and of the norm are in test_fused_adamw.py.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from bigops import fused_adamw, fused_grad_norm, fused_sgd
+from bigops import fused_adamw
 from bigops.ops import _optimizer_states as states
-from bigops.ops.fused_adamw import reference_norm, reference_sgd
 from tests import triton_interpreter
 from tests.kernels_ran import expect
 from tests.optimizer_cases import Problem
@@ -69,34 +71,6 @@ def test_adamw_writes_copies_and_maximizes() -> None:
     theirs.adamw_reference(0)
     same(ours, theirs)
     assert all(torch.equal(c, p.bfloat16()) for c, p in zip(copies, ours.params, strict=True))
-
-
-@pytest.mark.parametrize("first_step", [False, True])
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_sgd_is_the_reference(momentum: float, nesterov: bool, first_step: bool) -> None:
-    ours, theirs = (Problem(*MIXED, shapes=SHAPES) for _ in range(2))
-    grads = ours.grads(0)
-    with expect("triton.fused_sgd"), triton_interpreter.reachable([*ours.all(), *grads]):
-        fused_sgd(
-            ours.params, grads, ours.first, lr=0.1, momentum=momentum, dampening=0.2,
-            weight_decay=0.1, nesterov=nesterov, first_step=first_step,
-        )  # fmt: skip
-    for p, g, m in zip(theirs.params, grads, theirs.first, strict=True):
-        reference_sgd(p, g, m, None, None, 0.1, momentum, 0.2, 0.1, nesterov, first_step, 1.0)
-    same(ours, theirs)
-
-
-def test_the_norm_of_many_gradients() -> None:
-    grads = [torch.randn(s).to(MIXED[i % 3]) for i, s in enumerate(SHAPES)]
-    grads += [torch.full((3,), 1e30), torch.randn(5, dtype=torch.float64)]
-    with expect("triton.fused_grad_norm"), triton_interpreter.reachable(grads):
-        norm = fused_grad_norm(grads)
-        grads[3][7] = float("inf")
-        assert fused_grad_norm(grads).isinf()
-    grads[3][7] = 0
-    truth = reference_norm(grads)
-    check(norm, truth, truth, truth)
 
 
 def test_buckets_find_the_nearest_value() -> None:

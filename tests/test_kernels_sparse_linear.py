@@ -1,4 +1,7 @@
-"""Values of the Triton kernels of sparse_linear under the interpreter, by the numerics rule."""
+"""What is the Triton kernels' own in sparse_linear: blocks, strides, traffic, planted faults.
+
+Their values by the public function are in test_sparse_linear.py, beside those of other ways.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,6 @@ from tests import triton_interpreter
 from tests.compressed_cases import Case, make
 from tests.guarded import guarded
 from tests.kernels_ran import expect
-from tests.linear_cases import PLAIN
 from tests.planted import plant
 from tests.traffic import counting
 
@@ -78,32 +80,6 @@ def trained(form: str, *shape: Any, **options: Any) -> Case:
 def seen(pattern: str, form: str) -> str:
     """The pattern as the kernel's name has it: 16x1 is stored in words."""
     return "16x2" if (pattern, form) == ("16x1", "sparse_bf16") else pattern
-
-
-@pytest.mark.parametrize(("form", "dtype"), KINDS)
-@pytest.mark.parametrize("pattern", BLOCKS)
-def test_every_dtype_and_block(pattern: str, form: str, dtype: str) -> None:
-    assert run(trained(form, 35, 48, 70, dtype, "gelu", pattern=pattern)) == seen(pattern, form)
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_every_activation(name: str) -> None:
-    run(trained("sparse_float", 5, 32, 48, "f32", name, pattern="16x16"))
-
-
-# Ragged against blocks, chunks of 64 rows, panels of 64 words and tiles of 32 rows of x; the last
-# 32 rows of W are 16 or fewer, the last block of a row has fewer columns.
-@pytest.mark.parametrize(
-    ("lead", "n", "k"),
-    [(1, 1, 1), (33, 16, 16), ([2, 3], 48, 65), (2, 72, 70), (3, 33, 40), (0, 20, 20), (3, 0, 20),
-     (3, 20, 0)],
-    ids=str,
-)  # fmt: skip
-@pytest.mark.parametrize("form", ["sparse_float", "sparse_bf16"])
-def test_shapes(form: str, lead: int | list[int], n: int, k: int) -> None:
-    dtype = "bf16" if form == "sparse_bf16" else "f32"
-    for pattern, sparsity in (("16x1", 0.6), ("16x16", 0.3), ("32x32", 0.0)):
-        run(trained(form, lead, n, k, dtype, "tanh", pattern=pattern, sparsity=sparsity))
 
 
 @pytest.mark.slow

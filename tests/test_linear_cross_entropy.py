@@ -1,4 +1,4 @@
-"""linear_cross_entropy on the CPU: every dtype and instruction set against float64."""
+"""linear_cross_entropy: every dtype by every way that serves it against float64."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bigops import backend
 from bigops.ops import _chunked_loss as chunked
 from bigops.ops._cross_entropy import serve_chunk
 from bigops.ops.linear_cross_entropy import linear_cross_entropy
+from tests.backends import CPU, REFERENCE, TRITON, Way
 from tests.cross_entropy_cases import ALL, Case, make
 from tests.kernels_ran import ISAS, expect, isa, needs_extension
 
@@ -34,16 +35,28 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 # kernels -----------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on lanes past the last class
 @pytest.mark.parametrize("options", ALL.values(), ids=list(ALL))
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
-@pytest.mark.parametrize("level", ISAS)
+@pytest.mark.parametrize("way", [REFERENCE, *CPU, TRITON], ids=str)
 def test_every_kernel(
-    level: str, dtype: torch.dtype, options: dict[str, Any], small_chunks: None
+    way: Way, dtype: torch.dtype, options: dict[str, Any], small_chunks: None
 ) -> None:
-    served = "avx512" if level.startswith("avx512") else level
-    kernel = f"cpu.{served}.linear_cross_entropy.{SHORT[dtype]}."
-    with isa(level), expect(kernel + "loss", kernel + "gradient"):
-        make(37, 203, 33, dtype, **options).check(level)
+    kernel = f"{way.name}.linear_cross_entropy.{SHORT[dtype]}."
+    if way.name == "cpu":
+        served = "avx512" if way.level.startswith("avx512") else way.level
+        kernel = f"cpu.{served}.linear_cross_entropy.{SHORT[dtype]}."
+    shape = (5, 33, 9) if way is TRITON else (37, 203, 33)
+    with way.serving("linear_cross_entropy", kernel + "loss", kernel + "gradient"):
+        make(*shape, dtype, **options).check(str(way))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("shape", [(1, 1), (3, 512), (3, 513), (2, 1100), (0, 7)], ids=str)
+def test_rows_of_several_blocks_in_triton(shape: tuple[int, int]) -> None:
+    used = TRITON.serving if shape[0] else TRITON.taken
+    with used("linear_cross_entropy"):
+        make(shape[0], shape[1], 5, torch.float32, ignored=0.0, **ALL["all, none"]).check()
 
 
 @pytest.mark.parametrize("options", ALL.values(), ids=list(ALL))

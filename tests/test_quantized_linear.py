@@ -1,12 +1,14 @@
-"""quantized_linear on the CPU: values of every format on every instruction set, layouts, errors.
+"""quantized_linear: values of every format by every way that serves it, layouts, errors.
 
 Gradients on every road are in test_frozen_linear_roads.py, the storage is held to its definition
-in test_quantized_weight.py.
+in test_quantized_weight.py. What is the GPU kernels' own, such as tiles, schedules and planted
+faults, is in test_kernels_quantized_linear.py and test_cuda_quantized_linear.py.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from bigops.ops.quantized_linear import (
     quantized_linear,
     reference,
 )
+from tests.backends import CPU, HOSTRUN, REFERENCE, TRITON, Way
 from tests.compressed_cases import DTYPES, QUANTISED, Case, backward_of, kernel_of
 from tests.compressed_cases import make as make_case
 from tests.kernels_ran import ISAS, expect, isa, needs_extension
@@ -34,6 +37,8 @@ raw = torch.ops.bigops.quantized_linear
 pytestmark = needs_extension
 
 EXACT = [form for form in QUANTISED if form.startswith("int8")]  # int32 sums over all of K
+FLOATING = ("w8", "w8_group", "w8_zero", "w4", "w4_zero", "w4_row")  # x is not rounded
+WAYS = [REFERENCE, *CPU, TRITON, HOSTRUN]
 # One of each kernel, for what is the same in all formats of a kernel.
 KERNELS = ("int8_zero", "w8_zero", "w4", "w4a8")
 
@@ -51,15 +56,24 @@ def make(
     return make_case(form, lead, n, k, dtype, name, bias=bias, residual=residual)
 
 
-def run(case: Case, form: str, level: str, dtype: str) -> None:
-    """Forward and backward of one case at one level, values and kernel names."""
+def kernels_of(form: str, way: Way, dtype: str) -> tuple[str, ...]:
+    """Names of the kernels by which a way serves a format, backward where it has one."""
+    if way.name == "cpu":
+        return kernel_of(form, way.level, dtype), backward_of(form, way.level, dtype)
+    bits = QUANTISED[form].get("bits", 8)
+    rounds = way is TRITON and form not in FLOATING
+    device = "cuda" if way is HOSTRUN else "triton"
+    return (f"{device}.quantized_linear.{dtype}.w{bits}" + ("a8" if rounds else ""),)
+
+
+def run(case: Case, form: str, way: Way, dtype: str) -> None:
+    """Forward and backward of one case by one way, values and kernel names."""
     x, bias, residual = leaves = case.leaves()
-    kernels = kernel_of(form, level, dtype), backward_of(form, level, dtype)
-    with isa(level), expect(*kernels):
+    with way.serving("quantized_linear", *kernels_of(form, way, dtype), gradients=True):
         y = quantized_linear(x, case.weight, bias, residual, case.name)  # type: ignore[arg-type]
         grads = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], case.grad))
     case.check_forward(y)
-    case.check_gradients([None if t is None else next(grads) for t in leaves], level)
+    case.check_gradients([None if t is None else next(grads) for t in leaves], str(way))
 
 
 # the activation quantisers -----------------------------------------------------------------
@@ -174,29 +188,68 @@ def test_int4_extremes(level: str) -> None:
 # values ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", ISAS)
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("name", PLAIN)
-def test_activations_on_every_instruction_set(level: str, name: str) -> None:
-    for form in KERNELS:
-        for dtype in DTYPES:
-            run(make(form, 5, 37, 83, dtype, name), form, level, dtype)
+def test_every_activation(way: Way, name: str) -> None:
+    some = {TRITON: [(form, "f32") for form in KERNELS],
+            HOSTRUN: [("w4_zero", "f32"), ("w8", "bf16")]}  # fmt: skip
+    for form, dtype in some.get(way, itertools.product(KERNELS, DTYPES)):
+        run(make(form, 5, 37, 83, dtype, name), form, way, dtype)
 
 
-@pytest.mark.parametrize("level", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("way", "form", "m"),
+    [(way, form, 37) for way in (REFERENCE, TRITON) for form in QUANTISED]
+    + [(HOSTRUN, form, m) for form in FLOATING for m in (3, 11)],
+    ids=str,
+)
+def test_every_format_and_dtype(way: Way, form: str, m: int, dtype: str) -> None:
+    run(make(form, m, 45, 150, dtype, "gelu"), form, way, dtype)
+
+
+@pytest.mark.parametrize("way", [REFERENCE, *CPU], ids=str)
 @pytest.mark.parametrize("form", QUANTISED)
 @pytest.mark.parametrize(
     ("m", "n", "k"),
     [(1, 1, 1), (1, 130, 65), (2, 70, 16), (8, 49, 64), (9, 8, 31), (27, 66, 130), (70, 5, 1100)],
 )
-def test_ragged_shapes(level: str, form: str, m: int, n: int, k: int) -> None:
+def test_ragged_shapes(way: Way, form: str, m: int, n: int, k: int) -> None:
     for dtype in DTYPES:
-        run(make(form, m, n, k, dtype, "gelu" if dtype == "f32" else "none"), form, level, dtype)
+        run(make(form, m, n, k, dtype, "gelu" if dtype == "f32" else "none"), form, way, dtype)
+
+
+# Ragged against the tiles of configs/quantized_linear/interpreter.json, and for CUDA C++ against
+# blocks of 64 rows and stages of 128 or 256 columns.
+@pytest.mark.parametrize(
+    ("way", "form", "shape"),
+    [(TRITON, form, shape)
+     for form in (*KERNELS, "w4_row", "w4a8_zero")
+     for shape in [(1, 1, 1), (2, 33, 65), (31, 1, 32), (64, 64, 64), (3, 70, 129), (5, 7, 0),
+                   (0, 7, 5), (5, 0, 7)]]
+    + [(HOSTRUN, form, shape)
+       for form in ("w8_zero", "w4_zero", "w4_row")
+       for shape in [(1, 1, 1), (16, 64, 256), (9, 65, 257), (2, 130, 1030), (8, 16, 1032),
+                     (3, 16, 0), (5, 0, 32)]],
+    ids=str,
+)  # fmt: skip
+def test_shapes_of_gpu_kernels(way: Way, form: str, shape: tuple[int, int, int]) -> None:
+    run(make(form, *shape, "bf16", "silu"), form, way, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("way", "form"), [(TRITON, form) for form in KERNELS] + [(HOSTRUN, "w8_zero")], ids=str
+)
+@pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (False, True)])
+def test_optional_arguments(way: Way, form: str, bias: bool, residual: bool) -> None:
+    m = 16 if way is HOSTRUN else 33
+    run(make(form, m, 20, 35, "f16", "gelu", bias, residual), form, way, "f16")
 
 
 @pytest.mark.parametrize("form", KERNELS)
 def test_many_rows_split_into_tasks(form: str) -> None:
     """Few tiles and many rows: tasks take parts of the rows."""
-    run(make(form, 200, 40, 300, "bf16"), form, ISAS[-1], "bf16")
+    run(make(form, 200, 40, 300, "bf16"), form, CPU[-1], "bf16")
 
 
 @given(
@@ -223,13 +276,19 @@ def test_any_shape(
     level: str,
 ) -> None:
     torch.manual_seed(m * 10007 + n * 101 + k)
-    run(make(form, m, n, k, dtype, name, bias, residual), form, level, dtype)
+    run(make(form, m, n, k, dtype, name, bias, residual), form, Way("cpu", level), dtype)
 
 
-@pytest.mark.parametrize("form", KERNELS)
-@pytest.mark.parametrize("lead", [[], [0], [4, 0], [2, 3], [2, 1, 3, 2, 2]], ids=str)
-def test_leading_dimensions(form: str, lead: list[int]) -> None:
-    run(make(form, lead, 6, 7, "f32", "silu"), form, ISAS[-1], "f32")
+@pytest.mark.parametrize(
+    ("way", "form"),
+    [(way, form) for way in (REFERENCE, *CPU[-1:], TRITON) for form in KERNELS] + [(HOSTRUN, "w4")],
+    ids=str,
+)
+@pytest.mark.parametrize("lead", [[], [0], [4, 0], [2, 3], [2, 1, 3, 2]], ids=str)
+def test_leading_dimensions(way: Way, form: str, lead: list[int]) -> None:
+    if way is HOSTRUN and 0 in lead:
+        way = TRITON  # which serves what has no rows
+    run(make(form, lead, 6, 7, "f32", "silu"), form, way, "f32")
 
 
 @pytest.mark.parametrize("form", ["int8_zero", "w4_zero", "w4a8_static"])

@@ -1,7 +1,8 @@
-"""sparse_linear on the CPU: values and gradients on every instruction set, layouts, determinism.
+"""sparse_linear: values and gradients by every way that serves it, layouts, determinism.
 
 Every kernel is held to the numerics rule and named. Gradients on every road are in
-test_frozen_linear_roads.py, storage in test_sparse_weight.py, errors in test_sparse_errors.py.
+test_frozen_linear_roads.py, storage in test_sparse_weight.py, errors in test_sparse_errors.py;
+what is the GPU kernels' own in test_kernels_sparse_linear.py and test_cuda_sparse_linear.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import bigops
 from bigops.ops.sparse_linear import block_mask, reference, sparse_linear, sparsify_weight
+from tests.backends import HOSTRUN, REFERENCE, TRITON, Way
 from tests.compressed_cases import DTYPES, PATTERNS, SPARSE, VALUES, Case, served
 from tests.compressed_cases import make as make_case
 from tests.kernels_ran import ISAS, expect, isa, needs_extension
@@ -94,6 +96,22 @@ def run(case: Case, level: str, dtype: str, m: int) -> None:
     case.check_gradients([None if t is None else next(grads) for t in leaves], level)
 
 
+def run_by(way: Way, form: str, lead: int | list[int], n: int, k: int, dtype: str,
+           name: str = "none", **options: Any) -> None:  # fmt: skip
+    """The same by the reference or on a GPU's way, with values that train where they can."""
+    case = make_case(form, lead, n, k, dtype, name, values=form != "sparse_int8", **options)
+    device = "cuda" if way is HOSTRUN else way.name
+    leaves = case.leaves()
+    with way.serving(
+        "sparse_linear", f"{device}.sparse_linear.{dtype}.{SPARSE[form]}", gradients=True
+    ):
+        y = case.public(*leaves)  # type: ignore[arg-type]
+        grads = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], case.grad))
+    case.check_forward(y)
+    found = [None if t is None else next(grads) for t in leaves]
+    case.check_gradients(found, str(way), stored=way is not REFERENCE)
+
+
 # values ------------------------------------------------------------------------------------
 
 
@@ -102,6 +120,54 @@ def test_the_form_is_chosen_by_the_rows_of_x() -> None:
     assert [form_of(m) for m in range(1, 40)] == [
         "rows" if m <= ROWS_FORM else "columns" for m in range(1, 40)
     ]
+
+
+# Triton serves floating values in blocks, CUDA C++ every pattern with at most 16 rows of x.
+BLOCKS = ("16x1", "16x16", "32x32")
+BY_FORM = [(form, dtype) for form in SPARSE for dtype in served(form)]
+BY_TRITON = [(TRITON, *by) for by in BY_FORM if by[0] != "sparse_int8"]
+FIRST = [(form, served(form)[0]) for form in SPARSE]
+GPU_SHAPES = [(TRITON, form, dtype, pattern, *shape)
+              for form, dtype in FIRST[1:] for pattern in BLOCKS
+              for shape in [(1, 1, 1), (33, 16, 16), ([2, 3], 48, 65), (2, 72, 70), (3, 33, 40),
+                            (0, 20, 20), (3, 0, 20), (3, 20, 0)]]  # fmt: skip
+GPU_SHAPES += [(HOSTRUN, form, "bf16", "1x4", *shape) for form in SPARSE
+               for shape in [(1, 1, 1), (16, 64, 256), (9, 65, 257), (2, 130, 515),
+                             (5, 16, 0)]]  # fmt: skip
+LEADS: list[tuple[Way, list[int]]] = [(REFERENCE, []), (REFERENCE, [4, 0]), (TRITON, []),
+    (TRITON, [4, 0]), (TRITON, [2, 3]), (HOSTRUN, []), (HOSTRUN, [2, 1, 3, 2])]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of whole numbers in Triton
+@pytest.mark.parametrize(
+    ("way", "form", "dtype", "pattern", "m"),
+    [(*by, pattern, 35) for by in BY_TRITON for pattern in BLOCKS]
+    + [(HOSTRUN, *by, "1x4", m) for by in BY_FORM for m in (1, 3, 11)]
+    + [(HOSTRUN, *by, pattern, 4) for by in FIRST for pattern in PATTERNS]
+    + [(REFERENCE, *by, pattern, 9) for by in BY_FORM for pattern in PATTERNS],
+    ids=str,
+)
+def test_every_format(way: Way, form: str, dtype: str, pattern: str, m: int) -> None:
+    run_by(way, form, m, 70, 130, dtype, "gelu", pattern=pattern)
+
+
+@pytest.mark.parametrize("way", [REFERENCE, TRITON, HOSTRUN], ids=str)
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_activation(way: Way, name: str) -> None:
+    run_by(way, "sparse_float", 5, 37, 83, "f32", name, pattern="16x16")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("way", "form", "dtype", "pattern", "lead", "n", "k"), GPU_SHAPES, ids=str)
+def test_shapes_of_gpu_kernels(
+    way: Way, form: str, dtype: str, pattern: str, lead: int | list[int], n: int, k: int
+) -> None:
+    run_by(way, form, lead, n, k, dtype, "silu", pattern=pattern)
+
+
+@pytest.mark.parametrize(("way", "lead"), LEADS, ids=str)
+def test_leading_dimensions_on_gpu_ways(way: Way, lead: list[int]) -> None:
+    run_by(way, "sparse_float", lead, 6, 7, "f32", "tanh", pattern="16x16")
 
 
 @pytest.mark.parametrize("level", ISAS)

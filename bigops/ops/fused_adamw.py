@@ -131,6 +131,12 @@ def _pick(tensors: Sequence[Tensor], i: int) -> Tensor | None:
     return tensors[i] if len(tensors) and tensors[i].numel() else None
 
 
+def _scale(scales: Sequence[Tensor], held: Sequence[Tensor], i: int) -> Tensor | None:
+    """Scales of the i-th state; None where it holds floats, as that of a float64 parameter does."""
+    coded = len(held) and held[i].dtype == torch.uint8
+    return _pick(scales, i) if coded else None
+
+
 def _random(streams: Sequence[int], i: int, seed: int, step: int) -> tuple[int, int, int] | None:
     return (seed, streams[i], step) if len(streams) else None
 
@@ -143,7 +149,8 @@ def _serve_adamw(  # type: ignore[no-untyped-def]
     for i, param in enumerate(params):
         reference_adamw(
             param, grads[i], exp_avgs[i], exp_avg_sqs[i], steps[i],
-            _pick(exp_avg_scales, i), _pick(exp_avg_sq_scales, i), _pick(copies, i),
+            _scale(exp_avg_scales, exp_avgs, i), _scale(exp_avg_sq_scales, exp_avg_sqs, i),
+            _pick(copies, i),
             lr, beta1, beta2, eps, weight_decay, -grad_factor if maximize else grad_factor,
             _random(streams, i, seed, rounding_step),
         )  # fmt: skip
@@ -158,7 +165,7 @@ def _serve_sgd(  # type: ignore[no-untyped-def]
     for i, param in enumerate(params):
         reference_sgd(
             param, grads[i], momentum_buffers[i] if len(momentum_buffers) else None,
-            _pick(momentum_scales, i), _pick(copies, i),
+            _scale(momentum_scales, momentum_buffers, i), _pick(copies, i),
             lr, momentum, dampening, weight_decay, nesterov, first_step,
             -grad_factor if maximize else grad_factor, _random(streams, i, seed, rounding_step),
         )  # fmt: skip
