@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bigops
-from bigops.benches import memory, rivals
+from bigops.benches import memory, rivals, rivals_cuda
 from bigops.benches.harness import DTYPES, OWN, Case, LeftOut, Side, optional_side, say_once
 from bigops.benches.limits import Cost
 
@@ -82,6 +82,8 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     ]
     for name in ("torch linear_cross_entropy", "torch chunked"):
         optional_side(sides, torch_side, name, call, cost)
+    if device != "cpu":
+        optional_side(sides, rivals_cuda.liger, call, cost)
     if learns and device == "cpu":
         report_memory(case, sides, own, (x, weight, target, reduction))
     return run(eager, wide), sides

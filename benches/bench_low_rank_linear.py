@@ -74,19 +74,22 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     low = cost(rank * (case.k + case.n))
     factors = [(in_turn(clones(case, u)), in_turn(clones(case, v))) for _ in range(3)]
     (own_u, own_v), (eager_u, eager_v), (compiled_u, compiled_v) = factors
+    sides = [
+        Side(OWN, lambda: bigops.low_rank_linear(x, own_u(), own_v(), bias), low),
+        Side("eager", lambda: plain(x, eager_v(), eager_u(), bias), low, "aten"),
+        rivals.compiled_side(plain, lambda f: f(x, compiled_v(), compiled_u(), bias), low),
+    ]
+    if device != "cpu":
+        full, truth = cost(case.k * case.n), [F.linear(x64, w64, b64)]
+        take_dense = in_turn(clones(case, weight))
+        cublas = Side("dense", lambda: F.linear(x, take_dense(), bias), full, "cublas")
+        return reference, [*sides, dataclasses.replace(cublas, reference=truth)]
     packs = [in_turn(copies(case, p, p.nbytes, _copy)) for p in (pack_weight(u), pack_weight(v))]
 
     def packed() -> Tensor:
         return packed_linear(packed_linear(x, packs[1]()), packs[0](), bias)
 
-    sides = [
-        Side(OWN, lambda: bigops.low_rank_linear(x, own_u(), own_v(), bias), low),
-        Side("bigops packed", packed, low),
-        Side("eager", lambda: plain(x, eager_v(), eager_u(), bias), low, "aten"),
-        rivals.compiled_side(plain, lambda f: f(x, compiled_v(), compiled_u(), bias), low),
-    ]
-    if device != "cpu":
-        return reference, sides
+    sides.insert(1, Side("bigops packed", packed, low))
     full, truth = cost(case.k * case.n), [F.linear(x64, w64, b64)]
     own = pack_weight(weight)
     take = in_turn(copies(case, own, own.nbytes, _copy))

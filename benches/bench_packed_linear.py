@@ -13,6 +13,7 @@ from bigops.benches.harness import DTYPES, OWN, Case, Side, clones, copies, in_t
 from bigops.benches.limits import Cost
 from bigops.ops.packed_linear import PackedWeight, pack_weight
 
+CPU_ONLY = "packed_linear: a layout for CPUs; on a GPU fused_linear serves"
 ROWS = (1, 4, 16, 64, 256, 1024)
 LAYERS = ((768, 3072), (1024, 1024), (4096, 4096), (4096, 11008))  # (K, N)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import bigops
-from bigops.benches import families, rivals
+from bigops.benches import families, rivals, rivals_cuda
 from bigops.benches.harness import DTYPES, OWN, Case, Side, copies, in_turn
 from bigops.benches.limits import Cost
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
@@ -97,6 +97,13 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
             sides += families.int4_sides(case, x, same, bias, activation)
         else:
             sides += families.dense_int8_sides(case, x, weight, bias, activation)
+        return reference, sides
+    layer = rivals.Layer(case, x, weight, bias, activation)
+    if own.bits == 8:
+        return reference, sides + rivals_cuda.int8_sides(layer)
+    grid = own.grid()
+    same = rivals.Int4Weight(grid.q.to(torch.int8), grid.scale.float())
+    sides += rivals_cuda.int4_sides(layer, same)
     return reference, sides
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import bigops
-from bigops.benches import families, rivals, sparse24
+from bigops.benches import families, rivals, rivals_cuda, sparse24
 from bigops.benches.harness import (
     DTYPES,
     OWN,
@@ -131,6 +131,13 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
             if pattern == Pattern(1, 1):
                 sides += families.sparse_fp32_sides(case, x, weight, bias, activation)
             sides += families.dense_fp32_sides(case, x, weight, bias, activation)
+    else:
+        layer = rivals.Layer(case, x, weight, bias, activation)
+        if values == "int8":
+            sides.append(_dense_int8(case, x, weight, bias, activation, total, moved))
+            sides += rivals_cuda.int8_sides(layer)
+        elif case.params["pattern"] == "2:4":
+            sides += rivals_cuda.sparse24_sides(layer)
     return reference, sides
 
 
@@ -189,7 +196,7 @@ def _backward(
     if not want_x:
         mine = replace(mine, shown=lambda v: own._replace(values=v, scale=None).to_dense())
         theirs = replace(theirs, shown=lambda g: torch.where(full, g, 0))
-    return [truth], [mine, theirs]
+    return [truth.cpu()], [mine, theirs]
 
 
 def _copy(weight: SparseWeight) -> SparseWeight:

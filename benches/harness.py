@@ -16,6 +16,7 @@ import itertools
 import math
 import pkgutil
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -148,13 +149,16 @@ def run_case(
         reference, sides = build(case, device)
         try:
             ready, errors, kernels = _tried(case, sides, reference)
-            samples = timing.interleave(
-                {side.provider: side.call for side in ready},
-                pairs=pairs,
-                idle=any(side.own_pool for side in ready),
-                sync=torch.cuda.synchronize if device != "cpu" else _nothing,
-                remote={side.provider: side.seconds for side in ready if side.seconds},
-            )
+            calls = {side.provider: side.call for side in ready}
+            if device == "cpu":
+                samples = timing.interleave(
+                    calls,
+                    pairs=pairs,
+                    idle=any(side.own_pool for side in ready),
+                    remote={side.provider: side.seconds for side in ready if side.seconds},
+                )
+            else:
+                samples = timing.interleave_events(calls, pairs=pairs, device=device)
         finally:
             for side in sides:
                 side.close()
@@ -166,7 +170,8 @@ def run_case(
         ratio = timing.speedup(samples[EAGER], mine)
         to_best = timing.speedup(samples[best], mine)
         seconds = timing.median(mine)
-        floor = limits.floor_seconds(side.cost, case.rotate, device)
+        # on a GPU every call starts behind a flush of its cache
+        floor = limits.floor_seconds(side.cost, case.rotate or device != "cpu", device)
         rows.append(
             Row(
                 op=case.op,
@@ -179,7 +184,7 @@ def run_case(
                 params=" ".join(f"{key}={value}" for key, value in case.params.items()),
                 provider=side.provider,
                 kernel=kernels[side.provider],
-                isa=limits.isa if device == "cpu" else device,
+                isa=limits.isa,
                 threads=torch.get_num_threads(),
                 median_us=seconds * 1e6,
                 spread=timing.spread(mine),
@@ -192,14 +197,10 @@ def run_case(
                 best_high=to_best.high,
                 fraction_of_limit=None if floor is None else floor / seconds,
                 rel_error=errors[side.provider],
-                versions=versions(),
+                versions=versions(device),
             )
         )
     return rows
-
-
-def _nothing() -> None:
-    return None
 
 
 def _tried(
@@ -250,11 +251,15 @@ def relative_error(out: Tensor | Sequence[Tensor], reference: list[Tensor]) -> f
     return worst
 
 
-def versions() -> str:
+def versions(device: str = "cpu") -> str:
     """What ran, in one field without commas."""
-    return (
+    text = (
         f"bigops={bigops.__version__} torch={torch.__version__} python={platform.python_version()}"
     )
+    if device == "cpu":
+        return text
+    runtime = f"hip={torch.version.hip}" if torch.version.hip else f"cuda={torch.version.cuda}"
+    return f"{text} triton={backend.triton_version()} {runtime}"
 
 
 # --- all cases ---------------------------------------------------------------------------------
@@ -286,6 +291,29 @@ def _runs_on(case: Case, device: str) -> bool:
     return True
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError unless ``device`` is cpu, or a GPU that torch sees."""
+    if device == "cpu":
+        return
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N; got {device!r}")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device: expected cpu, since torch sees no GPU here; got {device!r}")
+    count, index = torch.cuda.device_count(), torch.device(device).index
+    if index is not None and index >= count:
+        raise ValueError(f"device: expected an index below {count}; got {device!r}")
+    if index is not None:
+        torch.cuda.set_device(index)  # timing events belong to the current device
+
+
+def _takes_part(module: ModuleType, device: str) -> bool:
+    """Whether the op of a bench file has a kernel on the device; says so where it has none."""
+    why = "" if device == "cpu" else getattr(module, "CPU_ONLY", "")
+    if why:
+        say_once(why)
+    return not why
+
+
 def run(
     ops: Sequence[str],
     *,
@@ -299,17 +327,17 @@ def run(
     Raises:
         ValueError: unknown op or device, or no case left by ``quick`` and ``match``.
     """
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device: expected cpu, since torch sees no GPU here; got {device!r}")
+    check_device(device)
     chosen = [
         (module, case)
         for module in map(bench_module, ops)
+        if _takes_part(module, device)
         for case in module.cases()
         if (case.quick or not quick) and match in case.id and _runs_on(case, device)
     ]
     if not chosen:
         raise ValueError(f"match: no case of {', '.join(ops)} has {match!r} in its name")
-    limits = Limits.measure()
+    limits = Limits.measure(device)
     print(limits, file=sys.stderr)
     for module, case in chosen:
         yield from run_case(case, module.build, limits, device=device, pairs=pairs)

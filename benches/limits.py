@@ -1,7 +1,8 @@
 """What this machine can do at most, measured at the start of a bench run.
 
-The peak of each arithmetic unit and the bandwidth come from the extension's meters; where they are
-missing (pure Python install, GPU) a limit is unknown and the rows say so.
+The peak of each arithmetic unit and the bandwidth come from the extension's meters, those of a GPU
+from torch's products (limits_gpu.py); where they are missing (a pure Python install, a unit that a
+device lacks) a limit is unknown and the rows say so.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bigops import backend
+from bigops.benches import limits_gpu
 
 UNITS = {"fp32": "f32", "bf16": "bf16", "int8": "s8"}  # our name -> the meter's
 DRAM_BYTES = 128 << 20  # per thread
@@ -34,15 +36,19 @@ class Limits:
     threads: int = 1
     peaks: dict[str, float] = field(default_factory=dict)
     dram: float | None = None
+    device: str = "cpu"  # what they are of; ``isa`` is its name and architecture for a GPU
 
     @classmethod
-    def measure(cls) -> Limits:
+    def measure(cls, device: str = "cpu") -> Limits:
         """Run the meters (about two seconds) with as many threads as torch uses.
 
         A limit is the best of a few tries: a neighbour on the machine can only make it look lower.
         """
         extension = backend.extension
         threads = torch.get_num_threads()
+        if device != "cpu":
+            there = torch.device(device)
+            return cls(limits_gpu.name(there), threads, *limits_gpu.measure(there), device)
         if extension is None:
             return cls(threads=threads)
         peaks: dict[str, float] = {}
@@ -60,7 +66,7 @@ class Limits:
         Bytes count only where the case reads them from DRAM. None where the limit that it takes
         was not measured.
         """
-        if device != "cpu" or cost.unit not in self.peaks:
+        if device != self.device or cost.unit not in self.peaks:
             return None
         compute = cost.flops / self.peaks[cost.unit]
         if not from_dram:
@@ -68,6 +74,6 @@ class Limits:
         return None if self.dram is None else max(compute, cost.nbytes / self.dram)
 
     def __str__(self) -> str:
-        units = " ".join(f"{u} {self.peaks[u] / 1e9:.0f} G/s" for u in UNITS if u in self.peaks)
+        units = " ".join(f"{u} {self.peaks[u] / 1e9:.0f} G/s" for u in self.peaks)
         dram = f"DRAM {self.dram / 1e9:.1f} GB/s" if self.dram else "DRAM unknown"
         return f"limits ({self.isa}, {self.threads} threads): {units or 'peaks unknown'}; {dram}"

@@ -26,6 +26,7 @@ class Row:
     ``spread`` is the interquartile range over the median. ``ratio_to_eager`` is eager time over
     this provider's time with its 95% interval; ``ratio_to_best_rival`` is the same against
     ``best_rival``, the fastest of the others, within ``best_low`` to ``best_high``.
+    ``isa`` is the instruction set, or the name and architecture of a GPU.
     ``fraction_of_limit`` is None where the machine's limit could not be measured; ``rel_error`` is
     against float64.
     """

@@ -90,7 +90,8 @@ def check(
     out, plain, ref64 = out.double()[~nan], plain[~nan], ref64[~nan]
 
     def chosen(value: Tensor | float) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float64).detach().expand(nan.shape)[~nan]
+        wide = torch.as_tensor(value, dtype=torch.float64, device=nan.device)
+        return wide.detach().expand(nan.shape)[~nan]
 
     allowed = bound(ref64, plain, chosen(scale), chosen(rounding))
     error = (out - ref64).abs()

@@ -1,0 +1,120 @@
+"""Where the bodies of the GPU suite run: on a GPU, or small ones in the interpreter.
+
+`pytest -m gpu` runs them on "cuda". The slow suite runs the same bodies on the CPU, the ops routed
+to their Triton kernels in the interpreter, so that no slip of the pen awaits the first GPU. Why a
+test cannot run here is said in this file alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from bigops.ops import _triton, _triton_loss
+from tests import triton_interpreter
+
+# op -> module of bigops.ops and the function that serves it on a GPU
+ROADS = {
+    "fused_linear": ("fused_linear", "_cuda"),
+    "fused_linear_with_preact": ("fused_linear", "_cuda_with_preact"),
+    "fused_linear_backward": ("fused_linear", "_cuda_backward"),
+    "low_rank_linear": ("low_rank_linear", "_cuda"),
+    "low_rank_linear_with_parts": ("low_rank_linear", "_cuda_with_parts"),
+    "low_rank_linear_backward": ("low_rank_linear", "_cuda_backward"),
+    "quantized_linear": ("quantized_linear", "_cuda"),
+    "sparse_linear": ("sparse_linear", "_cuda"),
+    "sparse_linear_backward": ("sparse_linear", "_cuda_backward"),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device, and whether it is a real one."""
+
+    device: torch.device
+    real: bool
+
+    def size(self, large: int, small: int) -> int:
+        """``large`` on a GPU, ``small`` in the interpreter."""
+        return large if self.real else small
+
+    def put(self, item: Any) -> Any:
+        """Tensors, and tuples and lists of them, moved there; the rest as it is."""
+        if isinstance(item, Tensor):
+            return item.detach().to(self.device).requires_grad_(item.requires_grad)
+        if isinstance(item, tuple) and hasattr(item, "_make"):
+            return type(item)._make(map(self.put, item))  # type: ignore[attr-defined]
+        return type(item)(map(self.put, item)) if isinstance(item, (tuple, list)) else item
+
+    def reachable(self, tensors: Sequence[Tensor]) -> Any:
+        """The interpreter's bounds check knows tensors behind a table of addresses."""
+        return triton_interpreter.reachable([] if self.real else tensors)
+
+
+def why_no_gpu(*, devices: int = 1, memory: int = 0, cuda: bool = False) -> str:
+    """The reason why a test that needs these cannot run here, or ""."""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.cuda.device_count() < devices:
+        return f"needs {devices} GPUs; torch sees {torch.cuda.device_count()}"
+    if cuda and torch.version.cuda is None:
+        return "needs CUDA; this torch is built for ROCm"
+    if memory and (free := torch.cuda.mem_get_info()[0]) < memory:
+        return f"needs {memory >> 30} GiB of free GPU memory; {free >> 30} are there"
+    return _triton.why_not(torch.float32, "cuda", "fused_linear")
+
+
+@pytest.fixture
+def gpu() -> Callable[..., None]:
+    """Skip, with the reason, unless a GPU with what is asked for is here."""
+
+    def need(**what: Any) -> None:
+        if why := why_no_gpu(**what):
+            pytest.skip(why)
+
+    return need
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cuda", marks=pytest.mark.gpu),
+        pytest.param("interpreter", marks=pytest.mark.slow),
+    ]
+)
+def place(
+    request: pytest.FixtureRequest,
+    gpu: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> Iterator[Place]:
+    """The GPU; or the CPU with every op served as on a GPU."""
+    if request.param == "cuda":
+        gpu()
+        yield Place(torch.device("cuda", torch.cuda.current_device()), True)
+        return
+    triton_interpreter.install()
+    library = torch.library.Library("bigops", "IMPL")
+    for op, (stem, name) in ROADS.items():
+        module = sys.modules[f"bigops.ops.{stem}"]
+        library.impl(op, getattr(module, name), "CPU", allow_override=True)
+    adamw = sys.modules["bigops.ops.fused_adamw"]
+    loss = sys.modules["bigops.ops.linear_cross_entropy"]
+    monkeypatch.setattr(adamw, "step_adamw", adamw._cuda_adamw)
+    monkeypatch.setattr(adamw, "step_sgd", adamw._cuda_sgd)
+    monkeypatch.setattr(adamw, "_norm", adamw._cuda_norm)
+    monkeypatch.setattr(loss, "_chunk", _triton_loss.serve_chunk)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield Place(torch.device("cpu"), False)
+    finally:
+        torch.set_num_threads(threads)
+        library._destroy()
