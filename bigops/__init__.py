@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "fp8_linear": "bigops.ops.fp8_linear",
     "fused_adamw": "bigops.ops.fused_adamw",
     "fused_grad_norm": "bigops.ops.fused_adamw",
     "fused_linear": "bigops.ops.fused_linear",
@@ -19,6 +20,7 @@ _HOME = {
     "packed_linear": "bigops.ops.packed_linear",
     "fused_sgd": "bigops.ops.fused_adamw",
     "linear_cross_entropy": "bigops.ops.linear_cross_entropy",
+    "quantize_fp8": "bigops.ops.fp8_linear",
     "quantize_weight": "bigops.ops.quantized_linear",
     "quantized_linear": "bigops.ops.quantized_linear",
     "sparse_linear": "bigops.ops.sparse_linear",
@@ -52,6 +54,7 @@ __all__ = [
     "compress",
     "compress_",
     "explain",
+    "fp8_linear",
     "freeze_",
     "fuse_",
     "fused_adamw",
@@ -66,6 +69,7 @@ __all__ = [
     "pack_weight",
     "packed_linear",
     "parallel",
+    "quantize_fp8",
     "quantize_weight",
     "quantized_linear",
     "report",
@@ -82,6 +86,7 @@ if TYPE_CHECKING:
     from bigops.compress.receipt import Floors, Receipt
     from bigops.compress.store import FormatError, load, save
     from bigops.nn.fuse import fuse_
+    from bigops.ops.fp8_linear import fp8_linear, quantize_fp8
     from bigops.ops.fused_adamw import fused_adamw, fused_grad_norm, fused_sgd
     from bigops.ops.fused_linear import fused_linear
     from bigops.ops.linear_cross_entropy import linear_cross_entropy

@@ -293,6 +293,7 @@ def _compiler() -> str | None:
 
 
 _ON_GPU = (
+    "fp8_linear",
     "fused_linear",
     "low_rank_linear",
     "quantized_linear",

@@ -188,6 +188,10 @@ def _explain(args: argparse.Namespace) -> int:
         from bigops.ops.quantized_linear import quantize_weight
 
         packed = (quantize_weight(weight),)
+    elif args.op == "fp8_linear":
+        from bigops.ops.fp8_linear import quantize_fp8
+
+        packed = (quantize_fp8(weight),)
     elif args.op == "sparse_linear":
         from bigops.nn.sparse_linear import VALUES, check_sparsity, check_values
         from bigops.ops.sparse_linear import Pattern, sparsify_weight

@@ -57,9 +57,9 @@ def _some(path: Path, where: str, name: str, value: object, known: set[str]) -> 
     return tuple(value)
 
 
-def _entry(path: Path, where: str, data: object) -> Entry:
+def _entry(path: Path, where: str, data: object, known: tuple[str, ...]) -> Entry:
     fields = _fields(path, where, data, _ENTRY_KEYS)
-    kinds = _some(path, where, "kinds", fields["kinds"], set(KINDS))
+    kinds = _some(path, where, "kinds", fields["kinds"], set(known))
     dtypes = _some(path, where, "dtypes", fields["dtypes"], set(DTYPES.values()))
     tile, max_m = fields["tile"], fields["max_m"]
     if type(fields["aligned"]) is not bool:
@@ -96,8 +96,8 @@ def _fitting(entries: tuple[Entry, ...], kind: str, aligned: bool, dtype: str) -
     return [e for e in entries if kind in e.kinds and e.aligned == aligned and dtype in e.dtypes]
 
 
-def read_table(path: Path) -> Table:
-    """Read and check one config file.
+def read_table(path: Path, form: str = FORMAT, kinds: tuple[str, ...] = KINDS) -> Table:
+    """Read and check one config file of format ``form``, which holds tiles of all ``kinds``.
 
     Raises:
         ValueError: the file is not JSON, is of another format, or a field is missing or out of
@@ -108,13 +108,15 @@ def read_table(path: Path) -> Table:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: expected a readable JSON file; got {error}") from error
     found = data.get("format") if isinstance(data, dict) else type(data).__name__
-    if found != FORMAT:
-        raise ValueError(f"{path}: format: expected {FORMAT!r}; got {found!r}")
+    if found != form:
+        raise ValueError(f"{path}: format: expected {form!r}; got {found!r}")
     fields = _fields(path, "top level", data, ("format", "device", "gemm", "rows"))
     if not isinstance(fields["gemm"], list):
         raise ValueError(f"{path}: gemm: expected a list; got {type(fields['gemm']).__name__}")
-    entries = tuple(_entry(path, f"gemm[{i}]", item) for i, item in enumerate(fields["gemm"]))
-    for kind, aligned, dtype in itertools.product(KINDS, (True, False), DTYPES.values()):
+    entries = tuple(
+        _entry(path, f"gemm[{i}]", item, kinds) for i, item in enumerate(fields["gemm"])
+    )
+    for kind, aligned, dtype in itertools.product(kinds, (True, False), DTYPES.values()):
         limits = [e.max_m for e in _fitting(entries, kind, aligned, dtype)]
         if limits.count(None) != 1 or len(set(limits)) != len(limits):
             what = f"{kind} {'aligned' if aligned else 'unaligned'} {dtype}"
@@ -155,13 +157,19 @@ def choose_config(
         TypeError: another dtype.
         ValueError: an arch that no config file serves, or a corrupt config file.
     """
+    if dtype in DTYPES:
+        form = tuned.form_of(kind, aligned)
+        measured = tuned.lookup("quantized_linear", arch, form, DTYPES[dtype], tuned.bucket(m))
+        if measured is not None:
+            return TileConfig(**measured)
+    return pick(table_for(arch), kind, dtype, m, aligned)
+
+
+def pick(table: Table, kind: str, dtype: torch.dtype, m: int, aligned: bool) -> TileConfig:
+    """The rule of `choose_config` on one table."""
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype}")
-    form = tuned.form_of(kind, aligned)
-    measured = tuned.lookup("quantized_linear", arch, form, DTYPES[dtype], tuned.bucket(m))
-    if measured is not None:
-        return TileConfig(**measured)
-    entries = _fitting(table_for(arch).entries, kind, aligned, DTYPES[dtype])
+    entries = _fitting(table.entries, kind, aligned, DTYPES[dtype])
     fitting = [e for e in entries if e.max_m is None or m <= e.max_m]
     return min(fitting, key=lambda e: float("inf") if e.max_m is None else e.max_m).config
 

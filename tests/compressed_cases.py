@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigops.ops import _fp8_weight as fp8
 from bigops.ops._quantize import quantize_rows, static_grid
+from bigops.ops.fp8_linear import Fp8Weight, fp8_linear, quantize_fp8
 from bigops.ops.packed_linear import PackedWeight, pack_weight, packed_linear
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear
 from bigops.ops.sparse_linear import Pattern, SparseWeight, sparse_linear, sparsify_weight
@@ -43,6 +45,17 @@ QUANTISED: dict[str, dict[str, Any]] = {
     "w4a8": {"bits": 4, "group": 64, "activations": "dynamic"},
     "w4a8_zero": {"bits": 4, "group": 128, "symmetric": False, "activations": "symmetric"},
     "w4a8_static": {"bits": 4, "group": 32, "activations": "static"},
+}
+# The same of quantize_fp8.
+FP8: dict[str, dict[str, Any]] = {
+    "fp8": {},
+    "fp8_tensor": {"scales": "tensor"},
+    "fp8_block": {"scales": "block"},
+    "fp8_static": {"activations": "static", "x_scale": 2.5 / 448},  # some of x lies outside
+    "fp8_static_tensor": {"scales": "tensor", "activations": "static", "x_scale": 3.0 / 448},
+    "w_fp8": {"activations": "none"},
+    "w_fp8_tensor": {"scales": "tensor", "activations": "none"},
+    "w_fp8_block": {"scales": "block", "activations": "none"},
 }
 # The roads are the same for all formats of an op: one of each kind of sums travels them.
 FORMATS = ("int8", "w4_zero", "w4a8", "sparse_int8", "sparse_float", "sparse_bf16", "packed")
@@ -84,6 +97,7 @@ def dtype_of(form: str) -> str:
 
 
 _PUBLIC: dict[str, Any] = {
+    "fp8_linear": fp8_linear,
     "packed_linear": packed_linear,
     "quantized_linear": quantized_linear,
     "sparse_linear": sparse_linear,
@@ -129,6 +143,8 @@ class Case:
     def op(self) -> str:
         if isinstance(self.weight, PackedWeight):
             return "packed_linear"
+        if isinstance(self.weight, Fp8Weight):
+            return "fp8_linear"
         return "sparse_linear" if self.sparse else "quantized_linear"
 
     def public(self, x: Tensor, *rest: Tensor | None) -> Tensor:
@@ -170,6 +186,11 @@ class Case:
         """x as the product sees it, float64."""
         if not self.quantised:
             return self.x.double()
+        if isinstance(self.weight, Fp8Weight):
+            block = self.weight.scales == "block"
+            return fp8.quantize_rows(self.x.detach(), block, self.weight.x_scale).dense(
+                torch.float64
+            )
         options = ("dynamic", None)
         if self.op == "quantized_linear":
             options = (self.weight.activations, self.weight.x_grid)
@@ -295,7 +316,7 @@ def make(
     pattern: str = "1x4",
     values: bool = False,
 ) -> Case:
-    """A case of a format in QUANTISED or FORMATS; "packed" weights have the dtype of x.
+    """A case of a format in QUANTISED, FP8 or FORMATS; "packed" weights have the dtype of x.
 
     x is off centre, so that zero points are of every size. ``sparsity`` and ``pattern`` are for
     sparse formats (2:4 has its own sparsity); ``values``: floating values are a leaf.
@@ -309,6 +330,8 @@ def make(
         if options.get("activations") == "static":
             options["x_grid"] = static_grid(-2.0, 3.0)  # some of x lies outside
         weight = quantize_weight(w, **options)
+    elif form in FP8:
+        weight = quantize_fp8(w, **FP8[form])
     elif form == "packed":
         weight = pack_weight(w.to(DTYPES[dtype]))
     else:

@@ -39,6 +39,7 @@ from triton.compiler import ASTSource
 from bigops.kernels import fused_linear, gemm, tiles
 from bigops.kernels.activation import NAMES, split_code
 from tests import gpu_golden
+from tests import gpu_jobs_fp8 as fp8
 from tests import gpu_jobs_low_rank as low_rank
 from tests import gpu_jobs_quantized as quantized
 from tests import gpu_jobs_sparse as sparse
@@ -54,12 +55,16 @@ TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 NVIDIA_LIMITS = {
     "sm_80": (65536, 64, 32, 167936),
     "sm_86": (65536, 48, 16, 102400),
+    "sm_89": (65536, 48, 24, 102400),
     "sm_90": (65536, 64, 32, 233472),
     "sm_100": (65536, 64, 32, 233472),
+    "sm_120": (65536, 48, 24, 102400),
 }
 RESERVED_SHARED = 1024
 # Kernels that must use a matrix unit; those of the second line read aligned tiles by cp.async.
-PRODUCTS = ("gemm", "quantized_gemm", "low_rank_product", "block_product", "block_samples")
+PRODUCTS = (
+    "gemm", "quantized_gemm", "fp8_gemm", "low_rank_product", "block_product", "block_samples"
+)  # fmt: skip
 COPIED = ("low_rank_product", "block_product", "block_samples")
 
 COUNTS = {  # column: machine instructions, as nvdisasm and the AMDGPU back end spell them
@@ -80,7 +85,7 @@ KERNELS = {
     "sum_rows": fused_linear.sum_rows,
 }
 # Files with the rows of further ops: KERNELS, jobs(), arguments() and unaligned().
-FILES = (quantized, low_rank, sparse, training)
+FILES = (quantized, fp8, low_rank, sparse, training)
 OWNERS = {name: file for file in FILES for name in file.KERNELS}
 
 
@@ -260,7 +265,7 @@ def compilation(job: Job) -> Compilation:
     options = {"num_warps": job.tile.num_warps}
     if isinstance(job.tile, tiles.TileConfig):
         options["num_stages"] = job.tile.num_stages
-    if job.kernel == "quantize_rows":
+    if job.kernel in ("quantize_rows", "quantize_fp8"):
         options["enable_fp_fusion"] = False
     if job.arch.startswith("gfx"):
         target = GPUTarget("hip", job.arch, 64)
@@ -342,6 +347,7 @@ def _amd_facts(job: Job, kernel: Any) -> dict[str, Any]:
 
 def _count(code: str, job: Job) -> dict[str, int]:
     counted = COUNTS | (quantized.WHOLE_COUNTS if quantized.whole(job) else {})
+    counted |= fp8.CODE_COUNTS if fp8.by_unit(job) else {}
     return {name: len(re.findall(rf"\b(?:{names})\b", code)) for name, names in counted.items()}
 
 
@@ -355,7 +361,7 @@ def expected_instruction(job: Job) -> str | None:
         return None
     if job.arch.startswith("gfx"):
         return "mfma"
-    if job.dtype == "f32" and not quantized.whole(job):
+    if job.dtype == "f32" and not (quantized.whole(job) or fp8.rounded(job)):
         return None
     small = job.tile.block_m < 64
     return "mma" if small else {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(job.arch, "mma")

@@ -78,7 +78,43 @@ def _errors() -> dict[str, float]:
     narrow = torch.empty(256, dtype=torch.bfloat16)
     _cast[(1,)](values, narrow, N=256)
     error = (c.double() - a.double() @ b.double()).abs().max()
-    return {"dot": float(error), "cast": int((narrow != values.bfloat16()).sum())}
+    return {
+        "dot": float(error),
+        "cast": int((narrow != values.bfloat16()).sum()),
+        "fp8": _differing(torch.float8_e4m3fn),
+    }
+
+
+def _between(dtype: torch.dtype) -> torch.Tensor:
+    """Every number of a float8, what lies halfway and beside it, and what lies past the largest."""
+    codes = torch.arange(256).to(torch.uint8).view(dtype).float()
+    numbers = codes[codes.isfinite()].unique()
+    ties = (numbers[1:] + numbers[:-1]) / 2
+    past = torch.tensor([1.01, 1.1, 2.0, 1e6, float("inf")]) * numbers.max()
+    odd = torch.tensor([float("nan"), -0.0, 1e-30, -1e-30])
+    beside = [torch.nextafter(ties, torch.full_like(ties, s * 1e9)) for s in (-1, 1)]
+    return torch.cat([numbers, ties, *beside, past, -past, odd])
+
+
+def _saturated(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """torch's cast, of what the hardware's saturating cast makes of numbers past the largest."""
+    largest = torch.finfo(dtype).max
+    return torch.where(values.isnan(), values, values.clamp(-largest, largest)).to(dtype)
+
+
+def _differing(dtype: torch.dtype) -> int:
+    """How many casts to and from a float8 differ from torch's, over all codes and between them."""
+    codes = torch.arange(256).to(torch.uint8).view(dtype)
+    values = _between(dtype)
+    values = torch.nn.functional.pad(values, (0, 2048 - len(values)))
+    narrow = torch.empty(2048, dtype=dtype)
+    _cast[(1,)](values, narrow, N=2048)
+    pairs = [(narrow.float(), _saturated(values, dtype).float())]
+    for wide in (torch.float32, torch.float16, torch.bfloat16):
+        out = torch.empty(256, dtype=wide)
+        _cast[(1,)](codes, out, N=256)
+        pairs.append((out.float(), codes.to(wide).float()))
+    return sum(int(((got != want) & ~(got.isnan() & want.isnan())).sum()) for got, want in pairs)
 
 
 def test_unrepaired_interpreter_is_wrong() -> None:
@@ -95,6 +131,7 @@ def test_unrepaired_interpreter_is_wrong() -> None:
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])
     assert not errors["dot"] < 100, "bf16 dot of random data: expected garbage"
+    assert errors["fp8"] > 50, "float8: expected casts that round otherwise and do not saturate"
     assert errors["cast"] > 50, "float32 to bf16: expected truncation, wrong for half of the values"
 
 
@@ -105,6 +142,11 @@ def test_repaired_dot_and_cast_are_right() -> None:
     scale = a.double().abs() @ b.double().abs()
     check(c, a.double() @ b.double(), a.float() @ b.float(), scale, what="dot")
     assert _errors()["cast"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2])
+def test_every_code_of_float8_is_cast_as_hardware_does(dtype: torch.dtype) -> None:
+    assert _differing(dtype) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])

@@ -28,9 +28,11 @@ _TORCH = {
     tl.float16: torch.float16,
     tl.bfloat16: torch.bfloat16,
     tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e4b8: torch.float8_e4m3fnuz,
     tl.float8e5: torch.float8_e5m2,
 }
-_LARGEST = {tl.float8e4nv: 448.0, tl.float8e5: 57344.0}  # cvt.rn.satfinite clamps to these
+# cvt.rn.satfinite clamps to these
+_LARGEST = {tl.float8e4nv: 448.0, tl.float8e4b8: 240.0, tl.float8e5: 57344.0}
 _INT = {8: torch.int8, 16: torch.int16, 32: torch.int32}
 
 # Builder methods that compute on values; all others move bits and are right for bfloat16.

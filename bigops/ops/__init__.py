@@ -1,5 +1,6 @@
 """Torch ops. One line per op: the module registers schema, reference, fake, autograd, kernels."""
 
+from bigops.ops import fp8_linear as _fp8_linear
 from bigops.ops import fused_adamw as _fused_adamw
 from bigops.ops import fused_linear as _fused_linear
 from bigops.ops import linear_cross_entropy as _linear_cross_entropy
@@ -9,6 +10,7 @@ from bigops.ops import quantized_linear as _quantized_linear
 from bigops.ops import sparse_linear as _sparse_linear
 
 __all__ = [
+    "fp8_linear",
     "fused_adamw",
     "fused_grad_norm",
     "fused_linear",
@@ -19,6 +21,7 @@ __all__ = [
     "quantized_linear",
     "sparse_linear",
 ]
+fp8_linear = _fp8_linear.fp8_linear
 fused_adamw = _fused_adamw.fused_adamw
 fused_grad_norm = _fused_adamw.fused_grad_norm
 fused_sgd = _fused_adamw.fused_sgd

@@ -109,11 +109,13 @@ class FrozenLinear:
     def _serve(self, *args: Any) -> Tensor:
         self.check(*args)
         backend.note(f"reference.{self.name}")
-        return self.reference(*args)
+        with _as_given(args[0]):
+            return self.reference(*args)
 
     def _serve_backward(self, *args: Any) -> tuple[Tensor, ...]:
         backend.note(f"reference.{self.name}_backward")
-        found = self.reference_backward(*args)
+        with _as_given(args[0]):
+            found = self.reference_backward(*args)
         return tuple(args[0].new_empty(0) if g is None else g for g in found)  # none is another's
 
     def reference_backward(self, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
@@ -349,6 +351,11 @@ class FrozenLinear:
                 checks.tensors(**dict(zip(names, given, strict=True)))
                 self.check(x, *rest)
             raise
+
+
+def _as_given(x: Tensor) -> torch.autocast:
+    """No autocast inside an op: it would round the products of a reference that holds float32."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _pick(args: tuple[Any, ...], dims: tuple[Any, ...], i: int) -> list[Any]:

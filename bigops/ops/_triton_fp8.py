@@ -1,0 +1,51 @@
+"""The road from fp8_linear to its Triton kernels: flattens rows, names what ran."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigops import backend
+from bigops.ops import _activation as act
+from bigops.ops import _checks as checks
+from bigops.ops._fp8_weight import Fp8Weight
+from bigops.ops._library import rows
+
+
+def name(dtype: torch.dtype, activations: str) -> str:
+    """The kernel's name, as `backend.record` gives it."""
+    numbers = "f8" if activations == "none" else "f8a8"
+    return f"triton.fp8_linear.{checks.short(dtype)}.{numbers}"
+
+
+def forward(x: Tensor, *args: Any) -> Tensor:
+    """`kernels/fp8_linear.py` forward on x of any rank; the arguments of the op."""
+    from bigops.kernels import fp8_linear as kernels
+
+    *fixed, bias, residual, activation = args
+    weight = Fp8Weight(*fixed)
+    y = kernels.forward(
+        rows(x),
+        weight.values,
+        weight.scale,
+        weight.x_scale,
+        weight.scales,
+        weight.activations,
+        bias,
+        None if residual is None else rows(residual),
+        act.CODES[activation],
+    )
+    backend.note(name(x.dtype, weight.activations))
+    return y.view(*x.shape[:-1], weight.n)
+
+
+def explain(
+    target: str, dtype: torch.dtype, m: int, weight: Fp8Weight
+) -> tuple[str, dict[str, Any], str]:
+    """(kernel, config, reason) on ``target`` ("cuda", "sm_90", "gfx942" ...)."""
+    from bigops.kernels import fp8_linear as kernels
+
+    config, reason = kernels.explain(target, dtype, m, weight.n, weight.k, weight.activations)
+    return name(dtype, weight.activations), config, reason

@@ -1,0 +1,143 @@
+"""Rows of the GPU report for the kernels of fp8_linear; see gpu_report.py.
+
+A form is the kind of product, what shares a scale, and what is unlike a large aligned product, as
+in "f8a8_block_odd": odd, odd sizes and strides; loose, also no unit stride; even, BLOCK_K divides
+K; wide, 64-bit strides; ones, M, N and K are 1, which triton turns into constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from bigops.kernels import fp8_linear as kernels
+from bigops.kernels import fp8_tiles
+from bigops.kernels.activation import NAMES, split_code
+
+KERNELS = {"fp8_gemm": kernels.fp8_gemm, "quantize_fp8": kernels.quantize_fp8}
+TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+# The matrix instructions of e4m3: others in such a row would be no fp8 product.
+CODE_COUNTS = {
+    "mma": r"QMMA",
+    "wgmma": r"QGMMA",
+    "tcgen05": r"UTCQMMA",
+    "mfma": r"v_mfma_f32_\w+_fp8_fp8|v_mfma_(?:scale_)?f32_\w+_f8f6f4",
+}
+
+
+def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
+    """Both kinds with every shipped config of one device and the whole epilogue.
+
+    Scales in blocks need the most registers, one for all of W the least. Where x is rounded only y
+    has its dtype.
+    """
+    table = fp8_tiles.table_for(arch)
+    for entry in table.entries:
+        main = entry.max_m is None and entry.aligned
+        end = "" if entry.aligned else "_odd"
+        for kind in entry.kinds:
+            for dtype in entry.dtypes:
+                if dtype != "bf16" and (kind == "f8a8" or not (main or dtype == "f32")):
+                    continue
+                for scales in ("row", "block"):
+                    yield job(
+                        arch, "fp8_gemm", f"{kind}_{scales}{end}", dtype, entry.config, "gelu"
+                    )
+            if "bf16" not in entry.dtypes:
+                continue
+            if not entry.aligned:
+                for word in ("loose", "ones"):
+                    form = f"{kind}_block_{word}"
+                    yield job(arch, "fp8_gemm", form, "bf16", entry.config, "gelu")
+            if main:
+                for form in ("tensor", "block_even", "block_wide"):
+                    yield job(arch, "fp8_gemm", f"{kind}_{form}", "bf16", entry.config, "gelu")
+            if main and kind == "f8a8":  # the epilogue is that of both kinds
+                for code, name in enumerate(NAMES):
+                    if not split_code(code)[1] and name != "gelu":
+                        yield job(arch, "fp8_gemm", "f8a8_row", "bf16", entry.config, name)
+    for form, dtype in (
+        ("row", "f32"), ("row", "bf16"), ("row", "f16"), ("block", "bf16"), ("static", "bf16"),
+        ("row_loose", "bf16"), ("block_loose", "bf16"), ("row_ones", "bf16"),
+    ):  # fmt: skip
+        yield job(arch, "quantize_fp8", form, dtype, _rows(arch, form), "none")
+
+
+def _rows(arch: str, form: str) -> Any:
+    """The tile as `quantize_activations` launches it."""
+    tile = fp8_tiles.row_config(arch)
+    if not form.startswith("block"):
+        return tile
+    return tile._replace(
+        block_m=tile.block_m * tile.block_n // fp8_tiles.BLOCK, block_n=fp8_tiles.BLOCK
+    )
+
+
+def _words(job: Any) -> list[str]:
+    words: list[str] = job.form.split("_")
+    return words
+
+
+def rounded(job: Any) -> bool:
+    """Whether the row multiplies codes by codes, widened or not."""
+    return job.kernel == "fp8_gemm" and _words(job)[0] == "f8a8"
+
+
+def by_unit(job: Any) -> bool:
+    """Whether a unit of the device multiplies the codes of the row."""
+    return rounded(job) and fp8_tiles.units_of(job.arch) != "none"
+
+
+def unaligned(job: Any) -> tuple[str, ...]:
+    """Names of the arguments that do not divide by 16."""
+    words = _words(job)
+    if job.kernel == "quantize_fp8":  # the rows of q are ours
+        loose = {"loose", "ones"} & set(words)
+        return ("M", "K", "stride_xm", "stride_xk") if loose else ()
+    if not {"odd", "loose", "ones"} & set(words):
+        return ("GROUPS",)
+    own = () if rounded(job) else ("stride_xm", "stride_xk")
+    return ("M", "N", "K", "GROUPS", "stride_rm", "stride_rn", *own)
+
+
+def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """The kernel, the types of its run-time arguments, the values of its constants."""
+    fn, words = KERNELS[job.kernel], _words(job)
+    pointer = "*" + TRITON_TYPE[job.dtype]
+    types = dict.fromkeys(fn.arg_names, "i32")
+    constants: dict[str, Any] = {"BLOCK_M": job.tile.block_m, "BLOCK_N": job.tile.block_n}
+    if "loose" not in words:
+        constants |= {"stride_xk": 1}
+    if "ones" in words:
+        constants |= dict.fromkeys(("M", "K"), 1)
+    if job.kernel == "quantize_fp8":
+        types |= {"x": pointer, "given": "*fp32", "q": "*u8", "x_scale": "*fp32"}
+        constants |= {"GROUP": fp8_tiles.BLOCK if "block" in words else 0}
+        if "static" not in words:
+            constants["given"] = None
+        return fn, types, constants
+    units = fp8_tiles.units_of(job.arch)
+    codes = "*fp8e4nv" if units == "e4m3fn" else "*u8"
+    types |= dict.fromkeys(("x", "bias", "residual", "y"), pointer)
+    types |= {"w": codes, "scale": "*fp32", "x_scale": "*fp32"}
+    if rounded(job):
+        types["x"] = codes
+        constants["stride_xk"] = 1
+    else:
+        constants["x_scale"] = None
+    if "loose" not in words:
+        constants["stride_rn"] = 1
+    if "ones" in words:
+        constants |= {"N": 1, "GROUPS": 1}
+    constants |= {
+        "SCALES": kernels.SCALES[words[1]],
+        "FNUZ": units == "e4m3fnuz",
+        "ACT": split_code(NAMES.index(job.activation))[0],
+        "PRECISION": job.precision,
+        "EVEN_K": "even" in words,
+        "WIDE": "wide" in words,
+        "BLOCK_K": job.tile.block_k,
+        "GROUP_M": job.tile.group_m,
+        "PARTS": job.tile.parts,
+    }
+    return fn, types, constants
