@@ -10,22 +10,20 @@ from torch import Tensor, nn
 from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source, wants_gradient
 from bigops.nn.pack import renewed
 from bigops.nn.quant_linear import straight_through
+from bigops.nn.sparse_packs import Packed24, as_bitmap, compressed, uneven
 from bigops.ops import _bitmap_linear as bitmap
 from bigops.ops import _checks as checks
 from bigops.ops import _cuda_sparse as decode
 from bigops.ops import _quantize as quantize
 from bigops.ops import _sparse24_linear as sparse24
 from bigops.ops import _sparse24_pack as packing
-from bigops.ops._sparse24_weight import check_blocks, to_dense
+from bigops.ops._sparse24_weight import check_blocks
 from bigops.ops._sparse_weight import CHUNKS, COLUMNS, SLICE, TENSORS, chunk_rows, sizes
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.sparse_linear import (
-    BitmapWeight,
     Pattern,
     Sparse24Weight,
     SparseWeight,
-    bitmap_from_sparse,
-    from_sparse,
     sparse_linear,
     sparsify_weight,
 )
@@ -161,7 +159,7 @@ class SparseLinear(CompressedLinear):
                 f"mask: expected bool of shape {list(new.mask.shape)}; got {mask.dtype} of "
                 f"{list(mask.shape)}"
             )
-        if new.pattern.transposable and not _uneven(mask):
+        if new.pattern.transposable and not uneven(mask):
             check_blocks(mask)
         new.weight, new.bias = source.weight, source.bias
         new.mask = mask
@@ -238,7 +236,7 @@ class SparseLinear(CompressedLinear):
     def run_trained(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if not self._trains_on_sparse_tensor_cores(x):
             return super().run_trained(x, residual)
-        values, meta, meta_t = _Packed.apply(self.weight, self.mask)
+        values, meta, meta_t = Packed24.apply(self.weight, self.mask)
         n, k = self.weight.shape
         weight = Sparse24Weight(values, meta, None, None, (n, k), meta_t)
         return sparse_linear(x, weight, self.bias, residual, self.activation)
@@ -253,7 +251,7 @@ class SparseLinear(CompressedLinear):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         return (
             dtype == low
-            and not _uneven(self.weight)
+            and not uneven(self.weight)
             and x.shape[-1:] == self.weight.shape[1:]  # else the other road says what is wrong
             and sparse24.serves(x, low)
             and packing.serves(self.weight, low)
@@ -264,11 +262,11 @@ class SparseLinear(CompressedLinear):
     ) -> Tensor:
         if y_grid is None and self._on_sparse_tensor_cores(x, storage, residual):
             sources = tuple(t for t in storage.tensors if t is not None)
-            packed, self._pack = renewed(self._pack, sources, lambda: _compressed(storage))
+            packed, self._pack = renewed(self._pack, sources, lambda: compressed(storage))
             storage = packed or storage
         elif y_grid is None and self._decodes_bitmaps(x, storage, residual):
             sources = tuple(t for t in storage.tensors if t is not None)
-            packed, self._pack = renewed(self._pack, sources, lambda: _as_bitmap(storage))
+            packed, self._pack = renewed(self._pack, sources, lambda: as_bitmap(storage))
             storage = packed or storage
         bias, low = self.bias, torch.bfloat16
         if y_grid is not None or self.x_grid is not None:
@@ -404,47 +402,6 @@ class SparseLinear(CompressedLinear):
         return (
             f"{super().extra_repr()}, pattern={self.pattern}, values={self.stored}{static}{known}"
         )
-
-
-class _Packed(torch.autograd.Function):
-    """(values, meta, meta_t) of ``weight * mask`` in bfloat16 by the packing kernel.
-
-    Nothing is asked of the device: a mask that is not 2:4 along rows and columns gives NaN.
-    """
-
-    @staticmethod
-    def forward(ctx, weight, mask):  # type: ignore[no-untyped-def]
-        packed = packing.pack(weight.detach(), mask, "given", torch.bfloat16, True)
-        ctx.save_for_backward(packed.meta)
-        ctx.columns, ctx.dtype = weight.shape[1], weight.dtype
-        ctx.mark_non_differentiable(packed.meta, packed.meta_t)
-        return packed.values, packed.meta, packed.meta_t
-
-    @staticmethod
-    def backward(ctx, grad, *rest):  # type: ignore[no-untyped-def]
-        (meta,) = ctx.saved_tensors
-        return to_dense(grad, meta, ctx.columns).to(ctx.dtype), None
-
-
-def _uneven(weight: Tensor) -> bool:
-    """Whether 4 x 4 blocks do not tile a matrix."""
-    return weight.shape[0] % 4 != 0 or weight.shape[1] % 4 != 0
-
-
-def _compressed(storage: SparseWeight) -> Sparse24Weight | None:
-    """The form of sparse tensor cores, or None: bfloat16 values that were trained fill their words,
-    the entries that the pattern 2:4 dropped among them.
-    """
-    try:
-        return from_sparse(storage)
-    except ValueError:
-        return None
-
-
-def _as_bitmap(storage: SparseWeight) -> BitmapWeight | None:
-    """The form of a bitmap, or None where it takes no fewer bytes: then it would not be faster."""
-    packed = bitmap_from_sparse(storage)
-    return packed if packed.nbytes < storage.nbytes else None
 
 
 def _narrowed(old: SparseLinear, pattern: Pattern, sparsity: float) -> Tensor:

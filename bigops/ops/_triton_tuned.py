@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bigops import backend, gpu_tiles
-from bigops.kernels import quantized_tiles, tiles, tuned
+from bigops.kernels import fp8_tiles, quantized_tiles, tiles, tuned
 from bigops.kernels.tiles import TileConfig
 
 OPS = ("fused_linear", "low_rank_linear", "sparse_linear", "quantized_linear")
@@ -38,10 +38,11 @@ def entries(op: str, arch: str) -> list[tuple[str, tuple[str, ...], TileConfig]]
             (tuned.form_of(e.form, e.aligned), e.dtypes, e.config)
             for e in tiles.table_for(arch).entries
         ]
-    if op == "quantized_linear":
+    if op in ("quantized_linear", "fp8_linear"):
+        of = quantized_tiles if op == "quantized_linear" else fp8_tiles
         return [
             (tuned.form_of(kind, e.aligned), e.dtypes, e.config)
-            for e in quantized_tiles.table_for(arch).entries
+            for e in of.table_for(arch).entries
             for kind in e.kinds
         ]
     from bigops.kernels import form_tiles

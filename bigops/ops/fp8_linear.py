@@ -103,7 +103,7 @@ reference_backward = _op.reference_backward
 
 
 def _cuda(x, *args):  # type: ignore[no-untyped-def]
-    if not _triton.serves(x.dtype):
+    if not _triton.serves(x.dtype, x.device, "fp8_linear"):
         return _op._serve(x, *args)
     check(x, *args)
     return _kernels.forward(x, *args)
@@ -125,7 +125,7 @@ def _explain(
     target = device or ("cpu" if x.device.type == "meta" else x.device.type)
     reason = "no CPU kernel for e4m3: plain torch multiplies by the dequantised weight"
     if target != "cpu":
-        reason = _triton.why_not(x.dtype)
+        reason = _triton.why_not(x.dtype, target, "fp8_linear")
         if not reason:
             m = x.shape[:-1].numel()
             kernel, config, reason = _kernels.explain(target, x.dtype, m, weight)

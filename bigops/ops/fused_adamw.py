@@ -274,9 +274,8 @@ for _name, _op in (("fused_adamw", _adamw), ("fused_sgd", _sgd), ("fused_grad_no
 
 
 # --- dispatch ------------------------------------------------------------------------------
-# The CPU kernels register themselves (csrc/cpu/fused_adamw.cpp); GPUs take the CUDA C++ kernels
-# where they are built, else the Triton kernels, which also serve SGD, but for lists with float64
-# parameters: these and other devices take the reference.
+# The CPU kernels register themselves (csrc/cpu/fused_adamw.cpp). GPUs take the CUDA C++ kernels
+# where built, else Triton's, which also serve SGD; float64 and other devices take the reference.
 
 
 def _why_not(dtype: torch.dtype, target: _triton.Target) -> str:
@@ -285,9 +284,8 @@ def _why_not(dtype: torch.dtype, target: _triton.Target) -> str:
 
 def _cuda_adamw(params, *rest):  # type: ignore[no-untyped-def]
     if _cuda.serves_step(params, rest[3]):
-        _cuda.adamw(params, *rest)
-    else:
-        (_triton_loss.adamw if _triton_loss.serves_step(params) else _serve_adamw)(params, *rest)
+        return _cuda.adamw(params, *rest)
+    (_triton_loss.adamw if _triton_loss.serves_step(params) else _serve_adamw)(params, *rest)
 
 
 def _cuda_sgd(params, *rest):  # type: ignore[no-untyped-def]
@@ -314,15 +312,14 @@ def _explainer(op: str) -> Callable[..., backend.Explanation]:
         checks.floating("params[0]", params[0] if len(params) else torch.empty(0))
         target = device or (params[0].device.type if len(params) else "cpu")
         if target not in ("cpu", "meta"):
+            form = "double" if op == "fused_grad_norm" else "8bit" if eight_bit else "fused"
             wide = op == "fused_adamw" and dtype == torch.float64
             if op != "fused_sgd" and not wide and _cuda.serves_on(target):
-                form = "double" if op == "fused_grad_norm" else "8bit" if eight_bit else "fused"
                 name = f"cuda.{op}.{checks.short(dtype)}.{form}"
                 return backend.Explanation(op, name, "one launch for 320 tensors of any dtypes")
             why = _why_not(torch.float32 if op == "fused_grad_norm" else dtype, target)
             if why:
                 return backend.Explanation(op, f"reference.{op}", why)
-            form = "double" if op == "fused_grad_norm" else "8bit" if eight_bit else "fused"
             name = f"triton.{op}.{checks.short(dtype)}.{form}"
             return backend.Explanation(op, name, "one launch for all tensors of the same dtypes")
         if backend.extension is None:

@@ -16,7 +16,6 @@ from tests.compressed_cases import make as make_compressed
 from tests.gpu.conftest import Place
 from tests.kernels_ran import expect
 from tests.optimizer_cases import Problem
-from tests.test_kernels_sparse_linear import check_gradients as check_sparse_gradients
 from tests.test_kernels_sparse_linear import trained
 from tests.tolerance import check
 
@@ -102,7 +101,7 @@ def test_sparse_linear(form: str, dtype: str, pattern: str, place: Place) -> Non
             place.put(case.grad), x.detach(), *fixed, bias.detach(), case.name, *needs
         )
     case.check_forward(y.cpu())
-    check_sparse_gradients(case, tuple(g.cpu() for g in grads))
+    case.check_gradients([*(g.cpu() for g in grads), case.grad], stored=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
