@@ -124,6 +124,11 @@ def test_empty_and_any_strides() -> None:
     assert shifted.data_ptr() % 16 != 0
     for odd in (w.t().contiguous().t(), shifted):
         same(kernels.pack(odd, None, "largest", torch.bfloat16, False), want)
+    mask = n_m_mask(w)
+    other = torch.empty(24 * 136 + 1, dtype=torch.bool)[1:].view(24, 136).copy_(mask)
+    assert other.data_ptr() % 4 != 0
+    for same_mask in (mask, mask.t().contiguous().t(), other):
+        same(kernels.pack(w, same_mask, "given", torch.bfloat16, False), want)
 
 
 def test_every_schedule_gives_the_same_bits(library: Path) -> None:
