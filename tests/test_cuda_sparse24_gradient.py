@@ -398,7 +398,6 @@ FAULTS = {
     "metadata of the next four": ("+ column % 16) & 15u", "+ (column + 4) % 16) & 15u"),
     "x unpermuted": ("ptx::copy_async_16(to + place(row, part),",
                      "ptx::copy_async_16(to + row * kRowBytes + part * 16,"),
-    "a matrix of gz exchanged": ("lane / 16 * 8 + lane % 8, part", "lane % 16, part"),
     "step forgotten": ("step < steps; ++step", "step + 1 < steps; ++step"),
 }  # fmt: skip
 
