@@ -51,8 +51,9 @@ class Trained24(Case):
         x, weight, grad = self.x.double(), self.dense, self.grad.double()
         z = F.linear(x, weight, None if self.bias is None else self.bias.double())
         gz = grad if self.name == "none" else act.epilogue_backward(self.name, grad, z)
-        squares, n = gz.square(), weight.shape[0]
-        of_values = squares.reshape(-1, n).t() @ x.square().reshape(-1, x.shape[-1])
+        squares, of_values, (n, k) = gz.square(), weight, weight.shape
+        if n and k:
+            of_values = squares.reshape(-1, n).t() @ x.square().reshape(-1, k)
         rows = list(range(gz.dim() - 1))
         return [
             (squares @ weight.square()).sqrt(),

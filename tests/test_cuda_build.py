@@ -275,7 +275,7 @@ def test_2_4_multiplies_on_sparse_tensor_cores(tree: Path, arch: str) -> None:
 
 
 @needs_cuobjdump
-@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("arch", nvcc.ARCHS)
 def test_the_gradient_of_2_4_values_multiplies_on_tensor_cores(tree: Path, arch: str) -> None:
     for name, code in functions(tree, "sparse24_gradient", arch):
         wanted = "HMMA.16816.F32" if "6__half" in name else "HMMA.16816.F32.BF16"
@@ -286,7 +286,7 @@ def test_the_gradient_of_2_4_values_multiplies_on_tensor_cores(tree: Path, arch:
 
 
 @needs_cuobjdump
-@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("arch", nvcc.ARCHS)
 def test_packing_2_4_keeps_a_block_in_registers(tree: Path, arch: str) -> None:
     for name, code in functions(tree, "sparse24_pack", arch):
         wide = "128" if "compressIf" in name else "64"

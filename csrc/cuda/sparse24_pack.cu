@@ -69,9 +69,12 @@ __device__ constexpr unsigned pair(int number) {
   return number < 3 ? 1u | 2u << number : number < 5 ? 2u | 4u << (number - 3) : 12u;
 }
 __device__ constexpr int which(unsigned columns) {
-  int number = 0;
-  while (pair(number) != columns) ++number;
-  return number;
+  return columns == 3u    ? 0
+         : columns == 5u  ? 1
+         : columns == 9u  ? 2
+         : columns == 6u  ? 3
+         : columns == 10u ? 4
+                          : 5;
 }
 
 // The mask of a 4 x 4 block, row i in bits 4 i .. 4 i + 3.
@@ -148,9 +151,8 @@ __device__ __forceinline__ void store_turned(const uint32_t* turned, void* value
 }
 
 // Fours of W that are to stay, a bit each, and whether that is more than can.
-template <class From>
 __device__ __forceinline__ unsigned choose(const Sparse24PackTask& task, const float (&v)[4][4],
-                                           int64_t n, int64_t k, bool& broken) {
+                                           int64_t n, int64_t k, bool aligned, bool& broken) {
   const int left = task.k - k < 4 ? static_cast<int>(task.k - k) : 4;
   unsigned mask = 0;
   if (task.choice == kPackBlocks) {
@@ -163,11 +165,14 @@ __device__ __forceinline__ unsigned choose(const Sparse24PackTask& task, const f
       if (task.choice == kPackLargest) {
         row = largest_two(v[i], left);
       } else {
+        const uint8_t* given = task.mask != nullptr ? task.mask + (n + i) * task.k + k : nullptr;
+        uint32_t bytes = 0;
+        if (given != nullptr && aligned) bytes = *reinterpret_cast<const uint32_t*>(given);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const bool kept =
-              j < left &&
-              (task.mask != nullptr ? task.mask[(n + i) * task.k + k + j] != 0 : v[i][j] != 0.0f);
+          bool kept = v[i][j] != 0.0f;
+          if (given != nullptr)
+            kept = aligned ? (bytes >> 8 * j & 255u) != 0u : j < left && given[j] != 0;
           row |= (kept ? 1u : 0u) << j;
         }
       }
@@ -204,7 +209,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if (n + i < task.n) load_four(v[i], w + (n + i) * task.k + k, left, aligned);
-    mask = choose<From>(task, v, n, k, broken);
+    mask = choose(task, v, n, k, aligned, broken);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -337,7 +342,8 @@ const char* launch(const Sparse24PackTask& task, cudaStream_t stream) {
   const auto kernel = sparse24_compress<From, E>;
   const int64_t across = task.padded_k / kTile, down = task.padded_n / kTile;
   if (across > INT32_MAX / down) return "W has too many rows and columns for one grid";
-  const bool aligned = task.k % 4 == 0 && reinterpret_cast<uintptr_t>(task.w) % 16 == 0;
+  const bool aligned = task.k % 4 == 0 && reinterpret_cast<uintptr_t>(task.w) % 16 == 0 &&
+                       reinterpret_cast<uintptr_t>(task.mask) % 4 == 0;
   BIGOPS_LAUNCH(kernel, dim3(static_cast<unsigned>(across * down)), dim3(kThreads), 0, stream, task,
                 across, aligned);
   return status();
