@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 FORMAT = "bigops-gpu-tiles-1"
-FIELDS = ("block_m", "block_n", "block_k", "group_m", "num_warps", "num_stages", "parts")
+BLOCKS = ("block_m", "block_n", "block_k")
+FIELDS = (*BLOCKS, "group_m", "num_warps", "num_stages", "parts")
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,11 @@ def read(path: Path, of: Mapping[str, str]) -> dict[str, Any]:
 
 
 def check_tile(where: str, tile: object) -> None:
-    """Raise ValueError unless ``tile`` has the fields of a tile, each in its range."""
-    if not isinstance(tile, dict) or set(tile) != set(FIELDS):
+    """Raise ValueError unless ``tile`` has the fields of a tile, each in its range.
+
+    Of further fields, those of a kernel with more to choose, only the kind is looked at.
+    """
+    if not isinstance(tile, dict) or not set(tile) >= set(FIELDS):
         raise ValueError(f"{where}: expected the fields {', '.join(FIELDS)}; got {tile!r}")
     for name, value in tile.items():
         power = type(value) is int and value > 0 and value & (value - 1) == 0
@@ -131,7 +135,8 @@ def check_tile(where: str, tile: object) -> None:
             "num_stages": type(value) is int and 1 <= value <= 64,
             "num_warps": power and value <= 32,
             "parts": power and value <= 64,
-        }.get(name, power and 16 <= value <= 1024)
+            **dict.fromkeys(BLOCKS, power and 16 <= value <= 1024),
+        }.get(name, type(value) in (bool, int) and value >= 0)
         if not good:
             raise ValueError(f"{where}: {name}: expected a size in its range; got {value!r}")
 

@@ -200,7 +200,7 @@ def choose(points: Mapping[str, Mapping[str, Any]]) -> dict[str, int] | None:
         return sum(math.log(m[tile] / min(m.values())) for m in measured)
 
     best = min(everywhere, key=lambda tile: round(cost(tile), 9))
-    return dict(zip(gpu_tiles.FIELDS, json.loads(best), strict=True))
+    return TileConfig(*json.loads(best))._asdict()
 
 
 def _said(point: Mapping[str, Any]) -> str:

@@ -220,9 +220,12 @@ def test_explain_names_the_kernel_that_runs() -> None:
         with backend.record() as names:
             problem.adamw(0)
         assert bigops.explain("fused_adamw", problem.params).kernel == names[0]
-    said = bigops.explain("fused_sgd", [torch.ones(2)], device="cuda")
+    said = bigops.explain("fused_sgd", [torch.ones(2)], device="sm_90")
     if backend.has_triton():
         assert said.kernel == "triton.fused_sgd.f32.fused"
+        if not torch.cuda.is_available():  # as of every op with Triton kernels
+            with pytest.raises(ValueError, match="torch sees no GPU here"):
+                bigops.explain("fused_sgd", [torch.ones(2)], device="cuda")
 
 
 def test_the_reference_serves_other_devices_and_says_so() -> None:

@@ -220,9 +220,11 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped() -> None:
 def test_two_processes_lose_nothing_of_each_other() -> None:
     path = fill()
     code = (
-        "import json, sys; from pathlib import Path; from bigops import tune_gpu\n"
+        "import json, sys, time; from pathlib import Path; from bigops import tune_gpu\n"
         "path, of, name = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]\n"
         "point = {'seconds': {'[32, 32, 32, 2, 4, 2, 2]': 1.0}, 'failed': {}}\n"
+        "(path.parent / f'{name} is ready').touch()\n"
+        "while len(list(path.parent.glob('* is ready'))) < 2: time.sleep(1e-3)\n"
         "for i in range(15):\n"
         "    tune_gpu._write(path, of, f'fused_linear: {name}', {str(i): point})\n"
         "    tune_gpu._write(path, of, 'fused_linear: both', {name + str(i): point})"
@@ -258,6 +260,7 @@ BAD_FILES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a tile of 8": (_tile(block_k=8), "block_k: expected a size in its range; got 8"),
     "a tile of a float": (_tile(num_warps=4.0), "num_warps: expected a size in its range"),
     "a tile of 64 warps": (_tile(num_warps=64), "num_warps: expected a size in its range"),
+    "a further field of text": (_tile(persistent="yes"), "persistent: expected a size in its"),
     "a time of 0": (
         _with(points={KEY: {"1x1x1": {"seconds": {NAMES[0]: 0}, "failed": {}}}}),
         "expected seconds above 0",
@@ -379,10 +382,13 @@ def test_a_tile_of_no_config_file_is_left_out_and_named(monkeypatch: pytest.Monk
     data["tiles"][KEY] = TileConfig(64, 64, 64, 8, 8, 3, 1)._asdict()
     data["tiles"]["another_op: plain aligned f32 m16"] = data["tiles"][gated]
     data["tiles"]["nonsense"] = data["tiles"][gated]
+    data["tiles"][gated + "0"] = {**data["tiles"][gated], "no_field": 1}
     path.write_text(json.dumps(data))
     table = serve(monkeypatch)
     assert list(table.tiles) == [gated]
-    assert f"left out: {KEY}, another_op: plain aligned f32 m16, nonsense" in table.ignored
+    assert (
+        f"left out: {KEY}, another_op: plain aligned f32 m16, nonsense, {gated}0" in table.ignored
+    )
 
 
 # --- requests and the command --------------------------------------------------------------------

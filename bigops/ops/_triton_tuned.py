@@ -106,6 +106,8 @@ def _serves(key: str, tile: dict[str, int], arch: str) -> bool:
         return False
     try:
         return TileConfig(**tile) in candidates(op, arch, form, dtype)
+    except TypeError:  # a field that tiles do not have
+        return False
     except ValueError:  # the config file itself is broken; `_triton.why_not` says so
         return False
 

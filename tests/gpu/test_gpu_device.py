@@ -184,19 +184,18 @@ def test_a_small_program_runs_clean_under_compute_sanitizer(place: Place, tmp_pa
 
 # --- on a GPU alone ------------------------------------------------------------------------------
 
-CUDA = torch.device("cuda", 0)
+FIRST = Place(torch.device("cuda", 0), True)
 
 
-def on_gpu() -> tuple[Case, QuantizedWeight]:
-    place = Place(CUDA, True)
+def on_gpu(place: Place) -> tuple[Case, QuantizedWeight]:
     case = made(place)
-    return case, place.put(quantize_weight(torch.randn(1000, 2003)))
+    return case, place.put(quantize_weight(torch.randn(*case.weight.shape)))
 
 
 @pytest.mark.gpu
 def test_work_goes_to_the_current_stream(gpu: Need) -> None:
     gpu()
-    case, weight = on_gpu()
+    case, weight = on_gpu(FIRST)
     want = backward(case)[0], bigops.quantized_linear(case.x, weight)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -214,13 +213,13 @@ def test_work_goes_to_the_current_stream(gpu: Need) -> None:
 @pytest.mark.gpu
 def test_captured_in_a_graph_and_replayed_on_other_data(gpu: Need) -> None:
     gpu()
-    case, weight = on_gpu()
+    case, weight = on_gpu(FIRST)
     x = case.x.clone()
 
     def calls() -> list[Tensor]:
         with torch.no_grad():
             y = bigops.fused_linear(x, *case.inputs[1:], case.name)
-            low = bigops.low_rank_linear(x, case.weight[:, :32], case.weight[:32])
+            low = bigops.low_rank_linear(x, case.weight[:, :16], case.weight[:16])
             return [y, low, bigops.quantized_linear(x, weight)]
 
     side = torch.cuda.Stream()
@@ -242,7 +241,7 @@ def test_captured_in_a_graph_and_replayed_on_other_data(gpu: Need) -> None:
 @pytest.mark.gpu
 def test_tensors_of_another_than_the_current_device(gpu: Need) -> None:
     gpu(devices=2)
-    case, weight = on_gpu()
+    case, weight = on_gpu(FIRST)
     want = [t.cpu() for t in (*backward(case), bigops.quantized_linear(case.x, weight))]
     other = Place(torch.device("cuda", 1), True)
     moved = Case(*other.put([*case.inputs, case.grad]), case.name)
@@ -250,7 +249,49 @@ def test_tensors_of_another_than_the_current_device(gpu: Need) -> None:
         got = [*backward(moved), bigops.quantized_linear(moved.x, other.put(weight))]
         assert torch.cuda.current_device() == 0
     assert all(t.device == other.device for t in got)
-    if device_arch(CUDA) == device_arch(other.device):  # the same tiles, then
+    if device_arch(FIRST.device) == device_arch(other.device):  # the same tiles, then
         assert all(torch.equal(a, b.cpu()) for a, b in zip(want, got, strict=True))
     with pytest.raises(ValueError, match="weight: expected device cuda:1"):
         bigops.fused_linear(moved.x, case.weight)
+
+
+class Fake:
+    """A stream, a graph and the contexts of both where there is no GPU: they do nothing."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def replay(self) -> None:
+        pass
+
+    def wait_stream(self, other: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["interpreter"], indirect=True)
+def test_the_bodies_for_a_gpu_alone_run_and_see_a_graph_that_replays_nothing(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("Stream", "stream", "CUDAGraph", "graph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Fake)
+    for name in ("_sleep", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(sys.modules[__name__], "FIRST", place)
+
+    def need(**_: object) -> None:
+        pass
+
+    with expect("triton.fused_linear.bf16", "triton.quantized_linear.bf16"):
+        test_work_goes_to_the_current_stream(need)
+    with expect("triton.low_rank_linear.bf16"), pytest.raises(AssertionError, match="assert False"):
+        test_captured_in_a_graph_and_replayed_on_other_data(need)
