@@ -261,17 +261,35 @@ def test_quantised_decode_copies_asynchronously_and_multiplies_on_tensor_cores(
         assert not re.search(r"\b(LDL|STL)\b", code), f"{name}: local memory"
 
 
+def check_2_4(name: str, code: str) -> None:
+    """That a 2:4 product runs on sparse tensor cores, fed by cp.async and ldmatrix."""
+    values = re.search(r"sparse24_productI(a|6__half|13__nv_bfloat16)", name)
+    assert values is not None, name
+    wanted = SPARSE_MMA[values[1]]
+    assert re.search(rf"{re.escape(wanted)} ", code), f"{name}: no {wanted}"
+    assert "LDGSTS" in code, f"{name}: no cp.async"
+    assert "LDSM" in code, f"{name}: no ldmatrix"
+    assert not re.search(r"\b(LDL|STL|ATOMG?|RED\.E)\b", code), f"{name}: local memory, atomics"
+
+
 @needs_cuobjdump
 @pytest.mark.parametrize("arch", nvcc.ARCHS)
 def test_2_4_multiplies_on_sparse_tensor_cores(tree: Path, arch: str) -> None:
     for name, code in functions(tree, "sparse24_linear", arch):
-        values = re.search(r"sparse24_productI(a|6__half|13__nv_bfloat16)", name)
-        assert values is not None, name
-        wanted = SPARSE_MMA[values[1]]
-        assert re.search(rf"{re.escape(wanted)} ", code), f"{name}: no {wanted}"
-        assert "LDGSTS" in code, f"{name}: no cp.async"
-        assert "LDSM" in code, f"{name}: no ldmatrix"
-        assert not re.search(r"\b(LDL|STL|ATOMG?|RED\.E)\b", code), f"{name}: local memory, atomics"
+        check_2_4(name, code)
+
+
+@needs_cuobjdump
+def test_a_2_4_product_without_its_instructions_is_seen(tree: Path) -> None:
+    """The planted faults, in the machine code itself."""
+    name, code = functions(tree, "sparse24_linear", "80")[0]
+    check_2_4(name, code)
+    for have, instead in ((".SP.", "."), ("LDGSTS", "LDG"), ("LDSM", "LDS")):
+        assert have in code
+        with pytest.raises(AssertionError, match="no "):
+            check_2_4(name, code.replace(have, instead))
+    with pytest.raises(AssertionError, match="local memory"):
+        check_2_4(name, code + "\n STL [R1], R2 ;")
 
 
 @needs_cuobjdump
