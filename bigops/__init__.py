@@ -27,6 +27,7 @@ _HOME = {
     "explain": "bigops.backend",
     "report": "bigops.backend",
     "fuse_": "bigops.nn.fuse",
+    "Fp8": "bigops.compress.config",
     "Int4": "bigops.compress.config",
     "Int8": "bigops.compress.config",
     "LowRank": "bigops.compress.config",
@@ -46,6 +47,7 @@ __all__ = [
     "W4A8",
     "Floors",
     "FormatError",
+    "Fp8",
     "Int4",
     "Int8",
     "LowRank",
@@ -82,7 +84,7 @@ if TYPE_CHECKING:
     from bigops import compress, nn, ops, parallel, train
     from bigops.backend import explain, report
     from bigops.compress.apply import compress_, freeze_
-    from bigops.compress.config import W4A8, Int4, Int8, LowRank, Sparse
+    from bigops.compress.config import W4A8, Fp8, Int4, Int8, LowRank, Sparse
     from bigops.compress.receipt import Floors, Receipt
     from bigops.compress.store import FormatError, load, save
     from bigops.nn.fuse import fuse_

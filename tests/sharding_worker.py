@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bigops.nn import Linear
+from bigops.ops.fp8_linear import fp8_linear, quantize_fp8
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.packed_linear import pack_weight, packed_linear
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear, static_grid
@@ -58,6 +59,11 @@ CASES = {
     "quantized_rows": Case("quantized", "none", (6, 16), 8, "0RR0", "0"),
     "quantized_columns": Case("quantized", "none", (6, 16), 32, "R001", "1"),
     "quantized_inner": Case("quantized", "none", (6, 16), 8, "11RR", "?", silent=False),
+    "fp8_rows": Case("fp8", "none", (6, 16), 8, "0RR0", "0"),
+    "fp8_columns": Case("fp8", "gelu", (6, 16), 8, "R001", "1"),
+    "fp8_tensor_columns": Case("fp8_tensor", "none", (3, 4, 16), 7, "R00-", "2"),
+    "fp8_block_columns": Case("fp8_block", "none", (6, 16), 256, "R001", "1"),
+    "fp8_inner": Case("fp8", "none", (6, 16), 8, "1RRR", "?", silent=False),
     "sparse_rows": Case("sparse", "none", (6, 16), 8, "0RR0", "0"),
     "sparse_inner": Case("sparse", "none", (6, 16), 8, "1RRR", "?", silent=False),
     # float values that are trained: each rank has its rows' share of their gradient
@@ -89,7 +95,7 @@ def tensors(name: str) -> dict[str, Tensor | None]:
 def call(op: str, weight: Any, x: Tensor, bias: Any, residual: Any, activation: str) -> Tensor:
     """The public function of the case's op."""
     functions = {"fused": fused_linear, "packed": packed_linear, "quantized": quantized_linear}
-    function = functions.get(op, sparse_linear)
+    function = fp8_linear if op[:3] == "fp8" else functions.get(op, sparse_linear)
     return function(x, weight, bias, residual, activation)  # type: ignore[operator]
 
 
@@ -101,6 +107,8 @@ def stored(op: str, weight: Any) -> Any:
         return pack_weight(weight)
     if op == "quantized":
         return quantize_weight(weight)
+    if op[:3] == "fp8":
+        return quantize_fp8(weight, op[4:] or "row", "none")
     if op == "values":
         weight = sparsify_weight(weight, block_mask(weight, 0.5), torch.float32)
         return weight._replace(values=weight.values.requires_grad_())
@@ -108,7 +116,7 @@ def stored(op: str, weight: Any) -> Any:
 
 
 def run_case(name: str, mesh: Any) -> dict[str, Any]:
-    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode
 
     def placement(letter: str) -> Any:
@@ -130,6 +138,16 @@ def run_case(name: str, mesh: Any) -> dict[str, Any]:
         weight = leaves["weight"] = spread(weight.detach(), layout["weight"]).requires_grad_()
     elif case.op == "packed":
         weight = weight._replace(panels=spread(weight.panels, layout["weight"]))
+    elif case.op[:3] == "fp8":
+        # gloo takes no float8: codes are spread as bytes
+        codes = spread(weight.values.view(torch.uint8), layout["weight"])
+        local = codes.to_local().view(torch.float8_e4m3fn)
+        weight = weight._replace(
+            values=DTensor.from_local(
+                local, mesh, codes.placements, shape=codes.shape, stride=codes.stride()
+            ),
+            scale=spread(weight.scale, "R" if case.op == "fp8_tensor" else layout["weight"][0]),
+        )
     elif case.op == "quantized":
         # scale [groups, N] follows the tiles of the weight; its columns are no split of it
         rows = layout["weight"] == "0"

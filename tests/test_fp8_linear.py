@@ -67,7 +67,9 @@ def test_shapes(form: str, lead: list[int], n: int, k: int) -> None:
     case.check_gradients(roads.eager(case.public, case.leaves(), case.grad))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", ["f32", *(pytest.param(low, marks=pytest.mark.slow) for low in ("bf16", "f16"))]
+)
 @pytest.mark.parametrize("road", ["raw", *roads.ROADS])
 def test_gradients_on_every_road(road: str, dtype: str) -> None:
     for form in FORMS:
@@ -75,6 +77,7 @@ def test_gradients_on_every_road(road: str, dtype: str) -> None:
     travel(road, make("fp8", 3, 4, 5, dtype, "none", bias=False, residual=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("road", ["raw", *roads.ROADS])
 def test_a_wrong_gradient_is_seen(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib

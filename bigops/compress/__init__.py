@@ -1,7 +1,16 @@
 """Compression: configs, the verb, the receipt, one file."""
 
 from bigops.compress.apply import compress_, freeze_
-from bigops.compress.config import W4A8, Int4, Int8, LowRank, LowRankInt8, Sparse, SparseInt8
+from bigops.compress.config import (
+    W4A8,
+    Fp8,
+    Int4,
+    Int8,
+    LowRank,
+    LowRankInt8,
+    Sparse,
+    SparseInt8,
+)
 from bigops.compress.receipt import FloorBreached, Floors, Receipt
 from bigops.compress.store import FormatError, load, save
 
@@ -10,6 +19,7 @@ __all__ = [
     "FloorBreached",
     "Floors",
     "FormatError",
+    "Fp8",
     "Int4",
     "Int8",
     "LowRank",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bigops.compress.config import (
     BESIDE_SPARSE,
     Config,
+    Fp8,
     Int4,
     Int8,
     LowRank,
@@ -24,6 +25,7 @@ from bigops.compress.config import (
 )
 from bigops.nn import chains
 from bigops.nn.compressed_linear import CompressedLinear
+from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
 from bigops.nn.low_rank_linear import LowRankLinear
@@ -33,7 +35,9 @@ from bigops.nn.record import Done, Record, Skipped
 from bigops.nn.sites import Contest, Sites, capture, contest
 from bigops.nn.sparse_linear import SparseLinear
 
-_EXACT = (nn.Linear, Linear, LowRankLinear, QuantLinear, QuantLowRankLinear, SparseLinear)
+_EXACT = (
+    nn.Linear, Linear, LowRankLinear, Fp8Linear, QuantLinear, QuantLowRankLinear, SparseLinear
+)  # fmt: skip
 _SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -46,8 +50,8 @@ def compress_(
         model: any module; its `nn.Linear`, `bigops.nn.Linear` (the activation is kept),
             `LowRankLinear` (by `Int8()`) and compressed layers that are not frozen are compressed.
         config: `Sparse(0.8)`, `LowRank(energy=0.9)`, `Int8()`, `Sparse(0.8) + Int8()`,
-            `LowRank(64) + Int8()`, `Int4()` or `W4A8` for every layer, or a mapping of name
-            patterns (`fnmatch`) to configs. The first pattern that matches wins; layers that none
+            `LowRank(64) + Int8()`, `Int4()`, `W4A8` or `Fp8()` for every layer, or a mapping of
+            name patterns (`fnmatch`) to configs. The first that matches wins; layers that none
             matches stay as they are, as do those whose factors would have no fewer entries.
         example_inputs: what the model is called with: x, a tuple of positions or a mapping of
             keywords. Each layer is then timed against what it replaces, interleaved, on the input
@@ -174,6 +178,8 @@ def build(
             layer, pattern=str(layer.pattern), mask=layer.mask, activations=config.activations
         )
         return _calibrated(kept, x)
+    if isinstance(config, Fp8):
+        return Fp8Linear.from_linear(layer, scales=config.scales, activations=config.activations)
     if isinstance(config, Int8 | Int4):
         quantised = QuantLinear.from_linear(
             layer,

@@ -1,4 +1,4 @@
-"""What to do with a layer, as data: `Sparse(0.8)`, `LowRank(64)`, `Int8()`, `Int4()`.
+"""What to do with a layer, as data: `Sparse(0.8)`, `LowRank(64)`, `Int8()`, `Int4()`, `Fp8()`.
 
 `Sparse` and `LowRank` say which entries or factors stay; with `+ Int8()` these are stored as int8.
 """
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
+from bigops.nn.fp8_linear import check_layer_form
 from bigops.nn.sparse_linear import check_sparsity
 from bigops.ops._quantized_weight import check_form
 from bigops.ops.sparse_linear import Pattern
@@ -143,6 +144,30 @@ class Int4:
         return f"Int4({_arguments(self)})"
 
 
+@dataclass(frozen=True)
+class Fp8:
+    """Store the weight in float8_e4m3fn.
+
+    Args:
+        scales: what of the weight shares a scale: "row", "tensor" (all of it), or "block" (128
+            rows by 128 columns, arXiv:2412.19437).
+        activations: what the product does with x. "dynamic": it becomes e4m3fn, each row with its
+            own scale, with "block" each 128 columns of a row; "none": it stays in floating point.
+    """
+
+    scales: str = "row"
+    activations: str = "dynamic"
+
+    def __post_init__(self) -> None:
+        check_layer_form(self.scales, self.activations)
+
+    def __add__(self, other: object) -> SparseInt8:
+        raise _no_sum(self, other)
+
+    def __str__(self) -> str:
+        return f"Fp8({_arguments(self)})"
+
+
 def _check_form(config: Int8 | Int4, bits: int) -> None:
     group = config.group
     if group is not None and (isinstance(group, bool) or not isinstance(group, int)):
@@ -159,7 +184,7 @@ def _no_sum(config: object, other: object) -> TypeError:
     )
 
 
-def _changed(config: Int8 | Int4 | LowRank) -> dict[str, Any]:
+def _changed(config: Int8 | Int4 | Fp8 | LowRank) -> dict[str, Any]:
     """The arguments that are not the default."""
     return {
         field.name: getattr(config, field.name)
@@ -168,7 +193,7 @@ def _changed(config: Int8 | Int4 | LowRank) -> dict[str, Any]:
     }
 
 
-def _arguments(config: Int8 | Int4 | LowRank) -> str:
+def _arguments(config: Int8 | Int4 | Fp8 | LowRank) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in _changed(config).items())
 
 
@@ -221,7 +246,7 @@ class LowRankInt8:
         return f"{self.low_rank} + {self.int8}"
 
 
-Config: TypeAlias = Sparse | LowRank | Int8 | Int4 | SparseInt8 | LowRankInt8
+Config: TypeAlias = Sparse | LowRank | Int8 | Int4 | Fp8 | SparseInt8 | LowRankInt8
 Plan: TypeAlias = Config | Mapping[str, Config]
 
 
@@ -236,8 +261,8 @@ def check_config(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a config."""
     if not isinstance(value, Config):
         raise TypeError(
-            f"{name}: expected Sparse(..), LowRank(..), Int8(..), Int4(..), Sparse(..) + Int8() or "
-            f"LowRank(..) + Int8(); got {value!r}"
+            f"{name}: expected Sparse(..), LowRank(..), Int8(..), Int4(..), Fp8(..), Sparse(..) + "
+            f"Int8() or LowRank(..) + Int8(); got {value!r}"
         )
 
 
@@ -297,13 +322,15 @@ def _encode(config: Config) -> dict[str, Any]:
         data["int8"] = {}
     elif isinstance(config, Int8):
         data["int8"] = _changed(config)
+    elif isinstance(config, Fp8):
+        data["fp8"] = _changed(config)
     else:
         data["int4"] = _changed(config)
     return data
 
 
 def _decode(data: Any) -> Config:
-    kinds = {"sparse": Sparse, "low_rank": LowRank, "int8": Int8, "int4": Int4}
+    kinds = {"sparse": Sparse, "low_rank": LowRank, "int8": Int8, "int4": Int4, "fp8": Fp8}
     made: dict[str, Any] = {}
     shaped = isinstance(data, dict) and data and set(data) <= set(kinds)
     try:
@@ -317,7 +344,8 @@ def _decode(data: Any) -> Config:
     if len(made) != 1:
         raise ValueError(
             'config: expected {"sparse": {"sparsity": s}} or {"low_rank": {..}}, {"int8": {..}}, '
-            f'one of those with int8, or {{"int4": {{..}}}}; got {json.dumps(data)[:80]}'
+            'one of those with int8, {"int4": {..}} or {"fp8": {..}}; got '
+            f"{json.dumps(data)[:80]}"
         )
     single: Config = next(iter(made.values()))
     return single

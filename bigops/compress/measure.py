@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from bigops import backend, timing
 from bigops.nn.compressed_linear import CompressedLinear
+from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
 from bigops.nn.low_rank_linear import LowRankLinear
@@ -24,7 +25,12 @@ from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
 from bigops.nn.sites import capture, contest, evaluating, run_example
 from bigops.nn.sparse_linear import SparseLinear
 
-_OPS = {Linear: "fused_linear", QuantLinear: "quantized_linear", SparseLinear: "sparse_linear"}
+_OPS = {
+    Fp8Linear: "fp8_linear",
+    Linear: "fused_linear",
+    QuantLinear: "quantized_linear",
+    SparseLinear: "sparse_linear",
+}
 
 
 def model_bytes(model: nn.Module) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bigops.nn.compressed_linear import CompressedLinear
+from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
 from bigops.nn.low_rank_linear import LowRankLinear
@@ -96,6 +97,7 @@ KINDS: dict[str, Kind] = {
     "Embedding": _on_meta(nn.Embedding, _embedding),
     "torch.Linear": _on_meta(nn.Linear, _linear),
     "bigops.Linear": _on_meta(Linear, Linear.arguments),
+    "bigops.Fp8Linear": Kind(Fp8Linear, Fp8Linear.arguments, Fp8Linear.from_arguments),
     "bigops.GatedMLP": _on_meta(GatedMLP, GatedMLP.arguments),
     "bigops.LowRankLinear": _on_meta(LowRankLinear, LowRankLinear.arguments),
     "bigops.QuantLinear": Kind(QuantLinear, QuantLinear.arguments, QuantLinear.from_arguments),

@@ -1,5 +1,6 @@
 """Layers: parameters and one op call each."""
 
+from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.fuse import fuse_
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
@@ -12,6 +13,7 @@ from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
 from bigops.nn.sparse_linear import SparseLinear
 
 __all__ = [
+    "Fp8Linear",
     "GatedMLP",
     "Linear",
     "LinearCrossEntropy",

@@ -28,7 +28,7 @@ Self = TypeVar("Self", bound="CompressedLinear")
 
 
 class CompressedLinear(nn.Module):
-    """Base of the compressed layers; `QuantLinear`, `SparseLinear`, `QuantLowRankLinear`."""
+    """Base of `QuantLinear`, `SparseLinear`, `QuantLowRankLinear` and `Fp8Linear`."""
 
     storage_names: tuple[str, ...]  # buffers of the frozen state, fields of the storage
     trained_names: tuple[str, ...] = ("weight",)  # Parameters of the recovery state

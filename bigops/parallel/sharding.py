@@ -23,6 +23,8 @@ its first half of rows is no half of the op. The rows of a quantised weight spli
 storage of ``sparse_linear`` has no sub-tensor that belongs to some rows alone; where its values are
 trained, their gradient is an open sum over the ranks' rows of x.
 
+The weight of ``fp8_linear`` splits by N likewise, with scales in blocks by whole blocks of 128.
+
 The factors u [N, r] and v [r, K] of ``low_rank_linear`` split by rows of x, by N (rows of u and of
 the base; every rank then makes x v^T) and, without an activation and a base, by r (columns of u,
 rows of v; a sum over ranks is open). By N each rank needs r rows of u, since a rank above the
@@ -41,13 +43,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bigops.ops._activation import GATED  # importing bigops.ops defines the ops named below
-from bigops.parallel import _loss_rules
+from bigops.parallel import _fp8_rules, _loss_rules
 from bigops.parallel._rule import Rule, _if
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
 _OPS = (
+    "fp8_linear",
+    "fp8_linear_backward",
     "fused_linear",
     "fused_linear_with_preact",
     "fused_linear_backward",
@@ -88,7 +92,8 @@ def register_sharding_rules() -> None:
     known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
     for name in _OPS:
         op = getattr(torch.ops.bigops, name).default
-        register_sharding(op)(globals().get(f"_{name}") or getattr(_loss_rules, name))
+        rules = _fp8_rules if name.startswith("fp8") else _loss_rules
+        register_sharding(op)(globals().get(f"_{name}") or getattr(rules, name))
         # DTensor caches a choice by the tensors' shapes and by the arguments from static_argnum
         # on; register_sharding counts integers only. Without this line "swiglu" would get the
         # split that "relu" was given for equal shapes.
