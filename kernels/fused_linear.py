@@ -11,7 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import NONE, activate, derivative, split_code
-from .gemm import on_device, product
+from .gemm import on_device
+from .product import product
+from .tile_model import bucket
 from .tiles import DTYPES, TileConfig, choose_config, device_arch, pointwise_config, table_for
 
 _MAX_SIZE = 2**31 - 2**12  # tile indices are 32 bit and may overhang an edge by one tile
@@ -287,8 +289,9 @@ def explain(
         target = device_arch(torch.device("cuda", torch.cuda.current_device()))
     n = rows // 2 if gated else rows
     aligned = n % 16 == 0 and k % 16 == 0
-    config = choose_config(target, dtype, m, n, k, gated, aligned)
+    config = choose_config(target, dtype, m, n, k, gated, aligned, aligned and k > 0)
     name = table_for(target).device
+    form = "persistent form by TMA" if config.persistent else "pointer form"
     kind = f"{'' if aligned else 'un'}aligned {'gated' if gated else 'plain'} {DTYPES[dtype]}"
-    reason = f"{kind} tile for {m} rows from kernels/configs/{name}.json"
+    reason = f"{form}, {kind} tile for {bucket(m, n, k)} from kernels/configs/{name}.json"
     return {**config._asdict(), "file": f"{name}.json"}, reason
