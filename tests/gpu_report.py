@@ -1,15 +1,15 @@
 """Compile every Triton kernel and shipped config for GPUs that are not here; read what came out.
 
     python tests/gpu_report.py [--arch sm_90] [--quick] [--sample N] [--out FILE.csv]
-                               [--check FILE.csv] [--update]
+                               [--check FILE.csv] [--update] [--plot]
 
 One row per kernel form, config, dtype and device: registers, spilled bytes, shared memory, warps,
 programs per multiprocessor and what limits them, counts of the instructions that matter. The exit
 status is 1 where a row spills, asks for more shared memory than the device has, or lacks the
 matrix instruction its tile is for; with --check, also where a row is worse than in FILE.
 --sample N compiles every Nth row of each kernel and device, and with --check all that FILE does not
-hold as they are now (gpu_golden.py); --update compiles only the latter and writes them to the
-committed table.
+hold as they are now (gpu_golden.py); --update compiles only the latter, writes them to the
+committed table and draws it (gpu_plot.py); --plot only draws.
 Nothing here is a time: no GPU runs.
 """
 
@@ -40,7 +40,7 @@ from triton.compiler import ASTSource
 
 from bigops.kernels import fused_linear, gemm, tiles
 from bigops.kernels.activation import NAMES, split_code
-from tests import gpu_golden
+from tests import gpu_golden, gpu_plot
 from tests import gpu_jobs_low_rank as low_rank
 from tests import gpu_jobs_persistent as persistent
 from tests import gpu_jobs_quantized as quantized
@@ -414,7 +414,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", type=Path, help="compare with a CSV written earlier")
     parser.add_argument("--sample", type=int, metavar="N", help="only every Nth row of each kernel")
     parser.add_argument("--update", action="store_true", help="renew the committed table")
+    parser.add_argument("--plot", action="store_true", help="only draw the committed table")
     options = parser.parse_args(argv)
+    if options.plot:
+        gpu_plot.draw(gpu_golden.read())
+        print(f"{gpu_plot.PICTURE} drawn")
+        return 0
     archs = options.arch or ARCHS
     todo = [job for job in (quick_jobs() if options.quick else all_jobs()) if job.arch in archs]
     known = gpu_golden.read(options.check or GOLDEN) if options.check or options.update else []
@@ -435,6 +440,7 @@ def main(argv: list[str] | None = None) -> int:
         renewed = gpu_golden.by_key(known) | gpu_golden.by_key(rows)
         in_order = [renewed[key] for key in (job.key for job in all_jobs()) if key in renewed]
         gpu_golden.write(GOLDEN, (*KEY, *FACTS), in_order)
+        gpu_plot.draw(gpu_golden.read())
     faults = [_line(row) for row in rows if row["verdict"] != "ok"]
     if options.check:
         faults += regressions(rows, known)
