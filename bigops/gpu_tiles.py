@@ -34,7 +34,7 @@ class Table:
     """
 
     machine: dict[str, str]
-    tiles: dict[str, dict[str, int]] = field(default_factory=dict)
+    tiles: dict[str, dict[str, Any]] = field(default_factory=dict)
     source: str = "committed"
     ignored: str = ""
 

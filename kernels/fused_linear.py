@@ -12,7 +12,8 @@ from torch import Tensor
 
 from . import tuned
 from .activation import NONE, activate, derivative, split_code
-from .gemm import on_device, product
+from .gemm import on_device
+from .product import product
 from .tiles import (
     DTYPES,
     FORMS,
@@ -300,9 +301,10 @@ def explain(
         target = device_arch(torch.device("cuda", torch.cuda.current_device()))
     n = rows // 2 if gated else rows
     aligned = n % 16 == 0 and k % 16 == 0
-    config = choose_config(target, dtype, m, n, k, gated, aligned)
+    config = choose_config(target, dtype, m, n, k, gated, aligned, aligned and k > 0)
     form, committed = tuned.form_of(FORMS[gated], aligned), f"{table_for(target).device}.json"
     at = tuned.bucket(m, n, k)
     file, where = tuned.cite("fused_linear", target, form, DTYPES[dtype], at, committed)
+    by = "persistent form by TMA" if config.persistent else "pointer form"
     kind = f"{'' if aligned else 'un'}aligned {FORMS[gated]} {DTYPES[dtype]}"
-    return {**config._asdict(), "file": file}, f"{kind} tile for {m} rows {where}"
+    return {**config._asdict(), "file": file}, f"{by}, {kind} tile for {at} {where}"

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import NONE, activate
-from .tiles import TileConfig, choose_config, device_arch
+from .activation import activate
 
 
 @triton.jit
@@ -194,62 +193,3 @@ def _is_aligned(t: Tensor) -> bool:
     # What triton's launcher looks at: with one unit stride and the rest so, words are wide.
     wide = all(step == 1 or step % 16 == 0 for step in t.stride())
     return wide and 1 in t.stride() and t.data_ptr() % 16 == 0
-
-
-def product(
-    a: Tensor,
-    b: Tensor,
-    *,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    act: int = NONE.value,
-    gated: bool = False,
-    with_preact: bool = False,
-    config: TileConfig | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """act(a b + bias) + residual and, if asked for, a b + bias; a [M, K], b [K, N] or [K, 2N]."""
-    m, k = a.shape
-    n = b.shape[1] // 2 if gated else b.shape[1]
-    out = torch.empty((m, n), dtype=a.dtype, device=a.device)
-    preact = torch.empty((m, b.shape[1]), dtype=a.dtype, device=a.device) if with_preact else None
-    if m == 0 or n == 0:
-        return out, preact
-    if config is None:
-        read = (a, b) if residual is None else (a, b, residual)
-        aligned = n % 16 == 0 and all(map(_is_aligned, read))
-        config = choose_config(device_arch(a.device), a.dtype, m, n, k, gated, aligned)
-    stride_r = residual.stride() if residual is not None else (0, 0)
-    reach = max(
-        config.block_m * max(a.stride(0), stride_r[0], b.shape[1]),
-        config.block_n * max(b.stride(1), stride_r[1]),
-        config.block_k * max(a.stride(1), b.stride(0)),
-    )
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
-    with on_device(a.device):
-        gemm[grid](
-            a,
-            b,
-            bias,
-            residual,
-            out,
-            preact,
-            m,
-            n,
-            k,
-            *a.stride(),
-            *b.stride(),
-            *stride_r,
-            ACT=act,
-            GATED=gated,
-            PRECISION=dot_precision(a.dtype),
-            EVEN_K=k % config.block_k == 0,
-            WIDE=2 * reach >= 2**31,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            PARTS=config.parts,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-    return out, preact

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .activation import NONE, activate, split_code
 from .fused_linear import _check, preact_gradient
-from .gemm import _finish, _is_aligned, dot_precision, on_device, product
+from .gemm import _finish, _is_aligned, dot_precision, on_device
 from .low_rank_model import COMPOSED, FUSED, fits, padded_rank, span_of
+from .product import product
 from .tiles import TileConfig, device_arch, pointwise_config
 
 

@@ -4,8 +4,10 @@ One file serves one family of devices. The rule, which reads nothing but the cal
 
 1. File: the one whose ``serves`` names the device. An NVIDIA device of capability 8.0 or later
    that no file names gets ``sm_86`` (least shared memory); an AMD device gets ``gfx942``.
-2. Entry: among those of the form (plain or gated), dtype and alignment, the one of the smallest
-   ``max_m`` that is at least M, the number of rows of the product. One entry has no ``max_m``.
+2. Candidates: the entries of the form (plain or gated), dtype and alignment. Those whose kernel is
+   persistent count only where a and b have tensor descriptors (gemm_persistent.py).
+3. Of these, the one for which tile_model.py says the least time, at the largest shape of the
+   call's bucket and with the figures that ``serves`` gives for the device.
 
 A product is aligned where N, the strides between rows and the addresses divide by 16: only then
 does the compiler load and store in wide words. Otherwise the addresses of a large tile alone would
@@ -21,20 +23,21 @@ import functools
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from . import tuned
+from . import tile_model, tuned
 
 CONFIG_DIR = Path(__file__).parent / "configs"
-FORMAT = "bigops-tiles-1"
+FORMAT = "bigops-tiles-2"
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 FORMS = ("plain", "gated")
 
 _LAUNCH = ("group_m", "num_warps", "num_stages", "parts")
-_ENTRY_KEYS = ("form", "aligned", "dtypes", "max_m", "tile", *_LAUNCH)
+_ENTRY_KEYS = ("form", "aligned", "dtypes", "tile", *_LAUNCH, "persistent", "programs")
 _POINTWISE_KEYS = ("block_m", "block_n", "max_chunks", "num_warps")
 
 
@@ -48,12 +51,19 @@ class TileConfig(NamedTuple):
     num_warps: int
     num_stages: int
     parts: int  # column groups that the epilogue takes in turn, to save registers
+    persistent: bool = False  # the form of gemm_persistent.py
+    programs: int = 1  # that a multiprocessor holds at a time; from tests/golden/gpu_report.csv
 
     def __str__(self) -> str:
         return (
             f"{self.block_m}x{self.block_n}x{self.block_k} group {self.group_m} "
             f"warps {self.num_warps} stages {self.num_stages} parts {self.parts}"
+            + (" persistent" if self.persistent else "")
         )
+
+
+LAUNCHED = TileConfig._fields.index("persistent")
+"""Leading fields of a config that make the compiled code of one kernel."""
 
 
 class PointwiseConfig(NamedTuple):
@@ -66,12 +76,11 @@ class PointwiseConfig(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One line of a config file: ``config`` serves products of at most ``max_m`` rows."""
+    """One line of a config file: a candidate for products of that form, alignment and dtype."""
 
     form: str
     aligned: bool
     dtypes: tuple[str, ...]
-    max_m: int | None
     config: TileConfig
 
 
@@ -79,7 +88,7 @@ class Table(NamedTuple):
     """One config file."""
 
     device: str
-    serves: tuple[str, ...]
+    serves: dict[str, tile_model.Device]  # by architecture
     shared_memory: int  # bytes a program may use
     entries: tuple[Entry, ...]
     pointwise: PointwiseConfig
@@ -121,14 +130,15 @@ def _entry(path: Path, where: str, data: object) -> Entry:
     dtypes = fields["dtypes"]
     if not isinstance(dtypes, list) or not dtypes or not known.issuperset(map(str, dtypes)):
         raise ValueError(f"{path}: {where}: dtypes: expected some of {sorted(known)}; got {dtypes}")
-    tile, max_m = fields["tile"], fields["max_m"]
+    tile = fields["tile"]
     if not isinstance(tile, list) or len(tile) != 3 or not all(map(_power_of_two, tile)):
         raise ValueError(f"{path}: {where}: tile: expected three powers of two; got {tile}")
-    if max_m is not None and not (type(max_m) is int and max_m > 0):
+    if type(fields["persistent"]) is not bool or fields["persistent"] > fields["aligned"]:
         raise ValueError(
-            f"{path}: {where}: max_m: expected a positive integer or null; got {max_m}"
+            f"{path}: {where}: persistent: expected true or false, true only where aligned; "
+            f"got {fields['persistent']!r}"
         )
-    for name in ("group_m", "num_stages"):
+    for name in ("group_m", "num_stages", "programs"):
         if type(fields[name]) is not int or not 1 <= fields[name] <= 64:
             raise ValueError(f"{path}: {where}: {name}: expected 1 to 64; got {fields[name]}")
     if not _power_of_two(fields["num_warps"]) or fields["num_warps"] > 32:
@@ -141,22 +151,34 @@ def _entry(path: Path, where: str, data: object) -> Entry:
             f"{path}: {where}: parts: expected a power of two that leaves 16 columns each; "
             f"got {fields['parts']}"
         )
-    config = TileConfig(*tile, *(fields[name] for name in _LAUNCH))
-    return Entry(fields["form"], fields["aligned"], tuple(dtypes), max_m, config)
+    config = TileConfig(*tile, *(fields[name] for name in (*_LAUNCH, "persistent", "programs")))
+    return Entry(fields["form"], fields["aligned"], tuple(dtypes), config)
+
+
+def _device(path: Path, name: str, data: object) -> tile_model.Device:
+    fields = _fields(path, f"serves: {name}", data, tile_model.Device._fields)
+    if not all(type(value) is int and value > 0 for value in fields.values()):
+        raise ValueError(f"{path}: serves: {name}: expected positive integers; got {fields}")
+    return tile_model.Device(**fields)
 
 
 def _check_coverage(path: Path, entries: tuple[Entry, ...]) -> None:
     for form, aligned, dtype in itertools.product(FORMS, (True, False), DTYPES.values()):
-        limits = [e.max_m for e in _fitting(entries, form, aligned, dtype)]
-        if limits.count(None) != 1 or len(set(limits)) != len(limits):
+        if not _candidates(entries, form, aligned, dtype, described=False):
             kind = f"{form} {'aligned' if aligned else 'unaligned'} {dtype}"
-            raise ValueError(
-                f"{path}: {kind}: expected different max_m, one of them null; got {limits}"
-            )
+            raise ValueError(f"{path}: {kind}: expected a tile that is not persistent; got none")
 
 
-def _fitting(entries: tuple[Entry, ...], form: str, aligned: bool, dtype: str) -> list[Entry]:
-    return [e for e in entries if (e.form, e.aligned) == (form, aligned) and dtype in e.dtypes]
+def _candidates(
+    entries: tuple[Entry, ...], form: str, aligned: bool, dtype: str, described: bool
+) -> list[TileConfig]:
+    return [
+        e.config
+        for e in entries
+        if (e.form, e.aligned) == (form, aligned)
+        and dtype in e.dtypes
+        and described >= e.config.persistent
+    ]
 
 
 def read_table(path: Path) -> Table:
@@ -176,8 +198,8 @@ def read_table(path: Path) -> Table:
         raise ValueError(f"{path}: format: expected {FORMAT!r}; got {found!r}")
     fields = _fields(path, "top level", data, keys)
     serves, gemm = fields["serves"], fields["gemm"]
-    if not isinstance(serves, list) or not all(isinstance(s, str) for s in serves):
-        raise ValueError(f"{path}: serves: expected a list of device names; got {serves!r}")
+    if not isinstance(serves, dict) or not serves:
+        raise ValueError(f"{path}: serves: expected figures by device name; got {serves!r}")
     if type(fields["shared_memory"]) is not int or fields["shared_memory"] <= 0:
         raise ValueError(f"{path}: shared_memory: expected bytes; got {fields['shared_memory']!r}")
     if not isinstance(gemm, list):
@@ -189,7 +211,7 @@ def read_table(path: Path) -> Table:
         raise ValueError(f"{path}: pointwise: expected powers of two; got {pointwise}")
     return Table(
         str(fields["device"]),
-        tuple(serves),
+        {name: _device(path, name, figures) for name, figures in serves.items()},
         fields["shared_memory"],
         entries,
         PointwiseConfig(**pointwise),
@@ -223,6 +245,31 @@ def table_for(arch: str) -> Table:
     )
 
 
+def largest(entries: Sequence[Entry], form: str, dtype: str) -> Entry:
+    """Of the aligned entries of a form and dtype the one of largest area; it serves large calls."""
+    fitting = [e for e in entries if e.aligned and e.form == form and dtype in e.dtypes]
+    return max(fitting, key=lambda e: e.config.block_m * e.config.block_n)
+
+
+def device_figures(arch: str) -> tile_model.Device:
+    """Figures of ``arch``; of the first device of its file where the file does not name it."""
+    serves = table_for(arch).serves
+    name = arch.rstrip("abcdef") if arch.startswith("sm_") else arch
+    return serves.get(name) or next(iter(serves.values()))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a torch device; for the CPU, those of the interpreter's file."""
+    if device.type == "cpu":
+        return device_figures("interpreter").multiprocessors
+    return _gpu_multiprocessors(device.index)
+
+
+@functools.cache
+def _gpu_multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 @tuned.cached
 def choose_config(
     arch: str,
@@ -232,16 +279,18 @@ def choose_config(
     k: int,
     gated: bool = False,
     aligned: bool = True,
+    described: bool = True,
 ) -> TileConfig:
     """Pick the tile for a product of [m, k] and [k, n] ([k, 2n] gated) on ``arch``.
 
     Args:
         arch: "sm_80", "sm_90", "gfx942" and so on, see `device_arch`; need not be present.
         dtype: torch.float32, torch.bfloat16 or torch.float16.
-        m, n, k: sizes; the present rule reads m alone.
+        m, n, k: sizes; all shapes of a bucket (tile_model.py) get the same tile.
         gated: whether the weight holds gate and up rows.
         aligned: as defined at the head of this file; for contiguous tensors, whether n and k
             divide by 16.
+        described: whether both factors have tensor descriptors, which aligned ones have.
 
     Raises:
         TypeError: another dtype.
@@ -251,11 +300,19 @@ def choose_config(
         raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}; got {dtype}")
     form = tuned.form_of(FORMS[gated], aligned)
     measured = tuned.lookup("fused_linear", arch, form, DTYPES[dtype], tuned.bucket(m, n, k))
-    if measured is not None:
+    if measured is not None and (described or not measured.get("persistent")):
         return TileConfig(**measured)
-    entries = _fitting(table_for(arch).entries, FORMS[gated], aligned, DTYPES[dtype])
-    fitting = [e for e in entries if e.max_m is None or m <= e.max_m]
-    return min(fitting, key=lambda e: float("inf") if e.max_m is None else e.max_m).config
+    sizes = tile_model.rounded(m, n, k)
+    return _choose(arch, DTYPES[dtype], sizes, gated, aligned, described and aligned)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(
+    arch: str, dtype: str, sizes: tuple[int, int, int], gated: bool, aligned: bool, described: bool
+) -> TileConfig:
+    entries = table_for(arch).entries
+    candidates = _candidates(entries, FORMS[gated], aligned, dtype, described)
+    return tile_model.best(candidates, device_figures(arch), dtype, *sizes, gated)
 
 
 def pointwise_config(arch: str) -> PointwiseConfig:

@@ -9,14 +9,16 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-F = TypeVar("F", bound=Callable[..., Any])
+from .tile_model import bucket
 
-LEAST, MOST = 16, 65536  # sizes below and above share the bucket of these
+__all__ = ["bucket", "cached", "cite", "clear", "form_of", "key_of", "lookup", "use"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Table(NamedTuple):
     file: str
-    tiles: dict[str, dict[str, int]]
+    tiles: dict[str, dict[str, Any]]
 
 
 _tables: dict[str, _Table] = {}
@@ -30,19 +32,6 @@ def cached(choose: F) -> F:
     return memo  # type: ignore[return-value]
 
 
-def bucket(m: int, n: int | None = None, k: int | None = None) -> str:
-    """Name the shapes that share a tile, by all sizes or, where only rows matter, by M alone.
-
-    Each size is rounded up to a power of two within `LEAST` and `MOST`: (60, 4000, 4096) is in
-    "m64-n4096-k4096".
-    """
-    named = (("m", m), ("n", n), ("k", k))
-    rounded = (
-        (name, 1 << max(size - 1, 0).bit_length()) for name, size in named if size is not None
-    )
-    return "-".join(f"{name}{min(MOST, max(LEAST, size))}" for name, size in rounded)
-
-
 def form_of(form: str, aligned: bool, width: int | None = None) -> str:
     """Name a form of a product: "gated unaligned", "lora aligned 64"."""
     return f"{form} {'' if aligned else 'un'}aligned" + ("" if width is None else f" {width}")
@@ -53,7 +42,7 @@ def key_of(op: str, form: str, dtype: str, bucket: str) -> str:
     return f"{op}: {form} {dtype} {bucket}"
 
 
-def use(arch: str, tiles: Mapping[str, Mapping[str, int]], file: str) -> None:
+def use(arch: str, tiles: Mapping[str, Mapping[str, Any]], file: str) -> None:
     """Hand over the table of ``arch``: the fields of a tile by `key_of`, and where they stand."""
     _tables[arch] = _Table(file, {key: dict(fields) for key, fields in tiles.items()})
     _forget_answers()
@@ -70,7 +59,7 @@ def _forget_answers() -> None:
         memo.cache_clear()
 
 
-def lookup(op: str, arch: str, form: str, dtype: str, bucket: str) -> dict[str, int] | None:
+def lookup(op: str, arch: str, form: str, dtype: str, bucket: str) -> dict[str, Any] | None:
     """The fields of the tile that was measured for such products, or None where none was."""
     table = _tables.get(arch)
     return None if table is None else table.tiles.get(key_of(op, form, dtype, bucket))

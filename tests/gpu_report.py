@@ -1,14 +1,15 @@
 """Compile every Triton kernel and shipped config for GPUs that are not here; read what came out.
 
     python tests/gpu_report.py [--arch sm_90] [--quick] [--sample N] [--out FILE.csv]
-                               [--check FILE.csv] [--update]
+                               [--check FILE.csv] [--update] [--plot]
 
 One row per kernel form, config, dtype and device: registers, spilled bytes, shared memory, warps,
 programs per multiprocessor and what limits them, counts of the instructions that matter. The exit
 status is 1 where a row spills, asks for more shared memory than the device has, or lacks the
 matrix instruction its tile is for; with --check, also where a row is worse than in FILE.
---sample N compiles every Nth row of a device, and with --check all that FILE does not hold as they
-are now (gpu_golden.py); --update compiles only the latter and writes them to the committed table.
+--sample N compiles every Nth row of each kernel and device, and with --check all that FILE does not
+hold as they are now (gpu_golden.py); --update compiles only the latter, writes them to the
+committed table and draws it (gpu_plot.py); --plot only draws.
 Nothing here is a time: no GPU runs.
 """
 
@@ -20,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -38,33 +40,29 @@ from triton.compiler import ASTSource
 
 from bigops.kernels import fused_linear, gemm, tiles
 from bigops.kernels.activation import NAMES, split_code
-from tests import gpu_golden
+from tests import gpu_golden, gpu_plot
 from tests import gpu_jobs_fp8 as fp8
 from tests import gpu_jobs_low_rank as low_rank
+from tests import gpu_jobs_persistent as persistent
 from tests import gpu_jobs_quantized as quantized
 from tests import gpu_jobs_sparse as sparse
 from tests import gpu_jobs_training as training
+from tests.gpu_devices import ARCHS, occupancy
 from tests.gpu_golden import GOLDEN, KEY, regressions
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 
-# Registers, warps, programs and shared memory of one multiprocessor; CUDA C++ Programming Guide,
-# "Technical Specifications per Compute Capability". Each program also reserves 1024 bytes.
-NVIDIA_LIMITS = {
-    "sm_80": (65536, 64, 32, 167936),
-    "sm_86": (65536, 48, 16, 102400),
-    "sm_89": (65536, 48, 24, 102400),
-    "sm_90": (65536, 64, 32, 233472),
-    "sm_100": (65536, 64, 32, 233472),
-    "sm_120": (65536, 48, 24, 102400),
-}
-RESERVED_SHARED = 1024
-# Kernels that must use a matrix unit; those of the second line read aligned tiles by cp.async.
+# Kernels that must use a matrix unit; those of the first line read aligned tiles by cp.async.
 PRODUCTS = (
-    "gemm", "quantized_gemm", "fp8_gemm", "low_rank_product", "block_product", "block_samples"
-)  # fmt: skip
+    "gemm",
+    "gemm_persistent",
+    "quantized_gemm",
+    "fp8_gemm",
+    "low_rank_product",
+    "block_product",
+    "block_samples",
+)
 COPIED = ("low_rank_product", "block_product", "block_samples")
 
 COUNTS = {  # column: machine instructions, as nvdisasm and the AMDGPU back end spell them
@@ -85,7 +83,7 @@ KERNELS = {
     "sum_rows": fused_linear.sum_rows,
 }
 # Files with the rows of further ops: KERNELS, jobs(), arguments() and unaligned().
-FILES = (quantized, fp8, low_rank, sparse, training)
+FILES = (persistent, quantized, fp8, low_rank, sparse, training)
 OWNERS = {name: file for file in FILES for name in file.KERNELS}
 
 
@@ -102,7 +100,8 @@ class Job(NamedTuple):
 
     @property
     def key(self) -> tuple[str, ...]:
-        parts = (self.arch, self.kernel, self.form, self.dtype, str(tuple(self.tile)))
+        tile = str(tuple(self.tile)[: tiles.LAUNCHED])
+        parts = (self.arch, self.kernel, self.form, self.dtype, tile)
         return (*parts, self.activation, self.precision)
 
 
@@ -129,7 +128,8 @@ def jobs(arch: str) -> Iterator[Job]:
     ones (M, N and K are 1, which triton turns into constants).
     """
     table = tiles.table_for(arch)
-    for entry in table.entries:
+    pointer = [entry for entry in table.entries if not entry.config.persistent]
+    for entry in pointer:
         form, worst = ("gated", "geglu") if entry.form == "gated" else ("nt", "gelu")
         for dtype in entry.dtypes:
             precisions = ("ieee", "tf32") if dtype == "f32" and arch[:2] == "sm" else ("ieee",)
@@ -142,7 +142,8 @@ def jobs(arch: str) -> Iterator[Job]:
                     forms += [("nn", "none"), ("tn", "none")]
                 for shape, activation in forms:
                     yield Job(arch, "gemm", shape, dtype, entry.config, activation, precision)
-            if entry.max_m is None and entry.aligned and dtype != "f16":
+            main = entry == tiles.largest(pointer, entry.form, dtype)
+            if main and entry.aligned and dtype != "f16":
                 for variant in ("rows", "even", "wide"):
                     yield Job(arch, "gemm", f"{form}_{variant}", dtype, entry.config, worst)
                 for code, name in enumerate(NAMES):
@@ -167,7 +168,8 @@ def quick_jobs() -> list[Job]:
     chosen = []
     for arch in ARCHS:
         tile = tiles.choose_config(arch, torch.bfloat16, 4096, 4096, 4096)
-        chosen.append(Job(arch, "gemm", "nt", "bf16", tile, "gelu"))
+        kernel = "gemm_persistent" if tile.persistent else "gemm"
+        chosen.append(Job(arch, kernel, "nt", "bf16", tile, "gelu"))
     return chosen
 
 
@@ -187,10 +189,16 @@ def stale(wanted: list[Job], golden: list[dict[str, str]]) -> list[Job]:
 
 
 def sampled(wanted: list[Job], every: int | None) -> list[Job]:
-    """Every so-manieth job of each device; none without a number."""
+    """Every so-manieth job of each kernel on each device, from the first; none without a number."""
     if not every:
         return []
-    return [job for arch in ARCHS for job in [j for j in wanted if j.arch == arch][::every]]
+    seen: Counter[tuple[str, str]] = Counter()
+    chosen = []
+    for job in wanted:
+        if seen[job.arch, job.kernel] % every == 0:
+            chosen.append(job)
+        seen[job.arch, job.kernel] += 1
+    return chosen
 
 
 def _arguments(job: Job) -> tuple[Any, dict[str, str], dict[str, Any]]:
@@ -311,36 +319,17 @@ def _nvidia_facts(job: Job, kernel: Any) -> dict[str, Any]:
     if _search(r"STACK:(\d+)", usage):
         facts["spill_bytes"] = _ptxas_spills(kernel.asm["ptx"], job.arch)
     facts |= _count(code, job)
-    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
-    registers, max_warps, max_programs, shared_total = NVIDIA_LIMITS[job.arch]
-    per_warp = -(-max(facts["registers"], 1) * 32 // 256) * 256  # allocated 256 at a time
-    limits = {
-        "registers": registers // 4 // per_warp * 4 // warps,  # each quarter has its own file
-        "warps": max_warps // warps,
-        "programs": max_programs,
-        "shared": shared_total // (shared + RESERVED_SHARED),
-    }
-    limiter = min(limits, key=lambda name: limits[name])
-    return facts | {"programs_per_sm": limits[limiter], "limiter": limiter}
+    return facts
 
 
 def _amd_facts(job: Job, kernel: Any) -> dict[str, Any]:
     code = kernel.asm["amdgcn"]
     registers = _search(r"\.vgpr_count:\s+(\d+)", code)
-    # CDNA3: 512 vector registers a lane (AGPRs included) and 4 SIMDs of at most 8 waves per unit.
-    waves = min(8, 512 // (-(-max(registers, 1) // 8) * 8)) * 4
-    limits = {
-        "registers": waves // kernel.metadata.num_warps,
-        "shared": 65536 // max(kernel.metadata.shared, 1),
-    }
-    limiter = min(limits, key=lambda name: limits[name])
     spilled = _search(r"\.vgpr_spill_count:\s+(\d+)", code)
     spilled += _search(r"\.sgpr_spill_count:\s+(\d+)", code)
     return {
         "registers": registers,
         "spill_bytes": 4 * spilled,
-        "programs_per_sm": limits[limiter],
-        "limiter": limiter,
         **_count(code, job),
     }
 
@@ -370,8 +359,11 @@ def expected_instruction(job: Job) -> str | None:
 def verdict(job: Job, facts: dict[str, Any], shared_limit: int) -> str:
     """ "ok", or what the gate holds against the row."""
     faults = []
-    if int(facts["atomics"]) > 0:
+    maps = persistent.MAPS if job.kernel in persistent.KERNELS else 0
+    if int(facts["atomics"]) != maps:
         faults.append("atomics")
+    if maps and int(facts["tma"]) == 0:
+        faults.append("no tma")
     if int(facts["spill_bytes"]) > 0:
         faults.append(f"spills {facts['spill_bytes']} bytes")
     if int(facts["shared_bytes"]) > shared_limit:
@@ -401,6 +393,8 @@ def measure(job: Job) -> dict[str, Any]:
     read = _amd_facts if job.arch.startswith("gfx") else _nvidia_facts
     facts = read(job, kernel)
     facts |= {"shared_bytes": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+    held = occupancy(job.arch, facts["registers"], facts["shared_bytes"], facts["warps"])
+    facts |= {"programs_per_sm": held.programs, "limiter": held.limiter}
     facts["verdict"] = verdict(job, facts, tiles.table_for(job.arch).shared_memory)
     return {name: (row | facts)[name] for name in (*KEY, *FACTS)}
 
@@ -421,9 +415,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one row per device")
     parser.add_argument("--out", type=Path, help="write the table as CSV")
     parser.add_argument("--check", type=Path, help="compare with a CSV written earlier")
-    parser.add_argument("--sample", type=int, metavar="N", help="only every Nth row of a device")
+    parser.add_argument("--sample", type=int, metavar="N", help="only every Nth row of each kernel")
     parser.add_argument("--update", action="store_true", help="renew the committed table")
+    parser.add_argument("--plot", action="store_true", help="only draw the committed table")
     options = parser.parse_args(argv)
+    if options.plot:
+        gpu_plot.draw(gpu_golden.read())
+        print(f"{gpu_plot.PICTURE} drawn")
+        return 0
     archs = options.arch or ARCHS
     todo = [job for job in (quick_jobs() if options.quick else all_jobs()) if job.arch in archs]
     known = gpu_golden.read(options.check or GOLDEN) if options.check or options.update else []
@@ -432,8 +431,8 @@ def main(argv: list[str] | None = None) -> int:
         changed = stale(todo, known) if known else []
         chosen = changed + [job for job in sampled(todo, options.sample) if job not in changed]
     rows = []
-    # A compilation uses one core and the whole sweep is a quarter of an hour of them. Spawned
-    # workers, since LLVM and triton keep state that a fork would share.
+    # A compilation uses one core and the whole sweep is an hour of one. Spawned workers, since
+    # LLVM and triton keep state that a fork would share.
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         for row in pool.map(measure, chosen):
             rows.append(row)
@@ -444,6 +443,7 @@ def main(argv: list[str] | None = None) -> int:
         renewed = gpu_golden.by_key(known) | gpu_golden.by_key(rows)
         in_order = [renewed[key] for key in (job.key for job in all_jobs()) if key in renewed]
         gpu_golden.write(GOLDEN, (*KEY, *FACTS), in_order)
+        gpu_plot.draw(gpu_golden.read())
     faults = [_line(row) for row in rows if row["verdict"] != "ok"]
     if options.check:
         faults += regressions(rows, known)

@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden" / "gpu_report.csv"
+ARCHS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -33,20 +34,25 @@ def test_main_tile_of_each_device_passes_the_gate(
 ) -> None:
     done = _run("gpu_report.py", "--quick", "--check", str(GOLDEN))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("| ok") == 5, done.stdout
-    assert "5 rows, 0 faults" in done.stdout
-    record_property("gpu_rows", 5)
+    assert done.stdout.count("| ok") == 8, done.stdout
+    assert "8 rows, 0 faults" in done.stdout
+    record_property("gpu_rows", 8)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_a_sample_of_all_rows_passes_the_gate(
     arch: str, record_property: Callable[[str, object], None]
 ) -> None:
-    done = _run("gpu_report.py", "--arch", arch, "--sample", "6", "--check", str(GOLDEN))
+    """Every 18th row of each kernel: about 170 of all, which is what CI has the time for."""
+    done = _run("gpu_report.py", "--arch", arch, "--sample", "18", "--check", str(GOLDEN))
     assert done.returncode == 0, done.stderr
-    rows = int(done.stdout.splitlines()[-1].split()[0])
+    *lines, last = done.stdout.splitlines()
+    rows = int(last.split()[0])
     assert rows >= 20
+    with GOLDEN.open(newline="") as file:
+        kernels = {row["kernel"] for row in csv.DictReader(file) if row["arch"] == arch}
+    assert {line.split()[1] for line in lines} == kernels
     record_property("gpu_rows", rows)
 
 
@@ -157,8 +163,8 @@ def _golden(kernels: tuple[str, ...], **wanted: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize("kernel", ["low_rank_product", "block_product", "block_samples"])
 @pytest.mark.parametrize(
     ("arch", "column"),
-    [("sm_80", "mma"), ("sm_86", "mma"), ("sm_90", "wgmma"), ("sm_100", "tcgen05"),
-     ("gfx942", "mfma")],
+    [("sm_80", "mma"), ("sm_86", "mma"), ("sm_89", "mma"), ("sm_90", "wgmma"),
+     ("sm_100", "tcgen05"), ("sm_120", "mma"), ("gfx942", "mfma"), ("gfx950", "mfma")],
 )  # fmt: skip
 def test_low_rank_and_block_sparse_products_use_the_matrix_units(
     arch: str, column: str, kernel: str
@@ -177,6 +183,48 @@ def test_low_rank_and_block_sparse_products_use_the_matrix_units(
     assert {row["atomics"] for row in whole} == {"0"}
 
 
+@pytest.mark.parametrize(
+    ("arch", "kernel", "unit", "copies"),
+    [
+        ("sm_80", "gemm", "mma", "cp_async"),
+        ("sm_86", "gemm", "mma", "cp_async"),
+        ("sm_89", "gemm", "mma", "cp_async"),
+        ("sm_90", "gemm", "wgmma", "cp_async"),
+        ("sm_90", "gemm_persistent", "wgmma", "tma"),
+        ("sm_100", "gemm", "tcgen05", "cp_async"),
+        ("sm_100", "gemm_persistent", "tcgen05", "tma"),
+        ("sm_120", "gemm", "mma", "cp_async"),
+        ("sm_120", "gemm_persistent", "mma", "tma"),
+        ("gfx942", "gemm", "mfma", None),
+        ("gfx950", "gemm", "mfma", None),
+    ],
+)
+def test_dense_products_use_the_matrix_units_and_the_copies_of_the_device(
+    arch: str, kernel: str, unit: str, copies: str | None
+) -> None:
+    """In the committed table. float32 has a matrix unit as tf32, on CDNA also as it is."""
+    rows = _golden((kernel,), arch=arch)
+    assert {row["verdict"] for row in rows} == {"ok"}
+    assert {row["spill_bytes"] for row in rows} == {"0"}
+    orders = {"nt", "nn", "tn", "gated"}
+    aligned = [r for r in rows if r["form"].partition("_")[2] in ("", "rows", "even", "wide")]
+    assert {row["form"].partition("_")[0] for row in aligned} == orders
+    assert {row["dtype"] for row in aligned} == {"bf16", "f16", "f32"}
+    for row in aligned:
+        if row["dtype"] != "f32" or row["precision"] == "tf32" or unit == "mfma":
+            short = row["tile"].startswith("(32,") and arch[:2] == "sm"
+            assert int(row["mma" if short else unit]) > 0, row
+        if copies is not None:
+            assert int(row[copies]) > 0, row
+
+
+def test_the_persistent_form_takes_no_atomic_but_to_publish_its_maps() -> None:
+    rows = _golden(("gemm_persistent",))
+    assert {row["atomics"] for row in rows} == {"2"}
+    assert {row["local"] for row in rows} == {"0"}  # spills that ptxas -v does not count, too
+    assert {row["arch"] for row in rows} == {"sm_90", "sm_100", "sm_120"}
+
+
 PLANTED = """
 import json
 import gpu_report as report
@@ -185,8 +233,9 @@ from bigops.kernels.tiles import TileConfig
 spilling = report.Job("sm_80", "gemm", "nt", "bf16", TileConfig(128, 128, 32, 8, 4, 4, 1), "gelu")
 greedy = report.Job("sm_80", "gemm", "nn", "bf16", TileConfig(128, 128, 64, 8, 8, 8, 1), "none")
 broken = report.Job("sm_80", "gemm", "nt", "bf16", TileConfig(128, 96, 32, 8, 4, 4, 1), "gelu")
-job = report.quick_jobs()[2]
+job = next(job for job in report.quick_jobs() if job.arch == "sm_90")
 row = report.measure(job)
+without = row | {"atomics": 0}
 blocks = next(j for j in report.sparse.jobs("sm_90", report.Job) if j.kernel == "block_samples")
 ranks = next(j for j in report.low_rank.jobs("sm_80", report.Job) if "parts" in j.form)
 lost = [row | {"wgmma": 0}, row | {"programs_per_sm": 0}, row | {"activation": "new"}]
@@ -196,9 +245,10 @@ print(json.dumps({
     "broken": report.measure(broken)["verdict"],
     "sound": report.verdict(job, row, 232448),
     "no wgmma": report.verdict(job, row | {"wgmma": 0}, 232448),
-    "atomics": report.verdict(job, row | {"atomics": 1}, 232448),
-    "blocks": [report.verdict(blocks, row | {"wgmma": n}, 232448) for n in (0, 1)],
-    "ranks": [report.verdict(ranks, row | {"mma": 1, "cp_async": n}, 232448) for n in (0, 1)],
+    "atomics": report.verdict(job, row | {"atomics": 3}, 232448),
+    "no tma": report.verdict(job, row | {"tma": 0}, 232448),
+    "blocks": [report.verdict(blocks, without | {"wgmma": n}, 232448) for n in (0, 1)],
+    "ranks": [report.verdict(ranks, without | {"mma": 1, "cp_async": n}, 232448) for n in (0, 1)],
     "same": report.regressions([row], [row]),
     "lost": [report.regressions([bad], [row]) for bad in lost],
 }))
@@ -232,6 +282,7 @@ def test_gate_sees_a_config_that_does_not_compile(planted: dict) -> None:
 def test_gate_sees_a_missing_matrix_instruction_and_atomics(planted: dict) -> None:
     assert planted["no wgmma"] == "no wgmma"
     assert planted["atomics"] == "atomics"
+    assert planted["no tma"] == "no tma"
     assert planted["blocks"] == ["no wgmma", "ok"]
     assert planted["ranks"] == ["no cp_async", "ok"]
 

@@ -256,14 +256,17 @@ def test_bad_arguments() -> None:
 # --- planted faults: the checks above must see each of them -----------------------------------
 
 
-def planted(folder: Path, old: str, new: str) -> ModuleType:
+STEMS = ("activation", "gemm", "product", "fused_linear")
+
+
+def planted(folder: Path, old: str, new: str, stems: tuple[str, ...] = STEMS) -> ModuleType:
     """A copy of the kernels with ``old`` replaced by ``new``, as a module like fused_linear."""
     found = 0
-    for stem in ("activation", "gemm", "fused_linear"):
+    for stem in stems:
         source = Path(kernels.__file__).with_name(f"{stem}.py").read_text()
         found += source.count(old)
         source = source.replace(old, new)
-        source = re.sub(r"from \.(activation|gemm) ", r"from .planted_\1 ", source)
+        source = re.sub(rf"from \.({'|'.join(stems)}) ", r"from .planted_\1 ", source)
         module = load(folder, f"planted_{stem}", source)
     assert found, f"nothing to plant the fault on: {old!r}"
     return module

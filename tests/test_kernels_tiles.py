@@ -16,20 +16,6 @@ from bigops.kernels import fused_linear, gemm, tiles
 SM_90 = tiles.CONFIG_DIR / "sm_90.json"
 
 
-def test_the_choice_follows_the_table() -> None:
-    entries = [
-        e
-        for e in tiles.read_table(SM_90).entries
-        if e.form == "plain" and e.aligned and "bf16" in e.dtypes
-    ]
-    for m in (0, 1, 32, 33, 128, 129, 10**6):
-        chosen = tiles.choose_config("sm_90", torch.bfloat16, m, 4096, 4096)
-        fitting = [e for e in entries if e.max_m is None or m <= e.max_m]
-        assert chosen == sorted(fitting, key=lambda e: e.max_m or 10**9)[0].config
-    small = tiles.choose_config("sm_90", torch.bfloat16, 8, 4096, 4096)
-    assert small.block_m < tiles.choose_config("sm_90", torch.bfloat16, 4096, 4096, 4096).block_m
-
-
 @pytest.mark.parametrize(
     ("arch", "device"),
     [
@@ -38,9 +24,11 @@ def test_the_choice_follows_the_table() -> None:
         ("sm_89", "sm_86"),
         ("sm_90a", "sm_90"),
         ("sm_103", "sm_100"),
-        ("sm_120", "sm_86"),
+        ("sm_120", "sm_120"),
+        ("sm_121", "sm_120"),
         ("sm_130", "sm_86"),
         ("gfx90a", "gfx942"),
+        ("gfx950", "gfx942"),
         ("gfx1100", "gfx942"),
         ("interpreter", "interpreter"),
     ],
@@ -87,26 +75,30 @@ def _with(path: tuple[Any, ...], value: Any) -> str:
     [
         ("{", "expected a readable JSON file"),
         (SM_90.read_text()[:400], "expected a readable JSON file"),
-        ("[]", "format: expected 'bigops-tiles-1'; got 'list'"),
-        ('{"BLOCK_SIZE_M": 64}', "format: expected 'bigops-tiles-1'; got None"),
+        ("[]", "format: expected 'bigops-tiles-2'; got 'list'"),
+        ('{"BLOCK_SIZE_M": 64}', "format: expected 'bigops-tiles-2'; got None"),
         (_with(("extra",), 1), "top level: expected the fields format"),
         (_with(("gemm", 0, "tile"), [64, 96, 32]), "tile: expected three powers of two"),
         (_with(("gemm", 0, "tile"), [True, 64, 64]), "tile: expected three powers of two"),
         (_with(("gemm", 1, "num_warps"), 3), "num_warps: expected a power of two up to 32; got 3"),
         (_with(("gemm", 1, "num_stages"), 0), "num_stages: expected 1 to 64; got 0"),
         (_with(("gemm", 1, "parts"), 64), "parts: expected a power of two"),
-        (_with(("gemm", 1, "max_m"), -1), "max_m: expected a positive integer or null"),
+        (_with(("gemm", 1, "max_m"), 9), "gemm[1]: expected the fields form, aligned"),
+        (_with(("gemm", 1, "programs"), 0), "programs: expected 1 to 64; got 0"),
+        (_with(("gemm", 1, "persistent"), 1), "persistent: expected true or false"),
+        (_with(("gemm", 3, "aligned"), False), "persistent: expected true or false, true only"),
         (_with(("gemm", 1, "form"), "dual"), "form: expected one of"),
         (_with(("gemm", 1, "aligned"), 1), "aligned: expected true or false; got 1"),
         (_with(("gemm", 1, "dtypes"), ["fp64"]), "dtypes: expected some of"),
-        (_with(("gemm", 1, "max_m"), None), "plain aligned bf16: expected different max_m"),
-        (
-            _with(("gemm",), []),
-            "plain aligned f32: expected different max_m, one of them null",
-        ),
+        (_with(("gemm",), []), "plain aligned f32: expected a tile that is not persistent"),
         (_with(("pointwise", "block_m"), 12), "pointwise: expected powers of two"),
         (_with(("shared_memory",), "228K"), "shared_memory: expected bytes"),
-        (_with(("serves",), "sm_90"), "serves: expected a list of device names"),
+        (_with(("serves",), ["sm_90"]), "serves: expected figures by device name"),
+        (_with(("serves", "sm_90"), 132), "serves: sm_90: expected the fields multiprocessors"),
+        (
+            _with(("serves", "sm_90", "multiprocessors"), 0),
+            "serves: sm_90: expected positive integers",
+        ),
     ],
 )
 def test_bad_file_gives_an_error_that_names_the_place(
@@ -128,10 +120,18 @@ def test_explain_names_the_config_of_a_device_that_is_not_here() -> None:
     config, reason = fused_linear.explain("sm_90", torch.bfloat16, 512, 8192, 1024, 8)
     expected = tiles.choose_config("sm_90", torch.bfloat16, 512, 4096, 1024, gated=True)
     assert config == {**expected._asdict(), "file": "sm_90.json"}
-    assert reason == "aligned gated bf16 tile for 512 rows from kernels/configs/sm_90.json"
+    assert reason == (
+        "pointer form, aligned gated bf16 tile for m512-n4096-k1024 from kernels/configs/sm_90.json"
+    )
+    config, reason = fused_linear.explain("sm_90", torch.bfloat16, 4096, 4096, 4096, 0)
+    assert config["persistent"]
+    assert reason.startswith(
+        "persistent form by TMA, aligned plain bf16 tile for m4096-n4096-k4096"
+    )
+    config, _ = fused_linear.explain("sm_90", torch.bfloat16, 512, 8192, 1024, 8)
     odd, reason = fused_linear.explain("sm_90", torch.bfloat16, 512, 10, 1024, 0)
     assert odd["block_n"] < config["block_n"]
-    assert reason.startswith("unaligned plain")
+    assert reason.startswith("pointer form, unaligned plain")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="torch sees no GPU here"):
             fused_linear.explain("cuda", torch.bfloat16, 1, 1, 1, 0)

@@ -232,14 +232,14 @@ def _add_checks() -> None:
     def touched(pointers: Any, mask: Any) -> np.ndarray:
         return pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel()
 
-    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         if _launch is not None and _checking:
             size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
             addresses = touched(pointers, mask)
             _launch.check("load", addresses, size)
             for see in observers:
                 see(_launch, "read", addresses, size)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **named)
 
     def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         if _launch is not None and _checking:

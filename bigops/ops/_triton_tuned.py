@@ -99,7 +99,7 @@ def checked(table: gpu_tiles.Table) -> gpu_tiles.Table:
     return gpu_tiles.Table(table.machine, kept, table.source, ignored)
 
 
-def _serves(key: str, tile: dict[str, int], arch: str) -> bool:
+def _serves(key: str, tile: dict[str, Any], arch: str) -> bool:
     op, _, rest = key.partition(": ")
     form, dtype, _ = rest.rsplit(" ", 2) if rest.count(" ") >= 3 else ("", "", "")
     if op not in OPS:
