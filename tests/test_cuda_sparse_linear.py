@@ -77,6 +77,11 @@ def test_full_thin_and_empty(form: str, sparsity: float) -> None:
     run(form, "bf16", 3, 70, 140, sparsity=sparsity)
 
 
+@pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (False, True)])
+def test_optional_arguments(bias: bool, residual: bool) -> None:
+    run("sparse_float", "f16", 16, 20, 136, "gelu", bias=bias, residual=residual)
+
+
 def test_longer_chunks() -> None:
     run("sparse_float", "f32", 2, 2100, 70, sparsity=0.9)
 
