@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import bigops
 from bigops.ops import _quantized_weight as storage
 from bigops.ops._quantize import static_grid
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
@@ -139,3 +141,21 @@ def test_quantize_weight_refuses(
 def test_static_grid_refuses(ends: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="lo, hi: expected finite numbers"):
         static_grid(*ends)
+
+
+@pytest.mark.parametrize(
+    ("op", "form", "maker"),
+    [
+        ("quantized_linear", "QuantizedWeight", "quantize_weight"),
+        ("fp8_linear", "Fp8Weight", "quantize_fp8"),
+        ("sparse_linear", "SparseWeight", "sparsify_weight"),
+        ("packed_linear", "PackedWeight", "pack_weight"),
+    ],
+)
+def test_a_dense_weight_in_place_of_a_stored_one(op: str, form: str, maker: str) -> None:
+    call = getattr(importlib.import_module(f"bigops.ops.{op}"), op)
+    said = f"weight: expected {form}, as {maker} gives; got Tensor"
+    with pytest.raises(TypeError, match=said):
+        call(torch.randn(2, 8), torch.randn(4, 8))
+    with pytest.raises(TypeError, match=said):
+        bigops.explain(op, (2, 8), (4, 8), dtype=torch.float32, device="sm_90")

@@ -30,6 +30,13 @@ def tensors(**arguments: object) -> None:
             raise TypeError(f"{name}: expected a torch.Tensor; got {type(value).__name__}")
 
 
+def stored(weight: object, form: type, maker: str) -> None:
+    """Raise TypeError unless the weight is in the form that ``maker`` stores."""
+    if not isinstance(weight, form):
+        got = type(weight).__name__
+        raise TypeError(f"weight: expected {form.__name__}, as {maker} gives; got {got}")
+
+
 def floating(name: str, t: Tensor, allowed: Sequence[torch.dtype] = FLOATING) -> None:
     """Raise TypeError unless t has one of the allowed dtypes."""
     if t.dtype not in allowed:

@@ -121,6 +121,7 @@ def _explain(
     activation: str = "none",
     device: str | None = None,
 ) -> backend.Explanation:
+    checks.stored(weight, Fp8Weight, "quantize_fp8")
     _op.check(x, *weight.arguments, bias, residual, activation)
     target = device or ("cpu" if x.device.type == "meta" else x.device.type)
     reason = "no CPU kernel for e4m3: plain torch multiplies by the dequantised weight"
@@ -169,4 +170,5 @@ def fp8_linear(
             that requires a gradient.
         TypeError: a dtype that is not served, or dtypes that differ.
     """
+    checks.stored(weight, Fp8Weight, "quantize_fp8")
     return _op.apply(x, *weight.arguments, bias, residual, activation)

@@ -172,6 +172,7 @@ def _explain(
     activation: str = "none",
     device: str | None = None,
 ) -> backend.Explanation:
+    checks.stored(weight, PackedWeight, "pack_weight")
     _op.check(x, *weight.arguments, bias, residual, activation)
     extension = backend.extension
 
@@ -211,6 +212,7 @@ def packed_linear(
             that requires a gradient.
         TypeError: a dtype that is not served, or dtypes that differ.
     """
+    checks.stored(weight, PackedWeight, "pack_weight")
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         dtype = weight.panels.dtype
         low = [t if t is None else t.to(dtype) for t in (bias, residual)]

@@ -176,6 +176,7 @@ def _explain(
     *,
     y_grid: Tensor | None = None,
 ) -> backend.Explanation:
+    checks.stored(weight, QuantizedWeight, "quantize_weight")
     if y_grid is None and x.dtype != torch.uint8:
         _op.check(x, *weight.arguments, bias, residual, activation)
     else:
@@ -253,6 +254,7 @@ def quantized_linear(
         TypeError: a dtype that is not served, or dtypes that differ.
         RuntimeError: NaN or inf in a y that was to become uint8: no number of it says that.
     """
+    checks.stored(weight, QuantizedWeight, "quantize_weight")
     if y_grid is None and getattr(x, "dtype", None) is not torch.uint8:
         return _op.apply(x, *weight.arguments, bias, residual, activation)
     return _grid.apply(x, *weight.arguments, y_grid, bias, residual, activation)

@@ -245,6 +245,7 @@ def _explain(
     if isinstance(weight, BitmapWeight):
         _check_no_grid(weight, x_grid, y_grid)
         return _bitmap.explain(x, weight, bias, residual, activation, device)
+    checks.stored(weight, SparseWeight, "sparsify_weight")
     _check_weight_shape(x, weight)
     fixed = (*weight.tensors, weight.shape[0], weight.chunk)
     if x_grid is None and y_grid is None and x.dtype != torch.uint8:
@@ -340,6 +341,7 @@ def sparse_linear(
     if isinstance(weight, BitmapWeight):
         _check_no_grid(weight, x_grid, y_grid)
         return _bitmap.apply(x, weight, bias, residual, activation)
+    checks.stored(weight, SparseWeight, "sparsify_weight")
     n, k = weight.shape
     if x.shape[-1:] != (k,):
         checks.tensors(x=x)
