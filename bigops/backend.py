@@ -292,6 +292,7 @@ def _compiler() -> str | None:
     return None
 
 
+_NOT_ON_CPU = ("fp8_linear",)
 _ON_GPU = (
     "fp8_linear",
     "fused_linear",
@@ -318,7 +319,9 @@ def _op_status() -> dict[str, dict[str, str]]:
 
     ops: dict[str, dict[str, str]] = {}
     for op in sorted(_choosers):
-        if extension is not None:
+        if op in _NOT_ON_CPU:
+            cpu = f"reference.{op} (no CPU kernel of this op)"
+        elif extension is not None:
             cpu = f"cpu.{extension.isa()}.{op}"
         else:
             cpu = f"reference.{op} ({extension_error})"

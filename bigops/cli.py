@@ -167,7 +167,7 @@ def _explain(args: argparse.Namespace) -> int:
     weight = torch.randn(2 * args.n if gated else args.n, args.k).to(dtype)
     packed: tuple[object, ...] = (weight,)
     if args.op in ("fused_adamw", "fused_sgd", "fused_grad_norm"):
-        print(bigops.explain(args.op, [weight]))
+        print(bigops.explain(args.op, [weight], device=args.device))
         return 0
     if args.op == "packed_linear":
         from bigops.ops.packed_linear import pack_weight
@@ -200,8 +200,9 @@ def _explain(args: argparse.Namespace) -> int:
         stored = VALUES[check_values(args.values or "int8")]
         mask = pattern.mask(weight, check_sparsity(args.sparsity, pattern))
         packed = (sparsify_weight(weight, mask, stored, (pattern.height, pattern.width)),)
+    options = {"activation": args.activation, "device": args.device}
     try:
-        print(bigops.explain(args.op, x, *packed, activation=args.activation))
+        print(bigops.explain(args.op, x, *packed, **options))
     except TypeError as error:  # a --dtype that the op does not take
         raise ValueError(str(error)) from error
     return 0
@@ -362,4 +363,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     add("--sparsity", type=_fraction, help="of sparse_linear's weight (default: 0.8, or of N:M)")
     add("--pattern", default="1x4", help="of sparse_linear's weight: 1x4, 16x16, 1x1, 2:4, 2:4t")
     add("--values", help="sparse_linear stores int8, bf16 or fp32; low_rank_linear's factors: int8")
+    parser.add_argument(
+        "--device", help="cpu, cuda, or a GPU that need not be here: sm_90, gfx942 (default: cpu)"
+    )
     parser.set_defaults(command=_explain)

@@ -436,6 +436,18 @@ def test_show_names_low_rank_layers(capsys: pytest.CaptureFixture[str], tmp_path
         assert f"{i}: {layer}, {layer.nbytes:,} bytes" in out
 
 
+def test_explain_of_a_gpu_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("explain", "fused_linear", "--k", "4096", "--n", "4096", "--dtype", "bf16", "--device")
+    code, out, err = run(capsys, *argv, "sm_90")
+    assert (code, err) == (0, "")
+    assert out.startswith("fused_linear: triton.fused_linear.bf16 [")
+    assert "configs/sm_90.json" in out
+    code, out, _ = run(capsys, *argv, "sm_75")
+    assert (code, "expected sm_80 or later" in out) == (0, True)
+    code, _, err = run(capsys, *argv, "sm")
+    assert (code, "got 'sm'" in err) == (2, True)
+
+
 def test_explain_of_a_gated_pair(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ("explain", "fused_linear", "--k", "64", "--n", "32", "--activation", "swiglu")
     assert run(capsys, *argv)[0] == 0
