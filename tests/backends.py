@@ -86,6 +86,10 @@ def _built(op: str) -> Iterator[None]:
         yield
 
 
+def _is_gradient(name: str) -> bool:
+    return "_backward" in name or "_grad_" in name
+
+
 class Way(NamedTuple):
     """One way; ``level`` is the instruction set of a CPU kernel."""
 
@@ -126,8 +130,8 @@ class Way(NamedTuple):
         own = _PREFIX[self.name]
         with self.taken(op), backend.record() as names:
             yield
-        forward = [plain(name) for name in names if "_backward" not in name]
-        backward = [plain(name) for name in names if "_backward" in name]
+        forward = [plain(name) for name in names if not _is_gradient(name)]
+        backward = [plain(name) for name in names if _is_gradient(name)]
         assert any(name.startswith(own + op) for name in forward), f"{self}: {names}"
         assert all(name.startswith(own) for name in forward), f"{self}: another ran: {names}"
         allowed = _BACKWARD.get((self.name, op), (own,))

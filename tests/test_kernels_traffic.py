@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 import bigops
 from bigops.kernels import fused_linear as linear_kernels
 from bigops.kernels import gemm as gemm_kernels
+from bigops.kernels import product as products
 from bigops.kernels import linear_cross_entropy as loss_kernels
 from bigops.kernels import low_rank_linear as low_rank_kernels
 from bigops.kernels import tiles
@@ -273,7 +274,7 @@ def test_an_epilogue_through_memory_is_caught(monkeypatch: pytest.MonkeyPatch) -
 
     def apart(x: Tensor, b: Tensor, **options: Any) -> tuple[Tensor, None]:
         residual, act = options.pop("residual"), options.pop("act")
-        z = gemm_kernels.product(x, b, **options)[0]
+        z = products.product(x, b, **options)[0]
         y = torch.empty_like(z)
         grid = (-(-z.shape[0] // 32), -(-z.shape[1] // 32))
         low_rank_kernels.activate_rows[grid](
@@ -308,7 +309,7 @@ def test_a_kernel_that_reads_twice_is_caught(
     """By the count of all that programs ask for; values and compulsory bytes stay as they were."""
     old = "a_block = tl.load(a_tile, mask=a_mask, other=0.0)\n"
     copy = plant(gemm_kernels, tmp_path, old, old + " " * 8 + old)
-    monkeypatch.setattr(linear_kernels, "product", copy.product)
+    monkeypatch.setattr(products, "gemm", copy.gemm)
     with pytest.raises(AssertionError):
         test_the_programs_of_a_product_read_each_operand_once("gelu")
 
@@ -320,7 +321,7 @@ def test_an_intermediate_kept_in_an_argument_is_caught(
     old = "b_block = tl.load(b_tile, mask=b_mask, other=0.0)\n"
     copy = plant(gemm_kernels, tmp_path, old, old + " " * 8 + "if tile_n == 0:\n" + " " * 12
                  + "tl.store(a_tile, a_block, mask=a_mask)\n")  # fmt: skip
-    monkeypatch.setattr(linear_kernels, "product", copy.product)
+    monkeypatch.setattr(products, "gemm", copy.gemm)
     case = linear_cases.make(M, N, K, BF16, "gelu")
     with counting() as traffic:
         y, _ = linear_road.forward(*case.inputs, "gelu", False)

@@ -28,8 +28,11 @@ import bigops
 from bigops import backend
 from bigops.kernels import fused_linear as linear_kernels
 from bigops.kernels import quantized_linear as quantized_kernels
+from bigops.kernels.activation import NAMES
+from bigops.kernels.tiles import TileConfig
 from bigops.ops import _checks as checks
 from bigops.ops import _triton as linear_road
+from bigops.ops import _triton_fp8 as fp8_road
 from bigops.ops import _triton_loss as loss_road
 from bigops.ops import _triton_low_rank as low_rank_road
 from bigops.ops import _triton_quantized as quantized_road
@@ -55,6 +58,14 @@ def linear(dtype: torch.dtype, name: str, shape: tuple[int, int, int] = (ROWS, 4
     case.check_gradients([*grads, case.grad])
 
 
+def persistent(dtype: torch.dtype, name: str) -> None:
+    """By tensor descriptors, on sizes that have them."""
+    case = linear_cases.make(ROWS, 48, 80, dtype, name)
+    tile = TileConfig(32, 32, 32, 2, 4, 2, 1, persistent=True)
+    y, _ = linear_kernels.forward(*case.inputs, NAMES.index(name), config=tile)
+    case.check_forward(y)
+
+
 def low_rank(dtype: torch.dtype, base: bool, rank: int = 9) -> None:
     case = low_rank_cases.make(ROWS, 45, 70, rank, dtype, "gelu", base=base, scale=0.75)
     x, u, v, bias, residual, dense = case.inputs
@@ -69,6 +80,12 @@ def low_rank(dtype: torch.dtype, base: bool, rank: int = 9) -> None:
 def quantized(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
     y = quantized_road.forward(case.x, *case.storage, case.bias, case.residual, "gelu")
+    case.check_forward(y)
+
+
+def fp8(form: str, dtype: str) -> None:
+    case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
+    y = fp8_road.forward(case.x, *case.storage, case.bias, case.residual, "gelu")
     case.check_forward(y)
 
 
@@ -221,15 +238,16 @@ def leaves_some_out() -> None:
 def planted(old: str, new: str) -> None:
     """fused_linear with a fault in the epilogue of its GEMM."""
     from bigops.kernels import gemm
+    from bigops.kernels import product as products
 
     with tempfile.TemporaryDirectory() as folder:
         copy: ModuleType = plant(gemm, Path(folder), old, new)
         case = linear_cases.make(ROWS, 45, 70, F32, "gelu", residual=False)
-        before, linear_kernels.product = linear_kernels.product, copy.product
+        before, products.gemm = products.gemm, copy.gemm
         try:
             y, _ = linear_road.forward(*case.inputs, "gelu", False)
         finally:
-            linear_kernels.product = before
+            products.gemm = before
     case.check_forward(y)
 
 
@@ -265,6 +283,11 @@ WIDE: dict[str, Callable[[], None]] = {
         for name in ("none", "silu", "geglu")
     },
     **{
+        f"fused_linear persistent {name} {checks.short(dtype)}": partial(persistent, dtype, name)
+        for dtype in (F32, BF16)
+        for name in ("silu", "geglu")
+    },
+    **{
         f"low_rank_linear {'lora' if base else 'factors'} {checks.short(dtype)}": partial(
             low_rank, dtype, base
         )
@@ -275,6 +298,11 @@ WIDE: dict[str, Callable[[], None]] = {
     **{
         f"quantized_linear {form} {dtype}": partial(quantized, form, dtype)
         for form in ("int8_zero", "int8_static", "w8_zero", "w4_zero", "w4a8")
+        for dtype in ("f32", "bf16")
+    },
+    **{
+        f"fp8_linear {form} {dtype}": partial(fp8, form, dtype)
+        for form in ("fp8", "fp8_block", "w_fp8_block")
         for dtype in ("f32", "bf16")
     },
     **{
