@@ -20,9 +20,9 @@ pytest.importorskip("triton")
 import bigops
 from bigops.kernels import fused_linear as linear_kernels
 from bigops.kernels import gemm as gemm_kernels
-from bigops.kernels import product as products
 from bigops.kernels import linear_cross_entropy as loss_kernels
 from bigops.kernels import low_rank_linear as low_rank_kernels
+from bigops.kernels import product as products
 from bigops.kernels import tiles
 from bigops.ops import _triton as linear_road
 from bigops.ops import _triton_low_rank as low_rank_road
