@@ -27,8 +27,7 @@ from tests.kernels_ran import ISAS, isa
 # The device whose entry in the dispatcher's table serves: one without kernels, and a GPU.
 _KEYS = {"reference": "PrivateUse1", "triton": "CUDA", "hostrun": "CUDA"}
 _PREFIX = {"reference": "reference.", "cpu": "cpu.", "triton": "triton.", "hostrun": "cuda."}
-# Ops of csrc/cuda, by the op that calls them; each is built when a test first takes the way.
-_IN_CUDA = ("quantized_linear", "sparse_linear", "sparse24_linear")
+_STEPS = ("fused_adamw", "fused_grad_norm")  # in one file
 # Whose kernels give the gradients, where it is not the way's own: the reference where `explain`
 # says so, and Triton's behind a forward in CUDA C++.
 _BACKWARD = {
@@ -77,17 +76,19 @@ def _load(op: str) -> None:
 @contextlib.contextmanager
 def _built(op: str) -> Iterator[None]:
     """As where bigops/_cuda was built: what it serves goes there."""
-    _load(op)
+    _load("fused_adamw" if op in _STEPS else op)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "cuda_error", "")
         patch.setattr(backend, "cuda_runs_on", lambda arch: True)
         sparse24 = sys.modules["bigops.ops._sparse24_linear"]
         patch.setattr(sparse24, "serves", lambda x, stored: sparse24._fits(x.shape[-1], stored))
+        steps = sys.modules["bigops.ops._cuda_adamw"]
+        patch.setattr(steps, "serves", lambda tensors: op in _STEPS and len(tensors) > 0)
         yield
 
 
 def _is_gradient(name: str) -> bool:
-    return "_backward" in name or "_grad_" in name
+    return "_backward" in name or "_linear_grad_" in name
 
 
 class Way(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor
 from bigops import fused_adamw, fused_grad_norm, fused_sgd
 from bigops.ops.fused_adamw import reference_norm, reference_sgd
 from tests import tolerance
-from tests.backends import CPU, REFERENCE, TRITON, Way, reachable
+from tests.backends import CPU, HOSTRUN, REFERENCE, TRITON, Way, reachable
 from tests.kernels_ran import ISAS, expect, isa, needs_extension
 from tests.optimizer_cases import ADAMW, DTYPES, SHAPES, Problem, level_of, threads
 
@@ -121,7 +121,7 @@ def test_sgd_follows_torch_over_many_steps(dtype: str, level: str, name: str) ->
 @pytest.mark.parametrize(
     ("way", "dtype"),
     [(way, dtype) for way in (REFERENCE, *CPU) for dtype in DTYPES]
-    + [(TRITON, dtype) for dtype in DTYPES if dtype != "f64"],
+    + [(way, dtype) for way in (TRITON, HOSTRUN) for dtype in DTYPES if dtype != "f64"],
     ids=str,
 )
 @pytest.mark.parametrize("form", ["nearest", "stochastic", "8bit"])
@@ -129,12 +129,14 @@ def test_every_dtype_follows_the_reference(way: Way, dtype: str, form: str) -> N
     """One step from each point of the reference's way, so that codes do not drift apart."""
     eight_bit = form == "8bit"
     end = "8bit" if eight_bit and dtype != "f64" else "fused"
-    kernel = f"{way.name}.fused_adamw.{dtype}.{end}"
+    source = "cuda" if way is HOSTRUN else way.name
+    kernel = f"{source}.fused_adamw.{dtype}.{end}"
     if way.name == "cpu":
         kernel = f"cpu.{level_of(way.level, dtype)}.fused_adamw.{dtype}.{end}"
-    shapes = [*SHAPES[:-1], (70, 67)] if way is TRITON else SHAPES  # the interpreter is slow
+    slow = way in (TRITON, HOSTRUN)
+    shapes = [*SHAPES[:-1], (70, 67)] if slow else SHAPES
     theirs = Problem(DTYPES[dtype], shapes=shapes, eight_bit=eight_bit)
-    for step in range(2 if way is TRITON else 4):
+    for step in range(2 if slow else 4):
         ours = Problem(DTYPES[dtype], shapes=shapes, eight_bit=eight_bit)
         for mine, other in zip(ours.all(), theirs.all(), strict=True):
             mine.copy_(other)
@@ -174,7 +176,7 @@ def test_sgd_follows_the_reference(way: Way, name: str, first_step: bool) -> Non
         tolerance.check(mine, other.double(), other, other.double().abs() + 1e-2)
 
 
-@pytest.mark.parametrize("way", [REFERENCE, *CPU, TRITON], ids=str)
+@pytest.mark.parametrize("way", [REFERENCE, *CPU, TRITON, HOSTRUN], ids=str)
 def test_the_norm_of_mixed_gradients(way: Way) -> None:
     dtypes = [DTYPES[d] for d in ("f32", "bf16", "f16")]
     grads = [torch.randn(s).to(dtypes[i % 3]) for i, s in enumerate([*SHAPES[:-1], (70, 67)])]
