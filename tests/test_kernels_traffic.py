@@ -24,7 +24,10 @@ from bigops.kernels import linear_cross_entropy as loss_kernels
 from bigops.kernels import low_rank_linear as low_rank_kernels
 from bigops.kernels import product as products
 from bigops.kernels import tiles
+from bigops.kernels.activation import NAMES
+from bigops.kernels.tiles import TileConfig
 from bigops.ops import _triton as linear_road
+from bigops.ops import _triton_fp8 as fp8_road
 from bigops.ops import _triton_low_rank as low_rank_road
 from bigops.ops import _triton_quantized as quantized_road
 from tests import compressed_cases, linear_cases, low_rank_cases, triton_interpreter
@@ -77,6 +80,16 @@ def test_the_programs_of_a_product_read_each_operand_once(name: str) -> None:
     rows, columns = -(-M // config.block_m), -(-N // config.block_n)
     read = columns * size(case.x) + rows * size(case.weight, case.bias) + size(case.residual)
     assert traffic.sums("all") == (read, size(y))
+
+
+@pytest.mark.parametrize("name", ["gelu", "geglu"])
+def test_the_persistent_form_moves_no_more(name: str) -> None:
+    case = linear_cases.make(M, 48, 88, BF16, name)  # sizes that have tensor descriptors
+    tile = TileConfig(32, 32, 32, 2, 4, 2, 1, persistent=True)
+    with counting() as traffic:
+        y, _ = linear_kernels.forward(*case.inputs, NAMES.index(name), config=tile)
+    assert traffic.kernels == ["gemm_persistent"]
+    check_epilogue(traffic, size(*case.inputs), size(y))
 
 
 @pytest.mark.parametrize("name", ["none", "swiglu"])
@@ -164,6 +177,19 @@ def test_quantised_rows_are_written_once(form: str) -> None:
     stored = size(weight.values, weight.scale, weight.zero_point, weight.row_sum)
     read = size(*case.inputs) + stored + M * 128 + 2 * 4 * M + used
     check_epilogue(traffic, read, rows + size(y))
+
+
+@pytest.mark.parametrize("form", ["w_fp8", "w_fp8_block", "fp8", "fp8_block"])
+def test_fp8_weights_are_read_as_they_are_stored(form: str) -> None:
+    """One byte a number. Where x is rounded, its codes and scales are the one intermediate."""
+    case = compressed_cases.make(form, M, 48, 128, "bf16", "gelu")
+    with counting() as traffic, expect("triton.fp8_linear.bf16"):
+        y = fp8_road.forward(case.x, *case.storage, case.bias, case.residual, "gelu")
+    rounded = case.weight.activations != "none"
+    assert traffic.kernels == ["quantize_fp8"] * rounded + ["fp8_gemm"]
+    rows = (M * 128 + 4 * M) * rounded
+    stored = size(case.weight.values, case.weight.scale)
+    check_epilogue(traffic, size(*case.inputs) + stored + rows, size(y) + rows)
 
 
 @pytest.mark.parametrize("pattern", ["16x16", "32x32"])
