@@ -5,8 +5,9 @@
 
 One row per kernel form, config, dtype and device: registers, spilled bytes, shared memory, warps,
 programs per multiprocessor and what limits them, counts of the instructions that matter. The exit
-status is 1 where a row spills, asks for more shared memory than the device has, or lacks the
-matrix instruction its tile is for; with --check, also where a row is worse than in FILE.
+status is 1 where a row spills or reads or writes local memory (scratch, on AMD), asks for more
+shared memory than the device has, or lacks the matrix instruction its tile is for; with --check,
+also where a row is worse than in FILE.
 --sample N compiles every Nth row of each kernel and device, and with --check all that FILE does not
 hold as they are now (gpu_golden.py); --update compiles only the latter, writes them to the
 committed table and draws it (gpu_plot.py); --plot only draws.
@@ -16,6 +17,8 @@ Nothing here is a time: no GPU runs.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -36,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from bigops.kernels import fused_linear, gemm, tiles
 from bigops.kernels.activation import NAMES, split_code
@@ -296,19 +299,19 @@ def _search(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def _ptxas_spills(ptx: str, arch: str) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        target = re.search(r"\.target (sm_\w+)", ptx)
-        assert target, "PTX without .target"
-        ptxas = "ptxas-blackwell" if int(arch[3:]) >= 90 else "ptxas"
-        log = _tool(ptxas, "-v", f"-arch={target[1]}", str(source), "-o", f"{folder}/out")
-    stores = _search(r"(\d+) bytes spill stores", log)
-    return stores + _search(r"(\d+) bytes spill loads", log)
+def _ptxas_spills(kernel: Any, asked: Compilation) -> int:
+    """The bytes ptxas spills in triton's own call: other flags than its give other spills."""
+    backend = make_backend(asked.target)
+    options = backend.parse_options(dict(asked.options))
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        backend.make_cubin(kernel.asm["ptx"], {}, options, asked.target.arch)
+    stores = _search(r"(\d+) bytes spill stores", log.getvalue())
+    return stores + _search(r"(\d+) bytes spill loads", log.getvalue())
 
 
-def _nvidia_facts(job: Job, kernel: Any) -> dict[str, Any]:
+def _nvidia_facts(job: Job, kernel: Any, asked: Compilation) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
@@ -317,7 +320,7 @@ def _nvidia_facts(job: Job, kernel: Any) -> dict[str, Any]:
     facts = {"registers": _search(r"REG:(\d+)", usage), "spill_bytes": 0}
     # A spill lives in the stack frame: only where there is one is ptxas asked for the bytes.
     if _search(r"STACK:(\d+)", usage):
-        facts["spill_bytes"] = _ptxas_spills(kernel.asm["ptx"], job.arch)
+        facts["spill_bytes"] = _ptxas_spills(kernel, asked)
     facts |= _count(code, job)
     return facts
 
@@ -366,6 +369,8 @@ def verdict(job: Job, facts: dict[str, Any], shared_limit: int) -> str:
         faults.append("no tma")
     if int(facts["spill_bytes"]) > 0:
         faults.append(f"spills {facts['spill_bytes']} bytes")
+    if int(facts["local"]) > 0:
+        faults.append(f"uses local memory by {facts['local']} instructions")
     if int(facts["shared_bytes"]) > shared_limit:
         faults.append(f"shared memory {facts['shared_bytes']} > {shared_limit}")
     needed = expected_instruction(job)
@@ -390,8 +395,8 @@ def measure(job: Job) -> dict[str, Any]:
             | row
             | {"verdict": f"{type(error).__name__}: {str(error)[:160]}"}
         )
-    read = _amd_facts if job.arch.startswith("gfx") else _nvidia_facts
-    facts = read(job, kernel)
+    amd = job.arch.startswith("gfx")
+    facts = _amd_facts(job, kernel) if amd else _nvidia_facts(job, kernel, asked)
     facts |= {"shared_bytes": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
     held = occupancy(job.arch, facts["registers"], facts["shared_bytes"], facts["warps"])
     facts |= {"programs_per_sm": held.programs, "limiter": held.limiter}
