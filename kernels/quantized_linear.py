@@ -357,6 +357,7 @@ def forward(
     residual: Tensor | None = None,
     activation: int = 0,
     config: TileConfig | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """act(x W^T + bias) + residual; the storage as in `bigops.ops.quantized_linear`.
 
@@ -375,9 +376,10 @@ def forward(
         residual: [M, N] in x's dtype.
         activation: code, the position in `activation.NAMES`; no gated pair.
         config: tiles to use instead of the committed choice.
+        dtype: of the result, None for that of x.
 
     Returns:
-        [M, N], contiguous, in the dtype of x.
+        [M, N], contiguous.
 
     Raises:
         TypeError: unsupported or differing dtypes.
@@ -393,7 +395,7 @@ def forward(
     whole = activations != "none"
     if whole and k >= MAX_K:
         raise ValueError(f"x: expected fewer than {MAX_K} columns to quantise; got {k}")
-    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    y = torch.empty((m, n), dtype=dtype or x.dtype, device=x.device)
     if m == 0 or n == 0:
         return y
     if config is None:

@@ -2,7 +2,8 @@
 
 The rule is that of tiles.py, and so are the devices and what "aligned" means; a file holds tiles by
 kind of product instead of form. Kinds: "w8a8" and "w4a8" multiply whole numbers, "w8" and "w4" x in
-floating point. BLOCK_K is cut to the columns that share a scale where those are fewer.
+floating point; BLOCK_K is cut to the columns that share a scale where those are fewer.
+"w8_gradient" and "w4_gradient" are gz W, whose columns are those of W: there BLOCK_N is cut so.
 """
 
 import functools
@@ -18,7 +19,7 @@ from .tiles import DTYPES, TileConfig, _fields, _power_of_two
 
 CONFIG_DIR = tiles.CONFIG_DIR / "quantized_linear"
 FORMAT = "bigops-quantized-tiles-1"
-KINDS = ("w8a8", "w4a8", "w8", "w4")
+KINDS = ("w8a8", "w4a8", "w8", "w4", "w8_gradient", "w4_gradient")
 
 _LAUNCH = ("group_m", "num_warps", "num_stages", "parts")
 _ENTRY_KEYS = ("kinds", "aligned", "dtypes", "max_m", "tile", *_LAUNCH)

@@ -31,8 +31,7 @@ _STEPS = ("fused_adamw", "fused_grad_norm")  # in one file
 # Whose kernels give the gradients, where it is not the way's own: the reference where `explain`
 # says so, and Triton's behind a forward in CUDA C++.
 _BACKWARD = {
-    ("triton", "quantized_linear"): ("reference.",),
-    ("hostrun", "quantized_linear"): ("reference.",),
+    ("hostrun", "quantized_linear"): ("triton.",),
     ("hostrun", "sparse24_linear"): ("reference.",),
     ("hostrun", "sparse_linear"): ("triton.", "reference."),
 }

@@ -11,11 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from bigops.kernels import quantized_gradient as gradient
 from bigops.kernels import quantized_linear as kernels
 from bigops.kernels import quantized_tiles
 from bigops.kernels.activation import NAMES, split_code
 
-KERNELS = {"quantized_gemm": kernels.quantized_gemm, "quantize_rows": kernels.quantize_rows}
+KERNELS = {
+    "quantized_gemm": kernels.quantized_gemm,
+    "quantize_rows": kernels.quantize_rows,
+    "quantized_gradient": gradient.quantized_gradient,
+}
 TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 # The matrix instructions of whole numbers: others in such a row would be no int8 product.
 WHOLE_COUNTS = {
@@ -48,6 +53,9 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
 
     table = quantized_tiles.table_for(arch)
     for entry in table.entries:
+        if entry.kinds[0].endswith("_gradient"):
+            yield from _gradients(arch, job, entry)
+            continue
         main = entry.max_m is None and entry.aligned
         end = "" if entry.aligned else "_odd"
         for kind in entry.kinds:
@@ -64,7 +72,7 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
                 yield gemm(f"{kind}_loose", "bf16", entry)
                 yield gemm(f"{kind}_ones", "bf16", entry)
             if main:
-                for variant in ("even", "wide", *(["zero_far"] if kind == "w8a8" else [])):
+                for variant in ("even", "wide", "preact", *(["zero_far"] * (kind == "w8a8"))):
                     yield gemm(f"{kind}_{variant}", "bf16", entry)
             if main and kind == "w8a8":  # the epilogue is that of all kinds
                 for code, name in enumerate(NAMES):
@@ -77,13 +85,37 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
         yield job(arch, "quantize_rows", f"dynamic_{end}", "bf16", table.rows, "none")
 
 
+def _gradients(arch: str, job: Callable[..., Any], entry: Any) -> Iterator[Any]:
+    """The backward's product: one scale a row and zero points by groups, float16 for its range."""
+
+    def product(form: str, dtype: str, precision: str = "ieee") -> Any:
+        tile = gradient.within(entry.config, _group(form))
+        return job(arch, "quantized_gradient", form, dtype, tile, "none", precision=precision)
+
+    end = "" if entry.aligned else "_odd"
+    for kind in entry.kinds:
+        for dtype in entry.dtypes:
+            yield product(f"{kind}_zero{end}", dtype)
+        if kind == "w4_gradient":
+            yield product(f"{kind}_g32_zero{end}", entry.dtypes[0])
+    kind = entry.kinds[-1]
+    if not entry.aligned:
+        yield product(f"{kind}_loose", "bf16")
+        yield product(f"{kind}_ones", "bf16")
+    elif entry.max_m is None and "bf16" in entry.dtypes:
+        yield product(f"{kind}_even", "bf16")
+        yield product(f"{kind}_wide", "bf16")
+    if entry.aligned and "f32" in entry.dtypes and arch[:2] == "sm":
+        yield product(f"{kind}_zero", "f32", "tf32")
+
+
 def _words(job: Any) -> list[str]:
     words: list[str] = job.form.split("_")
     return words
 
 
 def _group(form: str) -> int:
-    return next((int(word[1:]) for word in form.split("_") if word[0] == "g"), 0)
+    return next((int(w[1:]) for w in form.split("_") if w[0] == "g" and w[1:].isdigit()), 0)
 
 
 def whole(job: Any) -> bool:
@@ -99,6 +131,8 @@ def unaligned(job: Any) -> tuple[str, ...]:
         return ()
     if job.kernel == "quantize_rows":
         return ("M", "K", "stride_xm", "stride_xk")  # the rows of q are ours
+    if job.kernel == "quantized_gradient":
+        return ("M", "N", "K", "LINES", "stride_gm", "stride_gn")
     own = ("stride_xm", "stride_xk") if not whole(job) else ()
     return ("M", "N", "K", "LINES", "stride_rm", "stride_rn", *own)
 
@@ -109,6 +143,8 @@ def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     pointer = "*" + TRITON_TYPE[job.dtype]
     types = dict.fromkeys(fn.arg_names, "i32")
     constants: dict[str, Any] = {"BLOCK_M": job.tile.block_m, "BLOCK_N": job.tile.block_n}
+    if job.kernel == "quantized_gradient":
+        return fn, *_gradient_arguments(job, types | {"gz": pointer, "gx": pointer}, constants)
     if "loose" not in words:
         constants |= {"stride_xk": 1}
     if "ones" in words:
@@ -123,6 +159,8 @@ def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     bits, group = int(job.form[1]), _group(job.form)
     types |= dict.fromkeys(("x", "bias", "residual", "y"), pointer)
     types |= {"values": "*i8" if bits == 8 else "*u8", "scale": "*fp32", "zero_point": "*i8"}
+    if "preact" in words:
+        types["y"] = "*fp32"
     if whole(job):
         constants["stride_xk"] = 1
         types |= {"x": "*i8", "row_sum": "*i32" if bits == 8 else "*fp32", "x_scale": "*fp32"}
@@ -148,3 +186,26 @@ def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
         "PARTS": job.tile.parts,
     }
     return fn, types, constants
+
+
+def _gradient_arguments(
+    job: Any, types: dict[str, str], constants: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    words, bits = _words(job), int(job.form[1])
+    types |= {"values": "*i8" if bits == 8 else "*u8", "scale": "*fp32", "zero_point": "*i8"}
+    if "zero" not in words:
+        constants["zero_point"] = None
+    if "loose" not in words:
+        constants["stride_gn"] = 1
+    if "ones" in words:
+        constants |= dict.fromkeys(("M", "N", "K", "LINES"), 1)
+    constants |= {
+        "BITS": bits,
+        "GROUP": _group(job.form),
+        "PRECISION": job.precision,
+        "EVEN_N": "even" in words,
+        "WIDE": "wide" in words,
+        "BLOCK_K": job.tile.block_k,
+        "GROUP_M": job.tile.group_m,
+    }
+    return types, constants

@@ -61,6 +61,7 @@ PRODUCTS = (
     "gemm",
     "gemm_persistent",
     "quantized_gemm",
+    "quantized_gradient",
     "fp8_gemm",
     "low_rank_product",
     "block_product",

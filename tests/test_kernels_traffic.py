@@ -192,6 +192,18 @@ def test_fp8_weights_are_read_as_they_are_stored(form: str) -> None:
     check_epilogue(traffic, size(*case.inputs) + stored + rows, size(y) + rows)
 
 
+@pytest.mark.parametrize("form", ["w8_zero", "w4_zero", "int8"])
+def test_the_gradient_of_x_reads_the_codes(form: str) -> None:
+    """gz once, codes, scales and zero points once, gx written: no dequantised weight."""
+    case = compressed_cases.make(form, M, 48, 128, "bf16", residual=False)
+    back = (case.grad, case.x, *case.storage, case.bias, "none")
+    with counting() as traffic, expect("triton.quantized_linear_backward.bf16"):
+        gx, _ = quantized_road.backward(*back, True, False)
+    assert traffic.kernels == ["quantized_gradient"]
+    stored = size(case.weight.values, case.weight.scale, case.weight.zero_point)
+    check_epilogue(traffic, size(case.grad) + stored, size(gx))
+
+
 @pytest.mark.parametrize("pattern", ["16x16", "32x32"])
 def test_sparse_products_read_the_stored_blocks(pattern: str) -> None:
     """Forward and both gradients: values once, only x where blocks are; no dense W or gradient."""

@@ -61,9 +61,9 @@ def kernels_of(form: str, way: Way, dtype: str) -> tuple[str, ...]:
     if way.name == "cpu":
         return kernel_of(form, way.level, dtype), backward_of(form, way.level, dtype)
     bits = QUANTISED[form].get("bits", 8)
-    rounds = way is TRITON and form not in FLOATING
-    device = "cuda" if way is HOSTRUN else "triton"
-    return (f"{device}.quantized_linear.{dtype}.w{bits}" + ("a8" if rounds else ""),)
+    device, a8 = ("cuda", "") if way is HOSTRUN else ("triton", "" if form in FLOATING else "a8")
+    forward = f"{device}.quantized_linear.{dtype}.w{bits}{a8}"
+    return forward, f"triton.quantized_linear_backward.{dtype}.w{bits}"
 
 
 def run(case: Case, form: str, way: Way, dtype: str) -> None:
@@ -73,7 +73,8 @@ def run(case: Case, form: str, way: Way, dtype: str) -> None:
         y = quantized_linear(x, case.weight, bias, residual, case.name)  # type: ignore[arg-type]
         grads = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], case.grad))
     case.check_forward(y)
-    case.check_gradients([None if t is None else next(grads) for t in leaves], str(way))
+    found = [None if t is None else next(grads) for t in leaves]
+    case.check_gradients(found, str(way), stored=way in (TRITON, HOSTRUN))
 
 
 # the activation quantisers -----------------------------------------------------------------

@@ -89,6 +89,12 @@ def fp8(form: str, dtype: str) -> None:
     case.check_forward(y)
 
 
+def quantized_backward(form: str, dtype: str) -> None:
+    case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
+    back = (case.grad, case.x, *case.storage, case.bias, "gelu")
+    case.check_gradients([*quantized_road.backward(*back, True, True), case.grad], stored=True)
+
+
 def rows_as_integers(activations: str) -> None:
     x = torch.randn(ROWS, 150) * torch.logspace(-3, 3, ROWS).unsqueeze(1)
     grid = torch.tensor([0.02, 120.0]) if activations == "static" else None
@@ -304,6 +310,10 @@ WIDE: dict[str, Callable[[], None]] = {
         f"fp8_linear {form} {dtype}": partial(fp8, form, dtype)
         for form in ("fp8", "fp8_block", "w_fp8_block")
         for dtype in ("f32", "bf16")
+    },
+    **{
+        f"quantized_linear_backward {form} {dtype}": partial(quantized_backward, form, dtype)
+        for form, dtype in (("int8_zero", "f32"), ("w4_zero", "bf16"), ("w8_group", "f16"))
     },
     **{
         f"rows as integers {activations}": partial(rows_as_integers, activations)

@@ -1,4 +1,4 @@
-"""The road from quantized_linear to its Triton kernels: flattens rows, names what ran."""
+"""The road from quantized_linear and its backward to Triton kernels: flat rows, names what ran."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def name(dtype: torch.dtype, bits: int, activations: str) -> str:
     return f"triton.quantized_linear.{checks.short(dtype)}.{numbers}"
 
 
+def _form(weight: QuantizedWeight) -> dict[str, Any]:
+    """The weight as the forward kernel takes it: all of it but K."""
+    return {name: t for name, t in weight._asdict().items() if name != "k"}
+
+
 def forward(x: Tensor, *args: Any) -> Tensor:
     """`kernels/quantized_linear.py` forward on x of any rank; the arguments of the op."""
     from bigops.kernels import quantized_linear as kernels
@@ -45,21 +50,39 @@ def forward(x: Tensor, *args: Any) -> Tensor:
     weight = QuantizedWeight.of(*fixed)
     y = kernels.forward(
         rows(x),
-        weight.values,
-        weight.scale,
-        weight.zero_point,
-        weight.row_sum,
-        weight.x_grid,
-        weight.n,
-        weight.bits,
-        weight.group,
-        weight.activations,
-        bias,
-        None if residual is None else rows(residual),
-        act.CODES[activation],
+        **_form(weight),
+        bias=bias,
+        residual=None if residual is None else rows(residual),
+        activation=act.CODES[activation],
     )
     backend.note(name(x.dtype, weight.bits, weight.activations))
     return y.view(*x.shape[:-1], weight.n)
+
+
+def backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Gradients of x and bias by kernels; [0] for what is not needed.
+
+    The pre-activation is computed anew, in float32 and as the forward saw it: where that rounds x,
+    the gradient is the straight-through one.
+    """
+    from bigops.kernels import quantized_gradient, quantized_linear
+    from bigops.kernels.fused_linear import preact_gradient
+
+    *fixed, bias, activation, need_x, need_bias = args
+    weight = QuantizedWeight.of(*fixed)
+    flat, z = rows(grad), None
+    if activation != "none":
+        z = quantized_linear.forward(rows(x), **_form(weight), bias=bias, dtype=torch.float32)
+    code = act.CODES[activation]
+    gz, gb = preact_gradient(flat, z, code, z is not None and need_x, need_bias)
+    gx = x.new_empty(0)
+    if need_x:
+        gz = flat if gz is None else gz
+        stored = (weight.values, weight.scale, weight.zero_point)
+        form = (weight.k, weight.bits, weight.group)
+        gx = quantized_gradient.gradient(gz, *stored, *form).view(x.shape)
+    backend.note(f"triton.quantized_linear_backward.{checks.short(x.dtype)}.w{weight.bits}")
+    return gx, x.new_empty(0) if gb is None else gb
 
 
 def explain(

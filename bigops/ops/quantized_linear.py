@@ -147,8 +147,8 @@ reference_grid = _grid.reference
 # --- dispatch ------------------------------------------------------------------------------
 # The CPU kernels register themselves (csrc/cpu/quantized_linear.cpp). On a GPU, Triton serves, but
 # for the few rows of a decode step, where W is all that is read and its bytes can go from memory to
-# the tensor cores by a shorter way than Triton knows; the backward and the twin with grids are the
-# references, as `backend.record` says.
+# the tensor cores by a shorter way than Triton knows; the backward is Triton's, and the twin with
+# grids the reference, as `backend.record` says.
 
 
 def _cuda(x, *args):  # type: ignore[no-untyped-def]
@@ -162,7 +162,15 @@ def _cuda(x, *args):  # type: ignore[no-untyped-def]
     return _triton.forward(x, *args)
 
 
+def _cuda_backward(grad, x, *args):  # type: ignore[no-untyped-def]
+    k, activations = args[6], args[9]
+    if not _triton.serves(x.dtype, k, activations, x.device):
+        return _op._serve_backward(grad, x, *args)
+    return _triton.backward(grad, x, *args)
+
+
 LIB.impl("quantized_linear", _cuda, "CUDA")
+LIB.impl("quantized_linear_backward", _cuda_backward, "CUDA")
 
 
 @backend.serves("quantized_linear")
