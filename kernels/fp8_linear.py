@@ -437,7 +437,7 @@ def explain(
     if activations == "none":
         how = "the weight is widened to the dtype of x in the kernel"
     return {
-        **config._asdict(),
+        **config.of_one_form(),
         "units": units,
         "file": name,
     }, f"{what} tile for {m} rows from kernels/configs/{name}; {how}"

@@ -146,4 +146,4 @@ def explain(
         f"{kind} tile for {m} rows and a rank of {rank} {where}, at most "
         f"{used} of {table.shared_memory} bytes of shared memory"
     )
-    return FUSED, {**config._asdict(), "file": file}, reason
+    return FUSED, {**config.of_one_form(), "file": file}, reason

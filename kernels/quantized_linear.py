@@ -495,4 +495,4 @@ def explain(
     form, at = tuned.form_of(kind, aligned), tuned.bucket(m)
     file, where = tuned.cite("quantized_linear", target, form, DTYPES[dtype], at, committed)
     what = f"{'' if aligned else 'un'}aligned {kind} {DTYPES[dtype]}"
-    return {**config._asdict(), "file": file}, f"{what} tile for {m} rows {where}"
+    return {**config.of_one_form(), "file": file}, f"{what} tile for {m} rows {where}"

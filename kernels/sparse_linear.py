@@ -476,4 +476,4 @@ def explain(
     form, at = tuned.form_of("forward", aligned, height), tuned.bucket(m)
     file, where = tuned.cite(OP, target, form, DTYPES[dtype], at, committed)
     kind = f"{'' if aligned else 'un'}aligned {height}x{width} {DTYPES[dtype]}"
-    return {**config._asdict(), "file": file}, f"{kind} tile for {m} rows {where}"
+    return {**config.of_one_form(), "file": file}, f"{kind} tile for {m} rows {where}"

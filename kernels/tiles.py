@@ -54,6 +54,12 @@ class TileConfig(NamedTuple):
     persistent: bool = False  # the form of gemm_persistent.py
     programs: int = 1  # that a multiprocessor holds at a time; from tests/golden/gpu_report.csv
 
+    def of_one_form(self) -> dict[str, int]:
+        """The fields that mean something where a kernel has no persistent form."""
+        fields = self._asdict()
+        del fields["persistent"], fields["programs"]
+        return fields
+
     def __str__(self) -> str:
         return (
             f"{self.block_m}x{self.block_n}x{self.block_k} group {self.group_m} "

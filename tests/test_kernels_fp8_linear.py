@@ -287,7 +287,7 @@ def test_explain_names_kernel_config_and_unit(form: str, arch: str, units: str) 
     kind = said.kernel.rpartition(".")[2]
     config = fp8_tiles.choose_config(arch, kind, torch.bfloat16, 64)
     file = f"fp8_linear/{fp8_tiles.table_for(arch).device}.json"
-    assert said.config == {**config._asdict(), "units": units, "file": file}
+    assert said.config == {**config.of_one_form(), "units": units, "file": file}
     assert f"aligned {kind} bf16 tile for 64 rows from kernels/configs/{file}; " in said.reason
     how = {"none": "has no unit", "e4m3fn": "e4m3fn units", "e4m3fnuz": "converted in the kernel"}
     assert ("widened to the dtype of x" if kind == "f8" else how[units]) in said.reason

@@ -260,7 +260,7 @@ def test_explain_names_kernel_and_config(form: str) -> None:
     kind = said.kernel.rpartition(".")[2]
     config = quantized_tiles.choose_config("sm_90", kind, torch.bfloat16, 64)
     config = kernels._within(config, case.weight.group)
-    assert said.config == {**config._asdict(), "file": "quantized_linear/sm_90.json"}
+    assert said.config == {**config.of_one_form(), "file": "quantized_linear/sm_90.json"}
     assert said.reason == (
         f"aligned {kind} bf16 tile for 64 rows from kernels/configs/quantized_linear/sm_90.json"
     )

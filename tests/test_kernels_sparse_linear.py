@@ -193,7 +193,7 @@ def test_explain_names_kernel_and_config(dtype: torch.dtype, pattern: str) -> No
     pattern = seen(pattern, "sparse_bf16" if dtype == torch.bfloat16 else "sparse_float")
     assert said.kernel == f"triton.sparse_linear.bf16.{stored}.{pattern}"
     config = form_tiles.choose_config("sparse_linear", "sm_90", "forward", dtype, 64, 32)
-    assert said.config == {**config._asdict(), "file": "sparse_linear/sm_90.json"}
+    assert said.config == {**config.of_one_form(), "file": "sparse_linear/sm_90.json"}
     assert said.reason == (
         f"aligned {pattern} {stored} tile for 64 rows from kernels/configs/sparse_linear/sm_90.json"
     )
