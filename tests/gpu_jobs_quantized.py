@@ -99,12 +99,9 @@ def _gradients(arch: str, job: Callable[..., Any], entry: Any) -> Iterator[Any]:
         if kind == "w4_gradient":
             yield product(f"{kind}_g32_zero{end}", entry.dtypes[0])
     kind = entry.kinds[-1]
-    if not entry.aligned:
-        yield product(f"{kind}_loose", "bf16")
-        yield product(f"{kind}_ones", "bf16")
-    elif entry.max_m is None and "bf16" in entry.dtypes:
-        yield product(f"{kind}_even", "bf16")
-        yield product(f"{kind}_wide", "bf16")
+    if entry.max_m is None and "bf16" in entry.dtypes:
+        for variant in ("even", "wide") if entry.aligned else ("loose", "ones"):
+            yield product(f"{kind}_{variant}", "bf16")
     if entry.aligned and "f32" in entry.dtypes and arch[:2] == "sm":
         yield product(f"{kind}_zero", "f32", "tf32")
 
