@@ -3,7 +3,7 @@
 Each row carries a digest of everything that decides its machine code: the kernel's source with all
 that it calls, the types and constants of the compilation, the options, the device and triton's
 version. While the digest of a job is that of its row, compiling again gives what the row says; so
-CI compiles a sample and the rows whose digest has moved, not all 1,800 (half an hour of two cores).
+CI compiles a sample and the rows whose digest has moved; all take half an hour of two cores.
 """
 
 from __future__ import annotations
