@@ -311,6 +311,7 @@ def forward(
     activation: int = 0,
     config: TileConfig | None = None,
     units: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """act(x W^T + bias) + residual; the storage as in `bigops.ops.fp8_linear`.
 
@@ -326,9 +327,10 @@ def forward(
         activation: code, the position in `activation.NAMES`; no gated pair.
         config: tiles to use instead of the committed choice.
         units: what multiplies codes, of `fp8_tiles.UNITS`, instead of what the device has.
+        dtype: of the result; None: that of x.
 
     Returns:
-        [M, N], contiguous, in the dtype of x.
+        [M, N], contiguous.
 
     Raises:
         TypeError: unsupported or differing dtypes.
@@ -340,7 +342,7 @@ def forward(
     _check(x, values=values, scale=scale, x_scale=x_scale, bias=bias, residual=residual)
     m, k = x.shape
     n = values.shape[0]
-    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    y = torch.empty((m, n), dtype=dtype or x.dtype, device=x.device)
     if m == 0 or n == 0:
         return y
     arch = device_arch(x.device)

@@ -1,7 +1,8 @@
 """Tile configs of the kernels of `fp8_linear`: data in configs/fp8_linear/*.json, and the rule.
 
 Both are those of quantized_tiles.py. Kinds: "f8" multiplies x in floating point by the widened
-weight, "f8a8" the codes of both. What takes codes is the device's (`units_of`), not the table's.
+weight, "f8a8" the codes of both, "f8_gradient" gz by the widened weight. What takes codes is the
+device's (`units_of`), not the table's.
 """
 
 import functools
@@ -16,7 +17,7 @@ from .tiles import TileConfig
 
 CONFIG_DIR = tiles.CONFIG_DIR / "fp8_linear"
 FORMAT = "bigops-fp8-tiles-1"
-KINDS = ("f8", "f8a8")
+KINDS = ("f8", "f8a8", "f8_gradient")
 BLOCK = 128  # rows and columns of W, and columns of x, that share a scale in blocks
 
 # What multiplies e4m3 codes: nothing does, a unit for e4m3fn, a unit for e4m3fnuz.

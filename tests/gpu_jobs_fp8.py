@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from bigops.kernels import fp8_gradient as gradient
 from bigops.kernels import fp8_linear as kernels
 from bigops.kernels import fp8_tiles
 from bigops.kernels.activation import NAMES, split_code
 
-KERNELS = {"fp8_gemm": kernels.fp8_gemm, "quantize_fp8": kernels.quantize_fp8}
+KERNELS = {
+    "fp8_gemm": kernels.fp8_gemm,
+    "quantize_fp8": kernels.quantize_fp8,
+    "fp8_gradient": gradient.fp8_gradient,
+}
 TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 # The matrix instructions of e4m3: others in such a row would be no fp8 product.
 CODE_COUNTS = {
@@ -33,6 +38,9 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
     """
     table = fp8_tiles.table_for(arch)
     for entry in table.entries:
+        if gradient.KIND in entry.kinds:
+            yield from _gradients(arch, job, entry)
+            continue
         main = entry.max_m is None and entry.aligned
         end = "" if entry.aligned else "_odd"
         for kind in entry.kinds:
@@ -50,7 +58,7 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
                     form = f"{kind}_block_{word}"
                     yield job(arch, "fp8_gemm", form, "bf16", entry.config, "gelu")
             if main:
-                for form in ("tensor", "block_even", "block_wide"):
+                for form in ("tensor", "block_even", "block_wide", "block_preact"):
                     yield job(arch, "fp8_gemm", f"{kind}_{form}", "bf16", entry.config, "gelu")
             if main and kind == "f8a8":  # the epilogue is that of both kinds
                 for code, name in enumerate(NAMES):
@@ -61,6 +69,24 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
         ("row_loose", "bf16"), ("block_loose", "bf16"), ("row_ones", "bf16"),
     ):  # fmt: skip
         yield job(arch, "quantize_fp8", form, dtype, _rows(arch, form), "none")
+
+
+def _gradients(arch: str, job: Callable[..., Any], entry: Any) -> Iterator[Any]:
+    """The backward's product: scales of rows within the sum, those of blocks after a step."""
+
+    def product(form: str, dtype: str, precision: str = "ieee") -> Any:
+        return job(arch, "fp8_gradient", form, dtype, entry.config, "none", precision=precision)
+
+    end = "" if entry.aligned else "_odd"
+    for dtype in entry.dtypes:
+        for scales in ("row", "block"):
+            yield product(f"{scales}{end}", dtype)
+    if entry.max_m is None and "bf16" in entry.dtypes:
+        forms = ("tensor", "row_even", "block_wide") if entry.aligned else ("row_loose", "row_ones")
+        for form in forms:
+            yield product(form, "bf16")
+    if entry.aligned and "f32" in entry.dtypes and arch[:2] == "sm":
+        yield product("row", "f32", "tf32")
 
 
 def _rows(arch: str, form: str) -> Any:
@@ -96,6 +122,8 @@ def unaligned(job: Any) -> tuple[str, ...]:
         return ("M", "K", "stride_xm", "stride_xk") if loose else ()
     if not {"odd", "loose", "ones"} & set(words):
         return ("GROUPS",)
+    if job.kernel == "fp8_gradient":
+        return ("M", "N", "K", "GROUPS", "stride_gm", "stride_gn")
     own = () if rounded(job) else ("stride_xm", "stride_xk")
     return ("M", "N", "K", "GROUPS", "stride_rm", "stride_rn", *own)
 
@@ -106,6 +134,8 @@ def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     pointer = "*" + TRITON_TYPE[job.dtype]
     types = dict.fromkeys(fn.arg_names, "i32")
     constants: dict[str, Any] = {"BLOCK_M": job.tile.block_m, "BLOCK_N": job.tile.block_n}
+    if job.kernel == "fp8_gradient":
+        return fn, *_gradient_arguments(job, types | {"gz": pointer, "gx": pointer}, constants)
     if "loose" not in words:
         constants |= {"stride_xk": 1}
     if "ones" in words:
@@ -120,6 +150,8 @@ def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     codes = "*fp8e4nv" if units == "e4m3fn" else "*u8"
     types |= dict.fromkeys(("x", "bias", "residual", "y"), pointer)
     types |= {"w": codes, "scale": "*fp32", "x_scale": "*fp32"}
+    if "preact" in words:
+        types["y"] = "*fp32"
     if rounded(job):
         types["x"] = codes
         constants["stride_xk"] = 1
@@ -141,3 +173,23 @@ def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
         "PARTS": job.tile.parts,
     }
     return fn, types, constants
+
+
+def _gradient_arguments(
+    job: Any, types: dict[str, str], constants: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    words, known = _words(job), fp8_tiles.units_of(job.arch) == "e4m3fn"
+    types |= {"w": "*fp8e4nv" if known else "*u8", "scale": "*fp32"}
+    if "loose" not in words:
+        constants["stride_gn"] = 1
+    if "ones" in words:
+        constants |= dict.fromkeys(("M", "N", "K", "GROUPS"), 1)
+    constants |= {
+        "SCALES": kernels.SCALES[words[0]],
+        "PRECISION": job.precision,
+        "EVEN_N": "even" in words,
+        "WIDE": "wide" in words,
+        "BLOCK_K": job.tile.block_k,
+        "GROUP_M": job.tile.group_m,
+    }
+    return types, constants

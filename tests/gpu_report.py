@@ -62,6 +62,7 @@ PRODUCTS = (
     "gemm_persistent",
     "quantized_gemm",
     "quantized_gradient",
+    "fp8_gradient",
     "fp8_gemm",
     "low_rank_product",
     "block_product",

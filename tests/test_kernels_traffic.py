@@ -192,15 +192,17 @@ def test_fp8_weights_are_read_as_they_are_stored(form: str) -> None:
     check_epilogue(traffic, size(*case.inputs) + stored + rows, size(y) + rows)
 
 
-@pytest.mark.parametrize("form", ["w8_zero", "w4_zero", "int8"])
+@pytest.mark.parametrize("form", ["w8_zero", "w4_zero", "int8", "w_fp8", "w_fp8_block"])
 def test_the_gradient_of_x_reads_the_codes(form: str) -> None:
     """gz once, codes, scales and zero points once, gx written: no dequantised weight."""
     case = compressed_cases.make(form, M, 48, 128, "bf16", residual=False)
     back = (case.grad, case.x, *case.storage, case.bias, "none")
-    with counting() as traffic, expect("triton.quantized_linear_backward.bf16"):
-        gx, _ = quantized_road.backward(*back, True, False)
-    assert traffic.kernels == ["quantized_gradient"]
-    stored = size(case.weight.values, case.weight.scale, case.weight.zero_point)
+    of, road = ("fp8", fp8_road) if "fp8" in form else ("quantized", quantized_road)
+    with counting() as traffic, expect(f"triton.{of}_linear_backward.bf16"):
+        gx, _ = road.backward(*back, True, False)
+    assert traffic.kernels == [f"{of}_gradient"]
+    zero_point = getattr(case.weight, "zero_point", None)
+    stored = size(case.weight.values, case.weight.scale, zero_point)
     check_epilogue(traffic, size(case.grad) + stored, size(gx))
 
 

@@ -89,6 +89,12 @@ def fp8(form: str, dtype: str) -> None:
     case.check_forward(y)
 
 
+def fp8_backward(form: str, dtype: str) -> None:
+    case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
+    back = (case.grad, case.x, *case.storage, case.bias, "gelu")
+    case.check_gradients([*fp8_road.backward(*back, True, True), case.grad], stored=True)
+
+
 def quantized_backward(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
     back = (case.grad, case.x, *case.storage, case.bias, "gelu")
@@ -314,6 +320,10 @@ WIDE: dict[str, Callable[[], None]] = {
     **{
         f"quantized_linear_backward {form} {dtype}": partial(quantized_backward, form, dtype)
         for form, dtype in (("int8_zero", "f32"), ("w4_zero", "bf16"), ("w8_group", "f16"))
+    },
+    **{
+        f"fp8_linear backward {form} bf16": partial(fp8_backward, form, "bf16")
+        for form in ("w_fp8", "fp8_block")
     },
     **{
         f"rows as integers {activations}": partial(rows_as_integers, activations)

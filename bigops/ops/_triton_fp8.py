@@ -1,4 +1,4 @@
-"""The road from fp8_linear to its Triton kernels: flattens rows, names what ran."""
+"""The road from fp8_linear and its backward to Triton kernels: flat rows, names what ran."""
 
 from __future__ import annotations
 
@@ -39,6 +39,30 @@ def forward(x: Tensor, *args: Any) -> Tensor:
     )
     backend.note(name(x.dtype, weight.activations))
     return y.view(*x.shape[:-1], weight.n)
+
+
+def backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Gradients of x and bias by kernels; [0] for what is not needed.
+
+    The pre-activation is computed anew, in float32 and as the forward saw it: where that rounds x,
+    the gradient is the straight-through one.
+    """
+    from bigops.kernels import fp8_gradient, fp8_linear
+    from bigops.kernels.fused_linear import preact_gradient
+
+    *fixed, bias, activation, need_x, need_bias = args
+    weight = Fp8Weight(*fixed)
+    flat, z = rows(grad), None
+    if activation != "none":
+        form = (weight.values, weight.scale, weight.x_scale, weight.scales, weight.activations)
+        z = fp8_linear.forward(rows(x), *form, bias, dtype=torch.float32)
+    gz, gb = preact_gradient(flat, z, act.CODES[activation], z is not None and need_x, need_bias)
+    gx = x.new_empty(0)
+    if need_x:
+        stored = (weight.values, weight.scale, weight.k, weight.scales)
+        gx = fp8_gradient.gradient(flat if gz is None else gz, *stored).view(x.shape)
+    backend.note(f"triton.fp8_linear_backward.{checks.short(x.dtype)}")
+    return gx, x.new_empty(0) if gb is None else gb
 
 
 def explain(

@@ -98,8 +98,8 @@ reference_backward = _op.reference_backward
 
 
 # --- dispatch ------------------------------------------------------------------------------
-# On a GPU, Triton serves the forward. On the CPU the reference does: no instruction set that the
-# CPU kernels are built for multiplies e4m3.
+# On a GPU, Triton serves, backward included. On the CPU the reference does: no instruction set that
+# the CPU kernels are built for multiplies e4m3.
 
 
 def _cuda(x, *args):  # type: ignore[no-untyped-def]
@@ -109,7 +109,14 @@ def _cuda(x, *args):  # type: ignore[no-untyped-def]
     return _kernels.forward(x, *args)
 
 
+def _cuda_backward(grad, x, *args):  # type: ignore[no-untyped-def]
+    if not _triton.serves(x.dtype, x.device, "fp8_linear"):
+        return _op._serve_backward(grad, x, *args)
+    return _kernels.backward(grad, x, *args)
+
+
 LIB.impl("fp8_linear", _cuda, "CUDA")
+LIB.impl("fp8_linear_backward", _cuda_backward, "CUDA")
 
 
 @backend.serves("fp8_linear")

@@ -1,0 +1,179 @@
+"""Triton kernel of the backward of `fp8_linear`: gx = gz W, W as e4m3fn codes as it is stored.
+
+The sum runs over the rows of W. A scale for all of W comes after it, that of a block after the
+product of the block. Scales of rows cannot wait: each number is scaled in registers, in float32,
+and rounded to the dtype of gz on its way to the matrix unit; for float16, which reaches neither far
+down nor far up, relative to the largest scale of the step, which follows after the product. No
+dequantised weight is ever stored. Sums are float32, in a fixed order, without atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .fp8_linear import _TINY, BLOCKS, ROW, SCALES, SPAN, _codes, _widen
+from .fp8_tiles import BLOCK, choose_config, units_of
+from .gemm import _is_aligned, dot_precision, on_device
+from .quantized_linear import _check
+from .tiles import TileConfig, device_arch
+
+KIND = "f8_gradient"
+
+
+@triton.jit
+def fp8_gradient(
+    gz,  # [M, N]
+    w,  # codes [N, stride_w], 0 beyond K
+    scale,  # float32 [1], [N] or [ceil(N / 128), GROUPS]
+    gx,  # [M, K] out, rows contiguous
+    M,
+    N,
+    K,
+    GROUPS,  # ceil(K / 128)
+    stride_gm,
+    stride_gn,
+    stride_w,
+    SCALES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr,  # BLOCK_K divides N
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # columns of gx, within a block of columns of W
+    BLOCK_K: tl.constexpr,  # rows of W in a step, within a block of them
+    GROUP_M: tl.constexpr,
+):
+    """gx = gz (scale * codes); each program makes one [BLOCK_M, BLOCK_N] tile of gx.
+
+    Codes come as float8e4nv where a unit knows e4m3fn, else as uint8.
+    """
+    RELATIVE: tl.constexpr = gz.dtype.element_ty == tl.float16
+    stride_xm = K
+    if WIDE:
+        stride_xm = tl.cast(K, tl.int64)
+        stride_gm = tl.cast(stride_gm, tl.int64)
+        stride_gn = tl.cast(stride_gn, tl.int64)
+        stride_w = tl.cast(stride_w, tl.int64)
+
+    # Bands of tile rows, as in gemm.py.
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_k = tl.cdiv(K, BLOCK_N)
+    band = GROUP_M * tiles_k
+    first_m = (pid // band) * GROUP_M
+    band_rows = tl.minimum(tiles_m - first_m, GROUP_M)
+    tile_m = first_m + (pid % band) % band_rows
+    tile_k = (pid % band) // band_rows
+
+    rm = tl.arange(0, BLOCK_M)
+    rc = tl.arange(0, BLOCK_N)
+    rn = tl.arange(0, BLOCK_K)
+    row0 = tile_m.to(tl.int64) * BLOCK_M
+    col0 = tile_k.to(tl.int64) * BLOCK_N
+    in_m = tile_m * BLOCK_M + rm < M
+    in_k = tile_k * BLOCK_N + rc < K
+
+    g_tile = gz + row0 * stride_gm + (rm[:, None] * stride_gm + rn[None, :] * stride_gn)
+    w_tile = w + col0 + (rn[:, None] * stride_w + rc[None, :])
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for n0 in range(0, N, BLOCK_K):
+        g_mask = in_m[:, None]
+        w_mask = in_k[None, :]
+        if not EVEN_N:
+            g_mask = g_mask & (n0 + rn < N)[None, :]
+            w_mask = w_mask & (n0 + rn < N)[:, None]
+        g = tl.load(g_tile, mask=g_mask, other=0.0)
+        q = tl.load(w_tile, mask=w_mask, other=0.0)
+        if q.dtype == tl.uint8:
+            q = _widen(q)
+        if SCALES == ROW:
+            by = tl.load(scale + n0 + rn, mask=n0 + rn < N, other=0.0)
+            if RELATIVE:
+                most = tl.maximum(tl.max(by, axis=0), _TINY)
+                scaled = (q.to(tl.float32) * (by / most)[:, None]).to(gz.dtype.element_ty)
+                acc += tl.dot(g, scaled) * most
+            else:
+                scaled = (q.to(tl.float32) * by[:, None]).to(gz.dtype.element_ty)
+                acc = tl.dot(g, scaled, acc, input_precision=PRECISION)
+        elif SCALES == BLOCKS:
+            at = tl.cast(n0 // SPAN, tl.int64) * GROUPS + col0 // SPAN
+            part = tl.dot(g, q.to(gz.dtype.element_ty), input_precision=PRECISION)
+            acc += part * tl.load(scale + at)
+        else:
+            acc = tl.dot(g, q.to(gz.dtype.element_ty), acc, input_precision=PRECISION)
+        g_tile += BLOCK_K * stride_gn
+        w_tile += tl.cast(BLOCK_K, tl.int64) * stride_w
+
+    if SCALES != ROW and SCALES != BLOCKS:
+        acc *= tl.load(scale)
+    x_tile = gx + row0 * stride_xm + col0 + (rm[:, None] * stride_xm + rc[None, :])
+    tl.store(x_tile, acc.to(gx.dtype.element_ty), mask=in_m[:, None] & in_k[None, :])
+
+
+def gradient(
+    gz: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    k: int,
+    scales: str,
+    config: TileConfig | None = None,
+    units: str | None = None,
+) -> Tensor:
+    """gz W, the gradient of x; the storage as in `bigops.ops.fp8_linear`.
+
+    Args:
+        gz: [M, N], float32, bfloat16 or float16; any strides.
+        values: [N, K rounded up to 16] float8_e4m3fn, 0 beyond K.
+        scale: float32 [1, 1], [N, 1] or [ceil(N / 128), ceil(K / 128)].
+        k: K.
+        scales: "tensor", "row" or "block".
+        config: tiles to use instead of the committed choice: rows and columns of gx, rows of W;
+            the last two at most 128.
+        units: what knows e4m3, of `fp8_tiles.UNITS`, instead of what the device has.
+
+    Returns:
+        [M, K], contiguous, in the dtype of gz.
+
+    Raises:
+        TypeError: a dtype that is not served.
+        ValueError: differing devices, or a size past 2^31.
+    """
+    _check(gz, values=values, scale=scale)
+    m, n = gz.shape
+    gx = torch.empty((m, k), dtype=gz.dtype, device=gz.device)
+    if m == 0 or k == 0:
+        return gx
+    arch = device_arch(gz.device)
+    units = units_of(arch) if units is None else units
+    if config is None:
+        config = choose_config(arch, KIND, gz.dtype, m, k % 16 == 0 and _is_aligned(gz))
+    values = values.contiguous()
+    reach = max(
+        config.block_m * max(gz.stride(0), k),
+        config.block_k * max(values.shape[1], gz.stride(1)),
+    )
+    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(k, config.block_n),)
+    with on_device(gz.device):
+        fp8_gradient[grid](
+            gz,
+            _codes(values, units),
+            scale.contiguous(),
+            gx,
+            m,
+            n,
+            k,
+            triton.cdiv(k, BLOCK),
+            *gz.stride(),
+            values.shape[1],
+            SCALES=SCALES[scales],
+            PRECISION=dot_precision(gz.dtype),
+            EVEN_N=n % config.block_k == 0,
+            WIDE=2 * reach >= 2**31,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP_M=config.group_m,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return gx
