@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import signal
@@ -288,9 +289,13 @@ def test_control_c_in_the_middle_of_a_real_bench(tmp_path: Path) -> None:
     assert process.stdout is not None
     process.stdout.readline()  # the first table: the bench is under way
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
+    err = ""
+    for _ in range(6):  # the first may fall where a library swallows every exception
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, err = process.communicate(timeout=20)
+            break
+    assert process.returncode == 130, err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
