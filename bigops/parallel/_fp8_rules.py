@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bigops.ops._fp8_weight import BLOCK
-from bigops.parallel._rule import Rule, _if
+from bigops.parallel._rule import Rule, Weight, _if, stored_linear, stored_linear_backward
 
 
 def _splits(values: Any, scales: str) -> bool:
@@ -13,12 +13,16 @@ def _splits(values: Any, scales: str) -> bool:
     return scales != "block" or values.shape[0] % (BLOCK * values.mesh.size()) == 0
 
 
-def _weight(row: Any, x_scale: Any, scales: str) -> list[Any]:
+def _weight(x_scale: Any, scales: str) -> Weight:
     """Placements of the storage and of its three plain arguments."""
-    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import Replicate, Shard
 
-    whole = Replicate()
-    return [row, whole if scales == "tensor" else row, _if(x_scale, whole), None, None, None]
+    def placed(split: bool) -> list[Any]:
+        whole = Replicate()
+        row = Shard(0) if split else whole
+        return [row, whole if scales == "tensor" else row, _if(x_scale, whole), None, None, None]
+
+    return placed
 
 
 def fp8_linear(
@@ -33,19 +37,8 @@ def fp8_linear(
     residual: Any,
     activation: str,
 ) -> list[Rule]:
-    from torch.distributed.tensor import Replicate, Shard
-
-    last = x.ndim - 1
-    whole = Replicate()
-
-    def rule(y: Any, x_: Any, row: Any) -> Rule:
-        return [y], [x_, *_weight(row, x_scale, scales), _if(bias, row), _if(residual, y), None]
-
-    rules = [rule(whole, whole, whole)]
-    rules += [rule(Shard(d), Shard(d), whole) for d in range(last)]
-    if _splits(values, scales):
-        rules.append(rule(Shard(last), whole, Shard(0)))
-    return rules
+    splits = _splits(values, scales)
+    return stored_linear(x, _weight(x_scale, scales), splits, bias, residual)
 
 
 def fp8_linear_backward(
@@ -62,18 +55,5 @@ def fp8_linear_backward(
     need_x: bool,
     need_bias: bool,
 ) -> list[Rule]:
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
-    last = x.ndim - 1
-    whole = Replicate()
-
-    def rule(gx: Any, gb: Any, grad_: Any, x_: Any, row: Any) -> Rule:
-        results = [gx if need_x else whole, gb if need_bias else whole]
-        weight = _weight(row, x_scale, scales)
-        return results, [grad_, x_, *weight, _if(bias, row), None, None, None]
-
-    rules = [rule(whole, whole, whole, whole, whole)]
-    rules += [rule(Shard(d), Partial(), Shard(d), Shard(d), whole) for d in range(last)]
-    if _splits(values, scales):
-        rules.append(rule(Partial(), Shard(0), Shard(last), whole, Shard(0)))
-    return rules
+    splits = _splits(values, scales)
+    return stored_linear_backward(x, _weight(x_scale, scales), splits, bias, need_x, need_bias)

@@ -38,16 +38,13 @@ needs all of them, nor K.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from bigops.ops._activation import GATED  # importing bigops.ops defines the ops named below
 from bigops.parallel import _fp8_rules, _loss_rules
-from bigops.parallel._rule import Rule, _if
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor.placement_types import Placement
+from bigops.parallel._rule import Rule, Weight, _if, stored_linear, stored_linear_backward
 
 _OPS = (
     "fp8_linear",
@@ -165,19 +162,8 @@ def _fused_linear_backward(
 def _packed_linear(
     x: Any, panels: Any, pad: int, k: int, bias: Any, residual: Any, activation: str
 ) -> list[Rule]:
-    from torch.distributed.tensor import Replicate, Shard
-
-    last = x.ndim - 1
-
-    def rule(y: Any, x_: Any, row: Any) -> Rule:
-        return [y], [x_, row, None, None, _if(bias, row), _if(residual, y), None]
-
-    whole = Replicate()
-    rules = [rule(whole, whole, whole)]
-    rules += [rule(Shard(d), Shard(d), whole) for d in range(last)]
-    if _whole_tiles(panels, pad):
-        rules.append(rule(Shard(last), whole, Shard(0)))
-    return rules
+    splits = _whole_tiles(panels, pad)
+    return stored_linear(x, _packed_weight, splits, bias, residual)
 
 
 def _packed_linear_backward(
@@ -191,28 +177,28 @@ def _packed_linear_backward(
     need_x: bool,
     need_bias: bool,
 ) -> list[Rule]:
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
-    last = x.ndim - 1
-    whole = Replicate()
-
-    def rule(gx: Any, gb: Any, grad_: Any, x_: Any, row: Any) -> Rule:
-        results = [gx if need_x else whole, gb if need_bias else whole]
-        return results, [grad_, x_, row, None, None, _if(bias, row), None, None, None]
-
-    rules = [rule(whole, whole, whole, whole, whole)]
-    rules += [rule(Shard(d), Partial(), Shard(d), Shard(d), whole) for d in range(last)]
-    if _whole_tiles(panels, pad):
-        rules.append(rule(Partial(), Shard(0), Shard(last), whole, Shard(0)))
-    return rules
+    splits = _whole_tiles(panels, pad)
+    return stored_linear_backward(x, _packed_weight, splits, bias, need_x, need_bias)
 
 
-def _quantized_weight(tensors: tuple[Any, ...], row: Placement, lane: Placement) -> list[Any]:
-    """Placements of the storage and of its five numbers: tiles by ``row``, lanes by ``lane``."""
-    from torch.distributed.tensor import Replicate
+def _packed_weight(split: bool) -> list[Any]:
+    """Placements of the panels and of their two numbers."""
+    from torch.distributed.tensor import Replicate, Shard
 
-    given = zip(tensors, (row, lane, lane, row, Replicate()), strict=True)
-    return [*(_if(tensor, placement) for tensor, placement in given), *[None] * 5]
+    return [Shard(0) if split else Replicate(), None, None]
+
+
+def _quantized_weight(*tensors: Any) -> Weight:
+    """Placements of the storage and of its five numbers: N is split by tiles or by lanes."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    def placed(split: bool) -> list[Any]:
+        whole = Replicate()
+        tile, lane = (Shard(0), Shard(1)) if split else (whole, whole)
+        given = zip(tensors, (tile, lane, lane, tile, whole), strict=True)
+        return [*(_if(tensor, placement) for tensor, placement in given), *[None] * 5]
+
+    return placed
 
 
 def _whole_tiles(values: Any, pad: int) -> bool:
@@ -236,21 +222,8 @@ def _quantized_linear(
     residual: Any,
     activation: str,
 ) -> list[Rule]:
-    from torch.distributed.tensor import Replicate, Shard
-
-    last = x.ndim - 1
-    tensors = (values, scale, zero_point, row_sum, x_grid)
-
-    def rule(y: Any, x_: Any, row: Any, lane: Any) -> Rule:
-        weight = _quantized_weight(tensors, row, lane)
-        return [y], [x_, *weight, _if(bias, row), _if(residual, y), None]
-
-    whole = Replicate()
-    rules = [rule(whole, whole, whole, whole)]
-    rules += [rule(Shard(d), Shard(d), whole, whole) for d in range(last)]
-    if _whole_tiles(values, pad):
-        rules.append(rule(Shard(last), whole, Shard(0), Shard(1)))
-    return rules
+    weight = _quantized_weight(values, scale, zero_point, row_sum, x_grid)
+    return stored_linear(x, weight, _whole_tiles(values, pad), bias, residual)
 
 
 def _quantized_linear_backward(
@@ -271,22 +244,9 @@ def _quantized_linear_backward(
     need_x: bool,
     need_bias: bool,
 ) -> list[Rule]:
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
-    last = x.ndim - 1
-    tensors = (values, scale, zero_point, row_sum, x_grid)
-    whole = Replicate()
-
-    def rule(gx: Any, gb: Any, grad_: Any, x_: Any, row: Any, lane: Any) -> Rule:
-        results = [gx if need_x else whole, gb if need_bias else whole]
-        weight = _quantized_weight(tensors, row, lane)
-        return results, [grad_, x_, *weight, _if(bias, row), None, None, None]
-
-    rules = [rule(whole, whole, whole, whole, whole, whole)]
-    rules += [rule(Shard(d), Partial(), Shard(d), Shard(d), whole, whole) for d in range(last)]
-    if _whole_tiles(values, pad):
-        rules.append(rule(Partial(), Shard(0), Shard(last), whole, Shard(0), Shard(1)))
-    return rules
+    weight = _quantized_weight(values, scale, zero_point, row_sum, x_grid)
+    splits = _whole_tiles(values, pad)
+    return stored_linear_backward(x, weight, splits, bias, need_x, need_bias)
 
 
 def _sparse_linear(x: Any, *args: Any) -> list[Rule]:
