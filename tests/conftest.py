@@ -3,6 +3,7 @@
 import csv
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # No test depends on what `bigops tune` measured on this machine, nor writes there.
@@ -20,6 +21,15 @@ def pytest_configure(config: pytest.Config) -> None:
     asked = config.option.markexpr
     if "gpu" in asked and "not gpu" not in asked:
         os.environ["TRITON_INTERPRET"] = "0"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Triton's interpreter is serial: torch's idle threads only spin beside it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

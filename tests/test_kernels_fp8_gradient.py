@@ -5,7 +5,6 @@ It is called as a GPU calls it, by the backward of the op, and by itself on the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -31,19 +30,11 @@ from tests.planted import plant
 triton_interpreter.install()
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, on masked lanes
 ]
 ONE_OF_EACH = ("w_fp8", "w_fp8_block", "w_fp8_tensor")
 RAGGED = (35, 150, 140)  # past one block of 128 rows and columns of W
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The interpreter is serial; torch's idle threads only spin beside it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def call(

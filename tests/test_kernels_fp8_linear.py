@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +32,7 @@ from tests.test_kernels_fused_linear import guarded
 triton_interpreter.install()
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, on NaN and inf
 ]
 KINDS = ("fp8", "fp8_block", "w_fp8")  # one of each kind of sums
@@ -40,15 +40,6 @@ UNITS = fp8_tiles.UNITS
 # Ragged against the tiles of configs/fp8_linear/interpreter.json.
 SHAPES = [(1, 1, 1), (2, 33, 65), (31, 1, 32), (64, 64, 64), (3, 70, 129), (5, 7, 0), (0, 7, 5),
           (5, 0, 7)]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The interpreter is serial; torch's idle threads only spin beside it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def kernel_of(form: str, dtype: str) -> str:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +33,8 @@ from tests.tolerance import check
 
 triton_interpreter.install()
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TILE = TileConfig(32, 32, 32, 2, 4, 2, 2, persistent=True, programs=2)
 
@@ -56,14 +57,6 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> dict[str, _Count]:
     for name, count in counts.items():
         monkeypatch.setattr(products, name, count)
     return counts
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

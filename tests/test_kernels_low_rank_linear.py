@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,17 +35,10 @@ from tests.traffic import counting
 
 triton_interpreter.install()
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 NEEDS = (True, True, True, True, True)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The interpreter is serial; torch's idle threads only spin beside it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(case: LowRankCase, form: str = "fused") -> None:

@@ -5,7 +5,6 @@ Its values by the public function are in test_quantized_linear.py, beside those 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -31,18 +30,10 @@ from tests.planted import plant
 triton_interpreter.install()
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, on masked lanes
 ]
 ONE_OF_EACH = ("w8_zero", "w8_group", "w4_zero", "w4_row")  # storage, groups and zero points
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The interpreter is serial; torch's idle threads only spin beside it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def call(

@@ -5,7 +5,6 @@ Their values by the public function are in test_quantized_linear.py, beside thos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,20 +34,12 @@ from tests.planted import plant
 triton_interpreter.install()
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     # numpy's, on NaN and inf, and on integers that wrap on the way to a sum that fits
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 EXACT = [form for form in QUANTISED if form.startswith("int8")]  # int32 sums over all of K
 KINDS = ("int8_zero", "w8_zero", "w4", "w4a8")  # one of each kind of product
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The interpreter is serial; torch's idle threads only spin beside it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def kernel_of(form: str, dtype: str) -> str:

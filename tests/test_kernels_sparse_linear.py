@@ -6,7 +6,6 @@ Their values by the public function are in test_sparse_linear.py, beside those o
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +31,13 @@ from tests.planted import plant
 from tests.traffic import counting
 
 triton_interpreter.install()
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 module = sys.modules["bigops.ops.sparse_linear"]
 
 BLOCKS = ("16x1", "16x16", "32x32")
 # What is stored, and the dtype of x: float32 values serve any.
 KINDS = [("sparse_bf16", "bf16"), *(("sparse_float", dtype) for dtype in ("f32", "bf16", "f16"))]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The interpreter is serial; torch's idle threads only spin beside it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def blocks_of(weight: SparseWeight) -> kernels.Blocks:
