@@ -2,6 +2,7 @@
 #
 #   make demo [ARGS="--batch 128"]      the main job on real data, ends with the receipt
 #   make test [ARGS="-k fused_linear"]  the unit suite;  make test-slow  the wide sweeps
+#   make accept                         the long proofs in full -> tests/accept/results.json
 #   make bench                          pytest-benchmark -> bench.json, .csv, .md, a .png per op
 #   make lint                           ruff, mypy, clang-format
 #   make gpu-report                     compile the GPU kernels for every target and read the code
@@ -29,7 +30,7 @@ PINS = $(patsubst %,-c %,$(wildcard requirements/constraints-py$(shell $(PY) -c 
   $(if $(filter $(PINNED_TORCH),$(CHOICE)),-c requirements/constraints-torch-2.13.0.txt)
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-slow bench lint gpu-report wheel install dev clean FORCE
+.PHONY: demo test test-slow accept bench lint gpu-report wheel install dev clean FORCE
 .DELETE_ON_ERROR:
 
 demo: install
@@ -40,6 +41,10 @@ test: dev
 
 test-slow: dev
 	$(PY) -m pytest -m slow $(ARGS)
+
+accept: dev
+	$(PY) -m pytest -m slow tests/accept --accept-share 1 \
+	  --accept-json tests/accept/results.json $(ARGS)
 
 bench: dev
 	$(PY) -m pytest benches --benchmark-json=bench.json $(ARGS)

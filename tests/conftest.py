@@ -1,6 +1,7 @@
 """Set-up shared by all tests. Runs before any test module imports triton."""
 
 import csv
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,14 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the long proofs in tests/accept."""
+    parser.addoption(
+        "--accept-share", type=float, default=0.1, help="share of the cases of a long proof to run"
+    )
+    parser.addoption("--accept-json", help="file for the figures of the long proofs")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,8 +47,32 @@ def _seed() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say what the committed table of GPU kernels holds, and how much was compiled in this run."""
     reports = [r for kind in terminalreporter.stats.values() for r in kind if hasattr(r, "when")]
+    _keep_figures(terminalreporter.config.getoption("--accept-json"), reports)
+    _tell_of_gpu_kernels(terminalreporter, reports)
+
+
+def _keep_figures(target: str | None, reports: list[pytest.TestReport]) -> None:
+    """Write what the long proofs counted; the figures of those that did not run now stay."""
+    found = {
+        r.nodeid: {"passed": r.passed, **figures}
+        for r in reports
+        if r.when == "teardown" and (figures := dict(r.user_properties).get("accept"))
+    }
+    if target is None or not found:
+        return
+    failed = {r.nodeid for r in reports if r.failed}
+    for name in failed & found.keys():
+        found[name]["passed"] = False
+    file = Path(target)
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(dict(sorted({**kept, **found}.items())), indent=1) + "\n")
+
+
+def _tell_of_gpu_kernels(
+    terminalreporter: pytest.TerminalReporter, reports: list[pytest.TestReport]
+) -> None:
+    """Say what the committed table of GPU kernels holds, and how much was compiled in this run."""
     compiled = [dict(r.user_properties).get("gpu_rows", 0) for r in reports if r.when == "call"]
     if not any(compiled):
         return
