@@ -360,7 +360,6 @@ def test_explain_names_the_kernel_that_runs() -> None:
             TypeError,
             "bias: expected dtype bfloat16, that of x; got float32",
         ),
-        (lambda: _layer().freeze().give_u8(torch.ones(2)), ValueError, "give_u8: expected"),
         (
             lambda: quantize_factors(torch.full((3, 2), torch.nan), torch.ones(2, 4)),
             ValueError,

@@ -95,10 +95,6 @@ CHANGES: dict[str, tuple[Any, str]] = {
         lambda h, t: t.update({"1.u": t["1.u"].to(torch.int32)}),
         "require gradients|1.u|floating",
     ),
-    "a u8 result": (
-        lambda h, t: _child(h, "0")["args"].update(y_grid=True),
-        "y_grid: expected a frozen layer that can give u8",
-    ),
     "no state": (lambda h, t: _child(h, "0")["args"].pop("frozen") and None, "frozen"),
 }
 

@@ -23,7 +23,6 @@ from bigops.compress.config import (
     activations_of,
     check_config,
 )
-from bigops.nn import chains
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.gated_mlp import GatedMLP
@@ -57,12 +56,11 @@ def compress_(
             keywords. Each layer is then timed against what it replaces, interleaved, on the input
             that it sees; where the original wins, the original stays and the record says so.
             Without them nothing is timed. Static activations take their range from them.
-        freeze: True: only the compressed storage is kept, and a layer whose result one static layer
-            alone reads passes u8 to it (`bigops.nn.chains`; the record says which; NaN and inf
-            there raise RuntimeError). False: the layers stay trainable in floating point, with
-            their pattern kept, until `freeze_`; they share the Parameter objects of the old layers,
-            so an optimiser goes on working. `LowRank` makes new Parameters, the factors, which need
-            an optimiser of their own; alone it leaves them trainable with either.
+        freeze: True: only the compressed storage is kept. False: the layers stay trainable in
+            floating point, with their pattern kept, until `freeze_`; they share the Parameter
+            objects of the old layers, so an optimiser goes on working. `LowRank` makes new
+            Parameters, the factors, which need an optimiser of their own; alone it leaves them
+            trainable with either.
 
     Returns:
         What was done, layer by layer, and what was left with the reason.
@@ -132,10 +130,8 @@ def compress_(
         built[name] = new
     before = {name: sum(p.nbytes for p in layers[name].parameters()) for name in built}
     sites.swap(built)
-    passed = chains.link(model, built) if freeze else {}
     done = [
-        _done(n, chosen[n], layers[n], new, timed.get(n), before[n], passed.get(n))
-        for n, new in built.items()
+        _done(n, chosen[n], layers[n], new, timed.get(n), before[n]) for n, new in built.items()
     ]
     notes = [] if example_inputs is not None else ["nothing was timed: no example_inputs"]
     return Record("compress_", done, skipped, notes)
@@ -243,8 +239,7 @@ def _calibrated(layer: CompressedLinear, x: Tensor | None) -> CompressedLinear:
 def freeze_(model: nn.Module) -> Record:
     """Freeze every compressed layer of ``model`` in place: the float weights go.
 
-    Of a thawed layer the stored values become a buffer again; a `LowRankLinear` is left. Static
-    layers then pass u8 to each other as after `compress_`.
+    Of a thawed layer the stored values become a buffer again; a `LowRankLinear` is left.
 
     Raises:
         ValueError: no compressed layer, or NaN or inf in a weight. The model is unchanged.
@@ -264,12 +259,11 @@ def freeze_(model: nn.Module) -> Record:
     before = [layer.nbytes for _, layer, _ in storages]
     for _, layer, storage in storages:
         layer.set_storage(storage)
-    passed = chains.link(model, [name for name, _, _ in storages])
     done = [
         Done(
             name,
             f"{type(layer).__name__} frozen",
-            "; ".join(["asked for", *filter(None, [passed.get(name)])]),
+            "asked for",
             size,
             layer.nbytes,
             getattr(layer, "density", 1.0),
@@ -341,15 +335,12 @@ def _done(
     new: CompressedLinear | LowRankLinear,
     timed: Contest | None,
     before: int,
-    passed: str | None,
 ) -> Done:
     why = str(timed) if timed is not None else "asked for"
     if isinstance(new, LowRankLinear):
         why += "; trainable at this rank"
     elif not new.frozen:
         why += "; trainable, in floating point until freeze_"
-    if passed is not None:
-        why += f"; {passed}"
     rank = f", rank {new.rank}" if isinstance(new, LowRankLinear | QuantLowRankLinear) else ""
     return Done(
         name,

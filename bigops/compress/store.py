@@ -239,7 +239,8 @@ def _fill_given(model: nn.Module, tree: Any, tensors: dict[str, Tensor]) -> None
 def _check_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Raise StructureError unless the tensors are just those that the model's state has."""
     state = model.state_dict()
-    missing, extra = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
+    missing = sorted(state.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - state.keys() - structure.retired_keys(model))
     if missing or extra:
         raise structure.StructureError(
             f"the model needs {missing or 'nothing'} that the file lacks, and the file has "

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from bigops.nn.compressed_linear import CompressedLinear
+from bigops.nn.compressed_linear import RETIRED, CompressedLinear
 from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
@@ -256,6 +256,12 @@ def storage_keys(model: nn.Module) -> set[str]:
         if isinstance(module, CompressedLinear) and module.frozen
         for name in module.storage_names
     }
+
+
+def retired_keys(model: nn.Module) -> set[str]:
+    """Names that a file of an older version may hold and the layers of today read past."""
+    modules = model.named_modules()
+    return {_join(path, RETIRED) for path, m in modules if isinstance(m, CompressedLinear)}
 
 
 def _class_name(module: nn.Module) -> str:

@@ -5,7 +5,7 @@ gradients off the real kernel runs from a pack that is made on first use. The pa
 the module's state: `deepcopy`, pickle, `.to()`, `train()`, `eval()` and `load_state_dict` drop it.
 
 Frozen: only the compressed storage is left, as buffers. `SparseLinear` can thaw it: the stored
-values then are a Parameter. A frozen layer may pass u8 to the next one (`give_u8`).
+values then are a Parameter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from bigops.ops import _activation as act
 from bigops.ops import _quantize as quantize
 from bigops.ops.fused_linear import fused_linear
 
-STATES = ("frozen", "thawed", "y_grid")  # in `arguments()`, of no constructor
+RETIRED = "y_grid"  # in files of older layers, which gave u8 to the next one: read past
+STATES = ("frozen", "thawed", RETIRED)  # in `arguments()`, of no constructor
 
 Self = TypeVar("Self", bound="CompressedLinear")
 
@@ -38,7 +39,6 @@ class CompressedLinear(nn.Module):
     activations: str  # what the product does with x
     frozen: bool
     x_grid: Tensor | None  # buffer [2]: the grid of x, activations "static" only
-    y_grid: Tensor | None  # buffer [2]: the grid of a u8 result
     weight: Tensor  # a Parameter; absent once frozen
     bias: Tensor | None
     _pack: Pack | None
@@ -56,7 +56,6 @@ class CompressedLinear(nn.Module):
         for name in self.trained_names:  # before the bias: the order that optimisers see
             self.register_parameter(name, None)
         self.register_parameter("bias", None)
-        self.register_buffer("y_grid", None)
 
     # --- what a subclass says ---------------------------------------------------------------
 
@@ -76,9 +75,7 @@ class CompressedLinear(nn.Module):
         """[N, K] as it will be stored, differentiable for ``weight`` (recovery state only)."""
         raise AssertionError("each compressed layer shapes its own weight")
 
-    def run(
-        self, x: Tensor, storage: Any, residual: Tensor | None, y_grid: Tensor | None = None
-    ) -> Tensor:
+    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
         """Call the op."""
         raise AssertionError("each compressed layer calls its own op")
 
@@ -94,9 +91,9 @@ class CompressedLinear(nn.Module):
     # --- forward ----------------------------------------------------------------------------
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.y_grid is not None or getattr(x, "dtype", None) is torch.uint8:
-            if self.frozen and not wants_gradient(x, self.bias, residual):
-                return self.run(x, self.storage(), residual, self.y_grid)
+        if getattr(x, "dtype", None) is torch.uint8 and (
+            not self.frozen or wants_gradient(self.bias, residual)
+        ):
             # u8 has no gradient: the floats that it stands for take its place.
             x = self._floating(x, residual)
         if self.frozen:
@@ -117,13 +114,11 @@ class CompressedLinear(nn.Module):
         return fused_linear(x, self.trained_weight(), self.bias, residual, self.activation)
 
     def _floating(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """x, or what its u8 numbers stand for, in the dtype of the result.
+        """What the u8 numbers x stand for, in the dtype of the result.
 
         `quantize_rows` finds the same numbers again; in bfloat16, where a float result of the layer
         before would be rounded as well, those beyond 128 steps from 0 move by one at most.
         """
-        if x.dtype != torch.uint8:
-            return x
         if self.x_grid is None:
             raise TypeError(
                 f"x: expected a floating dtype, since the layer has no x_grid (its activations are "
@@ -188,44 +183,6 @@ class CompressedLinear(nn.Module):
                 "compress_); got one that has seen no input"
             )
 
-    def give_u8(self: Self, grid: Tensor | None) -> Self:
-        """Store the result of a frozen layer as u8 on ``grid``, in the pass that makes it.
-
-        For a layer whose only reader is a frozen static one with just this ``x_grid``; `compress_`
-        sets it where it can prove that. Where a gradient is wanted the result stays floating.
-
-        Args:
-            grid: float32 [2], scale and zero point; it is copied. None: floating point again.
-
-        Raises:
-            ValueError: the layer is not frozen, or its values cannot give u8; no grid.
-            TypeError: another dtype.
-        """
-        if grid is not None:
-            if not self.gives_u8:
-                state = "thawed" if self.thawed else "frozen" if self.frozen else "trainable"
-                raise ValueError(
-                    f"give_u8: expected a frozen QuantLinear, or a SparseLinear of int8; got a "
-                    f"{state} {type(self).__name__}"
-                )
-            quantize.check_grid("grid", grid)
-            grid = grid.detach().clone()
-        self.y_grid = grid
-        return self
-
-    @property
-    def gives_u8(self) -> bool:
-        """Whether `give_u8` can be asked for."""
-        return self.frozen and not self.thawed
-
-    def with_y_grid(self: Self, arguments: dict[str, Any]) -> Self:
-        """An empty ``y_grid`` on "meta" where `arguments()` names one."""
-        if arguments.get("y_grid", False):
-            if not self.gives_u8:
-                raise ValueError("y_grid: expected a frozen layer that can give u8")
-            self.y_grid = torch.empty(2, device="meta")
-        return self
-
     # --- frozen state -----------------------------------------------------------------------
 
     def freeze(self: Self) -> Self:
@@ -271,7 +228,7 @@ class CompressedLinear(nn.Module):
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.drop_pack()
         names = self.storage_names if self.frozen else ()
-        storage = [self._stored(name) for name in (*names, "x_grid", "y_grid")]
+        storage = [self._stored(name) for name in (*names, "x_grid")]
         ids = {id(t) for s in storage if s is not None for t in (s, s.grad) if t is not None}
 
         def move(t: Tensor) -> Tensor:
@@ -312,8 +269,10 @@ class CompressedLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         self.drop_pack()
+        if prefix + RETIRED in state_dict:
+            state_dict = {k: v for k, v in state_dict.items() if k != prefix + RETIRED}
         if self.frozen:
-            state_dict = self._check_grids(state_dict, prefix, error_msgs)
+            state_dict = self._check_grid(state_dict, prefix, error_msgs)
             state_dict = self._load_storage(state_dict, prefix, local_metadata, error_msgs)
         missing: list[str] = []
         super()._load_from_state_dict(
@@ -322,21 +281,19 @@ class CompressedLinear(nn.Module):
         # A state_dict of nn.Linear has no mask: the layer's own pattern stays.
         missing_keys.extend(key for key in missing if key != prefix + "mask")
 
-    def _check_grids(
+    def _check_grid(
         self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]
     ) -> dict[str, Any]:
-        """Refuse grids that are none; the layer keeps its own then."""
-        kept = {}
-        for name in ("x_grid", "y_grid"):
-            own, given = self._buffers.get(name), state_dict.get(prefix + name)
-            if own is None or given is None or name in self.storage_names:
-                continue
-            try:
-                quantize.check_grid(name, given)
-            except (TypeError, ValueError) as error:
-                error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
-                kept[prefix + name] = own
-        return {**state_dict, **kept} if kept else state_dict
+        """Refuse an ``x_grid`` that is none; the layer keeps its own then."""
+        own, given = self._buffers.get("x_grid"), state_dict.get(prefix + "x_grid")
+        if own is None or given is None or "x_grid" in self.storage_names:
+            return state_dict
+        try:
+            quantize.check_grid("x_grid", given)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+            return {**state_dict, prefix + "x_grid": own}
+        return state_dict
 
     def _load_storage(
         self,
@@ -375,22 +332,17 @@ class CompressedLinear(nn.Module):
         )
         if self.activation != "none":
             text += f", activation={self.activation}"
-        if self.y_grid is not None:
-            text += ", gives u8"
         return text + (", thawed" if self.thawed else ", frozen" if self.frozen else "")
 
     def arguments(self) -> dict[str, Any]:
         """What `from_arguments` needs to make this layer again, as plain data."""
-        arguments = {
+        return {
             "in_features": self.in_features,
             "out_features": self.out_features,
             "bias": self.bias is not None,
             "activation": self.activation,
             "frozen": self.frozen,
         }
-        if self.y_grid is not None:  # left out, older files and versions read each other
-            arguments["y_grid"] = True
-        return arguments
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -88,7 +88,7 @@ class Fp8Linear(CompressedLinear):
                 fp8.scale_shape(n, k, new.scales), dtype=torch.float32, device="meta"
             )
             new.set_storage(new.make_frozen({"values": values, "scale": scale}))
-        return new.with_y_grid(arguments)
+        return new
 
     def make_storage(self) -> Fp8Weight:
         return quantize_fp8(self.weight, self.scales, self.activations)
@@ -105,10 +105,6 @@ class Fp8Linear(CompressedLinear):
                 f"{storage.n}"
             )
 
-    @property
-    def gives_u8(self) -> bool:
-        return False  # no layer reads u8 and makes e4m3 of it
-
     def trained_weight(self) -> Tensor:
         with torch.no_grad():
             codes, scale = fp8.round_weight(self.weight, self.scales)
@@ -117,9 +113,7 @@ class Fp8Linear(CompressedLinear):
         # weight - weight is 0 exactly, so the value is that of `rounded` to the last bit.
         return rounded + (self.weight - self.weight.detach())
 
-    def run(
-        self, x: Tensor, storage: Any, residual: Tensor | None, y_grid: Tensor | None = None
-    ) -> Tensor:
+    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
         return fp8_linear(x, storage, self.bias, residual, self.activation)
 
     def arguments(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class QuantLinear(CompressedLinear):
             takes them. With "static" the layer has a buffer ``x_grid`` that `calibrate` fills.
 
     Shapes: x [.., K] float32, bfloat16 or float16, or uint8 on ``x_grid``; residual [.., N] or
-    None; result [.., N], uint8 where `give_u8` asked for it and no gradient is wanted.
+    None; result [.., N] in x's dtype, of a uint8 x in that of bias, else of residual, else float32.
 
     Raises:
         ValueError: unknown activation, a size below 0, or a form that is not there.
@@ -112,7 +112,7 @@ class QuantLinear(CompressedLinear):
                     }
                 )
             )
-        return new.with_y_grid(arguments)
+        return new
 
     def make_storage(self) -> QuantizedWeight:
         self.check_calibrated()
@@ -131,10 +131,8 @@ class QuantLinear(CompressedLinear):
     def trained_weight(self) -> Tensor:
         return straight_through(self.weight, self.bits, self.group, self.symmetric)
 
-    def run(
-        self, x: Tensor, storage: Any, residual: Tensor | None, y_grid: Tensor | None = None
-    ) -> Tensor:
-        return quantized_linear(x, storage, self.bias, residual, self.activation, y_grid=y_grid)
+    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
+        return quantized_linear(x, storage, self.bias, residual, self.activation)
 
     def arguments(self) -> dict[str, Any]:
         return {

@@ -101,7 +101,7 @@ class QuantLowRankLinear(CompressedLinear):
                 ):
                     tensors[f"{name}_{leaf}"] = torch.empty(shape, dtype=dtype, device="meta")
             new.set_storage(new.make_frozen(tensors))
-        return new.with_y_grid(arguments)
+        return new
 
     def make_storage(self) -> QuantizedFactors:
         return quantize_factors(self.u, self.v)
@@ -120,16 +120,8 @@ class QuantLowRankLinear(CompressedLinear):
         u, v = straight_through(self.u), straight_through(self.v)
         return low_rank_linear(x, u, v, self.bias, residual, self.activation)
 
-    def run(
-        self, x: Tensor, storage: Any, residual: Tensor | None, y_grid: Tensor | None = None
-    ) -> Tensor:
-        assert y_grid is None  # `gives_u8` says so
+    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
         return low_rank_linear(x, storage.u, storage.v, self.bias, residual, self.activation)
-
-    @property
-    def gives_u8(self) -> bool:
-        """No: the result is in x's dtype."""
-        return False
 
     @property
     def density(self) -> float:

@@ -71,7 +71,7 @@ class SparseLinear(CompressedLinear):
             "static": all with that of the buffer ``x_grid``, which `calibrate` fills.
 
     Shapes: x [.., K] float32, bfloat16 or float16, or uint8 on ``x_grid``; residual [.., N] or
-    None; result [.., N], uint8 where `give_u8` asked for it and no gradient is wanted.
+    None; result [.., N] in x's dtype, of a uint8 x in that of bias, else of residual, else float32.
 
     Raises:
         ValueError: unknown activation, pattern or values, sparsity out of range, a size below 0,
@@ -192,7 +192,7 @@ class SparseLinear(CompressedLinear):
                     new.chunk,
                 )
             )
-        return (new.thaw() if thawed else new).with_y_grid(arguments)
+        return new.thaw() if thawed else new
 
     def make_storage(self) -> SparseWeight:
         if self.thawed:
@@ -257,24 +257,20 @@ class SparseLinear(CompressedLinear):
             and packing.serves(self.weight, low)
         )
 
-    def run(
-        self, x: Tensor, storage: Any, residual: Tensor | None, y_grid: Tensor | None = None
-    ) -> Tensor:
-        if y_grid is None and self._on_sparse_tensor_cores(x, storage, residual):
+    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
+        if self._on_sparse_tensor_cores(x, storage, residual):
             sources = tuple(t for t in storage.tensors if t is not None)
             packed, self._pack = renewed(self._pack, sources, lambda: compressed(storage))
             storage = packed or storage
-        elif y_grid is None and self._decodes_bitmaps(x, storage, residual):
+        elif self._decodes_bitmaps(x, storage, residual):
             sources = tuple(t for t in storage.tensors if t is not None)
             packed, self._pack = renewed(self._pack, sources, lambda: as_bitmap(storage))
             storage = packed or storage
         bias, low = self.bias, torch.bfloat16
-        if y_grid is not None or self.x_grid is not None:
-            if y_grid is None and wants_gradient(x, bias, residual):
+        if self.x_grid is not None:
+            if wants_gradient(x, bias, residual):
                 return self._static_with_gradient(x, storage, residual)
-            return sparse_linear(
-                x, storage, bias, residual, self.activation, x_grid=self.x_grid, y_grid=y_grid
-            )
+            return sparse_linear(x, storage, bias, residual, self.activation, x_grid=self.x_grid)
         served = storage.values.dtype != low or x.dtype == low
         if served or torch.is_autocast_enabled(x.device.type):  # autocast casts by itself
             return sparse_linear(x, storage, bias, residual, self.activation)
@@ -339,11 +335,6 @@ class SparseLinear(CompressedLinear):
     def pack_sources(self) -> tuple[Tensor, ...]:
         grid = () if self.x_grid is None else (self.x_grid,)
         return (self.weight, self.mask, *grid)
-
-    @property
-    def gives_u8(self) -> bool:
-        """Whether `give_u8` can be asked for: int8 values only."""
-        return self.stored == "int8" and super().gives_u8
 
     # --- training on the stored values ------------------------------------------------------
 
