@@ -18,11 +18,16 @@ import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of the long proofs in tests/accept."""
+    """Options of the long proofs in tests/accept, and of Triton's interpreter."""
     parser.addoption(
         "--accept-share", type=float, default=0.1, help="share of the cases of a long proof to run"
     )
     parser.addoption("--accept-json", help="file for the figures of the long proofs")
+    parser.addoption(
+        "--dot-seed",
+        type=int,
+        help="sum the terms of interpreted dots in orders drawn from this, one for each kernel",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,6 +35,11 @@ def pytest_configure(config: pytest.Config) -> None:
     asked = config.option.markexpr
     if "gpu" in asked and "not gpu" not in asked:
         os.environ["TRITON_INTERPRET"] = "0"
+    seed = config.getoption("--dot-seed")
+    if seed is not None:
+        from tests import triton_interpreter
+
+        triton_interpreter.dot_seed = seed
 
 
 @pytest.fixture

@@ -178,8 +178,10 @@ def test_only_the_asked_gradients_are_made(name: str, needs: tuple[int, ...]) ->
     z = kernels.forward(case.x, case.weight, case.bias, None, case.code, True)[1]
     full = kernels.backward(case.grad, case.x, case.weight, z, case.code, True, True, True)
     some = kernels.backward(case.grad, case.x, case.weight, z, case.code, *map(bool, needs))
-    for needed, whole, part in zip(needs, full, some, strict=True):
-        assert torch.equal(part, whole) if needed else part.shape == (0,)
+    assert [part.shape == (0,) for part in some] == [not needed for needed in needs]
+    # Other flags are another kernel: the numerics rule holds it, not the bits of the first.
+    asked = zip(needs, full, some, strict=True)
+    check_backward(case, z, tuple(part if needed else whole for needed, whole, part in asked))
 
 
 def test_any_strides() -> None:

@@ -188,14 +188,10 @@ def test_only_the_asked_gradients_are_made(which: int) -> None:
     saved = (case.grad, x, u, v, base, found.inner, found.preact, 5, 1.0)
     full = kernels.backward(*saved, *NEEDS)[:5]
     some = kernels.backward(*saved, *(i == which for i in range(5)))[:5]
-    for i, (whole, part) in enumerate(zip(full, some, strict=True)):
-        if i == which and i != 2:
-            assert torch.equal(part, whole)
-        elif i == which:  # gz u by a product of its own, summed in other blocks
-            gx, gu, _, gb, gbase = full
-            case.check_gradients([gx, gu, part, gb, case.grad, gbase])
-        else:
-            assert part.shape == (0,)
+    assert [part.shape == (0,) for part in some] == [i != which for i in range(5)]
+    # Other flags are another kernel, or another order of sums: held by the numerics rule.
+    gx, gu, gv, gb, gbase = (some[i] if i == which else whole for i, whole in enumerate(full))
+    case.check_gradients([gx, gu, gv, gb, case.grad, gbase])
 
 
 # bytes -------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ It also adds two checks, which hold for every interpreted launch of this process
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -100,6 +101,9 @@ _installed = False
 _behind_tables: list[torch.Tensor] = []
 _launch: _Launch | None = None
 _checking = True
+# Not None: the terms of each dot are summed in an order drawn from this, the kernel and its tile.
+# Libraries differ in it from one CPU to the next, so no test may rest on equal bits of two kernels.
+dot_seed: int | None = None
 # Called as see(launch, "read" or "written", addresses, bytes of each) for every load and store.
 observers: list[Callable[[_Launch, str, np.ndarray, int], None]] = []
 
@@ -166,6 +170,13 @@ def _in_float32(original: Callable[..., Any], narrow: bool) -> Callable[..., Any
     return method
 
 
+def _order_of_terms(a: tuple[int, ...], b: tuple[int, ...]) -> np.ndarray:
+    """An order of the K terms of a dot: the same for one kernel and tile, another for the next."""
+    kernel = _launch.kernel if _launch is not None else ""
+    seed = zlib.crc32(repr((dot_seed, kernel, a, b)).encode())
+    return np.random.default_rng(seed).permutation(a[-1])
+
+
 def _repair_numbers() -> None:
     convert = interpreter._convert_float
 
@@ -191,7 +202,11 @@ def _repair_numbers() -> None:
     dot = Builder.create_dot
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return dot(self, _widen(a), _widen(b), *rest)
+        a, b = _widen(a), _widen(b)
+        if dot_seed is not None:
+            order = _order_of_terms(a.data.shape, b.data.shape)
+            a, b = Handle(a.data[..., order], a.dtype), Handle(b.data[..., order, :], b.dtype)
+        return dot(self, a, b, *rest)
 
     interpreter._convert_float = convert_float
     Builder.cast_impl = cast_impl
