@@ -19,6 +19,9 @@ TORCH ?= torch==2.13.0
 SYSTEM_TORCH ?= 0
 VENV ?= .venv
 ARGS ?=
+# Test processes side by side: one for each core, and several tests of a file go to one of them.
+WORKERS ?= auto
+SIDE_BY_SIDE = $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)
 
 override PINNED_TORCH := torch==2.13.0
 PY := $(VENV)/bin/python
@@ -37,10 +40,10 @@ demo: install
 	$(VENV)/bin/bigops demo $(ARGS)
 
 test: dev
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-slow: dev
-	$(PY) -m pytest -m slow $(ARGS)
+	$(PY) -m pytest -m slow $(SIDE_BY_SIDE) $(ARGS)
 
 accept: dev
 	$(PY) -m pytest -m slow tests/accept --accept-share 1 \

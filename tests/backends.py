@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -158,6 +159,24 @@ def plain(name: str) -> str:
     """The name of a kernel without the level of a CPU one."""
     parts = name.split(".")
     return ".".join([parts[0], *parts[2:]] if parts[0] == "cpu" else parts)
+
+
+def covering(*axes: Iterable[Any]) -> list[Any]:
+    """Parameters: all combinations of the axes, those slow that a small sample has no need of.
+
+    The sample of the unit suite holds every value of every axis, as often as the longest axis is
+    long; the slow suite runs the rest. For ways that take a second a case.
+    """
+    values = [list(axis) for axis in axes]
+    kept = {tuple(i % len(v) for v in values) for i in range(max(map(len, values)))}
+    combinations = itertools.product(*(range(len(v)) for v in values))
+    return [
+        pytest.param(
+            *(v[i] for v, i in zip(values, at, strict=True)),
+            marks=() if at in kept else pytest.mark.slow,
+        )
+        for at in combinations
+    ]
 
 
 REFERENCE, TRITON, HOSTRUN = Way("reference"), Way("triton"), Way("hostrun")

@@ -10,6 +10,9 @@ from pathlib import Path
 # No test depends on what `bigops tune` measured on this machine, nor writes there.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bigops-tests-")
 
+# Idle threads of one worker must not spin where another one works. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # Triton reads this when a kernel is decorated: the unit suite runs kernels in the interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 

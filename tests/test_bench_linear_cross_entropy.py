@@ -22,6 +22,7 @@ def test_the_count_sees_what_a_call_holds() -> None:
     assert 1 << 20 <= use.working < (1 << 20) + (1 << 14)
 
 
+@pytest.mark.slow  # a side is compiled
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_sides_agree_with_float64(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
     case = next(c for c in bench.cases() if c.name == "small" and c.dtype == dtype)

@@ -19,7 +19,7 @@ from torch import Tensor
 import bigops
 from bigops import backend
 from bigops.ops.fused_linear import fused_linear, reference
-from tests.backends import CPU, REFERENCE, TRITON, Way
+from tests.backends import CPU, REFERENCE, TRITON, Way, covering
 from tests.kernels_ran import crossover, expect, needs_extension
 from tests.linear_cases import ACTIVATIONS, Case, make
 
@@ -75,9 +75,14 @@ SMALL = [(1, 1, 1), (2, 33, 65), (31, 1, 32), (64, 64, 64), (70, 17, 40), (1, 70
 SHAPES = [(1, 1, 1), (1, 130, 65), (2, 3, 16), (3, 4, 17), (4, 8, 31), (65, 66, 33), (70, 5, 1100)]
 
 
-@pytest.mark.parametrize(("way", "dtype"), BY_CPU + BY_REFERENCE + BY_TRITON, ids=str)
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_every_activation(way: Way, dtype: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("by", "name"),
+    [(by, name) for by in BY_CPU + BY_REFERENCE for name in ACTIVATIONS]
+    + covering(BY_TRITON, ACTIVATIONS),
+    ids=str,
+)
+def test_every_activation(by: tuple[Way, str], name: str) -> None:
+    way, dtype = by
     shape = (37, 45, 70) if way is TRITON else (5, 37, 83)
     run(make(*shape, DTYPES[dtype], name), way, dtype)
 

@@ -29,6 +29,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_main_tile_of_each_device_passes_the_gate(
     record_property: Callable[[str, object], None],
 ) -> None:
@@ -150,6 +151,7 @@ def quantised() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_quantised_products_use_the_matrix_units_for_whole_numbers(quantised: dict) -> None:
     rows = quantised["rows"]
     assert len(rows) == 6
@@ -160,6 +162,7 @@ def test_quantised_products_use_the_matrix_units_for_whole_numbers(quantised: di
     assert quantised["worse"] == []
 
 
+@pytest.mark.slow
 def test_gate_sees_an_int8_product_without_its_instruction(quantised: dict) -> None:
     assert quantised["floating"] == "no wgmma"
     assert quantised["whole"] == ["IGMMA", "HGMMA|IGMMA|QGMMA"]
@@ -280,15 +283,18 @@ def planted() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_gate_passes_a_sound_row(planted: dict) -> None:
     assert planted["sound"] == "ok"
     assert planted["same"] == []
 
 
+@pytest.mark.slow
 def test_gate_sees_spills(planted: dict) -> None:
     assert "spills" in planted["spilling"]
 
 
+@pytest.mark.slow
 def test_gate_sees_spills_that_only_the_flags_of_triton_make(planted: dict) -> None:
     spilled, instructions, said = planted["slightly"]
     assert spilled == 16
@@ -296,19 +302,23 @@ def test_gate_sees_spills_that_only_the_flags_of_triton_make(planted: dict) -> N
     assert said == "spills 16 bytes; uses local memory by 4 instructions"
 
 
+@pytest.mark.slow
 def test_gate_sees_local_memory_that_no_spill_explains(planted: dict) -> None:
     assert planted["local"] == "uses local memory by 1 instructions"
     assert planted["scratch"] == ["ok", "uses local memory by 1 instructions"]
 
 
+@pytest.mark.slow
 def test_gate_sees_too_much_shared_memory(planted: dict) -> None:
     assert "shared memory" in planted["greedy"]
 
 
+@pytest.mark.slow
 def test_gate_sees_a_config_that_does_not_compile(planted: dict) -> None:
     assert "Error" in planted["broken"]
 
 
+@pytest.mark.slow
 def test_gate_sees_a_missing_matrix_instruction_and_atomics(planted: dict) -> None:
     assert planted["no wgmma"] == "no wgmma"
     assert planted["atomics"] == "atomics"
@@ -317,6 +327,7 @@ def test_gate_sees_a_missing_matrix_instruction_and_atomics(planted: dict) -> No
     assert planted["ranks"] == ["no cp_async", "ok"]
 
 
+@pytest.mark.slow
 def test_comparison_with_the_golden_table_sees_what_is_worse(planted: dict) -> None:
     wgmma, programs, unknown = planted["lost"]
     assert "wgmma" in wgmma[0]
@@ -324,6 +335,7 @@ def test_comparison_with_the_golden_table_sees_what_is_worse(planted: dict) -> N
     assert "not in the golden table" in unknown[0]
 
 
+@pytest.mark.slow
 def test_the_report_fails_on_a_worse_table(tmp_path: Path) -> None:
     header, *rows = GOLDEN.read_text().splitlines()
     doctored = tmp_path / "golden.csv"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bigops.ops.low_rank_linear import low_rank_linear
 from tests import roads
+from tests.backends import covering
 from tests.kernels_ran import expect, needs_extension
 from tests.low_rank_cases import NAMES, LowRankCase, make
 
@@ -126,9 +127,9 @@ def test_double_backward(name: str, kind: str) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["none", "relu"])
-@pytest.mark.parametrize("lead", [[4], [2, 3], [0]], ids=str)
+@pytest.mark.parametrize(
+    ("name", "lead", "kind"), covering(["none", "relu"], [[4], [2, 3], [0]], KINDS), ids=str
+)
 def test_opcheck(name: str, lead: list[int], kind: str) -> None:
     case = make(lead, 6, 5, 3, torch.float32, name, **KINDS[kind])
     args = (*case.leaves(), name, case.scale)

@@ -189,6 +189,7 @@ def _accuracies(dataset: Dataset, hidden: tuple[int, ...], **options) -> dict[st
 
 
 @needs_mnist
+@pytest.mark.slow
 def test_mixed_precision_ends_within_0_3_points(mnist: Dataset) -> None:
     """30,000 rows, a small model; one row of the test split is 0.01 points."""
     options = {"epochs": 4, "batch_size": 128}

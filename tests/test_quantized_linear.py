@@ -25,7 +25,7 @@ from bigops.ops.quantized_linear import (
     quantized_linear,
     reference,
 )
-from tests.backends import CPU, HOSTRUN, REFERENCE, TRITON, Way
+from tests.backends import CPU, HOSTRUN, REFERENCE, TRITON, Way, covering
 from tests.compressed_cases import DTYPES, QUANTISED, Case, backward_of, kernel_of
 from tests.compressed_cases import make as make_case
 from tests.kernels_ran import ISAS, expect, isa, needs_extension
@@ -198,14 +198,14 @@ def test_every_activation(way: Way, name: str) -> None:
         run(make(form, 5, 37, 83, dtype, name), form, way, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("way", "form", "m"),
-    [(way, form, 37) for way in (REFERENCE, TRITON) for form in QUANTISED]
-    + [(HOSTRUN, form, m) for form in FLOATING for m in (3, 11)],
+    ("way", "form", "dtype", "m"),
+    [(REFERENCE, form, dtype, 37) for form in QUANTISED for dtype in DTYPES]
+    + covering([TRITON], QUANTISED, DTYPES, [37])
+    + covering([HOSTRUN], FLOATING, DTYPES, (3, 11)),
     ids=str,
 )
-def test_every_format_and_dtype(way: Way, form: str, m: int, dtype: str) -> None:
+def test_every_format_and_dtype(way: Way, form: str, dtype: str, m: int) -> None:
     run(make(form, m, 45, 150, dtype, "gelu"), form, way, dtype)
 
 
@@ -224,14 +224,12 @@ def test_ragged_shapes(way: Way, form: str, m: int, n: int, k: int) -> None:
 # blocks of 64 rows and stages of 128 or 256 columns.
 @pytest.mark.parametrize(
     ("way", "form", "shape"),
-    [(TRITON, form, shape)
-     for form in (*KERNELS, "w4_row", "w4a8_zero")
-     for shape in [(1, 1, 1), (2, 33, 65), (31, 1, 32), (64, 64, 64), (3, 70, 129), (5, 7, 0),
-                   (0, 7, 5), (5, 0, 7)]]
-    + [(HOSTRUN, form, shape)
-       for form in ("w8_zero", "w4_zero", "w4_row")
-       for shape in [(1, 1, 1), (16, 64, 256), (9, 65, 257), (2, 130, 1030), (8, 16, 1032),
-                     (3, 16, 0), (5, 0, 32)]],
+    covering([TRITON], (*KERNELS, "w4_row", "w4a8_zero"),
+             [(1, 1, 1), (2, 33, 65), (31, 1, 32), (64, 64, 64), (3, 70, 129), (5, 7, 0),
+              (0, 7, 5), (5, 0, 7)])
+    + covering([HOSTRUN], ("w8_zero", "w4_zero", "w4_row"),
+               [(1, 1, 1), (16, 64, 256), (9, 65, 257), (2, 130, 1030), (8, 16, 1032),
+                (3, 16, 0), (5, 0, 32)]),
     ids=str,
 )  # fmt: skip
 def test_shapes_of_gpu_kernels(way: Way, form: str, shape: tuple[int, int, int]) -> None:
@@ -239,12 +237,14 @@ def test_shapes_of_gpu_kernels(way: Way, form: str, shape: tuple[int, int, int])
 
 
 @pytest.mark.parametrize(
-    ("way", "form"), [(TRITON, form) for form in KERNELS] + [(HOSTRUN, "w8_zero")], ids=str
+    ("way", "form", "given"),
+    covering([TRITON], KERNELS, [(False, False), (True, False), (False, True)])
+    + [(HOSTRUN, "w8_zero", given) for given in [(False, False), (True, False), (False, True)]],
+    ids=str,
 )
-@pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (False, True)])
-def test_optional_arguments(way: Way, form: str, bias: bool, residual: bool) -> None:
+def test_optional_arguments(way: Way, form: str, given: tuple[bool, bool]) -> None:
     m = 16 if way is HOSTRUN else 33
-    run(make(form, m, 20, 35, "f16", "gelu", bias, residual), form, way, "f16")
+    run(make(form, m, 20, 35, "f16", "gelu", *given), form, way, "f16")
 
 
 @pytest.mark.parametrize("form", KERNELS)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import bigops
 from bigops.ops.sparse_linear import block_mask, reference, sparse_linear, sparsify_weight
-from tests.backends import HOSTRUN, REFERENCE, TRITON, Way
+from tests.backends import HOSTRUN, REFERENCE, TRITON, Way, covering
 from tests.compressed_cases import DTYPES, PATTERNS, SPARSE, VALUES, Case, served
 from tests.compressed_cases import make as make_case
 from tests.kernels_ran import ISAS, expect, isa, needs_extension
@@ -125,29 +125,31 @@ def test_the_form_is_chosen_by_the_rows_of_x() -> None:
 # Triton serves floating values in blocks, CUDA C++ every pattern with at most 16 rows of x.
 BLOCKS = ("16x1", "16x16", "32x32")
 BY_FORM = [(form, dtype) for form in SPARSE for dtype in served(form)]
-BY_TRITON = [(TRITON, *by) for by in BY_FORM if by[0] != "sparse_int8"]
+FLOATING = [by for by in BY_FORM if by[0] != "sparse_int8"]
 FIRST = [(form, served(form)[0]) for form in SPARSE]
-GPU_SHAPES = [(TRITON, form, dtype, pattern, *shape)
-              for form, dtype in FIRST[1:] for pattern in BLOCKS
-              for shape in [(1, 1, 1), (33, 16, 16), ([2, 3], 48, 65), (2, 72, 70), (3, 33, 40),
-                            (0, 20, 20), (3, 0, 20), (3, 20, 0)]]  # fmt: skip
-GPU_SHAPES += [(HOSTRUN, form, "bf16", "1x4", *shape) for form in SPARSE
-               for shape in [(1, 1, 1), (16, 64, 256), (9, 65, 257), (2, 130, 515),
-                             (5, 16, 0)]]  # fmt: skip
+GPU_SHAPES = covering(
+    [TRITON], FIRST[1:], BLOCKS,
+    [(1, 1, 1), (33, 16, 16), ([2, 3], 48, 65), (2, 72, 70), (3, 33, 40), (0, 20, 20), (3, 0, 20),
+     (3, 20, 0)],
+) + covering(
+    [HOSTRUN], [(form, "bf16") for form in SPARSE], ["1x4"],
+    [(1, 1, 1), (16, 64, 256), (9, 65, 257), (2, 130, 515), (5, 16, 0)],
+)  # fmt: skip
 LEADS: list[tuple[Way, list[int]]] = [(REFERENCE, []), (REFERENCE, [4, 0]), (TRITON, []),
     (TRITON, [4, 0]), (TRITON, [2, 3]), (HOSTRUN, []), (HOSTRUN, [2, 1, 3, 2])]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of whole numbers in Triton
 @pytest.mark.parametrize(
-    ("way", "form", "dtype", "pattern", "m"),
-    [(*by, pattern, 35) for by in BY_TRITON for pattern in BLOCKS]
-    + [(HOSTRUN, *by, "1x4", m) for by in BY_FORM for m in (1, 3, 11)]
-    + [(HOSTRUN, *by, pattern, 4) for by in FIRST for pattern in PATTERNS]
-    + [(REFERENCE, *by, pattern, 9) for by in BY_FORM for pattern in PATTERNS],
+    ("way", "by", "pattern", "m"),
+    covering([TRITON], FLOATING, BLOCKS, [35])
+    + covering([HOSTRUN], BY_FORM, ["1x4"], (1, 3, 11))
+    + covering([HOSTRUN], FIRST, PATTERNS, [4])
+    + [(REFERENCE, by, pattern, 9) for by in BY_FORM for pattern in PATTERNS],
     ids=str,
 )
-def test_every_format(way: Way, form: str, dtype: str, pattern: str, m: int) -> None:
+def test_every_format(way: Way, by: tuple[str, str], pattern: str, m: int) -> None:
+    form, dtype = by
     run_by(way, form, m, 70, 130, dtype, "gelu", pattern=pattern)
 
 
@@ -158,10 +160,11 @@ def test_every_activation(way: Way, name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize(("way", "form", "dtype", "pattern", "lead", "n", "k"), GPU_SHAPES, ids=str)
+@pytest.mark.parametrize(("way", "by", "pattern", "shape"), GPU_SHAPES, ids=str)
 def test_shapes_of_gpu_kernels(
-    way: Way, form: str, dtype: str, pattern: str, lead: int | list[int], n: int, k: int
+    way: Way, by: tuple[str, str], pattern: str, shape: tuple[int | list[int], int, int]
 ) -> None:
+    (form, dtype), (lead, n, k) = by, shape
     run_by(way, form, lead, n, k, dtype, "silu", pattern=pattern)
 
 
@@ -240,7 +243,7 @@ def test_ragged_shapes(level: str, kind: str, m: int, n: int, k: int) -> None:
     sparsity=st.sampled_from([0.0, 0.5, 0.8, 0.95, 1.0]),
     level=st.sampled_from(ISAS or ["portable"]),
 )
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_any_shape(
     m: int,
     n: int,
@@ -299,9 +302,7 @@ def test_leading_dimensions(kind: str, lead: list[int]) -> None:
     run(case, ISAS[-1], dtypes(kind)[0], torch.Size(lead).numel())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("level", ISAS)
-@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize(("kind", "level", "m"), covering(KINDS, ISAS, [1, 40]))
 def test_empty_rows_and_uneven_rows(kind: str, level: str, m: int) -> None:
     """Rows without a value, one full row among empty ones, one full panel: all get the epilogue."""
     w = torch.randn(300, 1100)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bigops.ops.sparse_linear import block_mask, sparse_linear, sparsify_weight
 from tests import roads
+from tests.backends import covering
 from tests.compressed_cases import Case, dtype_of, make, served
 from tests.kernels_ran import expect, needs_extension
 from tests.test_frozen_linear_roads import SNR_FLOOR_DB, travel
@@ -157,18 +158,17 @@ def test_backward_op_is_differentiable(form: str) -> None:
 # contract ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_opcheck(form: str) -> None:
-    for pattern in ("1x1", "16x1"):
-        case = trained(form, 4, 6, 5, name="relu", pattern=pattern)
-        x, values, bias, residual = case.leaves()
-        rest = case.storage[1:]
-        torch.library.opcheck(ops.sparse_linear.default, (x, values, *rest, bias, residual, "relu"))
-        for wanted in ((True, True, True), (False, True, False)):
-            torch.library.opcheck(
-                ops.sparse_linear_backward.default,
-                (case.grad, case.x, *case.storage, case.bias, "relu", *wanted),
-            )
+@pytest.mark.parametrize(("form", "pattern"), covering(FORMS, ("1x1", "16x1")))
+def test_opcheck(form: str, pattern: str) -> None:
+    case = trained(form, 4, 6, 5, name="relu", pattern=pattern)
+    x, values, bias, residual = case.leaves()
+    rest = case.storage[1:]
+    torch.library.opcheck(ops.sparse_linear.default, (x, values, *rest, bias, residual, "relu"))
+    for wanted in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(
+            ops.sparse_linear_backward.default,
+            (case.grad, case.x, *case.storage, case.bias, "relu", *wanted),
+        )
 
 
 def test_values_that_are_not_trained_are_refused() -> None:

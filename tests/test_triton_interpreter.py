@@ -117,6 +117,7 @@ def _differing(dtype: torch.dtype) -> int:
     return sum(int(((got != want) & ~(got.isnan() & want.isnan())).sum()) for got, want in pairs)
 
 
+@pytest.mark.slow
 def test_unrepaired_interpreter_is_wrong() -> None:
     """Should this fail with a newer triton, the repair of what it mends can go."""
     code = (

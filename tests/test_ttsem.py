@@ -59,6 +59,7 @@ def assert_caught(caught: dict[str, tuple[str, str]], found: dict[str, Verdict])
         assert part in found[case].message, f"{case}: {found[case].message}"
 
 
+@pytest.mark.slow
 def test_canaries_are_caught_and_one_case_of_each_kind_is_clean() -> None:
     """In one process: most of the time is its start."""
     assert set(CAUGHT) == set(ttsem_child.CANARIES)

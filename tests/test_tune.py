@@ -155,9 +155,11 @@ def test_two_processes_lose_nothing_of_each_other() -> None:
     of = crossover.machine(backend.extension)
     path = tune.tune(["f32"], timer=Scripted(OWN_FIRST))
     code = (
-        "import sys; from pathlib import Path; from bigops import tune, crossover, backend\n"
+        "import sys, time; from pathlib import Path; from bigops import tune, crossover, backend\n"
         "of = crossover.machine(backend.extension); path = Path(sys.argv[1])\n"
-        "for i in range(50):\n"
+        "(path.parent / f'{sys.argv[2]} is ready').touch()\n"
+        "while len(list(path.parent.glob('* is ready'))) < 2: time.sleep(1e-3)\n"
+        "for i in range(15):\n"
         "    tune._write(path, of, {'points': {sys.argv[2] + str(i): []}})"
     )
     running = [
@@ -166,7 +168,7 @@ def test_two_processes_lose_nothing_of_each_other() -> None:
     ]
     assert [process.wait(120) for process in running] == [0, 0]
     points = crossover.read(path, of)["points"]
-    assert len(points) == 1 + 100
+    assert len(points) == 1 + 30
 
 
 # --- files that cannot serve -------------------------------------------------------------------
