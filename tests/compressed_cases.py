@@ -25,7 +25,7 @@ from bigops.ops.fp8_linear import Fp8Weight, fp8_linear, quantize_fp8
 from bigops.ops.packed_linear import PackedWeight, pack_weight, packed_linear
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear
 from bigops.ops.sparse_linear import Pattern, SparseWeight, sparse_linear, sparsify_weight
-from tests.kernels_ran import ISAS
+from tests.kernels_ran import ISAS, threads
 from tests.linear_cases import act, curvature, offset, slope
 from tests.tolerance import check
 
@@ -160,6 +160,11 @@ class Case:
         storage = (*values, *self.storage[len(values) :])
         y: Tensor = getattr(torch.ops.bigops, self.op)(x, *storage, bias, residual, self.name)
         return y
+
+    def rows(self, m: int) -> Case:
+        """The same case with the first m rows of x alone."""
+        residual = None if self.residual is None else self.residual[:m]
+        return replace(self, x=self.x[:m], residual=residual, grad=self.grad[:m])
 
     def with_values(self, values: Tensor) -> Case:
         """The same case with other stored values."""
@@ -300,6 +305,24 @@ class Case:
                     narrow, wide = torch.finfo(self.x.dtype).eps, torch.finfo(got.dtype).eps
                     scale = scale + rounding * narrow / wide
             check(got, ref, base.to(got.dtype), scale, rounding=rounding, what=label)
+
+
+def check_runs_and_threads(case: Case) -> None:
+    """Forward and backward at several thread counts: the same bits twice, values by the rule."""
+    for count in (1, 2, 5):
+        runs = []
+        with threads(count):
+            for _ in range(2):
+                leaves = case.leaves()
+                y = case.public(*leaves)  # type: ignore[arg-type]
+                wanted = [t for t in leaves if t is not None]
+                runs.append([y.detach(), *torch.autograd.grad(y, wanted, case.grad)])
+        for first, again in zip(*runs, strict=True):
+            assert torch.equal(first, again)
+        y, *grads = runs[0]
+        found = iter(grads)
+        case.check_forward(y, f"of {count} threads")
+        case.check_gradients([None if t is None else next(found) for t in leaves])
 
 
 def make(

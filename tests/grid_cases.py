@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bigops.ops._quantize import static_grid, to_grid
+from bigops.ops._quantize import from_grid, static_grid, to_grid
 from bigops.ops.quantized_linear import quantized_linear
 from bigops.ops.sparse_linear import sparse_linear
 from tests.compressed_cases import SPARSE, Case, kernel_of, make
 from tests.kernels_ran import expect
-from tests.tolerance import bound
+from tests.tolerance import bound, check
 
 X_GRID = static_grid(-2.0, 3.0)  # that of the static cases; some of x lies outside
 U8_FORMS = ("int8_static", "w4a8_static", "sparse_int8")  # whose x may be u8
@@ -62,6 +63,12 @@ def grid_of(case: Case) -> Tensor:
     return static_grid(float(y.min()) * 0.9, float(y.max()) * 0.9)
 
 
+def on_grid(case: Case) -> Case:
+    """The case with the x that its u8 numbers on X_GRID stand for, which no kernel rounds again."""
+    x = from_grid(to_grid(case.x, X_GRID), X_GRID, torch.float32)
+    return replace(case, x=x, quantised=False)
+
+
 def check_u8(case: Case, q: Tensor, grid: Tensor) -> None:
     """Hold a u8 result to float64: half a step off at most, plus what the rule allows y."""
     assert q.dtype == torch.uint8
@@ -88,5 +95,7 @@ def run(form: str, level: str, m: int, n: int, k: int, dtype: str, name: str, **
     q = to_grid(case.x, X_GRID)
     with expect(kernel(form, level, q, m, True), kernel(form, level, q, m, False)):
         u8, y = call(case, q, grid), call(case, q, None)
-    assert torch.equal(y, call(case, case.x, None, X_GRID).to(y.dtype))
-    assert torch.equal(u8, call(case, case.x, grid, X_GRID))
+    seen = on_grid(case)
+    check_u8(seen, u8, grid)
+    truth, plain = seen.truth(torch.float64)[0], seen.truth(torch.float32)[0].to(y.dtype)
+    check(y, truth, plain, seen.scales()[0], what=f"{name} of u8")

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from bigops import backend
 
@@ -13,6 +14,17 @@ needs_extension = pytest.mark.skipif(
     backend.extension is None, reason=f"no C++ extension: {backend.extension_error}"
 )
 ISAS: list[str] = list(backend.extension.isas()) if backend.extension else []
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with this many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

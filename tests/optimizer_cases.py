@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -27,16 +25,6 @@ ADAMW = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
 def level_of(level: str, dtype: str) -> str:
     return "portable" if dtype == "f64" else level.removesuffix("vnni").removesuffix("bf16")
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def round_roots(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ import bigops
 from bigops import backend
 from bigops.ops.fused_linear import fused_linear, reference
 from tests.backends import CPU, REFERENCE, TRITON, Way, covering
-from tests.kernels_ran import crossover, expect, needs_extension
+from tests.kernels_ran import crossover, expect, needs_extension, threads
 from tests.linear_cases import ACTIVATIONS, Case, make
 
 DTYPES = {
@@ -151,7 +152,6 @@ def test_leading_dimensions(way: Way, lead: list[int], name: str) -> None:
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_any_strides(dtype: str) -> None:
     case = make(6, 10, 8, DTYPES[dtype], "gelu")
-    want = fused_linear(*case.inputs, "gelu")
     x, weight, bias, residual = case.inputs
     assert bias is not None
     assert residual is not None
@@ -166,14 +166,12 @@ def test_any_strides(dtype: str) -> None:
     for what, args in layouts.items():
         assert any(not t.is_contiguous() for t in args), what
         with expect(f".fused_linear.{dtype}.dot"):
-            assert torch.equal(fused_linear(*args, "gelu"), want), what
+            case.check_forward(fused_linear(*args, "gelu"), what)
     leaves = case.leaves()
     y = fused_linear(*leaves, "gelu")
     for grad in (case.grad.t().contiguous().t(), case.grad[:1].expand(6, 10)):
         got = torch.autograd.grad(y, leaves, grad, retain_graph=True)
-        same = torch.autograd.grad(y, leaves, grad.contiguous(), retain_graph=True)
-        for a, b in zip(got, same, strict=True):
-            assert torch.equal(a, b)
+        replace(case, grad=grad).check_gradients(got)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on inf - inf and the like
@@ -192,18 +190,13 @@ def test_nan_and_infinity_come_through(way: Way, name: str) -> None:
         assert torch.equal(got.isinf(), want.isinf()), (value, got, want)
 
 
-def test_bitwise_equal_from_run_to_run_and_over_threads() -> None:
+def test_bitwise_equal_from_run_to_run_at_every_thread_count() -> None:
     case = make(130, 200, 700, torch.float32, "swiglu")
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            results.append(fused_linear(*case.inputs, "swiglu"))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[1], results[2])
+    for count in (1, 2):
+        with threads(count):
+            first, again = (fused_linear(*case.inputs, "swiglu") for _ in range(2))
+        assert torch.equal(first, again)
+        case.check_forward(first, f"of {count} threads")
 
 
 def test_output_never_aliases_the_residual() -> None:

@@ -178,7 +178,6 @@ def test_tiles_of_other_sizes_and_epilogue_in_parts(tile: tuple[int, ...], form:
 @pytest.mark.parametrize("form", ["fp8_static", "fp8_block", "w_fp8"])
 def test_any_strides(form: str) -> None:
     case = make(form, 20, 10, 64, "f32", "gelu")
-    want = call(case)
 
     def odd(t: Tensor | None) -> Any:
         return None if t is None else t.repeat_interleave(2, -1)[..., ::2]
@@ -189,9 +188,8 @@ def test_any_strides(form: str) -> None:
         scale=case.weight.scale.t().contiguous().t(),
         x_scale=odd(case.weight.x_scale),
     )
-    plain = case.x
-    case.x, case.bias = plain.t().contiguous().t(), odd(case.bias)
-    assert torch.equal(call(case, weight=weight), want)
+    case.x, case.bias = case.x.t().contiguous().t(), odd(case.bias)
+    case.check_forward(call(case, weight=weight))
     case.residual = case.residual[:1].expand(20, 10)  # type: ignore[index]
     case.check_forward(call(case, weight=weight))
 

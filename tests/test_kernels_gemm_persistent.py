@@ -164,16 +164,12 @@ def test_the_committed_choice_is_persistent_only_for_described_operands(
 
 @pytest.mark.parametrize("programs", [1, 3])
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
-def test_values_do_not_depend_on_how_many_programs_walk(
+def test_values_with_few_and_many_programs(
     name: str, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = make(70, 72, 32, torch.bfloat16, name)
-    arguments = (case.x, case.weight, case.bias, case.residual, case.code, True)
-    first = kernels.forward(*arguments, config=TILE)
     monkeypatch.setattr(products, "multiprocessors", lambda device: programs)
-    again = kernels.forward(*arguments, config=TILE._replace(programs=1))
-    for one, other in zip(first, again, strict=True):
-        assert torch.equal(one, other)
+    case = make(70, 72, 32, torch.bfloat16, name)
+    run_and_check(case, config=TILE._replace(programs=1))
 
 
 # --- scratch memory for the descriptors ---------------------------------------------------------

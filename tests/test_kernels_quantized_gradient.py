@@ -89,9 +89,8 @@ def test_empty_sizes() -> None:
 @pytest.mark.parametrize("form", ["w8_zero", "w4_zero"])
 def test_any_strides(form: str) -> None:
     case = make(form, 20, 10, 64, "f32", residual=False)
-    want = call(case)
     for gz in (case.grad.t().contiguous().t(), case.grad.repeat_interleave(2, 1)[:, ::2]):
-        assert torch.equal(call(case, gz=gz), want)
+        hold(case, call(case, gz=gz))
     case.grad = torch.full((), 0.5).expand(20, 10)  # what sum().backward() hands over
     hold(case, call(case))
 
