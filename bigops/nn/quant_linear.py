@@ -125,9 +125,6 @@ class QuantLinear(CompressedLinear):
         form = (self.bits, self.group or 0, self.activations)
         return QuantizedWeight._make((*kept, self.out_features, self.in_features, *form))
 
-    def pack_sources(self) -> tuple[Tensor, ...]:
-        return (self.weight,) if self.x_grid is None else (self.weight, self.x_grid)
-
     def trained_weight(self) -> Tensor:
         return straight_through(self.weight, self.bits, self.group, self.symmetric)
 

@@ -110,9 +110,6 @@ class QuantLowRankLinear(CompressedLinear):
         kept = (tensors[name] for name in self.storage_names)
         return QuantizedFactors._make((*kept, self.out_features, self.in_features, self.rank))
 
-    def pack_sources(self) -> tuple[Tensor, ...]:
-        return self.u, self.v
-
     def trained_weight(self) -> Tensor:
         return straight_through(self.u) @ straight_through(self.v)
 
