@@ -192,6 +192,19 @@ def test_every_write_is_seen(name: str, way: str) -> None:
         _check(lambda dtype=dtype: LAYERS[name](dtype), WAYS[way], torch.randn(5, K, dtype=dtype))
 
 
+@pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith(("Q", "S", "F"))])
+def test_numbers_of_recovery_are_those_after_freeze(name: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        layer, x = LAYERS[name](dtype).eval(), torch.randn(5, K, dtype=dtype)
+        with torch.no_grad():
+            before = layer(x)
+            layer.weight.neg_() if hasattr(layer, "weight") else layer.u.neg_()
+            got = layer(x)
+            assert not torch.equal(got, before)
+            assert torch.equal(layer.freeze()(x), got)
+            assert torch.equal(layer(x), got)
+
+
 class _Keeps(Linear):
     """What must not be: a copy of the weight from the first call, as long as no version counts."""
 

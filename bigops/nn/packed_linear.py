@@ -59,9 +59,6 @@ class PackedBase(CompressedLinear):
             return self.run(x, self.storage(), residual)
         return self.run_trained(x, residual)  # thawed, it is the layer that it was
 
-    def check_storage(self, storage: Any) -> None:
-        """Nothing: panels are made here and are in no state_dict."""
-
     # --- packing and unpacking --------------------------------------------------------------
 
     def freeze(self: Self) -> Self:

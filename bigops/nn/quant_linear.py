@@ -17,8 +17,9 @@ class QuantLinear(CompressedLinear):
     """``act(x @ weight.T + bias) + residual`` with the weight in int8 or int4.
 
     Recovery state: a float ``weight`` [N, K], rounded to its grid in the forward pass with a
-    straight-through gradient (arXiv 1308.3432); in eval with gradients off the real kernel runs.
-    `freeze()` leaves the fields of `QuantizedWeight` as buffers.
+    straight-through gradient (arXiv 1308.3432); in eval with gradients off the real kernel runs, on
+    storage that each call makes anew: for its numbers. The speed comes with `freeze()`, which
+    leaves the fields of `QuantizedWeight` as buffers.
 
     Args:
         in_features: K.

@@ -41,8 +41,9 @@ class SparseLinear(CompressedLinear):
     - Recovery: a float ``weight`` [N, K] and the pattern ``mask``, bool, one entry a block. The
       forward pass uses ``weight * mask`` (rounded to ``values`` with a straight-through gradient),
       dense, so the gradient stays on the pattern; in eval with gradients off the sparse kernel
-      runs. For fine-tuning right after pruning, with the optimiser of the layer that it replaces,
-      and for int8, whose rounding is trained through. Of "2:4t" with values "bf16" and x bfloat16,
+      runs, on storage that each call makes anew (the speed comes with `freeze`). For fine-tuning
+      right after pruning, with the optimiser of the layer that it replaces, and for int8, whose
+      rounding is trained through. Of "2:4t" with values "bf16" and x bfloat16,
       where sparse tensor cores serve, the weight is packed anew in every step and forward and
       gradients run on it; N and K divide by 4.
     - Frozen (`freeze`): the buffers ``values``, ``index``, ``rows``, ``length``, ``ptr``,
@@ -50,8 +51,8 @@ class SparseLinear(CompressedLinear):
       and under adapters that are trained around it: x has a gradient, the weight has none. On a
       GPU a second form is made on first use and kept beside the buffers (`nbytes` counts it): of
       2:4 that of the sparse tensor cores, of other patterns with floating values a bitmap for up
-      to 16 rows, if it is fewer bytes. `load_state_dict`, `.to()`, `thaw` and `freeze` drop it.
-      Buffers are not for writing in place: that it does not follow.
+      to 16 rows, if it is fewer bytes. `load_state_dict`, `.to()`, `thaw` and `freeze` drop it; it
+      does not follow what is written into the buffers in place.
     - Thawed (`thaw`, from frozen, floating values only): ``values`` is a Parameter. Forward and
       backward run the sparse kernels; gradient and optimiser state have the size of what is
       stored, and padding stays 0. For long training at a fixed pattern, where the dense weight
