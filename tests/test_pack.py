@@ -17,7 +17,9 @@ from bigops import backend
 from bigops.compress import measure
 from bigops.nn import (
     GatedMLP,
+    Linear,
     LowRankLinear,
+    PackedGatedMLP,
     PackedLinear,
     QuantLinear,
     pack,
@@ -97,7 +99,7 @@ def test_every_layer_that_is_left_has_its_reason() -> None:
             "few": nn.Linear(8, 128), "hollow_one": nn.Linear(k, k, device="meta"), "mlp": mlp,
             "hollow": hollow, "rank": LowRankLinear(160, 160, 32), "held": held,
             "quant": QuantLinear(k, k).freeze(), "packed": PackedLinear(k, k).freeze(),
-            "thawed": PackedLinear(k, k),
+            "thawed": PackedLinear(k, k), "narrow": GatedMLP(160, 32),
             "attention": nn.MultiheadAttention(k, 1), "norm": nn.LayerNorm(k),
         }
     )  # fmt: skip
@@ -121,6 +123,7 @@ def test_every_layer_that_is_left_has_its_reason() -> None:
         "quant": "it is a QuantLinear, which has a storage of its own",
         "packed": "it is packed already",
         "thawed": "it is thawed; freeze_ packs it",
+        "narrow": "gate_up_weight: 32 x 160 is too small",
         "attention.out_proj": "MultiheadAttention uses its weight without calling it",
     }
     assert {s.name for s in record.skipped} == set(wanted)
@@ -141,6 +144,18 @@ def test_hooks_below_a_block_and_what_the_machine_lacks(monkeypatch: pytest.Monk
     monkeypatch.setattr(backend, "extension", None)
     monkeypatch.setattr(backend, "extension_error", "the C++ extension is not built")
     assert bigops.pack_(model).reason("2") == "weight: the C++ extension is not built"
+
+
+def test_unpack_leaves_what_it_would_lose() -> None:
+    model = make()
+    bigops.pack_(model)
+    model[0].register_forward_hook(lambda *args: None)
+    model[2].up_proj.register_forward_pre_hook(lambda *args: None)
+    record = bigops.unpack_(model)
+    assert [done.name for done in record.done] == ["1", "3"]
+    assert "forward hook" in (record.reason("0") or "")
+    assert "forward pre-hook" in (record.reason("2") or "")
+    assert [type(m) for m in model] == [PackedLinear, Linear, PackedGatedMLP, LowRankLinear]
 
 
 def test_the_model_itself_is_not_swapped() -> None:

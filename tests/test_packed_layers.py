@@ -298,7 +298,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 # --- reading the weight ----------------------------------------------------------------------
 
 
-def test_reading_the_weight_raises_by_name() -> None:
+def test_reading_and_setting_the_weight_raises_by_name() -> None:
     model = make()
     bigops.pack_(model)
     for layer, name in ((model[0], "weight"), (model[2].up_proj, "weight"), (model[3], "v")):
@@ -307,7 +307,12 @@ def test_reading_the_weight_raises_by_name() -> None:
         assert not hasattr(layer, name)
     with pytest.raises(AttributeError, match="no attribute 'weights'"):
         model[0].weights  # noqa: B018
+    for value in (nn.Parameter(torch.zeros(131, 65)), torch.zeros(131, 65)):
+        with pytest.raises(AttributeError, match=r"weight: the layer is packed.*load_state_dict"):
+            model[0].weight = value
     frozen = QuantLinear(64, 64).freeze()
+    with pytest.raises(AttributeError, match=r"QuantLinear.weight: the layer is frozen"):
+        frozen.weight = nn.Parameter(torch.zeros(64, 64))
     with pytest.raises(AttributeError, match=r"QuantLinear.weight: the layer is frozen"):
         frozen.weight  # noqa: B018
 

@@ -207,6 +207,12 @@ class CompressedLinear(nn.Module):
             raise AttributeError(f"{type(self).__name__}.{name}: {self._where_it_went}")
         return super().__getattr__(name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.trained_names and self.__dict__.get("frozen", False):
+            # As an attribute it would be there, and no call would read it.
+            raise AttributeError(f"{type(self).__name__}.{name}: {self._where_it_went}")
+        super().__setattr__(name, value)
+
     @property
     def _where_it_went(self) -> str:
         """What to do for a float weight that is no more."""

@@ -16,7 +16,7 @@ from bigops.nn.packed_gated_mlp import PackedGatedMLP
 from bigops.nn.packed_linear import PackedBase, PackedLinear
 from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
 from bigops.nn.record import Done, Record, Skipped
-from bigops.nn.sites import Contest, Sites, capture, contest
+from bigops.nn.sites import Contest, Sites, capture, contest, hook_reason
 from bigops.ops.packed_linear import PANEL, SERVED
 
 _LEAST = 64 * 64  # entries of a weight whose panels pay: a smaller one lies in the nearest cache
@@ -101,7 +101,7 @@ def unpack_(model: nn.Module) -> Record:
     for those that a `GatedMLP` stacks. A `PackedLinear` becomes a `bigops.nn.Linear`.
 
     Returns:
-        What was done; empty where nothing is packed.
+        What was done, and what was left with the reason; empty where nothing is packed.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -115,8 +115,11 @@ def unpack_(model: nn.Module) -> Record:
         if id(module) in inside or not isinstance(module, PackedGatedMLP | PackedBase):
             continue
         inside.update(map(id, module.children()))
-        if path == "":
-            left.append(Skipped(path, "it is the model itself; thaw() unpacks it in place"))
+        reason = "it is the model itself; thaw() unpacks it in place" if path == "" else None
+        for part in module.modules():
+            reason = reason or hook_reason(part)
+        if reason is not None:
+            left.append(Skipped(path, reason))
             continue
         unpacked = module.unpacked()
         new.update(dict.fromkeys(sites.paths[id(module)], unpacked))
@@ -140,13 +143,15 @@ def _reason_to_leave(sites: Sites, path: str, module: nn.Module) -> str | None:
     if reason is not None:
         return reason
     for name, weight in module.named_parameters():
-        if weight.dim() == 2 and (reason := _costs_more(weight)):
-            return f"{name}: {reason}"
+        if weight.dim() == 2:
+            halves = 2 if name == "gate_up_weight" else 1
+            if reason := _costs_more(weight, weight.shape[0] // halves):
+                return f"{name}: {reason}"
     return None
 
 
-def _costs_more(weight: Tensor) -> str | None:
-    """Why the panels of a weight would not be served, or not pay; None where they do."""
+def _costs_more(weight: Tensor, rows: int) -> str | None:
+    """Why panels of ``rows`` rows of a weight would not be served, or not pay; None: they do."""
     if type(weight) is not nn.Parameter:
         return f"it is a {type(weight).__name__}, not laid out on one device alone"
     if weight.device.type != "cpu":
@@ -157,8 +162,7 @@ def _costs_more(weight: Tensor) -> str | None:
         return backend.extension_error
     if not backend.packs(weight.dtype):
         return f"panels do not pay for {weight.dtype} on this CPU, by the crossover table"
-    rows = weight.shape[0]
-    if weight.numel() < _LEAST or rows < PANEL:
+    if rows * weight.shape[1] < _LEAST or rows < PANEL:
         return (
             f"{rows} x {weight.shape[1]} is too small for panels of {PANEL} rows to pay, which "
             f"begins at {PANEL} rows and {_LEAST} entries"

@@ -116,8 +116,9 @@ class PackedBase(CompressedLinear):
     @property
     def _where_it_went(self) -> str:
         return (
-            "the layer is packed and has panels in its place; state_dict() has the values, thaw() "
-            "(of a model: bigops.unpack_) gives the Parameter back"
+            "the layer is packed and has panels in its place; state_dict() has the values, "
+            "load_state_dict() packs others, thaw() (of a model: bigops.unpack_) gives the "
+            "Parameter back"
         )
 
     # --- state ------------------------------------------------------------------------------
