@@ -81,6 +81,16 @@ def test_gated_pairs(activation: str) -> None:
         y = packed(x, residual)
         tolerance.check(y, ref64, mlp(x, residual), ref64.abs().max() + x.abs().max())
     assert torch.equal(packed(x, residual).detach(), y)  # out of place where gradients are wanted
+    biases = torch.stack([torch.zeros(130), torch.ones(130)])  # of one factor alone: out of place
+    with torch.no_grad():
+        per = torch.vmap(
+            lambda bias: torch.func.functional_call(packed, {"up_proj.bias": bias}, (x,))
+        )(biases)
+        for bias, got in zip(biases, per, strict=True):
+            packed.up_proj.bias.copy_(bias)
+            plain = packed(x)
+            ref64 = copy.deepcopy(packed.unpacked()).double()(x.double())
+            tolerance.check(got, ref64, plain, ref64.abs().max() + x.abs().max())
 
 
 def test_the_rule_fails_on_a_lost_residual() -> None:
