@@ -1,25 +1,42 @@
-"""packed_linear against eager torch, torch.compile and all dense rivals: inference of a layer."""
+"""packed_linear against eager torch, torch.compile and all dense rivals: inference of a layer.
+
+Cases ``nn.*`` call whole layers at 1 to 64 rows: as `bigops.pack_` leaves them, unpacked (what a
+drop-in gives that nobody packed) and as plain torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import bigops
 from bigops.benches import families, rivals
 from bigops.benches.harness import DTYPES, OWN, Case, Side, clones, copies, in_turn
 from bigops.benches.limits import Cost
+from bigops.nn import (
+    GatedMLP,
+    Linear,
+    LowRankLinear,
+    PackedGatedMLP,
+    PackedLinear,
+    PackedLowRankLinear,
+)
 from bigops.ops.packed_linear import PackedWeight, pack_weight
 
 CPU_ONLY = "packed_linear: a layout for CPUs; on a GPU fused_linear serves"
 ROWS = (1, 4, 16, 64, 256, 1024)
 LAYERS = ((768, 3072), (1024, 1024), (4096, 4096), (4096, 11008))  # (K, N)
+MODULES = {"Linear": (768, 3072), "GatedMLP": (1024, 2816), "LowRankLinear": (1024, 1024)}
 
 
 def cases() -> list[Case]:
-    """A tiny layer, four layers by six numbers of rows in fp32 and bf16, two of them in fp16."""
+    """A tiny layer, four layers by six numbers of rows in fp32 and bf16, two of them in fp16; the
+    modules by four.
+    """
     tiny = {"activation": "none"}
     found = [Case("packed_linear", "overhead", 8, 8, 8, "fp32", params=tiny, quick=True)]
     for dtype in ("fp32", "bf16", "fp16"):
@@ -39,11 +56,20 @@ def cases() -> list[Case]:
                         quick=(m, k, n) == (16, 768, 3072),
                     )
                 )
+        for kind, (k, n) in MODULES.items() if dtype != "fp16" else ():
+            for m in ROWS[:4]:
+                quick = (kind, m, dtype) == ("Linear", 16, "fp32")
+                params = {"module": kind}
+                found.append(
+                    Case("packed_linear", f"nn.{kind}", m, k, n, dtype, params=params, quick=quick)
+                )
     return found
 
 
 def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     """The float64 truth of a case and its sides."""
+    if "module" in case.params:
+        return _modules(case, device)
     dtype, activation = DTYPES[case.dtype], str(case.params["activation"])
     x = torch.randn(case.m, case.k, device=device).to(dtype)
     weight = (torch.randn(case.n, case.k, device=device) * case.k**-0.5).to(dtype)
@@ -75,6 +101,49 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     elif case.dtype == "bf16":
         sides += families.dense_bf16_sides(case, x, weight, bias, activation)
     return reference, sides
+
+
+def _modules(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
+    """A layer packed, as a drop-in, and in plain torch; the same weights."""
+    with torch.inference_mode(False), torch.no_grad():  # no Parameters of inference tensors
+        where: dict[str, Any] = {"device": device, "dtype": DTYPES[case.dtype]}
+        layer: nn.Module
+        packed: nn.Module
+        plain: Callable[..., Tensor]
+        if case.params["module"] == "Linear":
+            layer = Linear(case.k, case.n, activation="gelu", **where)
+            packed, plain = PackedLinear.from_linear(layer).freeze(), _plain_linear
+        elif case.params["module"] == "GatedMLP":
+            layer = GatedMLP(case.k, case.n, **where)
+            packed, plain = PackedGatedMLP.from_mlp(layer), _plain_mlp
+        else:
+            layer = LowRankLinear(case.k, case.n, case.k // 4, **where)
+            packed, plain = PackedLowRankLinear.from_low_rank(layer).freeze(), _plain_low_rank
+        x = torch.randn(case.m, case.k, device=device).to(DTYPES[case.dtype])
+        weights = [p.detach() for p in layer.parameters()]
+        entries = sum(w.numel() for w in weights if w.dim() == 2)
+        moved = x.element_size() * (entries + case.m * (case.k + case.n))
+        cost = Cost(case.dtype, 2.0 * case.m * entries, float(moved))
+        reference = [plain(*(t.double().cpu() for t in (x, *weights)))]
+    return reference, [
+        Side(OWN, lambda: packed(x), cost),
+        Side("bigops unpacked", lambda: layer(x), cost),
+        Side("eager", lambda: plain(x, *weights), cost, "aten"),
+        rivals.compiled_side(plain, lambda f: f(x, *weights), cost),
+    ]
+
+
+def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def _plain_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2)
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def _plain_low_rank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(F.linear(x, v), u, bias)
 
 
 def _copy(weight: PackedWeight) -> PackedWeight:

@@ -27,6 +27,8 @@ _HOME = {
     "explain": "bigops.backend",
     "report": "bigops.backend",
     "fuse_": "bigops.nn.fuse",
+    "pack_": "bigops.nn.pack",
+    "unpack_": "bigops.nn.pack",
     "Fp8": "bigops.compress.config",
     "Int4": "bigops.compress.config",
     "Int8": "bigops.compress.config",
@@ -68,6 +70,7 @@ __all__ = [
     "low_rank_linear",
     "nn",
     "ops",
+    "pack_",
     "pack_weight",
     "packed_linear",
     "parallel",
@@ -78,6 +81,7 @@ __all__ = [
     "save",
     "sparse_linear",
     "train",
+    "unpack_",
 ]
 
 if TYPE_CHECKING:
@@ -88,6 +92,7 @@ if TYPE_CHECKING:
     from bigops.compress.receipt import Floors, Receipt
     from bigops.compress.store import FormatError, load, save
     from bigops.nn.fuse import fuse_
+    from bigops.nn.pack import pack_, unpack_
     from bigops.ops.fp8_linear import fp8_linear, quantize_fp8
     from bigops.ops.fused_adamw import fused_adamw, fused_grad_norm, fused_sgd
     from bigops.ops.fused_linear import fused_linear

@@ -113,7 +113,7 @@ def apply_crossovers(table: crossover.Table | None = None) -> None:
 
 
 def packs(dtype: torch.dtype) -> bool:
-    """Whether dense layers in inference lay a CPU weight of ``dtype`` out for packed_linear."""
+    """Whether `pack_` lays a CPU weight of ``dtype`` out for packed_linear."""
     return crossovers().packs.get(_SHORT.get(dtype, ""), False)
 
 

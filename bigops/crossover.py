@@ -40,7 +40,7 @@ class Table:
 
     Attributes:
         fused_linear: dtype -> limits of the own kernel.
-        packs: dtype -> whether a dense layer in inference lays its weight out for packed_linear.
+        packs: dtype -> whether packed_linear pays, so that `pack_` packs a dense layer.
         float_product: "aten" or "onednn".
         bf16_dot: whether packed and weight-only products of bf16 use vdpbf16ps, not float fmas.
         source: "committed", or the tuned file.

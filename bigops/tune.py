@@ -104,7 +104,7 @@ def tune(
         _write(path, of, step)
         report(
             f"{dtype}: own kernel up to {limits.max_rows} rows or {limits.max_flops} operations, "
-            f"{'packed' if packs else 'not packed'} in inference; at most "
+            f"pack_ {'packs' if packs else 'leaves it'}; at most "
             f"{worst(points, limits):.2f}x the faster side's time"
         )
     return path

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 import bigops
 from bigops import Int4, Int8, LowRank, Receipt, Sparse, compress_, freeze_
 from bigops.compress import config as configs
-from bigops.compress import measure
 from bigops.compress.config import LowRankInt8
 from bigops.nn import Linear, LowRankLinear, QuantLinear, QuantLowRankLinear
 from bigops.nn import sites as sites_module
@@ -348,16 +347,6 @@ def test_the_receipt_has_both_kinds_of_factors() -> None:
     assert f"layer 0: QuantLowRankLinear by {rows['0'].kernel}" in text
     assert "48 x 64" in text
     assert Receipt.from_json(receipt.to_json()) == receipt
-
-
-def test_bytes_count_the_packs_of_both_factors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigops.nn.low_rank_linear.packs", lambda *args: True)
-    layer = LowRankLinear(64, 48, 6).eval()
-    alone = measure.model_bytes(layer)
-    with torch.inference_mode():
-        layer(torch.randn(2, 64))
-    packed = measure.model_bytes(layer)
-    assert packed == layer.nbytes > alone
 
 
 def test_compressed_models_stay_close_to_what_they_were() -> None:

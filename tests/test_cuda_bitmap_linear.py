@@ -299,11 +299,14 @@ def test_a_frozen_layer_takes_the_kernel(values: str, monkeypatch: pytest.Monkey
     for found in (plain, many, trained, other):
         assert found
         assert not any("bitmap" in name for name in found), found
-    with torch.no_grad():  # a write that counts is seen, and train() drops the pack
-        layer.values.zero_()
-        with expect("cuda.bitmap_linear"):
-            assert torch.equal(layer(x), torch.relu(layer.bias).expand(5, 24))
-    assert layer.train().nbytes == before
+    twin = SparseLinear.from_linear(Linear(530, 24, activation="relu"), 0.5, "1x1", values)
+    twin = twin.to(dtype).freeze()
+    layer.load_state_dict(twin.state_dict())
+    assert layer.gpu_nbytes == 0
+    with torch.no_grad(), expect("cuda.bitmap_linear"):
+        assert torch.equal(layer(x), twin(x))
+    assert layer.gpu_nbytes > 0
+    assert layer.thaw().gpu_nbytes == 0
 
 
 def test_the_bench_measures_it_beside_the_general_storage() -> None:

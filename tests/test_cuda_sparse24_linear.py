@@ -4,8 +4,10 @@ by csrc/hostrun, by the rule.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -238,14 +240,14 @@ def test_a_frozen_2_4_layer_takes_the_kernel(stored: str, monkeypatch: pytest.Mo
     for found in (names, more, static):
         assert found
         assert not any("sparse24" in name for name in found), found
-    with torch.no_grad():  # a write that counts is seen, and train() drops the pack
-        layer.values.zero_()
-        if isinstance(layer.sums, Tensor):
-            layer.sums.zero_()
-        with expect(f"cuda.sparse24_linear.bf16.{stored}"):
-            y = layer(x)
-        assert torch.equal(y, torch.relu(layer.bias).expand(20, 24))
-    assert layer.train().nbytes == before
+    other = SparseLinear.from_linear(Linear(70, 24, activation="relu"), None, "2:4", values)
+    other = other.bfloat16().freeze()
+    layer.load_state_dict(other.state_dict())
+    assert layer.gpu_nbytes == 0
+    with torch.no_grad(), expect(f"cuda.sparse24_linear.bf16.{stored}"):
+        assert torch.equal(layer(x), other(x))
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.to(x.dtype)):
+        assert twin.gpu_nbytes == 0
 
 
 def test_a_layer_with_full_words_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:

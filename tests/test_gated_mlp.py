@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bigops import backend
 from bigops.nn import GatedMLP
 from bigops.ops import _activation as act
 from tests import tolerance
-from tests.kernels_ran import expect, needs_extension
 
 
 class LlamaStyle(nn.Module):
@@ -112,52 +110,3 @@ def test_errors() -> None:
         GatedMLP.from_modules(a, nn.Linear(4, 6), nn.Linear(6, 4, bias=False))
     with pytest.raises(TypeError, match=r"gate: expected a torch.nn.Linear; got ReLU"):
         GatedMLP.from_modules(nn.ReLU(), a, a)  # type: ignore[arg-type]
-
-
-@needs_extension
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", list(act.GATED))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_inference_runs_from_packs(
-    dtype: torch.dtype, activation: str, bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backend, "packs", lambda dtype: True)
-    plain = LlamaStyle(65, 130, bias, activation).to(dtype)
-    ours = GatedMLP(65, 130, activation=activation, bias=bias, dtype=dtype).eval()
-    ours.load_state_dict(plain.state_dict())
-    x, residual = torch.randn(3, 5, 65, dtype=dtype), torch.randn(3, 5, 65, dtype=dtype)
-
-    def check(y: Tensor) -> None:
-        plain.load_state_dict(ours.state_dict())
-        truth = copy.deepcopy(plain).double()
-        ref64 = truth(x.double()) + residual.double()
-        tolerance.check(y, ref64, plain(x) + residual, ref64.abs().max() + x.abs().max())
-
-    before = ours.nbytes
-    with torch.inference_mode(), backend.record() as ran:
-        check(ours(x, residual))
-    assert [name.split(".")[2] for name in ran if "packed" in name] == ["packed_linear"] * 3
-    assert not any("fused_linear" in name for name in ran), ran
-    assert ours.nbytes >= 2 * before  # two panels of 64 for 65 columns, and so on
-    with torch.no_grad():
-        ours.gate_up_weight.mul_(2)  # a version is counted: the pack is stale
-    with torch.inference_mode():
-        check(ours(x, residual))
-        with expect(".fused_linear."):
-            ours(x[:1, :2])
-    with expect(".fused_linear."):
-        ours(x)
-    ours.train()
-    assert ours.nbytes == before
-
-
-@needs_extension
-def test_copies_and_loads_drop_the_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "packs", lambda dtype: True)
-    ours = GatedMLP(65, 130).eval()
-    with torch.inference_mode():
-        ours(torch.randn(3, 65))
-    assert ours._pack is not None
-    assert copy.deepcopy(ours)._pack is None
-    ours.load_state_dict(ours.state_dict())
-    assert ours._pack is None

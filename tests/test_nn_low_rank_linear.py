@@ -8,17 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bigops import backend
 from bigops.nn import Linear, LowRankLinear
 from bigops.ops import _activation as act
 from tests import tolerance
-from tests.kernels_ran import expect, needs_extension
-
-
-@pytest.fixture(autouse=True)
-def _packing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU without AMX, where it does in every dtype."""
-    monkeypatch.setattr(backend, "packs", lambda dtype: True)
 
 
 def _dense_truth(layer: LowRankLinear, x: torch.Tensor, residual: torch.Tensor | None):
@@ -147,36 +139,6 @@ def test_state_dict_arguments_and_copies() -> None:
     assert layer.nbytes == 4 * (15 + 21)
     assert "rank=3" in repr(layer)
     assert "activation=relu" in repr(layer)
-
-
-@needs_extension
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_inference_packs_both_factors_and_follows_their_changes(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backend, "packs", lambda dtype: True)  # AMX leaves bf16 to torch
-    layer = LowRankLinear(130, 140, 65, activation="gelu", dtype=dtype).eval()
-    x, residual = torch.randn(5, 130, dtype=dtype), torch.randn(5, 140, dtype=dtype)
-    with torch.inference_mode(), expect(".packed_linear."):
-        tolerance.check(layer(x, residual), *_dense_truth(layer, x, residual))
-    assert layer.nbytes > sum(p.nbytes for p in layer.parameters())
-    kept = layer._pack
-    with torch.no_grad():
-        layer.v.mul_(2)
-    with torch.inference_mode():
-        tolerance.check(layer(x, residual), *_dense_truth(layer, x, residual))
-        assert layer._pack is not kept
-        kept = layer._pack
-        layer(x)
-        assert layer._pack is kept
-    assert copy.deepcopy(layer)._pack is None
-    layer.load_state_dict(layer.state_dict())
-    assert layer._pack is None
-    with expect(".low_rank_linear"):
-        layer(x)
-    with torch.inference_mode():
-        layer(x)
-    assert layer.train()._pack is None
 
 
 @pytest.mark.parametrize(

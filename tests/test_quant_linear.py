@@ -1,15 +1,10 @@
-"""bigops.nn.QuantLinear: int8 storage, its recovery state and the pack that is never stale."""
-
-import copy
-import pickle
+"""bigops.nn.QuantLinear: int8 storage, its recovery state and its storage."""
 
 import pytest
 import torch
-from torch import nn
 
 import bigops.backend as backend
 from bigops.nn import Linear, QuantLinear
-from bigops.nn.pack import Pack
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear
 from tests import tolerance
 
@@ -102,7 +97,7 @@ def test_static_layers_are_calibrated_first() -> None:
     layer.calibrate(torch.empty(0, 40))
     with torch.no_grad():
         first = layer(x)
-        layer.calibrate(100 * x)  # the pack is made anew
+        layer.calibrate(100 * x)
         assert not torch.equal(layer(x), first)
     grid = layer.x_grid.clone()
     layer.calibrate(x)
@@ -137,12 +132,13 @@ def test_freeze_leaves_only_the_storage_and_the_same_numbers() -> None:
     x = torch.randn(5, 40)
     with torch.no_grad():
         before = layer(x)
-    layer.drop_pack()
     size = layer.nbytes
     assert layer.freeze() is layer
     assert layer.freeze().frozen
     assert sorted(layer.state_dict()) == ["bias", "row_sum", "scale", "values"]
     assert not hasattr(layer, "weight")
+    with pytest.raises(AttributeError, match=r"QuantLinear.weight: the layer is frozen.*dense_we"):
+        layer.weight.dtype  # noqa: B018
     assert layer.nbytes == 40 * 32 + 2 * 32 * 4 + 24 * 4 < size  # in tiles of 16 rows
     for mode in (True, False):
         layer.train(mode)
@@ -160,106 +156,17 @@ def test_frozen_gradient_for_x_is_that_of_the_dequantised_weight() -> None:
     tolerance.check(x.grad, ref64, ones @ w, w.double().abs().sum(0), what="gradient of x")
 
 
-def test_pack_is_made_once_and_counted() -> None:
-    layer = _layer().eval()
+def test_recovery_keeps_no_storage() -> None:
+    layer, x = _layer().eval(), torch.randn(2, 40)
     plain = layer.nbytes
-    x = torch.randn(2, 40)
     with torch.no_grad():
         layer(x)
-        first = layer.storage()
-        layer(x)
-    assert layer.storage().values is first.values
-    assert layer.nbytes == plain + first.nbytes
+    assert layer.storage().values is not layer.storage().values
+    assert layer.nbytes == plain
     assert sorted(layer.state_dict()) == ["bias", "weight"]
 
 
-def _in_place(layer: QuantLinear) -> None:
-    with torch.no_grad():
-        layer.weight.mul_(2)
-
-
-def _optimiser_step(layer: QuantLinear) -> None:
-    optimiser = torch.optim.SGD([layer.weight], lr=1.0)
-    layer.weight.grad = torch.ones_like(layer.weight)
-    optimiser.step()
-
-
-def _data_with_version(layer: QuantLinear) -> None:
-    layer.weight.data.mul_(2)
-    torch.autograd.graph.increment_version(layer.weight)
-
-
-def _data_then_eval(layer: QuantLinear) -> None:
-    layer.weight.data.mul_(2)
-    layer.eval()
-
-
-def _data_replaced(layer: QuantLinear) -> None:
-    # Twice, so that an address could come round again if the pack did not hold its source.
-    for factor in (2.0, 3.0):
-        layer.weight.data = layer.weight.data * factor
-
-
-def _parameter_replaced(layer: QuantLinear) -> None:
-    layer.weight = nn.Parameter(layer.weight.detach() * 2)
-
-
-def _loaded(layer: QuantLinear) -> None:
-    layer.load_state_dict({"weight": torch.randn(24, 40), "bias": torch.zeros(24)})
-
-
-CHANGES = [
-    _in_place,
-    _optimiser_step,
-    _data_with_version,
-    _data_then_eval,
-    _data_replaced,
-    _parameter_replaced,
-    _loaded,
-]
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_pack_is_never_stale(change) -> None:  # type: ignore[no-untyped-def]
-    layer = _layer().eval()
-    x = torch.randn(3, 40)
-    with torch.no_grad():
-        layer(x)
-    change(layer)
-    expected = quantize_weight(layer.weight)
-    with torch.no_grad():
-        out = layer(x)
-    assert torch.equal(layer.storage().values, expected.values)
-    assert torch.equal(layer.storage().scale, expected.scale)
-    assert torch.equal(out, quantized_linear(x, expected, layer.bias, None, "relu").detach())
-
-
-def test_the_stale_pack_check_fails_on_a_planted_stale_pack(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(Pack, "is_fresh", lambda self, sources: True)
-    with pytest.raises(AssertionError):
-        test_a_pack_is_never_stale(_in_place)
-
-
-@pytest.mark.parametrize(
-    "drop",
-    [
-        copy.deepcopy,
-        copy.copy,
-        lambda m: pickle.loads(pickle.dumps(m)),
-        lambda m: m.to(torch.float32),
-        lambda m: m.train(),
-        lambda m: m.eval(),
-    ],
-)
-def test_the_pack_is_dropped(drop) -> None:  # type: ignore[no-untyped-def]
-    layer = _layer().eval()
-    with torch.no_grad():
-        layer(torch.randn(2, 40))
-    assert layer._pack is not None
-    assert drop(layer)._pack is None
-
-
-def test_a_pack_made_under_inference_mode_can_be_frozen_and_differentiated() -> None:
+def test_storage_made_under_inference_mode_can_be_differentiated() -> None:
     layer = _layer().eval()
     with torch.inference_mode():
         layer(torch.randn(2, 40))
@@ -327,7 +234,6 @@ def test_compiled_and_functorch_calls_take_the_float_road() -> None:
         layer.eval()
         assert torch.equal(torch.compile(layer, backend="aot_eager")(x), expected)
         out = torch.vmap(lambda p: torch.func.functional_call(layer, p, (x,)))(stacked)
-    assert layer._pack is None
     tolerance.check(out[0], expected.double(), expected, expected.abs().max())
 
 

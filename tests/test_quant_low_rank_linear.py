@@ -185,26 +185,6 @@ def test_fine_tuning_keeps_the_rank_and_freezing_the_numbers() -> None:
     assert int(torch.linalg.matrix_rank(layer.dense_weight(), rtol=1e-5)) == 3
 
 
-def test_eval_packs_once_and_follows_both_factors() -> None:
-    layer = _layer()
-    x, _ = _input(layer, 3)
-    size = layer.nbytes
-    with torch.no_grad():
-        layer(x)
-        kept = layer._pack
-        layer(x)
-        assert layer._pack is kept
-        assert layer.nbytes == size + kept.storage.nbytes
-        for factor in (layer.u, layer.v):
-            before = layer(x)
-            factor.mul_(2)
-            assert not torch.equal(layer(x), before)
-            assert torch.equal(layer.storage().u_scale, quantize_weight(layer.u).scale)
-            assert torch.equal(layer.storage().v_scale, quantize_weight(layer.v).scale)
-    assert copy.deepcopy(layer)._pack is None
-    assert sorted(layer.state_dict()) == ["bias", "u", "v"]
-
-
 # --- storage -------------------------------------------------------------------------------
 
 BUFFERS = ["u_row_sum", "u_scale", "u_values", "v_row_sum", "v_scale", "v_values"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bigops import backend, cli, crossover, tune
-from bigops.nn import Linear
+from bigops.nn import Linear, pack_
 from tests.kernels_ran import expect, needs_extension
 
 pytestmark = needs_extension
@@ -107,19 +107,21 @@ def test_what_was_measured_serves_from_the_next_start_on() -> None:
     assert ".packed_linear." in packed
     assert all("torch_linear" in name or "epilogue" in name for name in timer.kernels["library"])
     assert lines[0] == "float32 products of a library: aten"
-    assert "own kernel up to 0 rows or 0 operations, not packed in inference" in lines[1]
+    assert "own kernel up to 0 rows or 0 operations, pack_ leaves it" in lines[1]
     table = reread()
     assert table.source == str(path)
     assert not table.ignored
     assert table.fused_linear["f32"] == crossover.Limits(0, 0)
     assert table.fused_linear["f64"] == crossover.committed(backend.extension).fused_linear["f64"]
-    layer, x = Linear(300, 300).eval(), torch.randn(1, 300)
+    model, x = torch.nn.Sequential(Linear(300, 300)).eval(), torch.randn(1, 300)
+    assert "panels do not pay" in (pack_(model).reason("0") or "")
     with torch.inference_mode(), expect("torch_linear"):
-        layer(x)
+        model(x)
     tune.tune(["f32"], again=True, timer=Scripted(OWN_FIRST))
     reread()
+    assert [done.name for done in pack_(model).done] == ["0"]
     with torch.inference_mode(), expect("packed_linear"):
-        layer(x)
+        model(x)
 
 
 @pytest.mark.usefixtures("small")

@@ -19,7 +19,9 @@ from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
 from bigops.nn.low_rank_linear import LowRankLinear
-from bigops.nn.pack import KeepsPack
+from bigops.nn.packed_gated_mlp import PackedGatedMLP
+from bigops.nn.packed_linear import PackedBase, PackedLinear
+from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
 from bigops.nn.quant_linear import QuantLinear
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
 from bigops.nn.sites import capture, contest, evaluating, run_example
@@ -28,13 +30,17 @@ from bigops.nn.sparse_linear import SparseLinear
 _OPS = {
     Fp8Linear: "fp8_linear",
     Linear: "fused_linear",
+    PackedLinear: "packed_linear",
     QuantLinear: "quantized_linear",
     SparseLinear: "sparse_linear",
 }
+_GATED = GatedMLP | PackedGatedMLP
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters, buffers and packs of a model, each storage counted once."""
+    """Bytes of the parameters and buffers of a model, each storage counted once, and of what
+    frozen sparse layers keep beside them on a GPU.
+    """
     total, seen = 0, set()
     for tensor in [*model.parameters(), *model.buffers()]:
         storage = tensor.untyped_storage()
@@ -42,8 +48,8 @@ def model_bytes(model: nn.Module) -> int:
             seen.add(storage.data_ptr())
             total += storage.nbytes()
     for module in model.modules():
-        if isinstance(module, KeepsPack | CompressedLinear) and module._pack:
-            total += module._pack.nbytes
+        if isinstance(module, SparseLinear):
+            total += module.gpu_nbytes
     return total
 
 
@@ -142,7 +148,14 @@ def clear(ratio: timing.Ratio, floor: float | None) -> bool:
 
 
 def kernel_of(module: nn.Module, x: Tensor) -> str:
-    """The kernel that serves ``module`` on x, as `bigops.explain` names it."""
+    """The kernel that serves ``module`` on x, as `bigops.explain` names it; of several the last."""
+    if isinstance(module, _GATED):
+        x, module = x.new_empty(*x.shape[:-1], module.hidden_features), module.down_proj
+    if isinstance(module, PackedBase) and not module.frozen:
+        module = module.unpacked()
+    if isinstance(module, PackedLowRankLinear):
+        x, last = x.new_empty(*x.shape[:-1], module.rank), module.storage().u
+        return backend.explain("packed_linear", x, last, module.bias).kernel
     if isinstance(module, LowRankLinear | QuantLowRankLinear):
         factors = module if isinstance(module, LowRankLinear) else module.storage()
         given = (x, factors.u, factors.v, module.bias)
@@ -167,10 +180,9 @@ def layers(
     found: dict[str, nn.Module] = {
         name: module
         for name, module in after.named_modules()
-        if isinstance(module, nn.Linear | LowRankLinear | CompressedLinear | GatedMLP)
-        and name in old
+        if isinstance(module, nn.Linear | LowRankLinear | CompressedLinear | _GATED) and name in old
     }
-    inside = {f"{n}.down_proj" for n, m in found.items() if isinstance(m, GatedMLP)}
+    inside = {f"{n}.{c}" for n, m in found.items() if isinstance(m, _GATED) for c in m._modules}
     found = {name: module for name, module in found.items() if name not in inside}
     seen = capture(after, found, example_inputs)
     rows = []

@@ -18,6 +18,9 @@ from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
 from bigops.nn.low_rank_linear import LowRankLinear
+from bigops.nn.packed_gated_mlp import PackedGatedMLP
+from bigops.nn.packed_linear import PackedLinear
+from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
 from bigops.nn.quant_linear import QuantLinear
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
 from bigops.nn.sites import hook_reason
@@ -100,6 +103,11 @@ KINDS: dict[str, Kind] = {
     "bigops.Fp8Linear": Kind(Fp8Linear, Fp8Linear.arguments, Fp8Linear.from_arguments),
     "bigops.GatedMLP": _on_meta(GatedMLP, GatedMLP.arguments),
     "bigops.LowRankLinear": _on_meta(LowRankLinear, LowRankLinear.arguments),
+    "bigops.PackedGatedMLP": _on_meta(PackedGatedMLP, PackedGatedMLP.arguments),
+    "bigops.PackedLinear": Kind(PackedLinear, PackedLinear.arguments, PackedLinear.from_arguments),
+    "bigops.PackedLowRankLinear": Kind(
+        PackedLowRankLinear, PackedLowRankLinear.arguments, PackedLowRankLinear.from_arguments
+    ),
     "bigops.QuantLinear": Kind(QuantLinear, QuantLinear.arguments, QuantLinear.from_arguments),
     "bigops.QuantLowRankLinear": Kind(
         QuantLowRankLinear, QuantLowRankLinear.arguments, QuantLowRankLinear.from_arguments
@@ -249,7 +257,10 @@ def _make(node: Mapping[str, Any], path: str) -> nn.Module:
 
 
 def storage_keys(model: nn.Module) -> set[str]:
-    """Names in the state_dict whose sizes are free: the storage of frozen compressed layers."""
+    """Names in the state_dict whose sizes are free: the storage of frozen compressed layers.
+
+    Of packed layers the state_dict has the matrices, which have sizes of their own.
+    """
     return {
         _join(path, name)
         for path, module in model.named_modules()

@@ -7,6 +7,10 @@ from bigops.nn.linear import Linear
 from bigops.nn.linear_cross_entropy import LinearCrossEntropy
 from bigops.nn.lora_linear import LoRALinear, add_lora_
 from bigops.nn.low_rank_linear import LowRankLinear
+from bigops.nn.pack import pack_, unpack_
+from bigops.nn.packed_gated_mlp import PackedGatedMLP
+from bigops.nn.packed_linear import PackedLinear
+from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
 from bigops.nn.plain import plain
 from bigops.nn.quant_linear import QuantLinear
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
@@ -19,10 +23,15 @@ __all__ = [
     "LinearCrossEntropy",
     "LoRALinear",
     "LowRankLinear",
+    "PackedGatedMLP",
+    "PackedLinear",
+    "PackedLowRankLinear",
     "QuantLinear",
     "QuantLowRankLinear",
     "SparseLinear",
     "add_lora_",
     "fuse_",
+    "pack_",
     "plain",
+    "unpack_",
 ]

@@ -1,8 +1,8 @@
-"""What the compressed layers share: a trainable state, a frozen one, a pack in between.
+"""What the compressed layers share: a trainable state and a frozen one.
 
 Recovery: a float ``weight`` Parameter is trained in the form it will be stored in. In `eval` with
-gradients off the real kernel runs from a pack that is made on first use. The pack is no part of
-the module's state: `deepcopy`, pickle, `.to()`, `train()`, `eval()` and `load_state_dict` drop it.
+gradients off the real kernel runs, on storage that is made of the weight anew in each call: the
+numbers are those after `freeze`, whatever wrote the weight; the speed comes with `freeze`.
 
 Frozen: only the compressed storage is left, as buffers. `SparseLinear` can thaw it: the stored
 values then are a Parameter.
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from bigops.nn.linear import check_size
-from bigops.nn.pack import Pack, renewed
 from bigops.ops import _activation as act
 from bigops.ops import _quantize as quantize
 from bigops.ops.fused_linear import fused_linear
@@ -32,6 +31,7 @@ class CompressedLinear(nn.Module):
     """Base of `QuantLinear`, `SparseLinear`, `QuantLowRankLinear` and `Fp8Linear`."""
 
     storage_names: tuple[str, ...]  # buffers of the frozen state, fields of the storage
+    storage_in_state = True  # whether the frozen state_dict has the buffers as they are
     trained_names: tuple[str, ...] = ("weight",)  # Parameters of the recovery state
     in_features: int
     out_features: int
@@ -41,7 +41,6 @@ class CompressedLinear(nn.Module):
     x_grid: Tensor | None  # buffer [2]: the grid of x, activations "static" only
     weight: Tensor  # a Parameter; absent once frozen
     bias: Tensor | None
-    _pack: Pack | None
 
     def __init__(self, in_features: int, out_features: int, activation: str) -> None:
         act.check_name(activation, gated=False)
@@ -52,7 +51,6 @@ class CompressedLinear(nn.Module):
         self.out_features = out_features
         self.activation = activation
         self.frozen = False
-        self._pack = None
         for name in self.trained_names:  # before the bias: the order that optimisers see
             self.register_parameter(name, None)
         self.register_parameter("bias", None)
@@ -79,10 +77,6 @@ class CompressedLinear(nn.Module):
         """Call the op."""
         raise AssertionError("each compressed layer calls its own op")
 
-    def pack_sources(self) -> tuple[Tensor, ...]:
-        """The tensors that `make_storage` reads."""
-        return (self.weight,)
-
     @property
     def thawed(self) -> bool:
         """Whether the stored values are trained; of a layer that is frozen otherwise."""
@@ -98,15 +92,15 @@ class CompressedLinear(nn.Module):
             x = self._floating(x, residual)
         if self.frozen:
             return self.run(x, self.storage(), residual)
-        # A cache that is checked in Python has no place in a compiled graph, nor under torch.func,
-        # where weights have no address: these take the float road.
+        # Making storage asks for values, which a traced weight and one of torch.func does not have:
+        # these take the float road.
         if not (
             self.training
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
         ):
-            return self.run(x, self.storage(), residual)
+            return self.run(x, self._convert(), residual)
         return self.run_trained(x, residual)
 
     def run_trained(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -130,11 +124,7 @@ class CompressedLinear(nn.Module):
         return quantize.from_grid(x, self.x_grid, torch.float32 if given is None else given.dtype)
 
     def storage(self) -> Any:
-        """The compressed weight: the buffers when frozen, else the pack, made anew when stale.
-
-        A write that leaves no trace (``weight.data.mul_(2)`` in eval mode) needs
-        `torch.autograd.graph.increment_version` or a call of `eval()` to be seen.
-        """
+        """The compressed weight: the buffers when frozen, else made of the float weight now."""
         if self.frozen:
             buffers = self._buffers  # getattr would take a microsecond for each
             return self.make_frozen(
@@ -143,17 +133,12 @@ class CompressedLinear(nn.Module):
                     for name in self.storage_names
                 }
             )
-        storage, self._pack = renewed(self._pack, self.pack_sources(), self.make_storage)
-        return storage
+        return self._convert()
 
     def _convert(self) -> Any:
         # Storage made under inference_mode could never take part in autograd later.
         with torch.inference_mode(False), torch.no_grad():
             return self.make_storage()
-
-    def drop_pack(self) -> None:
-        """Forget the pack; the next inference call makes it anew."""
-        self._pack = None
 
     # --- grids ------------------------------------------------------------------------------
 
@@ -197,44 +182,59 @@ class CompressedLinear(nn.Module):
 
     def set_storage(self, storage: Any) -> None:
         """Become frozen with this storage."""
-        self.drop_pack()
         for name in (*self.trained_names, "mask", *self.storage_names):
             self._parameters.pop(name, None)
             self._buffers.pop(name, None)
         for name in self.storage_names:
             value = getattr(storage, name)
-            self.register_buffer(name, None if value is None else value.detach())
+            value = None if value is None else value.detach()
+            self.register_buffer(name, value, persistent=self.storage_in_state)
         self.frozen = True
 
     def dense_weight(self) -> Tensor:
         """The matrix [N, K] that the layer stands for, float32."""
         with torch.no_grad():
-            return self.storage().to_dense()
+            return self.storage().to_dense().float()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of parameters, buffers and the pack, where there is one."""
+        """Bytes of parameters and buffers."""
         kept = [*self._parameters.values(), *self._buffers.values()]
-        own = sum(t.nbytes for t in kept if t is not None)
-        pack = None if self._pack is None else self._pack.storage
-        return own + (0 if pack is None else pack.nbytes)
+        return sum(t.nbytes for t in kept if t is not None)
 
-    # --- where the pack is dropped ----------------------------------------------------------
+    def __getattr__(self, name: str) -> Any:
+        if name in self.trained_names and self.__dict__.get("frozen", False):
+            raise AttributeError(f"{type(self).__name__}.{name}: {self._where_it_went}")
+        return super().__getattr__(name)
 
-    def train(self: Self, mode: bool = True) -> Self:
-        self.drop_pack()
-        return super().train(mode)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.trained_names and self.__dict__.get("frozen", False):
+            # As an attribute it would be there, and no call would read it.
+            raise AttributeError(f"{type(self).__name__}.{name}: {self._where_it_went}")
+        super().__setattr__(name, value)
+
+    @property
+    def _where_it_went(self) -> str:
+        """What to do for a float weight that is no more."""
+        return (
+            "the layer is frozen and keeps its compressed storage alone; dense_weight() makes the "
+            "matrix that it stands for"
+        )
+
+    # --- moving and loading -----------------------------------------------------------------
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.drop_pack()
         names = self.storage_names if self.frozen else ()
         storage = [self._stored(name) for name in (*names, "x_grid")]
         ids = {id(t) for s in storage if s is not None for t in (s, s.grad) if t is not None}
 
         def move(t: Tensor) -> Tensor:
             new = fn(t)
-            # .half() and .bfloat16() mean the activations: storage keeps its own dtypes.
-            return t.to(new.device) if id(t) in ids and new.dtype != t.dtype else new
+            if id(t) not in ids:
+                return new
+            # .half() and channels_last mean the activations: storage keeps its dtype and layout.
+            new = new if new.dtype == t.dtype else t.to(new.device)
+            return new if new.stride() == t.stride() else new.contiguous()
 
         super()._apply(move, recurse)
         return self
@@ -255,9 +255,6 @@ class CompressedLinear(nn.Module):
                 parameter.grad = None
             parameter.data = value.detach()  # optimisers keep the object
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pack": None}  # pickle, copy and deepcopy all come by here
-
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -268,7 +265,6 @@ class CompressedLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self.drop_pack()
         if prefix + RETIRED in state_dict:
             state_dict = {k: v for k, v in state_dict.items() if k != prefix + RETIRED}
         if self.frozen:

@@ -16,8 +16,9 @@ class Fp8Linear(CompressedLinear):
     """``act(x @ weight.T + bias) + residual`` with the weight in float8_e4m3fn.
 
     Recovery state: a float ``weight`` [N, K], rounded in the forward pass with a straight-through
-    gradient (arXiv 1308.3432); in eval with gradients off the real kernel runs. `freeze()` leaves
-    the tensors of `Fp8Weight` as buffers.
+    gradient (arXiv 1308.3432); in eval with gradients off the real kernel runs, on storage
+    that each call makes anew: for its numbers. The speed comes with `freeze()`, which leaves the
+    tensors of `Fp8Weight` as buffers.
 
     Args:
         in_features: K.

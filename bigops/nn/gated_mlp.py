@@ -7,23 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigops.nn.linear import Linear, check_size, packs
-from bigops.nn.pack import KeepsPack, renewed
+from bigops.nn.linear import Linear, check_size
 from bigops.ops import _activation as act
 from bigops.ops.fused_linear import fused_linear
-from bigops.ops.packed_linear import pack_weight, packed_linear
 
 _HALVES = ("gate_proj", "up_proj")
 
 
-class GatedMLP(KeepsPack):
+class GatedMLP(nn.Module):
     """``down(act(x @ gate.T) * (x @ up.T)) + residual`` (GLU variants, arXiv 2002.05202).
 
     Gate and up projection are one parameter of [2H, K], rows ``0:H`` the gate, so that x is read
     once. The `state_dict` has the keys of Llama-type blocks (``gate_proj.weight``,
     ``up_proj.weight``, ``down_proj.weight`` and, where there are any, the biases) in both
-    directions; their values are views of the stacked parameter. In eval under
-    `torch.inference_mode` all weights are packed, as `Linear` does it.
+    directions; their values are views of the stacked parameter.
 
     Args:
         in_features: K.
@@ -130,21 +127,8 @@ class GatedMLP(KeepsPack):
         return new.train(gate.training)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.down_proj(self._hidden(x), residual)
-
-    def _hidden(self, x: Tensor) -> Tensor:
-        weight, bias = self.gate_up_weight, self.gate_up_bias
-        few = x.numel() < 3 * self.in_features  # one stream of weights: by rows as fast, or faster
-        inference = not self.training and torch.is_inference_mode_enabled()
-        if few or not inference or not packs(weight, x):
-            return fused_linear(x, weight, bias, None, self.activation)
-        # Two products from panels and a pass over [M, H] take less time than the pair by rows.
-        (gate, up), self._pack = renewed(
-            self._pack, (weight,), lambda: [pack_weight(half) for half in weight.chunk(2)]
-        )
-        gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
-        hidden = packed_linear(x, gate, gate_bias, None, act.GATED[self.activation])
-        return hidden.mul_(packed_linear(x, up, up_bias))
+        hidden = fused_linear(x, self.gate_up_weight, self.gate_up_bias, None, self.activation)
+        return self.down_proj(hidden, residual)
 
     def extra_repr(self) -> str:
         return (

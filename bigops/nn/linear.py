@@ -7,24 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigops import backend
-from bigops.nn.pack import KeepsPack, renewed
 from bigops.ops import _activation as act
 from bigops.ops.fused_linear import fused_linear
-from bigops.ops.packed_linear import SERVED, pack_weight, packed_linear
-
-_LEAST = 64 * 64  # entries of a weight that is worth a pack
 
 
-class Linear(KeepsPack, nn.Linear):
+class Linear(nn.Linear):
     """``act(x @ weight.T + bias) + residual`` by one `bigops.fused_linear` call.
 
     A drop-in for `torch.nn.Linear`: the same parameters, initialisation and `state_dict` in both
-    directions, and ``isinstance(layer, nn.Linear)`` holds.
-
-    In `eval` under `torch.inference_mode` on the CPU, the first call packs the weight for
-    `bigops.packed_linear`, which takes as much memory again; the pack follows changes of the
-    weight that count a version (``weight.data.mul_(2)`` does not: call `eval()` after it).
+    directions, and ``isinstance(layer, nn.Linear)`` holds. Each call reads the Parameters as they
+    are then, whoever wrote them and how. `bigops.pack_` makes a layer for inference of it.
 
     Args:
         in_features: K, length of the last dimension of x.
@@ -75,11 +67,6 @@ class Linear(KeepsPack, nn.Linear):
         return new.train(linear.training)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not self.training and torch.is_inference_mode_enabled() and packs(self.weight, x):
-            weight, self._pack = renewed(
-                self._pack, (self.weight,), lambda: pack_weight(self.weight)
-            )
-            return packed_linear(x, weight, self.bias, residual, self.activation)
         return fused_linear(x, self.weight, self.bias, residual, self.activation)
 
     def extra_repr(self) -> str:
@@ -94,23 +81,6 @@ class Linear(KeepsPack, nn.Linear):
             "bias": self.bias is not None,
             "activation": self.activation,
         }
-
-
-def packs(weight: Tensor, x: Tensor) -> bool:
-    """Whether a call of a layer in inference should pack ``weight`` for the packed kernel."""
-    return (
-        weight.numel() >= _LEAST
-        and type(weight) is nn.Parameter  # a DTensor or another subclass goes its own way
-        and not weight.is_inference()  # it counts no versions: a pack could not be kept
-        and weight.dtype == x.dtype
-        and weight.dtype in SERVED
-        and backend.packs(weight.dtype)
-        and weight.device.type == "cpu"
-        and backend.extension is not None
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def check_size(name: str, value: int) -> None:

@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bigops.nn.linear import Linear, check_size, packs
-from bigops.nn.pack import KeepsPack, renewed
+from bigops.nn.linear import Linear, check_size
 from bigops.ops import _activation as act
 from bigops.ops.low_rank_linear import low_rank_linear
-from bigops.ops.packed_linear import PackedWeight, pack_weight, packed_linear
 
 Self = TypeVar("Self", bound="LowRankLinear")
 
 
-class _Packed(NamedTuple):
-    """Both factors as `packed_linear` reads them."""
-
-    u: PackedWeight
-    v: PackedWeight
-
-    @property
-    def nbytes(self) -> int:
-        return self.u.nbytes + self.v.nbytes
-
-
-class LowRankLinear(KeepsPack):
+class LowRankLinear(nn.Module):
     """``act(x @ (u @ v).T + bias) + residual`` by one `bigops.low_rank_linear` call.
-
-    In `eval` under `torch.inference_mode` on the CPU both factors are packed, as `Linear` packs its
-    weight, and multiplied by two `bigops.packed_linear` calls.
 
     The product ``u @ v`` is never formed: a row costs ``rank * (K + N)`` multiply-adds in place of
     ``K * N``, and the factors are trained as they are, so the rank stays.
@@ -143,18 +127,6 @@ class LowRankLinear(KeepsPack):
         return new.train(linear.training)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if (
-            not self.training
-            and torch.is_inference_mode_enabled()
-            and packs(self.u, x)
-            and packs(self.v, x)
-        ):
-            (u, v), self._pack = renewed(
-                self._pack,
-                (self.u, self.v),
-                lambda: _Packed(pack_weight(self.u), pack_weight(self.v)),
-            )
-            return packed_linear(packed_linear(x, v), u, self.bias, residual, self.activation)
         return low_rank_linear(x, self.u, self.v, self.bias, residual, self.activation)
 
     def to_dense(self) -> Tensor:
@@ -170,6 +142,11 @@ class LowRankLinear(KeepsPack):
             bias = self.bias.detach().clone()
             new.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
         return new.train(self.training)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors and the bias."""
+        return sum(p.nbytes for p in self.parameters())
 
     @property
     def density(self) -> float:

@@ -17,8 +17,9 @@ class QuantLinear(CompressedLinear):
     """``act(x @ weight.T + bias) + residual`` with the weight in int8 or int4.
 
     Recovery state: a float ``weight`` [N, K], rounded to its grid in the forward pass with a
-    straight-through gradient (arXiv 1308.3432); in eval with gradients off the real kernel runs.
-    `freeze()` leaves the fields of `QuantizedWeight` as buffers.
+    straight-through gradient (arXiv 1308.3432); in eval with gradients off the real kernel runs, on
+    storage that each call makes anew: for its numbers. The speed comes with `freeze()`, which
+    leaves the fields of `QuantizedWeight` as buffers.
 
     Args:
         in_features: K.
@@ -124,9 +125,6 @@ class QuantLinear(CompressedLinear):
         kept = (tensors[name] for name in self.storage_names)
         form = (self.bits, self.group or 0, self.activations)
         return QuantizedWeight._make((*kept, self.out_features, self.in_features, *form))
-
-    def pack_sources(self) -> tuple[Tensor, ...]:
-        return (self.weight,) if self.x_grid is None else (self.weight, self.x_grid)
 
     def trained_weight(self) -> Tensor:
         return straight_through(self.weight, self.bits, self.group, self.symmetric)

@@ -22,9 +22,10 @@ class QuantLowRankLinear(CompressedLinear):
     x's dtype, becomes u8 with its own scale and zero point.
 
     Recovery state: float factors ``u`` [N, r] and ``v`` [r, K], each rounded to its grid in the
-    forward pass with a straight-through gradient; in eval with gradients off the int8 kernels run.
-    `freeze()` leaves the fields of two `QuantizedWeight` as buffers: ``u_values``, ``u_scale``,
-    ``u_row_sum``, and the same of v. The rank stays in either state.
+    forward pass with a straight-through gradient; in eval with gradients off the int8 kernels run,
+    on factors that each call rounds anew: for their numbers. The speed comes with `freeze()`, which
+    leaves the fields of two `QuantizedWeight` as buffers: ``u_values``, ``u_scale``, ``u_row_sum``,
+    and the same of v. The rank stays in either state.
 
     Args:
         in_features: K.
@@ -109,9 +110,6 @@ class QuantLowRankLinear(CompressedLinear):
     def make_frozen(self, tensors: dict[str, Any]) -> QuantizedFactors:
         kept = (tensors[name] for name in self.storage_names)
         return QuantizedFactors._make((*kept, self.out_features, self.in_features, self.rank))
-
-    def pack_sources(self) -> tuple[Tensor, ...]:
-        return self.u, self.v
 
     def trained_weight(self) -> Tensor:
         return straight_through(self.u) @ straight_through(self.v)

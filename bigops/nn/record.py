@@ -1,4 +1,4 @@
-"""What `fuse_`, `compress_` and `freeze_` did to a model and what they left, with reasons."""
+"""What `fuse_`, `pack_`, `compress_` and `freeze_` did to a model and what they left, and why."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Sites:
         """Why the linear layer at ``path`` cannot be swapped, or None.
 
         Args:
-            path: of an `nn.Linear`, a subclass of it or a compressed layer.
+            path: of an `nn.Linear`, a subclass of it, a compressed layer or one of bigops.nn.
             exact: the types that may be swapped.
             weight_goes: whether the new layer has no ``weight`` Parameter.
         """
@@ -90,7 +90,7 @@ class Sites:
         others = [p for p in self.paths[id(module)] if p != path]
         if others:
             return f"the same module is also reachable as {', '.join(others)}"
-        for leaf in ("weight", "u", "v", "bias"):
+        for leaf in ("weight", "u", "v", "gate_up_weight", "gate_up_bias", "bias"):
             value = getattr(module, leaf, None)
             if value is None:
                 continue

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source, wants_gradient
-from bigops.nn.pack import renewed
 from bigops.nn.quant_linear import straight_through
 from bigops.nn.sparse_packs import Packed24, as_bitmap, compressed, uneven
 from bigops.ops import _bitmap_linear as bitmap
@@ -21,6 +21,7 @@ from bigops.ops._sparse24_weight import check_blocks
 from bigops.ops._sparse_weight import CHUNKS, COLUMNS, SLICE, TENSORS, chunk_rows, sizes
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.sparse_linear import (
+    BitmapWeight,
     Pattern,
     Sparse24Weight,
     SparseWeight,
@@ -40,16 +41,18 @@ class SparseLinear(CompressedLinear):
     - Recovery: a float ``weight`` [N, K] and the pattern ``mask``, bool, one entry a block. The
       forward pass uses ``weight * mask`` (rounded to ``values`` with a straight-through gradient),
       dense, so the gradient stays on the pattern; in eval with gradients off the sparse kernel
-      runs. For fine-tuning right after pruning, with the optimiser of the layer that it replaces,
-      and for int8, whose rounding is trained through. Of "2:4t" with values "bf16" and x bfloat16,
+      runs, on storage that each call makes anew (the speed comes with `freeze`). For fine-tuning
+      right after pruning, with the optimiser of the layer that it replaces, and for int8, whose
+      rounding is trained through. Of "2:4t" with values "bf16" and x bfloat16,
       where sparse tensor cores serve, the weight is packed anew in every step and forward and
       gradients run on it; N and K divide by 4.
     - Frozen (`freeze`): the buffers ``values``, ``index``, ``rows``, ``length``, ``ptr``,
       ``scale`` and ``sums``, whose layout `bigops.ops._sparse_weight` describes. For inference,
-      and under adapters that are trained around it: x has a gradient, the weight has none. Of
-      2:4, where sparse tensor cores serve a call without gradients, a pack in their form is kept
-      beside it from the first one on; likewise of other patterns with floating values, where the
-      kernel for up to 16 rows on a GPU serves, a bitmap and packed values if those are fewer bytes.
+      and under adapters that are trained around it: x has a gradient, the weight has none. On a
+      GPU a second form is made on first use and kept beside the buffers (`nbytes` counts it): of
+      2:4 that of the sparse tensor cores, of other patterns with floating values a bitmap for up
+      to 16 rows, if it is fewer bytes. `load_state_dict`, `.to()`, `thaw` and `freeze` drop it; it
+      does not follow what is written into the buffers in place.
     - Thawed (`thaw`, from frozen, floating values only): ``values`` is a Parameter. Forward and
       backward run the sparse kernels; gradient and optimiser state have the size of what is
       stored, and padding stays 0. For long training at a fixed pattern, where the dense weight
@@ -101,6 +104,7 @@ class SparseLinear(CompressedLinear):
         sparsity = check_sparsity(sparsity, self.pattern)
         self.stored = check_values(values)
         self.activations = check_activations(activations, values)
+        self._gpu_form: SparseWeight | Sparse24Weight | BitmapWeight | None = None
         self.chunk = chunk_rows(out_features) if chunk is None else chunk
         if self.chunk not in CHUNKS:
             raise ValueError(f"chunk: expected 64, 128 or 256; got {chunk}")
@@ -259,13 +263,9 @@ class SparseLinear(CompressedLinear):
 
     def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
         if self._on_sparse_tensor_cores(x, storage, residual):
-            sources = tuple(t for t in storage.tensors if t is not None)
-            packed, self._pack = renewed(self._pack, sources, lambda: compressed(storage))
-            storage = packed or storage
+            storage = self._gpu_form = self._gpu_form or compressed(storage) or storage
         elif self._decodes_bitmaps(x, storage, residual):
-            sources = tuple(t for t in storage.tensors if t is not None)
-            packed, self._pack = renewed(self._pack, sources, lambda: as_bitmap(storage))
-            storage = packed or storage
+            storage = self._gpu_form = self._gpu_form or as_bitmap(storage) or storage
         bias, low = self.bias, torch.bfloat16
         if self.x_grid is not None:
             if wants_gradient(x, bias, residual):
@@ -295,7 +295,6 @@ class SparseLinear(CompressedLinear):
             and self.x_grid is None
             and x.shape[:-1].numel() > decode.MAX_ROWS
             and not torch.compiler.is_compiling()
-            and not storage.values.is_inference()  # such a pack could not be kept
             and not wants_gradient(x, self.bias, residual)
             and sparse24.serves(x, storage.values.dtype)
         )
@@ -303,7 +302,7 @@ class SparseLinear(CompressedLinear):
     def _decodes_bitmaps(self, x: Tensor, storage: Any, residual: Tensor | None) -> bool:
         """Whether a frozen floating weight may be kept as a bitmap for a decode step on a GPU.
 
-        Of 2:4 the pack that is kept is the one for sparse tensor cores.
+        Of 2:4 the form that is kept is the one for sparse tensor cores.
         """
         return (
             (self.pattern.n, self.pattern.m) != (2, 4)
@@ -313,7 +312,6 @@ class SparseLinear(CompressedLinear):
             and x.dtype == storage.values.dtype
             and not torch.is_autocast_enabled(x.device.type)
             and not torch.compiler.is_compiling()
-            and not storage.values.is_inference()  # such a pack could not be kept
             and not wants_gradient(x, self.bias, residual)
             and bitmap.serves(x)
         )
@@ -332,9 +330,33 @@ class SparseLinear(CompressedLinear):
             weight = storage.to_dense()
             return fused_linear(seen, weight, bias, add, self.activation).to(dtype)
 
-    def pack_sources(self) -> tuple[Tensor, ...]:
-        grid = () if self.x_grid is None else (self.x_grid,)
-        return (self.weight, self.mask, *grid)
+    # --- the second form on a GPU ---------------------------------------------------------------
+
+    @property
+    def gpu_nbytes(self) -> int:
+        """Bytes of the second form on a GPU, 0 where there is none."""
+        form = self._gpu_form
+        return 0 if form is None or isinstance(form, SparseWeight) else form.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of parameters, buffers and the second form on a GPU."""
+        return super().nbytes + self.gpu_nbytes
+
+    def set_storage(self, storage: Any) -> None:
+        self._gpu_form = None
+        super().set_storage(storage)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        self._gpu_form = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._gpu_form = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_gpu_form": None}  # pickle, copy and deepcopy all come by here
 
     # --- training on the stored values ------------------------------------------------------
 
@@ -360,6 +382,7 @@ class SparseLinear(CompressedLinear):
                 "values='fp32')"
             )
         if not self.thawed:
+            self._gpu_form = None
             values = self._buffers.pop("values")
             assert values is not None
             if values.is_inference():  # loaded under inference_mode: it could not be trained

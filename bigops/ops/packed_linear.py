@@ -1,7 +1,7 @@
 """packed_linear: y = act(x W^T + bias) + residual with a dense W that lies as the kernels read it.
 
-For inference: packing costs a pass over the weight and a second copy of it. Reference, op (schema,
-fake, autograd, vmap come from `_frozen`), dispatch, public function, in that order.
+For inference: packing costs a pass over the weight, whose place the panels take. Reference, op
+(schema, fake, autograd, vmap come from `_frozen`), dispatch, public function, in that order.
 """
 
 from __future__ import annotations

@@ -1,0 +1,270 @@
+"""PackedLinear: a dense weight in panels, for inference; what all packed layers share.
+
+Packing replaces the float Parameters, it does not shadow them: while a layer is packed, its panels
+are all there is, so nothing can be stale and memory is not doubled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source
+from bigops.nn.linear import Linear
+from bigops.ops import _checks as checks
+from bigops.ops.packed_linear import SERVED, PackedWeight, pack_weight, packed_linear
+
+Self = TypeVar("Self", bound="PackedBase")
+
+
+class PackedBase(CompressedLinear):
+    """What `PackedLinear` and `PackedLowRankLinear` share.
+
+    Frozen means packed: a buffer of panels for each float matrix, in no `state_dict`. In its place
+    `state_dict` has the matrices themselves, unpacked bit for bit under the names they had, and
+    `load_state_dict` packs what it is given: files of packed and unpacked layers are the same.
+    """
+
+    storage_in_state = False
+    activations = "none"
+
+    def __init__(self, in_features: int, out_features: int, activation: str) -> None:
+        super().__init__(in_features, out_features, activation)
+        self.register_buffer("x_grid", None)
+        self._trained: dict[str, bool] = {}  # requires_grad of each Parameter that is packed
+
+    @classmethod
+    def from_arguments(cls: type[Self], arguments: dict[str, Any]) -> Self:
+        """An empty layer on "meta" as `arguments()` describes it, to be loaded."""
+        given = {k: v for k, v in arguments.items() if k not in STATES}
+        new = cls(**given, device="meta")  # type: ignore[call-arg]  # of the subclasses
+        return new.freeze() if arguments["frozen"] else new
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        """Shape of each float matrix by name, in the order of `storage_names`."""
+        raise AssertionError("each packed layer knows its own matrices")
+
+    def _packs(self) -> Iterator[tuple[str, str, PackedWeight]]:
+        """Name of the float matrix, name of its buffer, its pack."""
+        for (name, shape), buffer in zip(self._shapes().items(), self.storage_names, strict=True):
+            panels = self._buffers[buffer]
+            assert panels is not None
+            yield name, buffer, PackedWeight(panels, *shape)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.frozen:
+            return self.run(x, self.storage(), residual)
+        return self.run_trained(x, residual)  # thawed, it is the layer that it was
+
+    # --- packing and unpacking --------------------------------------------------------------
+
+    def freeze(self: Self) -> Self:
+        """Pack: the float Parameters go, their panels are left. In place; twice is once.
+
+        Raises:
+            TypeError: a dtype that no packed kernel takes. The layer stays as it was.
+        """
+        return super().freeze()
+
+    def set_storage(self, storage: Any) -> None:
+        found = {name: self._parameters.get(name) for name in self.trained_names}
+        self._trained |= {n: p.requires_grad for n, p in found.items() if p is not None}
+        super().set_storage(storage)
+
+    def thaw(self: Self) -> Self:
+        """Unpack: the float Parameters are back bit for bit, the panels go. In place.
+
+        They are new objects, with the ``requires_grad`` that they had; an optimiser needs them
+        anew. Until `freeze` packs it again the layer is trained and written like any other.
+        """
+        if self.frozen:
+            unpacked = self._matrices()
+            for buffer in self.storage_names:
+                del self._buffers[buffer]
+                self._non_persistent_buffers_set.discard(buffer)
+            self.frozen = False
+            bias = self._parameters.pop("bias")  # comes last, as optimisers saw it before
+            for name, value in unpacked.items():
+                parameter = nn.Parameter(value, self._trained.get(name, True))
+                self.register_parameter(name, parameter)
+            self.register_parameter("bias", bias)
+        return self
+
+    def _matrices(self) -> dict[str, Tensor]:
+        """Each float matrix by name, in memory of its own and of just its size."""
+        with torch.inference_mode(False), torch.no_grad():
+            return {
+                name: pack.to_dense().clone(memory_format=torch.contiguous_format)
+                for name, _, pack in self._packs()
+            }
+
+    def unpacked(self) -> nn.Module:
+        """The drop-in layer that this one stands for, beside it."""
+        raise AssertionError("each packed layer has a drop-in of its own")
+
+    def _float(self, name: str) -> nn.Parameter:
+        """A float Parameter: that of the layer where it is thawed, else a new one."""
+        if self.frozen:
+            return nn.Parameter(self._matrices()[name], self._trained.get(name, True))
+        parameter = self._parameters[name]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def _where_it_went(self) -> str:
+        return (
+            "the layer is packed and has panels in its place; state_dict() has the values, "
+            "load_state_dict() packs others, thaw() (of a model: bigops.unpack_) gives the "
+            "Parameter back"
+        )
+
+    # --- state ------------------------------------------------------------------------------
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self.frozen:
+            # Panels are no codes: `.half()` means them as it means the matrix they stand for.
+            changed = {}
+            for name, buffer, pack in self._packs():
+                dtype = fn(pack.panels.new_empty(0)).dtype
+                if dtype not in SERVED:
+                    raise TypeError(
+                        f"{name}: expected a dtype that packed kernels take, one of "
+                        f"{', '.join(map(checks.short, SERVED))}; got {dtype} (thaw() the layer)"
+                    )
+                if dtype != pack.panels.dtype:
+                    changed[buffer] = pack_weight(pack.to_dense().to(dtype)).panels
+            self._buffers.update(changed)
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.frozen:
+            for name, value in self._matrices().items():
+                destination[prefix + name] = value
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.frozen:
+            state_dict = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            for name, buffer, pack in self._packs():
+                key = prefix + name
+                value = state_dict.pop(key, None)
+                if value is None:
+                    missing_keys.extend([key] if strict else [])
+                    continue
+                try:
+                    self._buffers[buffer] = _packed_as(pack, name, value, assign)
+                except (TypeError, ValueError) as error:
+                    error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _load_storage(self, state_dict: dict[str, Any], *rest: Any) -> dict[str, Any]:
+        return state_dict  # loaded already, from the float matrices
+
+
+def _packed_as(old: PackedWeight, name: str, value: Any, assign: bool) -> Tensor:
+    """Panels of a matrix that is loaded in place of ``old``; its dtype and device stay as
+    `load_state_dict` leaves those of a Parameter.
+    """
+    if not isinstance(value, Tensor) or value.shape != old.shape:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected shape {list(old.shape)}; got {got}")
+    with torch.inference_mode(False), torch.no_grad():
+        value = value.detach()
+        if not assign:
+            value = value.to(old.panels.device, old.panels.dtype)
+        return pack_weight(value).panels
+
+
+class PackedLinear(PackedBase):
+    """``act(x @ weight.T + bias) + residual``, the weight in the panels of `bigops.pack_weight`.
+
+    For inference on the CPU. Two states:
+
+    - Packed (`freeze`, `bigops.pack_`): the buffer ``panels`` in place of the Parameter ``weight``;
+      one `bigops.packed_linear` call, on x of the weight's dtype. x, bias and residual have
+      gradients, the weight has none. Reading ``weight`` raises AttributeError; `state_dict` has it.
+      Under `torch.autocast` x is cast to the weight's dtype, and the result has that one.
+    - Thawed (`thaw`): the float Parameter is back, and the layer is `bigops.nn.Linear`.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether the layer has a bias [N].
+        activation: none, relu, relu2, gelu, gelu_tanh, silu, sigmoid or tanh.
+
+    Shapes: x [.., K] float32, bfloat16 or float16, as the weight; residual [.., N] or None; result
+    [.., N].
+
+    Raises:
+        ValueError: unknown activation, or a size below 0.
+    """
+
+    storage_names = ("panels",)
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, activation)
+        source = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self.weight, self.bias = source.weight, source.bias
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, activation: str | None = None) -> PackedLinear:
+        """A layer, not packed yet, that shares the Parameter objects of ``linear``.
+
+        Args:
+            linear: an `nn.Linear` or a compressed layer with a float weight.
+            activation: None: that of ``linear``.
+
+        Raises:
+            TypeError: ``linear`` is no `nn.Linear` and no compressed layer.
+            ValueError: ``linear`` is frozen.
+        """
+        source = check_source(linear)
+        name = source.activation if activation is None else activation
+        new = cls(source.in_features, source.out_features, False, name, device="meta")
+        new.weight, new.bias = source.weight, source.bias
+        return new.train(linear.training)
+
+    def unpacked(self) -> Linear:
+        """A `bigops.nn.Linear` with the bias of this layer, and its weight, unpacked if need be."""
+        new = Linear(self.in_features, self.out_features, False, self.activation, device="meta")
+        new.weight = self._float("weight")
+        new.register_parameter("bias", self._parameters["bias"])
+        return new.train(self.training)
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        return {"weight": (self.out_features, self.in_features)}
+
+    def make_storage(self) -> PackedWeight:
+        return pack_weight(self.weight)
+
+    def make_frozen(self, tensors: dict[str, Any]) -> PackedWeight:
+        return PackedWeight(tensors["panels"], self.out_features, self.in_features)
+
+    def trained_weight(self) -> Tensor:
+        return self.weight
+
+    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
+        return packed_linear(x, storage, self.bias, residual, self.activation)
