@@ -17,8 +17,8 @@ from bigops import fused_adamw
 from bigops.train import SGD, AdamW
 from tests import tolerance
 from tests.backends import CPU, HOSTRUN, REFERENCE, TRITON, Way, reachable
-from tests.kernels_ran import needs_extension
-from tests.optimizer_cases import DTYPES, Problem, threads
+from tests.kernels_ran import needs_extension, threads
+from tests.optimizer_cases import DTYPES, Problem
 from tests.optimizer_ways import leaves, same, snapshot
 
 pytestmark = needs_extension

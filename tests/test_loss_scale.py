@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bigops.train import SGD, AdamW, MixedPrecision
-from tests.optimizer_cases import threads
+from tests.kernels_ran import threads
 
 MAKE: dict[str, Callable[..., Any]] = {
     "own AdamW": AdamW,

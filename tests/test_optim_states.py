@@ -17,8 +17,7 @@ from bigops.recipes import mlp
 from bigops.recipes.data import load
 from bigops.train import AdamW, MixedPrecision
 from tests import tolerance
-from tests.kernels_ran import needs_extension
-from tests.optimizer_cases import threads
+from tests.kernels_ran import needs_extension, threads
 from tests.optimizer_ways import OWN, PAIRS, give_gradients, leaves, run, same, snapshot
 
 pytestmark = needs_extension
