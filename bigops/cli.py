@@ -162,9 +162,10 @@ def _explain(args: argparse.Namespace) -> int:
     if args.n is None or args.k is None:
         raise ValueError("--k and --n: expected the layer's input and output features")
     dtype = DTYPES[args.dtype]
-    x = torch.randn(args.m, args.k).to(dtype)
+    x = torch.randn(args.m, args.k, device="cpu").to(dtype)
     gated = args.activation in ("swiglu", "geglu", "geglu_tanh", "reglu")
-    weight = torch.randn(2 * args.n if gated else args.n, args.k).to(dtype)
+    rows = 2 * args.n if gated else args.n
+    weight = torch.randn(rows, args.k, device="cpu").to(dtype)
     packed: tuple[object, ...] = (weight,)
     if args.op in ("fused_adamw", "fused_sgd", "fused_grad_norm"):
         print(bigops.explain(args.op, [weight], device=args.device))

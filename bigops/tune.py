@@ -161,7 +161,9 @@ def _float_product(timer: Timer) -> str:
     onednn = torch.ops.mkldnn._linear_pointwise
     ratio = 0.0
     for k, n in LAYERS[2:]:
-        x, weight, grad = torch.randn(256, k), torch.randn(n, k), torch.randn(256, n)
+        x, weight, grad = (
+            torch.randn(shape, device="cpu") for shape in ((256, k), (n, k), (256, n))
+        )
         for a, b in ((x, weight), (grad, weight.t()), (grad.t(), x.t())):
             took = timer(
                 {
@@ -175,12 +177,12 @@ def _float_product(timer: Timer) -> str:
 
 def _measure(extension: ModuleType, dtype: str, library: str, timer: Timer) -> Iterator[Point]:
     for k, n in LAYERS:
-        weight = (torch.randn(n, k) * k**-0.5).to(DTYPES[dtype])
-        pack, bias = pack_weight(weight), torch.randn(n).to(DTYPES[dtype])
+        weight = (torch.randn(n, k, device="cpu") * k**-0.5).to(DTYPES[dtype])
+        pack, bias = pack_weight(weight), torch.randn(n, device="cpu").to(DTYPES[dtype])
         for m in ROWS:
             if 2 * m * k * n > MOST_FLOPS:
                 continue
-            x = torch.randn(m, k).to(DTYPES[dtype])
+            x = torch.randn(m, k, device="cpu").to(DTYPES[dtype])
 
             with _restored(extension, library):
                 took = timer(_sides(extension, dtype, x, weight, pack, bias))

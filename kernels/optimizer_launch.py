@@ -181,7 +181,7 @@ def _table(group: _Group, device: torch.device, blocks: int) -> tuple[Tensor, in
     for column in group.columns:
         column[0] = programs
         programs += triton.cdiv(column[1], TILES * blocks * BLOCK.value)
-    table = torch.tensor(group.columns, dtype=torch.int64).t().contiguous()
+    table = torch.tensor(group.columns, dtype=torch.int64, device="cpu").t().contiguous()
     depth = (len(group.columns) - 1).bit_length()
     return table.to(device), programs, depth
 

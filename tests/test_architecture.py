@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from torch.utils._device import _device_constructors
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (".py", ".cpp", ".h", ".inl", ".cu", ".cuh")
@@ -157,6 +158,25 @@ def machine_paths(root: Path) -> list[str]:
     return found
 
 
+def unplaced_tensors(root: Path) -> list[str]:
+    """Calls of torch's factories without device=: they make a tensor on the default device.
+
+    benches/ is left out: nobody calls a benchmark under a default device of his own.
+    """
+    factories = {factory.__name__ for factory in _device_constructors()}
+    return [
+        f"{file.relative_to(root)}:{node.lineno}: {ast.unparse(node)}"
+        for module, file in python_files(root)
+        if room_of(module) != "benches"
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and ast.unparse(node.func.value) == "torch"
+        and node.func.attr in factories
+        and not any(keyword.arg in ("device", None) for keyword in node.keywords)
+    ]
+
+
 def missing_stems(root: Path) -> list[str]:
     """Ops without a test or a bench of their stem."""
     found = []
@@ -203,6 +223,7 @@ CHECKS: dict[str, Check] = {
     "length": long_files,
     "syntax": newer_syntax,
     "paths": machine_paths,
+    "devices": unplaced_tensors,
     "stems": missing_stems,
     "data": unpacked_data,
 }
@@ -244,6 +265,12 @@ PLANTED = {
     "match is fine, type is not": ("syntax", "bigops/nn/a.py", "type X = int\n"),
     "except group": ("syntax", "bigops/nn/a.py", "try:\n    f()\nexcept* ValueError:\n    g()\n"),
     "a path": ("paths", "README.md", "see /ho" + "me/somebody/notes\n"),
+    "a tensor on the default device": (
+        "devices",
+        "bigops/nn/a.py",
+        "import torch\ntorch.ones(2)\n",
+    ),
+    "a number on it": ("devices", "kernels/a.py", "import torch\nx = 2 * torch.tensor([1]).t()\n"),
     "an op without test and bench": ("stems", "bigops/ops/two.py", "x = 1\n"),
     "an unlisted data file": ("data", "kernels/configs/h.toml", "x = 1\n"),
 }

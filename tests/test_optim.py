@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from bigops.train import SGD, AdamW, MixedPrecision
 from tests import tolerance
-from tests.kernels_ran import expect, needs_extension
-from tests.optimizer_cases import threads
+from tests.kernels_ran import expect, needs_extension, threads
 from tests.optimizer_ways import OWN, PAIRS, give_gradients, in_float64, leaves, run, same, snapshot
 
 pytestmark = needs_extension

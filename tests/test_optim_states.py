@@ -6,6 +6,7 @@ import copy
 import itertools
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,7 @@ from bigops.recipes import mlp
 from bigops.recipes.data import load
 from bigops.train import AdamW, MixedPrecision
 from tests import tolerance
-from tests.kernels_ran import needs_extension
-from tests.optimizer_cases import threads
+from tests.kernels_ran import needs_extension, threads
 from tests.optimizer_ways import OWN, PAIRS, give_gradients, leaves, run, same, snapshot
 
 pytestmark = needs_extension
@@ -194,3 +194,86 @@ def test_8_bit_states_survive_gradients_that_come_once() -> None:
             param.grad[1::256] = 1e-4
         optimizer.step()
     assert float(param.detach().abs().max()) <= 5 * 1e-3 * 1.01
+
+
+# 8-bit states and torch's optimisers ----------------------------------------------------------
+
+
+def coded(name: str) -> tuple[list[torch.Tensor], Any]:
+    params = leaves()
+    optimizer = OWN[name](params, eight_bit=True)
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+    return params, optimizer
+
+
+IMPLEMENTATIONS: list[dict[str, bool]] = [{}, {"foreach": True}, {"fused": True}]
+THEIRS: dict[str, list[Callable[..., Any]]] = {
+    "adamw": [torch.optim.AdamW, torch.optim.Adam, torch.optim.NAdam],
+    "momentum": [lambda p, **o: torch.optim.SGD(p, lr=0.1, momentum=0.9, **o)],
+}
+
+
+@pytest.mark.parametrize("options", IMPLEMENTATIONS, ids=str)
+@pytest.mark.parametrize("name", THEIRS)
+def test_torch_refuses_codes_for_moments(name: str, options: dict[str, bool]) -> None:
+    for make in THEIRS[name]:
+        params, ours = coded(name)
+        if make is torch.optim.NAdam and "fused" in options:
+            continue
+        theirs = make(params, **options)
+        saved = copy.deepcopy(ours.state_dict())
+        for group in saved["param_groups"]:  # the file's options win there, too
+            group.update({"foreach": None, "fused": None, "capturable": False, **options})
+            group.update({"decoupled_weight_decay": True, "momentum_decay": 4e-3})
+            if make is torch.optim.NAdam:
+                for state in saved["state"].values():
+                    state["mu_product"] = torch.ones(())
+        theirs.load_state_dict(saved)
+        with pytest.raises((TypeError, AttributeError, RuntimeError), match=r"dict|Tensor"):
+            theirs.step()
+
+
+def test_small_states_stay_torchs() -> None:
+    """Where no tensor is large enough for 8 bits, all states are in floats."""
+    small = [(90,), (3, 4, 5)]
+    ends = []
+    for make in (lambda p: AdamW(p, eight_bit=True), torch.optim.AdamW):
+        params = leaves(shapes=small)
+        first = AdamW(params, eight_bit=True)
+        give_gradients(params, 0)
+        first.step()
+        second = make(params)
+        second.load_state_dict(first.state_dict())
+        give_gradients(params, 1)
+        second.step()
+        ends.append([p.detach() for p in params])
+    for ours, theirs in zip(*ends, strict=True):
+        tolerance.check(ours, theirs.double(), theirs, theirs.double().abs() + 1)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("road", ["torch.save", "pickle", "flat", "flat by torch.save"])
+def test_8_bit_states_come_back_by_every_road(name: str, road: str, tmp_path: Path) -> None:
+    """Flat is the form of older files: the codes themselves under the name of the moment."""
+    params, ours = coded(name)
+    saved = ours.state_dict()
+    if "flat" in road:
+        for state in saved["state"].values():
+            state.update({k: v["codes"] for k, v in state.items() if isinstance(v, dict)})
+    if "torch.save" in road:
+        torch.save(saved, tmp_path / "state.pt")
+        saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    else:
+        saved = pickle.loads(pickle.dumps(saved))
+    twin = OWN[name](copy.deepcopy(params))
+    twin.check_state_dict(saved)
+    twin.load_state_dict(saved)
+    others = twin.param_groups[0]["params"]
+    assert same([ours.state[p] for p in params], [twin.state[p] for p in others])
+    assert ours.state[params[0]][next(iter(ours._SIGNED))].dtype == torch.uint8
+    for group, optimizer in ((params, ours), (others, twin)):
+        give_gradients(group, 9)
+        optimizer.step()
+    assert same([p.detach() for p in params], [p.detach() for p in others])

@@ -11,7 +11,7 @@ from bigops.nn.linear import Linear, check_size
 from bigops.ops import _activation as act
 from bigops.ops.fused_linear import fused_linear
 
-_HALVES = ("gate_proj", "up_proj")
+HALVES = ("gate_proj", "up_proj")
 
 
 class GatedMLP(nn.Module):
@@ -158,7 +158,7 @@ class GatedMLP(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for leaf, parameter in self._stacked():
             value = parameter if keep_vars else parameter.detach()
-            for name, half in zip(_HALVES, value.chunk(2), strict=True):
+            for name, half in zip(HALVES, value.chunk(2), strict=True):
                 destination[f"{prefix}{name}.{leaf}"] = half
 
     def _load_from_state_dict(
@@ -176,7 +176,7 @@ class GatedMLP(nn.Module):
         for leaf, parameter in self._stacked():
             shape = parameter[: self.hidden_features].shape
             halves = []
-            for name in _HALVES:
+            for name in HALVES:
                 key = f"{prefix}{name}.{leaf}"
                 value = local.pop(key, None)
                 if value is None:

@@ -1,4 +1,4 @@
-"""LoRALinear: a frozen linear layer with trainable low-rank adapters.
+"""LoRALinear: a frozen linear layer with trainable low-rank adapters; add_lora.py swaps it in.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; the scale
 ``alpha / sqrt(rank)`` is Kalajdzievski's "rank stabilization", 2023.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 
 from bigops.nn.linear import Linear, check_size
 from bigops.nn.low_rank_linear import check_rank
-from bigops.nn.record import Done, Record, Skipped
-from bigops.nn.sites import Sites
 from bigops.ops import _activation as act
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.low_rank_linear import low_rank_linear
@@ -91,18 +88,21 @@ class LoRALinear(nn.Module):
         super().__init__()
         base = Linear(in_features, out_features, bias, activation, device=device, dtype=dtype)
         self._take(base)
+        self._freeze()
 
     def _take(self, linear: nn.Linear) -> None:
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.activation: str = getattr(linear, "activation", "none")
         self.weight, self.bias = linear.weight, linear.bias
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
         self.adapters = nn.ModuleDict()
         self._active: tuple[str, ...] = ()
         # The weight before a merge: subtracting what was added would not give it back in floats.
         self.register_buffer("_unmerged", None, persistent=False)
+
+    def _freeze(self) -> None:
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
 
     @classmethod
     def from_linear(
@@ -123,11 +123,17 @@ class LoRALinear(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected a torch.nn.Linear; got {type(linear).__name__}")
-        _check_adapter(linear.in_features, linear.out_features, rank, alpha, dropout)
+        new = cls._unfrozen(linear)
+        new.add_adapter(name, rank, alpha, dropout, rank_stabilized)
+        new._freeze()
+        return new
+
+    @classmethod
+    def _unfrozen(cls, linear: nn.Linear) -> LoRALinear:
+        """A layer without adapters that shares the Parameters of ``linear`` as they are."""
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new._take(linear)
-        new.add_adapter(name, rank, alpha, dropout, rank_stabilized)
         return new.train(linear.training)
 
     # --- adapters ------------------------------------------------------------------------------
@@ -143,7 +149,7 @@ class LoRALinear(nn.Module):
         """Add a trainable adapter and make it active beside those that are.
 
         Args:
-            name: a new name, without a dot.
+            name: a new name, without a dot, that `nn.ModuleDict` has no attribute of.
             rank: r, from 1 to the smaller side.
             alpha: the scale is ``alpha / rank``, or ``alpha / sqrt(rank)`` where
                 ``rank_stabilized``; by default alpha = rank, a scale of 1 (sqrt(rank)).
@@ -153,19 +159,33 @@ class LoRALinear(nn.Module):
             TypeError, ValueError: an argument out of range, or a name that is taken.
             RuntimeError: the layer is merged.
         """
+        self._take_adapter(name, self._new_adapter(name, rank, alpha, dropout, rank_stabilized))
+
+    def _new_adapter(
+        self, name: str, rank: int, alpha: float | None, dropout: float, rank_stabilized: bool
+    ) -> LoRAAdapter:
+        """What `add_adapter` adds under this name, checked but not added."""
         self._check_not_merged("add_adapter")
-        _check_adapter(self.in_features, self.out_features, rank, alpha, dropout)
+        check_adapter(self.in_features, self.out_features, rank, alpha, dropout)
         if not isinstance(name, str) or not name or "." in name:
             raise ValueError(f"name: expected a name without a dot; got {name!r}")
         if name in self.adapters:
             raise ValueError(
                 f"name: expected a new name; got {name!r}, which is an adapter already"
             )
+        if hasattr(self.adapters, name):
+            raise ValueError(
+                f"name: expected a name that torch.nn.ModuleDict does not use; got {name!r}"
+            )
         alpha = rank if alpha is None else alpha
         scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
         adapter = LoRAAdapter(self.in_features, self.out_features, rank, scale, dropout,
                               self.weight.device, self.weight.dtype)  # fmt: skip
-        self.adapters[name] = adapter.train(self.training)
+        return adapter.train(self.training)
+
+    def _take_adapter(self, name: str, adapter: LoRAAdapter) -> None:
+        """Add what `_new_adapter` made and make it active beside those that are."""
+        self.adapters[name] = adapter
         self._active = (*self._active, name)
 
     def remove_adapter(self, name: str) -> None:
@@ -331,87 +351,13 @@ class LoRALinear(nn.Module):
         return text + ("" if self.activation == "none" else f", activation={self.activation}")
 
 
-def _check_adapter(
+def check_adapter(
     in_features: int, out_features: int, rank: int, alpha: float | None, dropout: float
 ) -> None:
+    """Raise TypeError or ValueError unless such an adapter fits such a layer."""
     check_size("rank", rank)
     check_rank(rank, in_features, out_features, least=1)
     if alpha is not None and not math.isfinite(alpha):
         raise ValueError(f"alpha: expected a finite number; got {alpha}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected at least 0 and below 1; got {dropout}")
-
-
-def add_lora_(
-    model: nn.Module,
-    rank: int,
-    targets: str | Sequence[str] = "*",
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    name: str = "default",
-    rank_stabilized: bool = False,
-) -> Record:
-    """Swap linear layers for `LoRALinear` in place and freeze every other parameter.
-
-    All new layers are built before the first is put in: on an error the model is as it was.
-
-    Args:
-        model: holds `nn.Linear` or `bigops.nn.Linear` layers; a `LoRALinear` gets one more
-            adapter.
-        rank, alpha, dropout, name, rank_stabilized: see `LoRALinear.add_adapter`.
-        targets: shell patterns (``"*.q_proj"``) of the layers' paths.
-
-    Returns:
-        What was swapped and which matching layers were left, with the reasons.
-
-    Raises:
-        TypeError: ``model`` is no module.
-        ValueError: no layer matches, or an argument does not fit a layer, which is named.
-    """
-    patterns = [targets] if isinstance(targets, str) else list(targets)
-    sites = Sites(model)
-    new: dict[str, LoRALinear] = {}
-    grown: dict[str, LoRALinear] = {}
-    left: list[Skipped] = []
-    for path, module in sites.unique():
-        if not any(fnmatchcase(path, pattern) for pattern in patterns):
-            continue
-        if not isinstance(module, nn.Linear | LoRALinear):
-            continue
-        try:
-            _check_adapter(module.in_features, module.out_features, rank, alpha, dropout)
-            if isinstance(module, LoRALinear):
-                module._check_not_merged("add_lora_")
-                if name in module.adapters:
-                    raise ValueError(f"name: expected a new name; got {name!r}")
-                grown[path] = module
-                continue
-        except ValueError as error:
-            raise ValueError(f"{path or 'model'}: {error}") from None
-        reason = sites.reason_to_leave(path, (nn.Linear, Linear), weight_goes=False)
-        if reason is not None:
-            left.append(Skipped(path, reason))
-            continue
-        twin = Linear.from_linear(module)  # shares the parameters; freezing comes last
-        flags = [(p, p.requires_grad) for p in twin.parameters()]
-        new[path] = LoRALinear.from_linear(twin, rank, alpha, dropout, name, rank_stabilized)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-    if not new and not grown:
-        reasons = "; ".join(map(str, left)) or "no linear layer's path matches"
-        raise ValueError(
-            f"targets: expected a layer that can be swapped; got {patterns}: {reasons}"
-        )
-    sites.swap(new)
-    for layer in grown.values():
-        layer.add_adapter(name, rank, alpha, dropout, rank_stabilized)
-    ours = {id(p) for m in model.modules() if isinstance(m, LoRAAdapter) for p in m.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in ours:
-            parameter.requires_grad_(False)
-    done = []
-    for path, layer in {**new, **grown}.items():
-        added = sum(p.nbytes for p in layer.adapters[name].parameters())
-        what, why = f"LoRALinear, rank {rank}", f"adapter {name!r}"
-        done.append(Done(path, what, why, layer.nbytes - added, layer.nbytes))
-    return Record("add_lora_", done, left)

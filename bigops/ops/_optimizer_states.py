@@ -27,9 +27,15 @@ def _magnitudes(first: int) -> tuple[float, ...]:
     return (*values, 1.0)
 
 
+def _half(signed: bool) -> Tensor:
+    """The map's magnitudes, float32 on the CPU."""
+    values = _magnitudes(1 if signed else 2)
+    return torch.tensor(values, dtype=torch.float64, device="cpu").float()
+
+
 def dynamic_map(signed: bool) -> Tensor:
     """The 256 values of the codes, ascending, float32: in [-1, 1], or in [0, 1]."""
-    half = torch.tensor(_magnitudes(1 if signed else 2), dtype=torch.float64).float()
+    half = _half(signed)
     return torch.cat([-half[1:128].flip(0), half]) if signed else half
 
 
@@ -62,7 +68,7 @@ def encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     scales = scales.reshape(-1, BLOCK).amax(1) if x.numel() else x.new_zeros(0)
     divisor = torch.where(scales > 0, scales, torch.ones_like(scales))
     q = flat / divisor.repeat_interleave(BLOCK)[: x.numel()]
-    half = torch.tensor(_magnitudes(1 if signed else 2), dtype=torch.float64).float().to(x.device)
+    half = _half(signed).to(x.device)
     index = torch.bucketize(q.abs(), _middles(half))
     if signed:
         index = torch.where(flat < 0, (127 - index).clamp_min(0), 127 + index)
@@ -78,10 +84,10 @@ def buckets(signed: bool) -> Tensor:
     first holds all below. Its low 8 bits are the index of the value nearest to its lower end, the
     others the float past which the next value is nearer: no bucket holds two middles.
     """
-    half = torch.tensor(_magnitudes(1 if signed else 2), dtype=torch.float64).float()
-    middles = torch.cat([_middles(half), torch.tensor([torch.inf])])
-    numbers = torch.arange(22 * 128, dtype=torch.int32) + ((127 - 22) << 7)
-    lower = torch.cat([torch.zeros(1), (numbers << 16).view(torch.float32)])
+    half = _half(signed)
+    middles = torch.cat([_middles(half), half.new_tensor([torch.inf])])
+    numbers = torch.arange(22 * 128, dtype=torch.int32, device="cpu") + ((127 - 22) << 7)
+    lower = torch.cat([half.new_zeros(1), (numbers << 16).view(torch.float32)])
     index = torch.bucketize(lower, middles)
     return middles[index].view(torch.int32) | index.int()
 

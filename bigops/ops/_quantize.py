@@ -70,7 +70,8 @@ def static_grid(lo: float, hi: float) -> Tensor:
     """
     if not (-float("inf") < lo <= hi < float("inf")):
         raise ValueError(f"lo, hi: expected finite numbers, lo <= hi; got {lo}, {hi}")
-    low, high = torch.tensor(min(lo, 0.0)), torch.tensor(max(hi, 0.0))
+    ends = (min(lo, 0.0), max(hi, 0.0))
+    low, high = torch.tensor(ends, dtype=torch.float32, device="cpu").unbind()
     scale = (high / 255 - low / 255).clamp(min=TINY)
     return torch.stack([scale, torch.round(-low / scale).clamp(0, 255)])
 

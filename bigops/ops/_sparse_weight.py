@@ -207,7 +207,8 @@ class SparseWeight(NamedTuple):
             raise ValueError(f"arrays: expected {', '.join(TENSORS)}; {missing[0]} is missing")
         found: list[Any] = []
         for name in TENSORS:
-            t = torch.tensor(arrays[name]) if arrays.get(name) is not None else None
+            given = arrays.get(name)
+            t = None if given is None else torch.tensor(given, device="cpu")
             bits = name == "values" and t is not None and t.dtype == torch.uint16
             found.append(t.view(torch.bfloat16) if bits and t is not None else t)
         n, k = arrays["shape"]
@@ -329,9 +330,8 @@ def check_structure(
         raise ValueError(f"index: expected words below {PANEL}; got {int(index.max())}")
     most = chunk * index.shape[1] // SLICE
     shaped = rows.view(size.chunks * size.panels, most).long()
-    if not torch.equal(
-        shaped.sort(-1).values, torch.arange(most).expand_as(shaped).to(rows.device)
-    ):
+    every = torch.arange(most, device=rows.device).expand_as(shaped)
+    if not torch.equal(shaped.sort(-1).values, every):
         raise ValueError(f"rows: expected each of 0..{most - 1} once in every panel of a chunk")
     if bool((length.long() > ptr.diff().unsqueeze(1)).any()):
         raise ValueError("length: expected at most the steps of the slice")

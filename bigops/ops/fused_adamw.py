@@ -87,7 +87,7 @@ def reference_adamw(
     m = _read(exp_avg, exp_avg_scale, True)
     v = _read(exp_avg_sq, exp_avg_sq_scale, False)
     m = m + (1 - beta1) * (g - m)
-    v = v * beta2 + (1 - beta2) * (g * g)
+    v = v * beta2 + ((1 - beta2) * g) * g  # g * g is inf past 1.8e19, where v still has room
     denominator = v.sqrt() * (1 / math.sqrt(1 - beta2**n)) + eps
     p = param.to(wide) * (1 - lr * weight_decay) - lr / (1 - beta1**n) * (m / denominator)
     _write(exp_avg, exp_avg_scale, m, True)
@@ -200,12 +200,8 @@ _norm = define("fused_grad_norm(Tensor[] grads) -> Tensor", _serve_norm)
 
 
 @torch.library.register_fake("bigops::fused_adamw", lib=LIB)
-def _fake_adamw(*args):  # type: ignore[no-untyped-def]
-    return None
-
-
 @torch.library.register_fake("bigops::fused_sgd", lib=LIB)
-def _fake_sgd(*args):  # type: ignore[no-untyped-def]
+def _fake_step(*args):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -309,7 +305,8 @@ def _explainer(op: str) -> Callable[..., backend.Explanation]:
         params: Sequence[Tensor], *, eight_bit: bool = False, device: str | None = None
     ) -> backend.Explanation:
         dtype = params[0].dtype if len(params) else torch.float32
-        checks.floating("params[0]", params[0] if len(params) else torch.empty(0))
+        if len(params):
+            checks.floating("params[0]", params[0])
         target = device or (params[0].device.type if len(params) else "cpu")
         if target not in ("cpu", "meta"):
             form = "double" if op == "fused_grad_norm" else "8bit" if eight_bit else "fused"
@@ -363,7 +360,7 @@ def fused_grad_norm(grads: Sequence[Tensor]) -> Tensor:
         if grad.device != grads[0].device:
             raise ValueError(f"grads[{i}]: expected device {grads[0].device}; got {grad.device}")
     if not grads:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     return _norm(grads)  # type: ignore[no-any-return]
 
 

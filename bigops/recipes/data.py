@@ -241,7 +241,7 @@ def _load_fashion(root: str | Path | None) -> Dataset:
             arrays[part, kind[:6]] = array
     x = arrays["train", "images"].reshape(60_000, 784)
     y = arrays["train", "labels"]
-    order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0)).numpy()
+    order = _shuffled(60_000)
     train, val = order[:50_000], order[50_000:]
     test = (arrays["t10k", "images"].reshape(10_000, 784), arrays["t10k", "labels"])
     return _dataset(
@@ -289,13 +289,19 @@ def _load_digits() -> Dataset:
     except ImportError:
         raise DataError("digits need scikit-learn: pip install scikit-learn") from None
     x, y = load_digits(return_X_y=True)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).numpy()
+    order = _shuffled(len(x))
     cuts = np.split(order, [len(x) - 600, len(x) - 300])
     pairs = [(x[rows], y[rows]) for rows in cuts]
     return _dataset("digits", *pairs, classes=10, path=Path("sklearn.datasets.load_digits"))
 
 
 # --------------------------------------------------------------------------------------- shared
+
+
+def _shuffled(rows: int) -> np.ndarray:
+    """The order of seed 0, by which the parts are cut."""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0), device="cpu")
+    return order.numpy()
 
 
 def _gunzip(path: Path) -> bytes:

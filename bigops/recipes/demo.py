@@ -111,7 +111,7 @@ def _run(
     epochs = args.epochs or epochs
     pairs = 10 if args.quick else timing.MIN_PAIRS
     # As many rows as were asked for, from the validation split: the test split judges the end.
-    example = dataset.val_x[torch.arange(args.batch) % len(dataset.val_x)]
+    example = dataset.val_x[torch.arange(args.batch, device="cpu") % len(dataset.val_x)]
 
     rows = len(dataset.train_x)
     dense = mlp.build(dataset.features, classes=dataset.classes, seed=args.seed)

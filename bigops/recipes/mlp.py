@@ -131,7 +131,7 @@ def train(
     begin = time.perf_counter()
     with _reporter(steps, enabled=progress and world.is_first) as report:
         for _ in range(epochs):
-            for batch in torch.randperm(len(x), generator=order).split(batch_size):
+            for batch in torch.randperm(len(x), generator=order, device="cpu").split(batch_size):
                 step = len(history.losses)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * one_cycle(step, steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -13,14 +14,13 @@ from torch.optim import Optimizer
 
 from bigops.ops import _optimizer_states as states
 from bigops.ops import fused_grad_norm
+from bigops.train import _saved_states as saved
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MIN_EIGHT_BIT = 4096
-"""States of smaller tensors stay in 32 bits: they weigh nothing, and biases need the precision."""
-
-_NONE = torch.empty(0)  # says that this parameter has none
+_NONE = torch.empty(0, device="cpu")  # says that this parameter has none
 # Dtypes of states, of parameters of float64 and of all others.
 _KEPT = {True: (torch.float64,), False: (torch.float32, torch.uint8)}
+_LARGEST = torch.finfo(torch.float32).max
 _ZERO = {True: 127, False: 0}  # code of 0 in the signed and the unsigned map
 
 
@@ -29,6 +29,8 @@ class FusedOptimizer(Optimizer):
 
     # State tensors of a parameter's shape -> whether the map of their codes is signed.
     _SIGNED: ClassVar[dict[str, bool]] = {}
+    # What a saved state has all of, if any.
+    _WHOLE: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._check_options(defaults)
@@ -92,9 +94,13 @@ class FusedOptimizer(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: a sparse gradient, or states that do not fit a parameter whose dtype or
-                shape was changed; nothing was updated.
+            ValueError: a sparse gradient, a grad_factor past float32, or states that do not fit a
+                parameter whose dtype or shape was changed; nothing was updated.
         """
+        if not abs(grad_factor) <= _LARGEST:
+            raise ValueError(
+                f"grad_factor: expected a number that float32 holds; got {grad_factor}"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -127,25 +133,30 @@ class FusedOptimizer(Optimizer):
             clip_norm: largest Euclidean norm of all unscaled gradients together; None leaves them.
 
         Returns:
-            False where a gradient held inf or NaN: nothing was changed then, no state was made.
-            ``.grad`` keeps what it held in any case.
+            False where a gradient held inf or NaN, or may be past float32 once it is unscaled:
+            nothing was changed then, no state was made. ``.grad`` keeps what it held in any case.
 
         Raises:
             ValueError: an argument out of range, or a sparse gradient; nothing was changed.
         """
-        if not (inv_scale > 0 and math.isfinite(inv_scale)):
-            raise ValueError(f"inv_scale: expected a finite number above 0; got {inv_scale}")
+        if not 0 < inv_scale <= _LARGEST:
+            raise ValueError(
+                f"inv_scale: expected a number above 0 that float32 holds; got {inv_scale}"
+            )
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm: expected a number above 0; got {clip_norm}")
         by_device: dict[torch.device, list[Tensor]] = {}
         for grad in self._gradients():
             by_device.setdefault(grad.device, []).append(grad)
         norm = math.hypot(*(float(fused_grad_norm(grads)) for grads in by_device.values()))
-        if not math.isfinite(norm):
+        if not math.isfinite(norm * inv_scale):
             return False
         factor = inv_scale
         if clip_norm is not None:  # torch.nn.utils.clip_grad_norm_ adds the same 1e-6
             factor *= min(1.0, clip_norm / (norm * inv_scale + 1e-6))
+        wide = all(g.dtype == torch.float64 for grads in by_device.values() for g in grads)
+        if norm * factor > _LARGEST and not wide:
+            return False
         self.step(grad_factor=factor)
         return True
 
@@ -182,83 +193,108 @@ class FusedOptimizer(Optimizer):
                 kept = _KEPT[param.dtype == torch.float64]
                 _check_fits(name, held, param, held.dtype in kept)
                 continue
-            if _coded(group, param):
+            if saved.coded(group, param):
                 signed = self._SIGNED[name]
                 state[name] = torch.full(
                     param.shape, _ZERO[signed], dtype=torch.uint8, device=param.device
                 )
                 state[f"{name}_scale"] = torch.zeros(
-                    states.blocks_of(param.numel()), device=param.device
+                    states.blocks_of(param.numel()), dtype=torch.float32, device=param.device
                 )
             else:
-                state[name] = torch.zeros_like(param, dtype=_wide(param))
+                state[name] = torch.zeros_like(param, dtype=saved.wide(param))
 
     def state_bytes(self) -> int:
         """Bytes of all states that live now, masters included."""
         tensors = [t for s in self.state.values() for t in s.values() if isinstance(t, Tensor)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    # --- state_dict --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; a moment in 8 bits is ``{"codes": uint8}``, with its ``_scale`` beside.
+
+        Any tensor under the name of a moment torch.optim casts to the parameter's dtype, and would
+        go on with codes for values; at a dict its step raises.
+        """
+        form = functools.partial(saved.with_codes_apart, self._SIGNED)
+        try:
+            self.register_state_dict_post_hook(form, prepend=True)
+            return super().state_dict()
+        finally:
+            saved.unhook(self._optimizer_state_dict_post_hooks, form)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state of the same optimiser here or in torch.optim.
 
         Options that the file has win; states of another width than the group's option asks for are
         converted. Loading keeps float32 states of 16-bit parameters, where torch would round them.
+        Hooks act as in torch: what the last pre-hook gives is checked and loaded, and post-hooks
+        find the new states.
 
         Raises:
-            ValueError: groups of other sizes, states of other shapes, or amsgrad; nothing changed.
+            ValueError, TypeError: groups of other sizes, states of other shapes or kinds, an
+                option out of range, or amsgrad. States and groups are then as before, as they are
+                where a hook raised; only what a hook wrote into old tensors stays.
         """
+        given: dict[Tensor, dict[str, Any]] = {}
+
+        def take(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            pairs = self._check(state_dict)
+            state = dict(state_dict["state"])
+            given.update((param, state.pop(key)) for key, param in pairs if key in state)
+            return {**state_dict, "state": state}  # torch would cast what it finds here
+
+        def fit(_: Optimizer) -> None:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param in given:
+                        self.state[param] = saved.fitted(group, param, given[param], self._SIGNED)
+
+        def unhook() -> None:
+            saved.unhook(self._optimizer_load_state_dict_pre_hooks, take)
+            saved.unhook(self._optimizer_load_state_dict_post_hooks, fit)
+
+        restore = saved.restorer(self)
+        try:
+            self.register_load_state_dict_pre_hook(take)
+            self.register_load_state_dict_post_hook(fit, prepend=True)
+            super().load_state_dict(state_dict)
+            unhook()  # nothing after it: Ctrl-C there would find all loaded
+        except BaseException:
+            unhook()
+            restore()
+            raise
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise what `load_state_dict` would raise, and change nothing.
+
+        Where load_state_dict pre-hooks are registered nothing is looked at: what they make of the
+        state is known when they run.
+        """
+        if not self._optimizer_load_state_dict_pre_hooks:
+            self._check(state_dict)
+
+    def _check(self, state_dict: dict[str, Any]) -> list[tuple[Any, Tensor]]:
+        """The state's keys and the parameters that they stand for."""
+        if not {"state", "param_groups"} <= set(state_dict):
+            got = sorted(map(str, state_dict))
+            raise ValueError(f"state_dict: expected keys state and param_groups; got {got}")
+        sizes, own = (
+            [len(group["params"]) for group in groups]
+            for groups in (state_dict["param_groups"], self.param_groups)
+        )
+        if sizes != own:
+            raise ValueError(f"state_dict: expected parameter groups of sizes {own}; got {sizes}")
         for group in state_dict["param_groups"]:
             self._check_options({**self.defaults, **group})
-        saved = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-        own = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
-        pairs = list(zip(saved, own, strict=False))
+        keys = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        params = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
+        pairs = list(zip(keys, params, strict=True))
         for key, param in pairs:
-            for name, value in state_dict["state"].get(key, {}).items():
-                if value is None or (name not in self._SIGNED and name != "master"):
-                    continue
-                where = f"state_dict: {name} of parameter {key}: expected"
-                if value.shape != param.shape:
-                    raise ValueError(f"{where} shape {list(param.shape)}; got {list(value.shape)}")
-                scales = state_dict["state"][key].get(f"{name}_scale")
-                count = states.blocks_of(param.numel())
-                if value.dtype == torch.uint8 and (scales is None or scales.shape != (count,)):
-                    got = "none" if scales is None else f"shape {list(scales.shape)}"
-                    raise ValueError(f"{where} scales of shape [{count}]; got {got}")
-        super().load_state_dict(state_dict)
-        groups = {param: group for group in self.param_groups for param in group["params"]}
-        for key, param in pairs:
-            if key in state_dict["state"]:
-                loaded = dict(state_dict["state"][key])
-                self.state[param] = self._fitted(groups[param], param, loaded)
-
-    def _fitted(self, group: dict[str, Any], param: Tensor, loaded: dict[str, Any]) -> Any:
-        """The states as this optimiser keeps them, in memory of their own."""
-        fitted: dict[str, Any] = {}
-        for name, value in loaded.items():
-            if value is None:
-                continue
-            if name == "step":
-                fitted[name] = torch.tensor(float(value), dtype=torch.float32)
-            elif name == "master":
-                fitted[name] = torch.empty_like(param, dtype=torch.float32).copy_(value)
-            elif name in self._SIGNED:
-                signed = self._SIGNED[name]
-                scales = loaded.get(f"{name}_scale", torch.empty(0))
-                coded = _coded(group, param)
-                if coded and value.dtype == torch.uint8:
-                    codes, new = value.contiguous().clone(), scales.clone()
-                elif coded:
-                    codes, new = states.encode(value.float(), signed)
-                else:
-                    if value.dtype == torch.uint8:
-                        value = states.decode(value, scales, signed)
-                    fitted[name] = torch.empty_like(param, dtype=_wide(param)).copy_(value)
-                    continue
-                fitted[name] = codes.to(param.device)
-                fitted[f"{name}_scale"] = new.to(param.device)
-            elif not name.endswith("_scale"):
-                fitted[name] = value
-        return fitted
+            held = state_dict["state"].get(key, {})
+            saved.check(f"of parameter {key}", held, param, self._SIGNED, self._WHOLE)
+        return pairs
 
 
 class Batch:
@@ -310,13 +346,3 @@ def _check_fits(name: str, held: Tensor, param: Tensor, dtype_fits: bool) -> Non
             f"{list(held.shape)}; got a parameter of {param.dtype}, shape {list(param.shape)} (was "
             "the model changed after a step?)"
         )
-
-
-def _wide(param: Tensor) -> torch.dtype:
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-def _coded(group: dict[str, Any], param: Tensor) -> bool:
-    return bool(
-        group["eight_bit"] and param.numel() >= MIN_EIGHT_BIT and param.dtype != torch.float64
-    )

@@ -67,7 +67,8 @@ class AdamW(FusedOptimizer):
         seed: of the stochastic rounding; it and the step counter are in ``state_dict``.
 
     Moments are float32 (float64 for float64 parameters), also of 16-bit parameters. Where states
-    are float32 the ``state_dict`` loads into torch.optim.AdamW and back.
+    are float32 the ``state_dict`` loads into torch.optim.AdamW and back; with one in 8 bits
+    torch's step raises.
 
     Raises:
         ValueError: an option out of range, amsgrad, or a sparse parameter.
@@ -75,6 +76,7 @@ class AdamW(FusedOptimizer):
     """
 
     _SIGNED: ClassVar[dict[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
+    _WHOLE: ClassVar[tuple[str, ...]] = ("step", *_SIGNED)
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class AdamW(FusedOptimizer):
 
     def _prepare(self, group: dict[str, Any], param: Tensor) -> None:
         if "step" not in self.state[param]:
-            self.state[param]["step"] = torch.zeros((), dtype=torch.float32)
+            self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         super()._prepare(group, param)
 
     def _update(self, group: dict[str, Any], batch: Batch, grad_factor: float) -> None:

@@ -14,6 +14,12 @@ from torch.optim import Optimizer
 from bigops.train.fused_optimizer import FusedOptimizer
 
 PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")
+LEAST_SCALE = 2.0**-14
+"""What the loss scale falls to at most: float16's smallest normal number. The backward pass starts
+with the scale itself, so that a smaller one would lose bits of every gradient."""
+
+_LARGEST = torch.finfo(torch.float32).max  # the scale is a float32
+_SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
 class MixedPrecision:
@@ -33,7 +39,9 @@ class MixedPrecision:
     compute with. ``"fp16-mixed"`` scales the loss so that small gradients survive fp16's narrow
     range, by torch.amp.GradScaler (method: Micikevicius et al., Mixed Precision Training, 2018):
     a step whose gradients hold inf or NaN is skipped and the scale multiplied by
-    ``backoff_factor``; ``growth_interval`` good steps multiply it by ``growth_factor``.
+    ``backoff_factor``, down to 2**-14 or to a lower ``init_scale``; ``growth_interval`` good steps
+    multiply it by ``growth_factor``, as long as float32 holds it. A run whose gradients stay NaN
+    goes on skipping.
 
     Under DistributedDataParallel all ranks skip together: the all-reduce carries an inf or NaN of
     one rank into the gradients of all. Gradients that are not reduced (``no_sync`` up to the step)
@@ -66,9 +74,12 @@ class MixedPrecision:
             raise ValueError(
                 f"precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}"
             )
-        if not (init_scale > 0 and math.isfinite(init_scale)):
-            raise ValueError(f"init_scale: expected a finite number above 0; got {init_scale}")
-        if not growth_factor > 1:
+        if not 1 / _LARGEST <= init_scale <= _LARGEST:
+            raise ValueError(
+                f"init_scale: expected a finite number above 0; got {init_scale}, which float32 "
+                "does not hold, or not one over it"
+            )
+        if not 1 < growth_factor < math.inf:
             raise ValueError(f"growth_factor: expected a number above 1; got {growth_factor}")
         if not 0 < backoff_factor < 1:
             raise ValueError(f"backoff_factor: expected between 0 and 1; got {backoff_factor}")
@@ -93,6 +104,7 @@ class MixedPrecision:
             growth_interval=growth_interval,
             enabled=precision == "fp16-mixed",
         )
+        self._least = min(LEAST_SCALE, init_scale)
         self._has_backward = False
 
     def __repr__(self) -> str:
@@ -158,15 +170,19 @@ class MixedPrecision:
         self._has_backward = False
         self._scaler.unscale_(optimizer)
         if clip_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(grads, clip_norm)
+            norm = _norm([p.grad for p in grads])
             if not self._scaler.is_enabled() and not bool(torch.isfinite(norm)):
                 return False
+            torch.nn.utils.clip_grads_with_norm_(grads, clip_norm, norm)
         # The scale shrinks exactly when inf or NaN was found. The return value of
         # GradScaler.step does not tell: optimisers return None from a step that happened.
         before = self._scaler.get_scale()
         self._scaler.step(optimizer)
         self._scaler.update()
-        return self._scaler.get_scale() >= before
+        after = self._scaler.get_scale()
+        if after < self._least:  # torch's own would go on to 0, and 0 * inf into every weight
+            self._scaler.update(self._least)
+        return after >= before
 
     def _fused_step(self, optimizer: FusedOptimizer, clip_norm: float | None) -> bool:
         if not self._scaler.is_enabled():
@@ -179,13 +195,13 @@ class MixedPrecision:
         # What GradScaler.update does: it takes no verdict from outside, its state does.
         state = scaler.state_dict()
         if not stepped:
-            state["scale"] *= scaler.get_backoff_factor()
+            state["scale"] = max(state["scale"] * scaler.get_backoff_factor(), self._least)
             state["_growth_tracker"] = 0
         else:
             state["_growth_tracker"] += 1
             if state["_growth_tracker"] == scaler.get_growth_interval():
                 grown = state["scale"] * scaler.get_growth_factor()
-                if grown <= torch.finfo(torch.float32).max:
+                if grown <= _LARGEST:
                     state["scale"] = grown
                 state["_growth_tracker"] = 0
         scaler.load_state_dict(state)
@@ -198,6 +214,21 @@ class MixedPrecision:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a ``state_dict`` of an object of the same precision.
 
+        A scale that had fallen below the least one is raised to it.
+
+        Raises:
+            ValueError: see `check_state_dict`; nothing has changed then.
+        """
+        self.check_state_dict(state)
+        scaler = dict(state["scaler"])
+        if scaler:
+            scaler["scale"] = max(scaler["scale"], self._least)
+        self._scaler.load_state_dict(scaler)
+        self._has_backward = False
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise what `load_state_dict` would raise, and change nothing.
+
         Raises:
             ValueError: it was saved with another precision, or is not such a dict.
         """
@@ -207,8 +238,23 @@ class MixedPrecision:
             raise ValueError(
                 f"state: expected precision {self.precision}; got {state['precision']}"
             )
-        self._scaler.load_state_dict(dict(state["scaler"]))
-        self._has_backward = False
+        scaler = state["scaler"]
+        keys = _SCALER_KEYS if self._scaler.is_enabled() else set()
+        if set(scaler) != keys:
+            raise ValueError(
+                f"state: expected a scaler with keys {sorted(keys)}; got {sorted(scaler)}"
+            )
+        if keys and not 0 <= scaler["scale"] <= _LARGEST:
+            raise ValueError(f"state: expected a finite scale; got {scaler['scale']}")
+
+
+def _norm(grads: list[Tensor | None]) -> Tensor:
+    """Norm of all gradients together; in float64 where float32 cannot hold their squares."""
+    given = [grad for grad in grads if grad is not None]
+    norm = torch.nn.utils.get_total_norm(given)
+    if bool(torch.isfinite(norm)):
+        return norm
+    return torch.nn.utils.get_total_norm([grad.double() for grad in given])
 
 
 def _device(device: str | torch.device) -> torch.device:

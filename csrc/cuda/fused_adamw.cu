@@ -260,8 +260,9 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < kEach; ++j) {
       const float grad = __fmul_rn(g[j], factor);
       m[j] = __fadd_rn(m[j], __fmul_rn(rule.one_minus_beta1, __fsub_rn(grad, m[j])));
+      // The weight first, as torch: grad * grad is inf past 1.8e19, where v itself still has room.
       v[j] = __fadd_rn(__fmul_rn(v[j], rule.beta2_float),
-                       __fmul_rn(rule.one_minus_beta2, __fmul_rn(grad, grad)));
+                       __fmul_rn(__fmul_rn(rule.one_minus_beta2, grad), grad));
       const float below = __fadd_rn(__fmul_rn(__fsqrt_rn(v[j]), inverse), rule.eps);
       p[j] = __fsub_rn(__fmul_rn(p[j], rule.keep), __fmul_rn(size, __fdiv_rn(m[j], below)));
     }

@@ -181,7 +181,8 @@ struct AdamW {
     g = V::mul(g, factor);
     p = V::mul(p, keep);
     m = V::add(m, V::mul(w1, V::sub(g, m)));
-    v = V::add(V::mul(v, b2), V::mul(w2, V::mul(g, g)));
+    // Not w2 * (g * g), as torch: g * g is inf past 1.8e19, where v itself still has room.
+    v = V::add(V::mul(v, b2), V::mul(V::mul(w2, g), g));
     p = V::sub(p, V::mul(size, V::div(m, V::add(V::mul(V::sqrt(v), inv), eps))));
   }
 };
