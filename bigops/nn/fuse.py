@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bigops.nn import dataflow
+from bigops.nn.atomic import atomic
 from bigops.nn.linear import Linear
 from bigops.nn.record import Done, Record, Skipped
 from bigops.nn.sites import Contest, Sites, capture, contest
@@ -15,6 +16,7 @@ from bigops.ops import _checks as checks
 _UNTIMED = "not timed: the crossover table of the op decides per call"
 
 
+@atomic
 def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
     """Swap what can be swapped for fused layers, in place, and say what was left and why.
 
@@ -36,7 +38,9 @@ def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
 
     Raises:
         TypeError: ``model`` is no module.
-        Exception: whatever the model raises on ``example_inputs``. The model is unchanged.
+        Exception: whatever the model raises on ``example_inputs``.
+
+    On any exception, KeyboardInterrupt too, the model is unchanged.
     """
     sites = Sites(model)
     left: dict[str, str] = {}

@@ -40,7 +40,12 @@ def hook_reason(module: nn.Module) -> str | None:
 
 
 class Sites:
-    """The modules of a model by path, with every path of a module that is reachable twice."""
+    """The modules of a model by path, with every path of a module that is reachable twice.
+
+    A verb builds new layers beside the old ones, exchanges them by `swap` and then returns; it is
+    decorated with `bigops.nn.atomic.atomic`, which brings the model back if anything is raised
+    before it has returned.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
