@@ -23,6 +23,7 @@ def state(model: nn.Module) -> list[Any]:
     found: list[Any] = []
     for name, module in model.named_modules(remove_duplicate=False):
         found += [name, Same(module), module.training, len(module._forward_pre_hooks)]
+        found += [(k, list(v)) for k, v in vars(module).items() if isinstance(v, list | dict)]
         for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
             kept = None if tensor is None else (Same(tensor), tensor.requires_grad, _bits(tensor))
             found.append((leaf, kept))

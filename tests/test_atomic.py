@@ -22,13 +22,17 @@ def _level(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Counts(nn.Module):
-    """A forward of its own that can be traced."""
+    """Traceable, with a buffer and an attribute that each call moves."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.act, self.last = nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 2)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.seen: list[int] = []
 
     def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(1)
         return self.last(self.act(self.first(x)))
 
 

@@ -4,54 +4,84 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class Before:
-    """What a verb may exchange in a model, as it is now; `restore` brings it back.
+    """All that hangs on the modules of some models, as it is now; `restore` brings it back.
 
-    Kept are, by reference and without a copy of any tensor: each module's children, Parameters and
-    buffers in their order, the mode of each module, ``requires_grad`` of each Parameter, and all
-    attributes of the layers of `bigops.nn`; hooks that came since are taken off. Not kept are the
-    values in tensors: a verb makes new tensors and exchanges them. While this lives, so does every
-    tensor that the model held.
+    Kept are, by reference and without a copy of any tensor: the attributes of each module, among
+    them its mode, children, Parameters, buffers and hooks in their order; what lies in plain lists,
+    dictionaries and sets among them; and ``requires_grad`` of each Parameter. Not kept are the
+    values in tensors. While this lives, so does every tensor that the models held. Of a lazy module
+    (`nn.LazyLinear`), whose first call is its last step of construction, only what it holds is
+    kept.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        dicts = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
-        self._dicts: list[tuple[dict[str, Any], dict[str, Any]]] = [(d, dict(d)) for d in dicts]
-        self._dicts += [(vars(m), dict(vars(m))) for m in modules if is_ours(m)]
-        hooks = [
-            h for m in modules for h in (m._forward_pre_hooks, m._forward_pre_hooks_with_kwargs)
-        ]
-        self._hooks: list[tuple[dict[int, Any], set[int]]] = [(h, set(h)) for h in hooks]
-        self._modes = [(m, m.training) for m in modules]
-        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+    def __init__(self, *models: nn.Module, layers: bool = True) -> None:
+        """
+        Args:
+            models: what is kept.
+            layers: whether that goes for the attributes of the layers of `bigops.nn`, too. A run of
+                these leaves no trace but their packs.
+        """
+        self._kept: list[tuple[Any, Any]] = []  # containers and copies of them
+        self._flags: list[tuple[nn.Parameter, bool]] = []
+        seen: set[int] = set()
+        for model in models:
+            for module in model.modules():
+                for held in (module._modules, module._parameters, module._buffers):
+                    if isinstance(held, dict):  # not of a ScriptModule
+                        self._kept.append((held, dict(held)))
+                        seen.add(id(held))
+                if not isinstance(module, LazyModuleMixin) and (layers or not is_ours(module)):
+                    self._keep(vars(module), seen)
+            self._flags += [(p, p.requires_grad) for p in model.parameters()]
+
+    def _keep(self, value: Any, seen: set[int]) -> None:
+        """Keep what lies in a plain container, and in those in it."""
+        if type(value) not in CONTAINERS or id(value) in seen:
+            return
+        seen.add(id(value))
+        self._kept.append((value, value.copy()))
+        for item in value.values() if isinstance(value, dict) else value:
+            self._keep(item, seen)
 
     def restore(self) -> None:
         """Put all of it back; Ctrl-C pressed meanwhile begins it anew."""
         while True:
             try:
-                for there, then in self._dicts:
-                    there.clear()  # and filled again: the order of Parameters is that of optimisers
-                    there.update(then)
-                for hooks, before in self._hooks:
-                    for key in set(hooks) - before:
-                        del hooks[key]
-                for module, mode in self._modes:
-                    module.training = mode
+                for now, then in self._kept:
+                    _put_back(now, then)
                 for parameter, flag in self._flags:
-                    parameter.requires_grad = flag
+                    if parameter.requires_grad != flag:
+                        parameter.requires_grad = flag
                 return
             except KeyboardInterrupt:
                 continue
+
+
+CONTAINERS: tuple[type, ...] = (dict, list, set, OrderedDict, defaultdict, deque)
+
+
+def _put_back(now: Any, then: Any) -> None:
+    """Give a container what its copy holds, in its order: that of Parameters is optimisers'."""
+    if isinstance(now, list | deque):
+        now.clear()
+        now.extend(then)
+    elif isinstance(now, dict) and list(now) == list(then):
+        now.update(then)  # at no time without a key that another thread may look for
+    else:
+        now.clear()
+        now.update(then)
 
 
 def atomic(verb: Callable[P, R]) -> Callable[P, R]:

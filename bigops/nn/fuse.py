@@ -21,10 +21,25 @@ def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
     """Swap what can be swapped for fused layers, in place, and say what was left and why.
 
     An exact `nn.Linear` becomes a `bigops.nn.Linear` with the same Parameter objects, so an
-    optimiser goes on working. An activation module is taken into the layer before it only where
-    tracing proves that nothing else reads that layer's output, or, where the model cannot be
-    traced, where they are neighbours in an `nn.Sequential`; an `nn.Identity` takes its place, so
-    every path stays.
+    optimiser goes on working. An activation module is taken into the layer before it, and an
+    `nn.Identity` takes its place, only where it is proven that nothing else reads that layer's
+    output whenever the model is called:
+
+    - torch.fx traces the model as a whole, in both modes and with each combination of its optional
+      arguments given and left out (up to 4 of them).
+    - Of a model that cannot be traced so (the record says why), a part that can be, or an
+      `nn.Sequential`, is taken where the rest of the model only ever calls it. That is read from
+      the source of each forward, of the hooks, and of the methods and functions that these name:
+      the part's own name is only called (``self.head(x)``), or no such code says the name of the
+      layer, of the activation, or of another method of the part. Indexing, slicing, iterating,
+      ``children()``, ``getattr`` of a computed name, a module that a list or a closure holds too,
+      and code without source leave the activation where it is. The record's notes name it.
+
+    What no proof covers: code outside of the model that calls its children or methods other than
+    forward (``model[0](x)``), and a forward that decides by its own attributes, by random numbers
+    or by the type of an argument: it is traced as it decides at that moment.
+
+    Looking at the model changes nothing in it, nor a random state (`bigops.nn.looking`).
 
     Args:
         model: any module.

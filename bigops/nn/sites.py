@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bigops import timing
+from bigops.nn.looking import looking
 
 _HOOKS = {
     "_forward_hooks": "forward hook",
@@ -163,7 +164,7 @@ def capture(model: nn.Module, modules: Mapping[str, nn.Module], example_inputs: 
     try:
         for path, module in modules.items():
             handles.append(module.register_forward_pre_hook(watch(path), with_kwargs=True))
-        with evaluating(model), torch.no_grad():
+        with looking(model), evaluating(model), torch.no_grad():
             run_example(model, example_inputs)
     finally:
         for handle in handles:

@@ -1,0 +1,474 @@
+"""fuse_ on models that cannot be traced: an activation moves only where no caller can tell."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import bigops
+from tests import tolerance
+
+X = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+
+
+def untraceable(x: Tensor) -> None:
+    if float(x.sum()) > 1e9:
+        raise ValueError
+
+
+def block() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Tanh())
+
+
+class Mlp(nn.Module):
+    """A part of a user's class, with a second way in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.bend, self.down = nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.bend(self.up(x)))
+
+    def before_bend(self, x: Tensor) -> Tensor:
+        return self.up(x)
+
+
+class Nested(nn.Module):
+    """A part whose pair lies in a Sequential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x) + x
+
+
+class Around(nn.Module):
+    """Holds a part and cannot be traced."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.part(x)
+
+
+# --- ways that take nothing of a part but its result -----------------------------------------
+
+
+class Whole(Around):
+    """Calls it, twice in a row."""
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.part(self.part(x)) if hidden else self.part(x)
+
+
+class OwnNames(Around):
+    """Has children named like those of the part."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__(part)
+        self.up, self.bend = nn.Linear(16, 16), nn.GELU()
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        z = self.up(x)
+        return self.part(self.bend(z)) + z
+
+
+class InASequential(nn.Module):
+    """The part sits in a Sequential that is only called."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Sequential(part, nn.Identity()), nn.Linear(16, 16))
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.body(x)
+
+
+class Blocks(nn.Module):
+    """A list of parts that is walked: their insides have names that nobody says."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([part, copy.deepcopy(part)])
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        for each in self.parts:
+            x = each(x)
+        return x
+
+
+# --- ways that reach into it -----------------------------------------------------------------
+
+
+def first_of(part: Any) -> Any:
+    for name in ("0", "a", "up", "inside", "part", "body", "parts"):
+        if name in part._modules:
+            found = part._modules[name]
+            return first_of(found) if isinstance(found, nn.ModuleList | nn.ModuleDict) else found
+    raise AssertionError
+
+
+class ByIndex(Around):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.part(x) * torch.sigmoid(self.part[0](x))
+
+
+class ByKeyword(Around):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        if hidden:
+            return self.part[0](x)
+        return self.part(x)
+
+
+class ByNone(Around):
+    def forward(self, x: Tensor, hidden: bool | None = None) -> Tensor:
+        if hidden is not None and hidden:
+            return self.part[0](x)
+        return self.part(x)
+
+
+class Sliced(Around):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        z = self.part[:1](x)
+        return self.part[1:](z) + z
+
+
+class Iterated(Around):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        total = x
+        for each in self.part:
+            x = each(x)
+            total = total + x
+        return total
+
+
+class ByLocal(Around):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        part = self.part
+        return part(x) + part[0](x)
+
+
+class ByChildren(Around):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        (part,) = self.children()
+        return part(x) + first_of(part)(x)
+
+
+class ByGetattr(Around):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.part(x) + first_of(getattr(self, "part"))(x)  # noqa: B009
+
+
+class ByComputedName(Around):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.part(x) + first_of(getattr(self, f"pa{'rt'}"))(x)
+
+
+class BySubmodule(Around):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.part(x) + first_of(self.get_submodule("part"))(x)
+
+
+class ByProperty(Around):
+    @property
+    def head(self) -> Any:
+        return first_of(self.part)
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.part(x) + self.head(x)
+
+
+def helper(part: nn.Module, x: Tensor) -> Tensor:
+    return part(x) + first_of(part)(x)
+
+
+class ByHelper(Around):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return helper(self.part, x)
+
+
+class ByList(Around):
+    """A plain list, made when the model is built."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__(part)
+        self.taps = [first_of(part)]
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.part(x) + self.taps[0](x)
+
+
+class ByClosure(Around):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__(part)
+        self.tap = lambda x: first_of(part)(x)
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.part(x) + self.tap(x)
+
+
+class ByHook(Around):
+    """A hook on the model that calls a child."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__(part)
+        self.register_forward_hook(lambda m, args, y: y + first_of(m.part)(args[0]))
+
+
+class ByBase(ByIndex):
+    """The code stands in a class above."""
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        return super().forward(x) * 2
+
+
+class ByForwardOfItsOwn(Around):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__(part)
+        self.forward = lambda x, hidden=False: part(x) + first_of(part)(x)  # type: ignore[method-assign]
+
+
+class ByWalk(nn.Module):
+    """A list of Sequentials that is walked, and each child in it."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([part])
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        for each in self.parts:
+            x = each(x) + first_of(each)(x)
+        return x
+
+
+class ByDict(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"a": part})
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.parts["a"](x) + first_of(self.parts["a"])(x)
+
+
+QUIET = [Around, Whole, OwnNames, InASequential, Blocks]
+REACH = [ByIndex, ByKeyword, ByNone, Sliced, Iterated, ByLocal, ByChildren, ByGetattr,
+         ByComputedName, BySubmodule, ByProperty, ByHelper, ByList, ByClosure, ByHook, ByBase,
+         ByForwardOfItsOwn, ByWalk, ByDict]  # fmt: skip
+INDEXED = {ByIndex, ByKeyword, ByNone, Sliced, Iterated, ByLocal, ByBase}
+
+
+def same(model: nn.Module, *calls: dict[str, Any]) -> Any:
+    """Hold a model after `fuse_` to itself before, by every call; give the record."""
+    calls = calls or ({}, {"hidden": True})
+    model.eval()
+    with torch.no_grad():
+        plain = [model(X, **kwargs) for kwargs in calls]
+        # No copy: a closure would go on with the modules of the original.
+        ref64 = [model.double()(X.double(), **kwargs) for kwargs in calls]
+        record = bigops.fuse_(model.float())
+        for kwargs, want, eager in zip(calls, ref64, plain, strict=True):
+            scale = want.abs().max() + 4
+            tolerance.check(model(X, **kwargs), want, eager, scale, what=str(kwargs))
+    return record
+
+
+def epilogues(model: nn.Module) -> int:
+    return sum(getattr(m, "activation", "none") != "none" for m in model.modules())
+
+
+@pytest.mark.parametrize("part", [Mlp, Nested])
+@pytest.mark.parametrize("way", QUIET)
+def test_a_part_that_is_only_called_takes_its_activations(way: Any, part: Any) -> None:
+    model = way(part())
+    record = same(model)
+    pairs = {Mlp: 1, Nested: 2}[part] * (2 if way is Blocks else 1)
+    assert epilogues(model) == pairs, str(record)
+
+
+@pytest.mark.parametrize("way", QUIET)
+def test_so_does_a_sequential_unless_it_has_no_name(way: Any) -> None:
+    model = way(block())
+    record = same(model)
+    if way is Blocks:
+        assert epilogues(model) == 0
+        assert "parts.0.1: relu is not taken into parts.0.0: ModuleList gives it" in str(record)
+    else:
+        assert epilogues(model) == 2, str(record)
+
+
+@pytest.mark.parametrize("part", [block, Mlp, Nested])
+@pytest.mark.parametrize("way", REACH)
+def test_what_other_code_may_reach_stays_and_is_named(way: Any, part: Any) -> None:
+    if way in INDEXED and part is not block:
+        return  # such a part has no index
+    model = way(part())
+    record = same(model)
+    assert epilogues(model) == (way is ByList and part is block)  # the pair that the list spares
+    assert any("is not taken into" in note for note in record.notes), str(record)
+    assert len(record.done) == 2  # the layers are swapped all the same
+
+
+class OtherWay(Around):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.part.before_bend(x) if hidden else self.part(x)
+
+
+class OtherWayOfMany(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([Mlp(), Mlp()])
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        for each in self.parts:
+            x = each.before_bend(x) if hidden else each(x)
+        return x
+
+
+class ChildOfMany(OtherWayOfMany):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        for each in self.parts:
+            x = each.up(x) if hidden else each(x)
+        return x
+
+
+class ActivationOfMany(OtherWayOfMany):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        for each in self.parts:
+            x = each.bend(x) if hidden else each(x)
+        return x
+
+
+class Tree(nn.Module):
+    """A class whose instances hold each other and call each other's children."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.up, self.bend, self.down = nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)
+        self.peer = Tree(depth - 1) if depth else None
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        if self.peer is not None:
+            untraceable(x)
+            x = self.peer.up(x) + self.peer(x)
+        return self.down(self.bend(self.up(x)))
+
+
+@pytest.mark.parametrize("name", ["other way", "of many", "child", "activation", "tree"])
+def test_another_way_into_a_part(name: str) -> None:
+    model = {
+        "other way": lambda: OtherWay(Mlp()),
+        "of many": OtherWayOfMany,
+        "child": ChildOfMany,
+        "activation": ActivationOfMany,
+        "tree": lambda: Tree(1),
+    }[name]()
+    record = same(model)
+    assert epilogues(model) == 0, str(record)
+
+
+def test_code_without_source_is_trusted_with_nothing() -> None:
+    scope: dict[str, Any] = {"Around": Around, "untraceable": untraceable}
+    exec(  # as in an interpreter
+        "class Typed(Around):\n"
+        "    def forward(self, x, hidden=False):\n"
+        "        untraceable(x)\n"
+        "        return self.part(x)\n",
+        scope,
+    )
+    model = scope["Typed"](block())
+    assert "whose source is not there" in str(same(model))
+    assert epilogues(model) == 0
+
+
+class Options(nn.Module):
+    """Reads the layer twice in one combination of its optional arguments."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.a, self.act = nn.Linear(16, 16), nn.ReLU()
+        self.n = n
+
+    def forward(
+        self, x: Tensor, p: Tensor | None = None, q: Tensor | None = None, r: Tensor | None = None
+    ) -> Tensor:
+        z = self.a(x)
+        given = (p is not None, q is not None, r is not None)
+        if given == tuple(bool(self.n >> i & 1) for i in range(3)):
+            return self.act(z) + z
+        return self.act(z)
+
+
+@pytest.mark.parametrize("n", range(8))
+def test_every_combination_of_optional_arguments_is_traced(n: int) -> None:
+    calls = [{k: X for i, k in enumerate("pqr") if m >> i & 1} for m in range(8)]
+    model = Options(n)
+    old = copy.deepcopy(model)
+    record = bigops.fuse_(model)
+    for kwargs in calls:
+        assert torch.equal(old(X, **kwargs) != 0, model(X, **kwargs) != 0)
+    assert epilogues(model) == 0, str(record)
+
+
+def test_more_optional_arguments_than_are_traced() -> None:
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = block()
+
+        def forward(self, x: Tensor, a: Any = None, b: Any = None, c: Any = None, d: Any = None,
+                    e: Any = None) -> Tensor:  # fmt: skip
+            return self.net[0](x) if a is not None and e is None else self.net(x)
+
+    model = Many()
+    record = same(model, {}, {"a": X}, {"e": X})
+    assert epilogues(model) == 0
+    assert "5 optional arguments have more combinations than are traced" in str(record)
+
+
+WAYS = st.lists(st.sampled_from([*QUIET, *REACH]), max_size=3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([block, Mlp, Nested]), WAYS)
+def test_any_tree_of_these_gives_what_it_gave(part: Any, ways: list[Any]) -> None:
+    torch.manual_seed(0)
+    model = part()
+    for way in ways:
+        if way in INDEXED and not isinstance(model, nn.Sequential):
+            continue
+        model = way(model)
+    same(model, *([{}] if isinstance(model, nn.Sequential | Mlp | Nested) else []))
