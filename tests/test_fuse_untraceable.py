@@ -333,7 +333,11 @@ def test_what_other_code_may_reach_stays_and_is_named(way: Any, part: Any) -> No
         return  # such a part has no index
     model = way(part())
     record = same(model)
-    assert epilogues(model) == (way is ByList and part is block)  # the pair that the list spares
+    # The list spares the second pair; a flag is traced with both values.
+    assert epilogues(model) == (part is block and way in (ByList, ByKeyword))
+    if way is ByKeyword:
+        assert not record.notes
+        return
     assert any("is not taken into" in note for note in record.notes), str(record)
     assert len(record.done) == 2  # the layers are swapped all the same
 
@@ -398,6 +402,125 @@ def test_another_way_into_a_part(name: str) -> None:
     }[name]()
     record = same(model)
     assert epilogues(model) == 0, str(record)
+
+
+def over_children(parts: Any, x: Tensor) -> Tensor:
+    """As helpers of gradient checkpointing walk over blocks."""
+    for each in list(parts.children()):
+        x = each(x)
+    return x
+
+
+def over_two_levels(parts: Any, x: Tensor) -> Tensor:
+    for each in parts.children():
+        for inner in each.children():
+            x = inner(x) + x
+    return x
+
+
+def down(part: Any, x: Tensor) -> Tensor:
+    for each in part.children():
+        x = down(each, x) + x
+    return x if part._modules else part(x)
+
+
+def while_there_are(part: Any, x: Tensor) -> Tensor:
+    left = [part]
+    while left:
+        last = left.pop()
+        found = list(last.children())
+        x = x if found else last(x) + x
+        left += found
+    return x
+
+
+class Walks(nn.Module):
+    """Hands its parts to a function that walks over children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.Sequential(Mlp(), Mlp())
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        if hidden:
+            return self.parts(x)
+        return self.call(x)
+
+    def call(self, x: Tensor) -> Tensor:
+        return over_children(self.parts, x)
+
+
+class Holds(nn.Module):
+    """A block whose layers are one level further down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x) + x
+
+
+class WalksTwice(Walks):
+    def call(self, x: Tensor) -> Tensor:
+        return over_two_levels(self.parts, x)
+
+
+class WalksDown(Walks):
+    def call(self, x: Tensor) -> Tensor:
+        return down(self.parts, x)
+
+
+class WalksWhile(Walks):
+    def call(self, x: Tensor) -> Tensor:
+        return while_there_are(self.parts, x)
+
+
+class WalksOne(Walks):
+    """The walk is over the part itself, taken out of its container."""
+
+    def call(self, x: Tensor) -> Tensor:
+        return over_children(self.parts[0], x) + x
+
+
+@pytest.mark.parametrize("kind", [WalksTwice, WalksDown, WalksWhile])
+def test_a_walk_over_all_levels_leaves_activations(kind: Any) -> None:
+    model = kind()
+    assert "walks over children of children" in str(same(model))
+    assert epilogues(model) == 0
+
+
+def test_a_walk_over_blocks_reaches_nothing_in_them() -> None:
+    model = Walks()
+    model.parts = nn.Sequential(Holds(), Holds())
+    record = same(model)
+    assert epilogues(model) == 2, str(record)
+    model = WalksOne()  # its children are those that were meant above
+    assert "is not taken into parts.0.up" in str(same(model))
+    assert epilogues(model) == 0
+
+
+@pytest.mark.parametrize("read", [(True, False), (False, True), (True, True), (False, False)])
+def test_a_flag_is_traced_with_both_values(read: tuple[bool, bool]) -> None:
+    class Flags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.act = nn.Linear(16, 16), nn.ReLU()
+
+        def forward(self, x: Tensor, hidden: bool = False, twice: bool = True) -> Tensor:
+            z = self.a(x)
+            if hidden:
+                return self.act(z) + z if read[0] else self.act(z)
+            if twice:
+                return self.act(z)
+            return self.act(z) - z if read[1] else self.act(z)
+
+    model = Flags()
+    calls = [{"hidden": h, "twice": t} for h in (True, False) for t in (True, False)]
+    record = same(model, *calls)
+    assert epilogues(model) == (not any(read)), str(record)
+    assert not record.notes
 
 
 def test_code_without_source_is_trusted_with_nothing() -> None:

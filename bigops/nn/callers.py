@@ -22,9 +22,10 @@ from torch import nn
 from bigops.nn.atomic import CONTAINERS, is_ours
 from bigops.nn.sites import Sites
 
-# What gives children without their names.
-_NAMELESS = {"children", "named_children", "modules", "named_modules", "get_submodule", "_modules",
-             "__dict__", "vars", "locals", "globals", "eval", "exec", "attrgetter"}  # fmt: skip
+# What gives the children of a module without their names, and what gives all below it.
+_ONE_LEVEL = {"children", "named_children", "_modules"}
+_ALL_LEVELS = {"modules", "named_modules", "get_submodule", "__dict__", "vars", "locals", "globals",
+               "eval", "exec", "attrgetter"}  # fmt: skip
 _STDLIB = sysconfig.get_path("stdlib")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -36,7 +37,9 @@ class Code:
     own: set[str] = field(default_factory=set)  # ``self.name``, taken other than by calling it
     read: set[str] = field(default_factory=set)  # the same of anything but self; all strings
     called: set[str] = field(default_factory=set)  # called, of anything but self
-    opaque: str = ""  # what gives children without a name, or a function without source
+    own_children: bool = False  # those of self are taken without their names
+    children: bool = False  # those of something else are, one level of them
+    opaque: str = ""  # what gives all modules below one, or a function without source
 
 
 class Callers:
@@ -90,9 +93,24 @@ class Callers:
             if hasattr(type(holder), "__getitem__"):
                 return f"{type(holder).__name__} gives it without its name"
             for module, code in outside:
-                if name in code.read or (module is holder and name in code.own):
+                own = module is holder and (name in code.own or code.own_children)
+                if own or name in code.read:
                     return f"{type(module).__name__} takes {name!r} other than by calling it"
-            return None
+            return self._walked(path, outside)
+        return None
+
+    def _walked(self, path: str, outside: list[tuple[nn.Module, Code]]) -> str | None:
+        """Why the children of what holds the module at ``path`` may be taken one by one, or None.
+
+        Only those of a module that is taken itself: as an element of a container, as ``self``, or
+        by its name.
+        """
+        above = path.rpartition(".")[0]
+        name = above.rpartition(".")[2]
+        listed = above == "" or hasattr(type(self._sites.parent(above)), "__getitem__")
+        for module, code in outside:
+            if code.children and (listed or any(name in c.own | c.read for _, c in outside)):
+                return f"{type(module).__name__} takes children of a module without their names"
         return None
 
     def _unnamed(self, root: str, path: str, outside: list[tuple[nn.Module, Code]]) -> bool:
@@ -105,7 +123,8 @@ class Callers:
                 names |= _methods(type(self._sites.modules[above]))
                 if above == root:
                     break
-            if not any(names & (code.read | code.called) for _, code in outside):
+            named = any(names & (code.read | code.called) for _, code in outside)
+            if not named and self._walked(below, outside) is None:
                 return True
         return False
 
@@ -188,6 +207,8 @@ def _code_of(module: nn.Module) -> Code:
             reader.visit(ast.parse(textwrap.dedent(inspect.getsource(function.__code__))))
         except (OSError, TypeError, SyntaxError):
             code.opaque = f"{function.__qualname__}, whose source is not there"
+        if reader.walks > 1 or (reader.walks and function.__name__ in reader.said):
+            code.opaque = f"{function.__qualname__}, which walks over children of children"
         for name in reader.attributes:
             pending += _definitions(cls, name)
         pending += ((f, False) for f in _globals(function, reader))
@@ -240,6 +261,11 @@ class _Reader(ast.NodeVisitor):
         self.names: set[str] = set()
         self.attributes: set[str] = set()
         self.dotted: set[tuple[str, str]] = set()
+        self.walks = 0  # how often children are taken without their names
+
+    @property
+    def said(self) -> set[str]:
+        return self.names | self.attributes
 
     def visit_Call(self, node: ast.Call) -> None:
         function = node.func
@@ -247,12 +273,12 @@ class _Reader(ast.NodeVisitor):
             self._attribute(function, called=True)
         elif isinstance(function, ast.Name):
             self.names.add(function.id)
-            if function.id in _NAMELESS:
+            if function.id in _ALL_LEVELS:
                 self.code.opaque = f"{function.id}()"
             if function.id == "getattr" and not all(
                 isinstance(a, ast.Constant) for a in node.args[1:2]
             ):
-                self.code.opaque = "getattr() of a name that is computed"
+                self._walk(node.args[0] if node.args else function)
         else:
             self.visit(function)
         for child in (*node.args, *node.keywords):
@@ -268,11 +294,25 @@ class _Reader(ast.NodeVisitor):
         else:
             (self.code.called if called else self.code.read).add(node.attr)
         self.attributes.add(node.attr)
-        if node.attr in _NAMELESS:
-            self.code.opaque = node.attr
+        if node.attr in _ALL_LEVELS:
+            self.code.opaque = f"{node.attr}()"
+        if node.attr in _ONE_LEVEL:
+            self._walk(node.value)
         if isinstance(node.value, ast.Name):
             self.dotted.add((node.value.id, node.attr))
         self.visit(node.value)
+
+    def _walk(self, of: ast.expr) -> None:
+        self.walks += 1
+        if isinstance(of, ast.Name) and of.id in self.itself:
+            self.code.own_children = True
+        else:
+            self.code.children = True
+
+    def visit_While(self, node: ast.While) -> None:
+        before = self.walks
+        self.generic_visit(node)
+        self.walks += self.walks - before  # it may go down one level each time
 
     def visit_Name(self, node: ast.Name) -> None:
         self.names.add(node.id)

@@ -24,6 +24,7 @@ from bigops.nn.looking import looking
 from bigops.nn.sites import Sites, hook_reason
 
 _MOST_OPTIONAL = 4  # optional arguments whose combinations are traced: 2^4 in two modes
+_GIVEN = object()
 
 _NAMES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
 
@@ -142,27 +143,27 @@ class _ReadOnly(TorchDispatchMode):
 
 
 def _trace(module: nn.Module) -> list[fx.Graph] | str:
-    """Graphs in both modes, with optional arguments given and left out; or why there are none."""
+    """Graphs in both modes, with each combination of optional arguments; or why there are none."""
     if _Tracer().is_leaf_module(module, ""):
         return f"a {type(module).__name__} is a whole of its own"
-    defaults = {
-        name: p.default
+    # A flag has two values; anything else is its default or something that fx cannot look into.
+    values = {
+        name: (True, False) if isinstance(p.default, bool) else (_GIVEN, p.default)
         for name, p in inspect.signature(module.forward).parameters.items()
         if p.default is not inspect.Parameter.empty
     }
-    if len(defaults) > _MOST_OPTIONAL:
-        return f"{len(defaults)} optional arguments have more combinations than are traced"
-    left_out = [
-        dict(chosen)
-        for n in range(len(defaults) + 1)
-        for chosen in itertools.combinations(defaults.items(), n)
+    if len(values) > _MOST_OPTIONAL:
+        return f"{len(values)} optional arguments have more combinations than are traced"
+    calls = [
+        {name: v for name, v in zip(values, chosen, strict=True) if v is not _GIVEN}
+        for chosen in itertools.product(*values.values())
     ]
     graphs = []
     try:
         with _ReadOnly(list(module.parameters())):
             for mode in (True, False):
                 module.train(mode)
-                graphs += [_Tracer().trace(module, concrete or None) for concrete in left_out]
+                graphs += [_Tracer().trace(module, concrete or None) for concrete in calls]
     except Exception as error:  # whatever the model's own code makes of a proxy
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return graphs

@@ -26,14 +26,14 @@ def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
     output whenever the model is called:
 
     - torch.fx traces the model as a whole, in both modes and with each combination of its optional
-      arguments given and left out (up to 4 of them).
+      arguments, up to 4 of them: flags True and False, others given and left out.
     - Of a model that cannot be traced so (the record says why), a part that can be, or an
       `nn.Sequential`, is taken where the rest of the model only ever calls it. That is read from
       the source of each forward, of the hooks, and of the methods and functions that these name:
       the part's own name is only called (``self.head(x)``), or no such code says the name of the
       layer, of the activation, or of another method of the part. Indexing, slicing, iterating,
-      ``children()``, ``getattr`` of a computed name, a module that a list or a closure holds too,
-      and code without source leave the activation where it is. The record's notes name it.
+      ``children()`` and computed names that lead there, a list or a closure that holds the module,
+      too, and code without source leave the activation where it is. The record's notes name it.
 
     What no proof covers: code outside of the model that calls its children or methods other than
     forward (``model[0](x)``), and a forward that decides by its own attributes, by random numbers
