@@ -18,7 +18,6 @@ from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
-from bigops.nn.looking import looking
 from bigops.nn.low_rank_linear import LowRankLinear
 from bigops.nn.packed_gated_mlp import PackedGatedMLP
 from bigops.nn.packed_linear import PackedBase, PackedLinear
@@ -90,7 +89,7 @@ def peak_bytes(model: nn.Module, example_inputs: Any) -> int:
     Counted from the tensors themselves, so it is the same in every run; the scratch space inside
     a kernel is not in it.
     """
-    with looking(model), evaluating(model), torch.no_grad(), _Meter() as meter:
+    with evaluating(model), torch.no_grad(), _Meter() as meter:
         run_example(model, example_inputs)
     return model_bytes(model) + meter.peak
 
@@ -99,7 +98,7 @@ def compiled(model: nn.Module, example_inputs: Any) -> tuple[nn.Module | None, s
     """``torch.compile(model)``, already run once; or None and why it did not work."""
     try:
         module: Any = torch.compile(model)
-        with looking(model), evaluating(model), torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             run_example(module, example_inputs)
     except Exception as error:  # the backend may fail in many ways: no compiler, no support
         return None, f"torch.compile failed: {type(error).__name__}: {str(error)[:200]}"
@@ -131,9 +130,8 @@ def latency(
     device = next((t.device for t in first.parameters()), torch.device("cpu"))
     sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(looking(*models.values()))
         for model in models.values():
-            stack.enter_context(evaluating(model))
+            stack.enter_context(evaluating(model, timed=True))
         stack.enter_context(torch.inference_mode())
         samples = timing.interleave(sides, pairs=pairs, sync=sync)
         for _ in range(turns - 1):
@@ -202,7 +200,7 @@ def layers(
         }
         if name in seen:
             row["kernel"] = kernel_of(module, seen[name])
-            with looking(old[name], module), evaluating(old[name]), evaluating(module):
+            with evaluating(old[name], timed=True), evaluating(module, timed=True):
                 result = contest(old[name], module, seen[name], training=False, pairs=pairs)
             row["us_before"], row["us_after"] = result.us_before, result.us_after
         rows.append(row)

@@ -10,17 +10,16 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigops.nn.atomic import is_ours
 from bigops.nn.callers import Callers
-from bigops.nn.looking import looking
+from bigops.nn.looking import looking, storage_of, written
 from bigops.nn.sites import Sites, hook_reason
 
 _MOST_OPTIONAL = 4  # optional arguments whose combinations are traced: 2^4 in two modes
@@ -125,21 +124,14 @@ class _Tracer(fx.Tracer):
 class _ReadOnly(TorchDispatchMode):
     """Raises where a real tensor that shares the storage of one of ``tensors`` is written."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
-        self.storages = {t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided}
+        self._storages = {storage_of(t) for t in tensors} - {None}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        for i, argument in enumerate(func._schema.arguments if func._schema.is_mutable else ()):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            for t in value if isinstance(value, list | tuple) else [value]:
-                strided = isinstance(t, Tensor) and t.layout is torch.strided
-                if strided and t.untyped_storage()._cdata in self.storages:
-                    raise RuntimeError("its forward writes to a Parameter")
-        return func(*args, **kwargs)
+        if any(storage_of(t) in self._storages for t in written(func, args, kwargs or {})):
+            raise RuntimeError("its forward writes to a Parameter")
+        return func(*args, **(kwargs or {}))
 
 
 def _trace(module: nn.Module) -> list[fx.Graph] | str:
@@ -160,7 +152,7 @@ def _trace(module: nn.Module) -> list[fx.Graph] | str:
     ]
     graphs = []
     try:
-        with _ReadOnly(list(module.parameters())):
+        with _ReadOnly(module.parameters()):
             for mode in (True, False):
                 module.train(mode)
                 graphs += [_Tracer().trace(module, concrete or None) for concrete in calls]

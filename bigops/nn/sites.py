@@ -126,12 +126,13 @@ class Sites:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`eval` mode inside; afterwards every module has the flag it had."""
+def evaluating(model: nn.Module, timed: bool = False) -> Iterator[None]:
+    """`eval` mode inside, to run the model; afterwards all of it is as before (`looking`)."""
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        yield
+        with looking(model, timed=timed):
+            model.eval()
+            yield
     finally:
         for module, flag in flags:
             module.training = flag
@@ -164,7 +165,7 @@ def capture(model: nn.Module, modules: Mapping[str, nn.Module], example_inputs: 
     try:
         for path, module in modules.items():
             handles.append(module.register_forward_pre_hook(watch(path), with_kwargs=True))
-        with looking(model), evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             run_example(model, example_inputs)
     finally:
         for handle in handles:
