@@ -309,6 +309,10 @@ class _Reader(ast.NodeVisitor):
         else:
             self.code.children = True
 
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        for child in node.body:  # decorators, defaults and annotations run once, not in a call
+            self.visit(child)
+
     def visit_While(self, node: ast.While) -> None:
         before = self.walks
         self.generic_visit(node)
