@@ -131,7 +131,7 @@ def latency(
     sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     with contextlib.ExitStack() as stack:
         for model in models.values():
-            stack.enter_context(evaluating(model))
+            stack.enter_context(evaluating(model, timed=True))
         stack.enter_context(torch.inference_mode())
         samples = timing.interleave(sides, pairs=pairs, sync=sync)
         for _ in range(turns - 1):
@@ -200,7 +200,7 @@ def layers(
         }
         if name in seen:
             row["kernel"] = kernel_of(module, seen[name])
-            with evaluating(old[name]), evaluating(module):
+            with evaluating(old[name], timed=True), evaluating(module, timed=True):
                 result = contest(old[name], module, seen[name], training=False, pairs=pairs)
             row["us_before"], row["us_after"] = result.us_before, result.us_after
         rows.append(row)

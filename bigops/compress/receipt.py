@@ -17,6 +17,7 @@ from torch import nn
 from bigops import backend, timing
 from bigops.compress import measure
 from bigops.files import replacing
+from bigops.nn.looking import looking
 from bigops.timing import Ratio
 
 if TYPE_CHECKING:
@@ -119,6 +120,8 @@ class Receipt:
     ) -> Receipt:
         """Measure two models against each other on this machine.
 
+        Both are as before afterwards, and so are the random states (`bigops.nn.looking`).
+
         Args:
             before: the model as it was, of plain torch modules for an honest baseline.
             after: the compressed one. Layers at equal paths are compared one by one.
@@ -138,7 +141,8 @@ class Receipt:
         """
         sizes = tuple(Path(f).stat().st_size for f in files) if files else (None, None)
         if callable(accuracy):
-            accuracy = (accuracy(before), accuracy(after))
+            with looking(before, after):
+                accuracy = (accuracy(before), accuracy(after))
         reached: tuple[Any, Any] = accuracy or (None, None)
         models: dict[str, nn.Module] = {"eager": before, "bigops": after}
         notes = list(notes or [])

@@ -1,6 +1,8 @@
 """Which activation module consumes the output of which linear layer, and nothing else does.
 
-Proven by torch.fx where a module can be traced; otherwise by neighbourhood in `nn.Sequential`.
+Proven by torch.fx where the model can be traced as a whole. Where it cannot, its parts are traced,
+and of an `nn.Sequential` the forward is known; the proof then needs besides that no code outside of
+the part can reach into it, which `bigops.nn.callers` reads from the source.
 """
 
 from __future__ import annotations
@@ -8,13 +10,20 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from bigops.nn.atomic import is_ours
+from bigops.nn.callers import Callers
+from bigops.nn.looking import looking, storage_of, written
 from bigops.nn.sites import Sites, hook_reason
+
+_MOST_OPTIONAL = 4  # optional arguments whose combinations are traced: 2^4 in two modes
+_GIVEN = object()
 
 _NAMES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
 
@@ -38,78 +47,70 @@ class Pair:
 
 @dataclass
 class Dataflow:
-    """Proven pairs by the linear layer's path, and what could not be traced."""
+    """Proven pairs by the linear layer's path, and what could not be traced or proven."""
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
 def find(sites: Sites) -> Dataflow:
-    """Look for pairs in the whole model; where it cannot be traced, in its parts."""
+    """Look for pairs in the whole model; where it cannot be traced, in its parts.
+
+    The model is as before afterwards, and so are the random states.
+    """
     flow = Dataflow()
-    flow.notes = walk(
-        sites,
-        nn.Linear,
-        lambda path, graphs: _pairs_of_graphs(sites, path, graphs, flow),
-        lambda path: _pairs_of_neighbours(sites, path, flow),
-    )
+    with looking():
+        _search(sites, _twin(sites.model, flow), "", Callers(sites), flow)
     return flow
 
 
-def walk(
-    sites: Sites,
-    kind: type[nn.Module],
-    visit_graphs: Callable[[str, list[fx.Graph]], None],
-    visit_neighbours: Callable[[str], None],
-) -> list[str]:
-    """Visit the graphs of a model, or of those of its parts that can be traced and hold ``kind``.
-
-    Args:
-        sites: of the model.
-        kind: what is looked for, no part by itself.
-        visit_graphs: called with the path of a part and its graphs.
-        visit_neighbours: called with the path of an `nn.Sequential` that cannot be traced.
-
-    Returns:
-        Notes on what could not be traced.
-    """
-    search = _Search(sites, kind, visit_graphs, visit_neighbours, [])
-    shared: dict[int, Any] = {id(t): t for t in sites.model.parameters()}
-    shared.update((id(t), t) for t in sites.model.buffers())
+def _twin(model: nn.Module, flow: Dataflow) -> nn.Module | None:
+    """A copy whose Python code may run: it keeps state, buffers too. Parameters share storage."""
+    shared: dict[int, Any] = {}
+    for parameter in model.parameters():
+        twin = parameter
+        if type(parameter) is nn.Parameter:  # another object: ``p.data = ..`` is without effect
+            twin = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        shared[id(parameter)] = twin
+    for module in model.modules():
+        if is_ours(module):  # compressed storage, which no forward writes
+            shared.update((id(b), b) for b in module.buffers() if b is not None)
     try:
-        # Tracing runs Python code of the model, which may keep state: it gets a twin that shares
-        # the tensors.
-        twin = copy.deepcopy(sites.model, shared)
+        return copy.deepcopy(model, shared)
     except Exception as error:
-        search.notes.append(f"cannot be copied for tracing ({type(error).__name__}: {error})")
-        twin = None
-    _search(search, twin, "")
-    return search.notes
+        flow.notes.append(f"cannot be copied for tracing ({type(error).__name__}: {error})")
+        return None
 
 
-class _Search(NamedTuple):
-    sites: Sites
-    kind: type[nn.Module]
-    visit_graphs: Callable[[str, list[fx.Graph]], None]
-    visit_neighbours: Callable[[str], None]
-    notes: list[str]
-
-
-def _search(search: _Search, twin: nn.Module | None, path: str) -> None:
-    module, kind = search.sites.modules[path], search.kind
-    if not any(isinstance(m, kind) for m in module.modules()) or isinstance(module, kind):
+def _search(
+    sites: Sites, twin: nn.Module | None, path: str, callers: Callers, flow: Dataflow
+) -> None:
+    module = sites.modules[path]
+    if not any(isinstance(m, nn.Linear) for m in module.modules()) or isinstance(module, nn.Linear):
         return
     graphs: list[fx.Graph] | str = "" if twin is None else _trace(twin.get_submodule(path))
     if isinstance(graphs, list):
-        search.visit_graphs(path, graphs)
+        _take(sites, path, list(_pairs_of_graphs(sites, path, graphs)), callers, flow)
         return
     if graphs and not isinstance(module, nn.ModuleList | nn.ModuleDict):
-        search.notes.append(f"{path or 'the model'} cannot be traced as a whole: {graphs}")
+        flow.notes.append(f"{path or 'the model'} cannot be traced as a whole: {graphs}")
     if type(module).forward is nn.Sequential.forward:
-        search.visit_neighbours(path)
+        _take(sites, path, list(_pairs_of_neighbours(sites, path)), callers, flow)
     for name, child in module._modules.items():
         if child is not None:
-            _search(search, twin, f"{path}.{name}" if path else name)
+            _search(sites, twin, f"{path}.{name}" if path else name, callers, flow)
+
+
+def _take(sites: Sites, root: str, pairs: list[Pair], callers: Callers, flow: Dataflow) -> None:
+    """Keep the pairs of a part that no code outside of it can reach; say which are left."""
+    for pair in pairs:
+        why = callers.reason(root, [pair.linear, *pair.paths])
+        if why is None:
+            flow.pairs[pair.linear] = pair
+        else:
+            flow.notes.append(
+                f"{', '.join(pair.paths)}: {pair.activation} is not taken into {pair.linear}: {why}"
+            )
 
 
 # --- traced ----------------------------------------------------------------------------------
@@ -117,35 +118,50 @@ def _search(search: _Search, twin: nn.Module | None, path: str) -> None:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = type(m).__module__.startswith("bigops.nn")
-        return ours or super().is_leaf_module(m, module_qualified_name)
+        return is_ours(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+class _ReadOnly(TorchDispatchMode):
+    """Raises where a real tensor that shares the storage of one of ``tensors`` is written."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._storages = {storage_of(t) for t in tensors} - {None}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if any(storage_of(t) in self._storages for t in written(func, args, kwargs or {})):
+            raise RuntimeError("its forward writes to a Parameter")
+        return func(*args, **(kwargs or {}))
 
 
 def _trace(module: nn.Module) -> list[fx.Graph] | str:
-    """Graphs in both modes, with optional arguments given and left out; or why there are none."""
+    """Graphs in both modes, with each combination of optional arguments; or why there are none."""
     if _Tracer().is_leaf_module(module, ""):
         return f"a {type(module).__name__} is a whole of its own"
-    defaults = {
-        name: p.default
+    # A flag has two values; anything else is its default or something that fx cannot look into.
+    values = {
+        name: (True, False) if isinstance(p.default, bool) else (_GIVEN, p.default)
         for name, p in inspect.signature(module.forward).parameters.items()
         if p.default is not inspect.Parameter.empty
     }
+    if len(values) > _MOST_OPTIONAL:
+        return f"{len(values)} optional arguments have more combinations than are traced"
+    calls = [
+        {name: v for name, v in zip(values, chosen, strict=True) if v is not _GIVEN}
+        for chosen in itertools.product(*values.values())
+    ]
     graphs = []
-    flags = [(m, m.training) for m in module.modules()]
     try:
-        for mode in (True, False):
-            module.train(mode)
-            for concrete in [{}, defaults] if defaults else [{}]:
-                graphs.append(_Tracer().trace(module, concrete or None))
+        with _ReadOnly(module.parameters()):
+            for mode in (True, False):
+                module.train(mode)
+                graphs += [_Tracer().trace(module, concrete or None) for concrete in calls]
     except Exception as error:  # whatever the model's own code makes of a proxy
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    finally:
-        for m, flag in flags:
-            m.training = flag
     return graphs
 
 
-def _pairs_of_graphs(sites: Sites, root: str, graphs: list[fx.Graph], flow: Dataflow) -> None:
+def _pairs_of_graphs(sites: Sites, root: str, graphs: list[fx.Graph]) -> Iterator[Pair]:
     def full(target: object) -> str:
         return f"{root}.{target}" if root else str(target)
 
@@ -176,7 +192,7 @@ def _pairs_of_graphs(sites: Sites, root: str, graphs: list[fx.Graph], flow: Data
             continue
         name = activation_name(module)
         assert name is not None
-        flow.pairs[path] = Pair(path, name, paths, "traced: nothing else reads it")
+        yield Pair(path, name, paths, "traced: nothing else reads it")
 
 
 def _readers(sites: Sites, node: fx.Node, full: Any) -> Iterator[int]:
@@ -201,11 +217,10 @@ def _producer(sites: Sites, node: fx.Node, full: Any) -> str:
 # --- neighbours ------------------------------------------------------------------------------
 
 
-def _pairs_of_neighbours(sites: Sites, path: str, flow: Dataflow) -> None:
+def _pairs_of_neighbours(sites: Sites, path: str) -> Iterator[Pair]:
     children = [(n, m) for n, m in sites.modules[path]._modules.items() if m is not None]
+    prefix = f"{path}." if path else ""
     for (first, linear), (second, module) in itertools.pairwise(children):
         name = activation_name(module)
         if isinstance(linear, nn.Linear) and name and not hook_reason(module):
-            prefix = f"{path}." if path else ""
-            pair = Pair(prefix + first, name, [prefix + second], "neighbours in nn.Sequential")
-            flow.pairs[pair.linear] = pair
+            yield Pair(prefix + first, name, [prefix + second], "neighbours in nn.Sequential")

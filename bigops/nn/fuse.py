@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bigops.nn import dataflow
+from bigops.nn.atomic import atomic
 from bigops.nn.linear import Linear
 from bigops.nn.record import Done, Record, Skipped
 from bigops.nn.sites import Contest, Sites, capture, contest
@@ -15,14 +16,30 @@ from bigops.ops import _checks as checks
 _UNTIMED = "not timed: the crossover table of the op decides per call"
 
 
+@atomic
 def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
     """Swap what can be swapped for fused layers, in place, and say what was left and why.
 
     An exact `nn.Linear` becomes a `bigops.nn.Linear` with the same Parameter objects, so an
-    optimiser goes on working. An activation module is taken into the layer before it only where
-    tracing proves that nothing else reads that layer's output, or, where the model cannot be
-    traced, where they are neighbours in an `nn.Sequential`; an `nn.Identity` takes its place, so
-    every path stays.
+    optimiser goes on working. An activation module is taken into the layer before it, and an
+    `nn.Identity` takes its place, only where it is proven that nothing else reads that layer's
+    output whenever the model is called:
+
+    - torch.fx traces the model as a whole, in both modes and with each combination of its optional
+      arguments, up to 4 of them: flags True and False, others given and left out.
+    - Of a model that cannot be traced so (the record says why), a part that can be, or an
+      `nn.Sequential`, is taken where the rest of the model only ever calls it. That is read from
+      the source of each forward, of the hooks, and of the methods and functions that these name:
+      the part's own name is only called (``self.head(x)``), or no such code says the name of the
+      layer, of the activation, or of another method of the part. Indexing, slicing, iterating,
+      ``children()`` and computed names that lead there, a list or a closure that holds the module,
+      too, and code without source leave the activation where it is. The record's notes name it.
+
+    What no proof covers: code outside of the model that calls its children or methods other than
+    forward (``model[0](x)``), and a forward that decides by its own attributes, by random numbers
+    or by the type of an argument: it is traced as it decides at that moment.
+
+    Looking at the model changes nothing in it, nor a random state (`bigops.nn.looking`).
 
     Args:
         model: any module.
@@ -36,7 +53,9 @@ def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
 
     Raises:
         TypeError: ``model`` is no module.
-        Exception: whatever the model raises on ``example_inputs``. The model is unchanged.
+        Exception: whatever the model raises on ``example_inputs``.
+
+    On any exception, KeyboardInterrupt too, the model is unchanged.
     """
     sites = Sites(model)
     left: dict[str, str] = {}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bigops import timing
+from bigops.nn.looking import looking
 
 _HOOKS = {
     "_forward_hooks": "forward hook",
@@ -40,7 +41,12 @@ def hook_reason(module: nn.Module) -> str | None:
 
 
 class Sites:
-    """The modules of a model by path, with every path of a module that is reachable twice."""
+    """The modules of a model by path, with every path of a module that is reachable twice.
+
+    A verb builds new layers beside the old ones, exchanges them by `swap` and then returns; it is
+    decorated with `bigops.nn.atomic.atomic`, which brings the model back if anything is raised
+    before it has returned.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
@@ -120,12 +126,13 @@ class Sites:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`eval` mode inside; afterwards every module has the flag it had."""
+def evaluating(model: nn.Module, timed: bool = False) -> Iterator[None]:
+    """`eval` mode inside, to run the model; afterwards all of it is as before (`looking`)."""
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        yield
+        with looking(model, timed=timed):
+            model.eval()
+            yield
     finally:
         for module, flag in flags:
             module.training = flag

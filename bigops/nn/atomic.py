@@ -1,0 +1,115 @@
+"""All or nothing: a verb that is interrupted at any line leaves the model as it was."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Before:
+    """All that hangs on the modules of some models, as it is now; `restore` brings it back.
+
+    Kept are, by reference and without a copy of any tensor: the attributes of each module, among
+    them its mode, children, Parameters, buffers and hooks in their order; what lies in plain lists,
+    dictionaries and sets among them; and ``requires_grad`` of each Parameter. Not kept are the
+    values in tensors. While this lives, so does every tensor that the models held. Of a lazy module
+    (`nn.LazyLinear`), whose first call is its last step of construction, only what it holds is
+    kept.
+    """
+
+    def __init__(self, *models: nn.Module, layers: bool = True) -> None:
+        """
+        Args:
+            models: what is kept.
+            layers: whether that goes for the attributes of the layers of `bigops.nn`, too. A run of
+                these leaves no trace but their packs.
+        """
+        self._kept: list[tuple[Any, Any]] = []  # containers and copies of them
+        self._flags: list[tuple[nn.Parameter, bool]] = []
+        seen: set[int] = set()
+        for model in models:
+            for module in model.modules():
+                for held in (module._modules, module._parameters, module._buffers):
+                    if isinstance(held, dict):  # not of a ScriptModule
+                        self._kept.append((held, dict(held)))
+                        seen.add(id(held))
+                if not isinstance(module, LazyModuleMixin) and (layers or not is_ours(module)):
+                    self._keep(vars(module), seen)
+            self._flags += [(p, p.requires_grad) for p in model.parameters()]
+
+    def _keep(self, value: Any, seen: set[int]) -> None:
+        """Keep what lies in a plain container, and in those in it."""
+        if type(value) not in CONTAINERS or id(value) in seen:
+            return
+        seen.add(id(value))
+        self._kept.append((value, value.copy()))
+        for item in value.values() if isinstance(value, dict) else value:
+            self._keep(item, seen)
+
+    def restore(self) -> None:
+        """Put all of it back; Ctrl-C pressed meanwhile begins it anew."""
+        while True:
+            try:
+                for now, then in self._kept:
+                    _put_back(now, then)
+                for parameter, flag in self._flags:
+                    if parameter.requires_grad != flag:
+                        parameter.requires_grad = flag
+                return
+            except KeyboardInterrupt:
+                continue
+
+
+CONTAINERS: tuple[type, ...] = (dict, list, set, OrderedDict, defaultdict, deque)
+
+
+def _put_back(now: Any, then: Any) -> None:
+    """Give a container what its copy holds, in its order: that of Parameters is optimisers'."""
+    if isinstance(now, list | deque):
+        now.clear()
+        now.extend(then)
+    elif isinstance(now, dict) and list(now) == list(then):
+        now.update(then)  # at no time without a key that another thread may look for
+    else:
+        now.clear()
+        now.update(then)
+
+
+def atomic(verb: Callable[P, R]) -> Callable[P, R]:
+    """Make a verb leave its argument ``model`` as it was, unless it returns.
+
+    The decorator goes on the public function, outermost: then any exception, Ctrl-C between two
+    lines included, is followed by `Before.restore`, and nothing runs between the last line of the
+    verb and its return. The verb itself makes what is new beside the old and exchanges it at the
+    end, by `Sites.swap` or in the modules themselves; it needs no handler of its own. A verb whose
+    ``model`` is optional is left alone where there is none.
+    """
+    signature = inspect.signature(verb)
+
+    @functools.wraps(verb)
+    def whole(*args: P.args, **kwargs: P.kwargs) -> R:
+        model = signature.bind(*args, **kwargs).arguments.get("model")
+        if not isinstance(model, nn.Module):
+            return verb(*args, **kwargs)  # there is none, or the verb says what is wrong
+        before = Before(model)
+        try:
+            return verb(*args, **kwargs)
+        except BaseException:
+            before.restore()
+            raise
+
+    return whole
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether a module is a layer of this package."""
+    return type(module).__module__.startswith("bigops.nn")
