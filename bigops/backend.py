@@ -129,8 +129,13 @@ def usable(library: str) -> str:
 
 @functools.cache
 def _has_onednn() -> bool:
-    """Whether this torch has the private op by which oneDNN multiplies fp32 matrices."""
+    """Whether this torch has the private op by which oneDNN multiplies fp32 matrices, and its shim.
+
+    Python calls the op, the extension the shim.
+    """
     if not torch.backends.mkldnn.is_available():
+        return False
+    if extension is not None and not extension.has_onednn_linear():
         return False
     op = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if op is None:

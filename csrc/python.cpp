@@ -3,18 +3,32 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <sstream>
+#include <string>
+#include <vector>
 
+#include "common/codes.h"
 #include "common/crossover.h"
 #include "common/isa.h"
 #include "common/record.h"
 #include "cpu/compressed_linear.h"
 #include "cpu/fused_linear.h"
+#include "cpu/library_product.h"
 #include "cpu/linear_cross_entropy.h"
 #include "cpu/meter.h"
 #include "cpu/packed_linear.h"
 
 namespace py = pybind11;
+
+namespace {
+
+template <size_t N>
+std::vector<std::string> list(const bigops::Words<N>& words) {
+  return {words, words + N};
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   using namespace bigops;
@@ -54,6 +68,19 @@ PYBIND11_MODULE(_C, m) {
         return words;
       },
       "CPU features that matter to the kernels.");
+
+  m.def(
+      "codes",
+      [] {
+        return std::map<std::string, std::vector<std::string>>{
+            {"activation", list(kActivationWords)},
+            {"activations", list(kActivateWords)},
+            {"choice", list(kChoiceWords)},
+            {"dtype", list(kStoredWords)}};
+      },
+      "The words of the arguments that kernels take as numbers; a word's position is its code.");
+  m.def("has_onednn_linear", &has_onednn_linear,
+        "Whether this torch has the product of oneDNN that set_float_product(\"onednn\") wants.");
 
   m.def("record_start", &record_start);
   m.def("record_stop", &record_stop);

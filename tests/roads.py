@@ -4,12 +4,20 @@ float64 (see `Case.check_gradients`)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bigops.ops._library import encoder
+
 Op = Callable[..., Tensor]  # f(*tensors) -> y
 Grads = list[Tensor | None]
+
+
+def opcheck(packet: Any, args: Sequence[Any], **options: Any) -> None:
+    """`torch.library.opcheck` of the overload that has kernels; the arguments in words."""
+    torch.library.opcheck(packet.code, tuple(encoder(packet.code)(args)), **options)
 
 
 def _gradients(f: Op, leaves: Sequence[Tensor | None], grad: Tensor) -> Grads:

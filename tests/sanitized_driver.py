@@ -7,8 +7,10 @@ functions only.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
 import itertools
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -293,6 +295,24 @@ def run_wraps() -> None:
     ctypes.CDLL(sys.argv[1]).bigops_wraps(2**31 - 1)
 
 
+def run_keeps_strings() -> None:
+    x = torch.randn(3)
+    for _ in range(10):
+        torch.ops.bigops_planted.takes_word(x, "a word")
+
+
+def check_leaks() -> None:
+    """End this process where something is allocated that nothing points to.
+
+    Asked before CPython ends, which drops pointers on its way out, to what it then leaves.
+    """
+    gc.collect()
+    if ctypes.CDLL(None).__lsan_do_recoverable_leak_check():
+        os._exit(1)
+
+
 torch.manual_seed(0)
 globals()[f"run_{sys.argv[2]}"]()
-print(f"{sys.argv[2]}: done")
+check_leaks()
+print(f"{sys.argv[2]}: done", flush=True)
+os._exit(0)

@@ -226,9 +226,7 @@ def test_gradients_on_every_road(road: str) -> None:
 def test_opcheck() -> None:
     case, weight = make_bitmap("bf16", 5, 12, 33, "gelu")
     x, bias, residual = case.leaves()
-    torch.library.opcheck(
-        torch.ops.bigops.bitmap_linear, (x, *weight.tensors, 12, bias, residual, "gelu")
-    )
+    roads.opcheck(torch.ops.bigops.bitmap_linear, (x, *weight.tensors, 12, bias, residual, "gelu"))
 
 
 @pytest.fixture
@@ -338,7 +336,7 @@ def test_bad_arguments() -> None:
         ({"splits": 0}, "splits: expected 1 to 65535; got 0"),
         ({"bias": torch.zeros(20)}, "bias: expected dtype bf16; got f32"),
         ({"residual": x}, r"residual: expected shape \[4, 20\]; got \[4, 300\]"),
-        ({"activation": "swiglu"}, "activation: expected none that is gated; got swiglu"),
+        ({"activation": "swiglu"}, "activation: expected one that is no gated pair; got swiglu"),
     ):
         with pytest.raises(RuntimeError, match=message):
             decode(case, weight, **given)

@@ -287,8 +287,8 @@ def test_bad_arguments() -> None:
         ({"bias": case.bias[:3]}, r"bias: expected shape \[20\]; got \[3\]"),  # type: ignore[index]
         ({"bias": torch.zeros(20)}, "bias: expected dtype bf16; got f32"),
         ({"residual": case.x}, r"residual: expected shape \[4, 20\]; got \[4, 64\]"),
-        ({"activation": "swiglu"}, "activation: expected none that is gated; got swiglu"),
-        ({"activation": "swish"}, "activation: expected a known name; got swish"),
+        ({"activation": "swiglu"}, "activation: expected one that is no gated pair; got swiglu"),
+        ({"activation": 99}, r"activation: expected a code from 0 to 11 \(none to reglu\); got 99"),
     ):
         with pytest.raises(RuntimeError, match=message):
             call(**given)  # type: ignore[arg-type]

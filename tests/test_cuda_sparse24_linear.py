@@ -280,7 +280,7 @@ def test_bad_arguments() -> None:
         ({"scale": torch.ones(20)}, "x_scale, x_zero, scale, sums: expected None; got a tensor"),
         ({"bias": torch.zeros(20)}, "bias: expected dtype bf16; got f32"),
         ({"residual": x}, r"residual: expected shape \[4, 20\]; got \[4, 64\]"),
-        ({"activation": "swiglu"}, "activation: expected none that is gated; got swiglu"),
+        ({"activation": "swiglu"}, "activation: expected one that is no gated pair; got swiglu"),
     ):
         with pytest.raises(RuntimeError, match=message):
             product(case, weight, **given)

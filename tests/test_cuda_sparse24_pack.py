@@ -257,8 +257,8 @@ def test_bad_arguments() -> None:
     for call, args, message in (
         (op, (w.double(), None, "largest", "bf16", False), "w: expected dtype f32, bf16 or f16"),
         (op, (w[0], None, "largest", "bf16", False), r"w: expected shape \[N, K\]; got \[68\]"),
-        (op, (w, None, "largest", "s8", False), "dtype: expected bf16 or f16; got s8"),
-        (op, (w, None, "some", "bf16", False), "choice: expected given or largest; got some"),
+        (op, (w, None, 1, 2, False), r"dtype: expected a code from 0 to 1 \(bf16 to f16\); got 2"),
+        (op, (w, None, -1, 0, False), r"choice: expected a code from 0 to 1 \(given to largest\)"),
         (op, (w, w != 0, "largest", "bf16", False), "mask: expected None with a choice by size"),
         (op, (w, w, "given", "bf16", False), "mask: expected dtype "),
         (

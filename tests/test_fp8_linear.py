@@ -133,8 +133,8 @@ def test_opcheck(form: str) -> None:
     before = [None if t is None else t.clone() for t in case.weight.tensors]
     forward = (x, *case.storage, bias, residual, "relu")
     backward = (case.grad, case.x, *case.storage, case.bias, "relu", True, True)
-    torch.library.opcheck(ops.fp8_linear.default, forward, test_utils=utils)
-    torch.library.opcheck(ops.fp8_linear_backward.default, backward, test_utils=utils)
+    roads.opcheck(ops.fp8_linear, forward, test_utils=utils)
+    roads.opcheck(ops.fp8_linear_backward, backward, test_utils=utils)
     for old, t in zip(before, case.weight.tensors, strict=True):
         assert t is old or torch.equal(t.float(), old.float())  # type: ignore[union-attr]
 

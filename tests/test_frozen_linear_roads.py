@@ -213,12 +213,10 @@ def test_opcheck(form: str, lead: list[int]) -> None:
         case = make(form, lead, 6, 5, dtype_of(form), name)
         x, bias, residual = case.leaves()
         ops = torch.ops.bigops
-        torch.library.opcheck(
-            getattr(ops, case.op).default, (x, *case.storage, bias, residual, name)
-        )
+        roads.opcheck(getattr(ops, case.op), (x, *case.storage, bias, residual, name))
         for wanted in (needs(case, True, True), needs(case, False, True)):
             args = (case.grad, case.x, *case.storage, case.bias, name, *wanted)
-            torch.library.opcheck(getattr(ops, f"{case.op}_backward").default, args)
+            roads.opcheck(getattr(ops, f"{case.op}_backward"), args)
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -141,13 +141,13 @@ def test_double_backward(name: str) -> None:
 def test_opcheck(name: str, lead: list[int]) -> None:
     case = make(lead, 6, 5, torch.float32, name)
     ops = torch.ops.bigops
-    torch.library.opcheck(ops.fused_linear.default, (*case.leaves(), name))
-    torch.library.opcheck(ops.fused_linear_with_preact.default, (*case.leaves(), name))
+    roads.opcheck(ops.fused_linear, (*case.leaves(), name))
+    roads.opcheck(ops.fused_linear_with_preact, (*case.leaves(), name))
     y, preact = ops.fused_linear_with_preact(*case.inputs, name)
     assert y.shape == case.grad.shape
     for needs in ((True, True, True), (False, True, False)):
         args = (case.grad, case.x, case.weight, None if name == "none" else preact, name, *needs)
-        torch.library.opcheck(ops.fused_linear_backward.default, args)
+        roads.opcheck(ops.fused_linear_backward, args)
 
 
 def test_one_dynamic_graph_serves_all_row_counts() -> None:

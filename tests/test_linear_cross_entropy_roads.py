@@ -168,16 +168,14 @@ def test_opcheck(name: str, lead: list[int]) -> None:
     case = make(lead, 6, 5, torch.float32, ignored=0, **ALL[name])
     x, weight, bias = case.leaves()
     args = (x, weight, case.target, bias, *case.raw_options())
-    torch.library.opcheck(ops.linear_cross_entropy.default, args)
+    roads.opcheck(ops.linear_cross_entropy, args)
     plain_args = (case.x, case.weight, case.target, case.bias, *case.raw_options())
     for needs in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(
-            ops.linear_cross_entropy_backward.default, (case.grad, *plain_args, *needs)
-        )
+        roads.opcheck(ops.linear_cross_entropy_backward, (case.grad, *plain_args, *needs))
         if name == "sum":
-            torch.library.opcheck(ops.linear_cross_entropy_with_grad.default, (*plain_args, *needs))
+            roads.opcheck(ops.linear_cross_entropy_with_grad, (*plain_args, *needs))
     if name == "sum":
-        torch.library.opcheck(ops.linear_cross_entropy_with_grad.default, (*args, True, True, True))
+        roads.opcheck(ops.linear_cross_entropy_with_grad, (*args, True, True, True))
 
 
 def test_opcheck_of_the_pass() -> None:

@@ -133,16 +133,16 @@ def test_double_backward(name: str, kind: str) -> None:
 def test_opcheck(name: str, lead: list[int], kind: str) -> None:
     case = make(lead, 6, 5, 3, torch.float32, name, **KINDS[kind])
     args = (*case.leaves(), name, case.scale)
-    torch.library.opcheck(ops.low_rank_linear.default, args)
+    roads.opcheck(ops.low_rank_linear, args)
     # its t and z have no gradient, which "test_aot_dispatch" asks for
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.low_rank_linear_with_parts.default, args, test_utils=checks)
+    roads.opcheck(ops.low_rank_linear_with_parts, args, test_utils=checks)
     y, t, z = ops.low_rank_linear_with_parts(*case.inputs, name, case.scale)
     assert y.shape == case.grad.shape
     x, u, v, _, _, base = case.inputs
     for needs in ((True,) * 4 + (base is not None,), (False, True, False, True, False)):
         rest = (base, t, None if name == "none" else z, name, case.scale, *needs)
-        torch.library.opcheck(ops.low_rank_linear_backward.default, (case.grad, x, u, v, *rest))
+        roads.opcheck(ops.low_rank_linear_backward, (case.grad, x, u, v, *rest))
 
 
 def test_parts_have_no_gradient_and_say_so() -> None:

@@ -1,4 +1,4 @@
-"""csrc/ built with AddressSanitizer and UndefinedBehaviorSanitizer, run over ragged shapes.
+"""csrc/ built with Address-, Leak- and UndefinedBehaviorSanitizer, run over ragged shapes.
 
 The build is this checkout's own list of sources and flags (setup.py) in a temporary folder. torch's
 allocations are surrounded by the sanitizer too, so a read past the end of a tensor is seen.
@@ -20,6 +20,7 @@ import setuptools
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVER = Path(__file__).parent / "sanitized_driver.py"
+SUPPRESSIONS = Path(__file__).parent / "leaks_of_others.txt"  # by function, each with its reason
 # Full debug information of the portable kernels takes gcc over 5 minutes in one file: line numbers.
 DEBUG = ["-O1", "-g1", "-fno-var-tracking"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -34,8 +35,19 @@ PARTS = (
     "meters",
 )
 
-# The planted faults, built and loaded with the rest: a read past a tensor's end, a sum that wraps.
+# The planted faults, built and loaded with the rest: a read past a tensor's end, a sum that wraps,
+# an op whose kernel takes a string.
 FAULTS = """
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <string>
+
+torch::stable::Tensor takes_word(const torch::stable::Tensor& x, const std::string& word) {
+  return x;
+}
+STABLE_TORCH_LIBRARY(bigops_planted, m) { m.def("takes_word(Tensor x, str word) -> Tensor"); }
+STABLE_TORCH_LIBRARY_IMPL(bigops_planted, CPU, m) { m.impl("takes_word", TORCH_BOX(&takes_word)); }
+
 extern "C" __attribute__((visibility("default"))) float bigops_reads_past(const float* p, long n) {
   return p[n];
 }
@@ -104,8 +116,9 @@ def drive(built: Path, part: str) -> subprocess.CompletedProcess[str]:
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "LD_PRELOAD": f"{library('libasan.so')}:{library('libstdc++.so')}",
-            # torch and CPython keep memory to the end on purpose
-            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+            "ASAN_OPTIONS": "detect_leaks=1:detect_stack_use_after_return=0",
+            "LSAN_OPTIONS": f"suppressions={SUPPRESSIONS}:print_suppressions=0",
+            "PYTHONMALLOC": "malloc",  # the sanitizer does not look for pointers in CPython's pools
             "UBSAN_OPTIONS": "print_stacktrace=1",
         },
     )
@@ -114,7 +127,7 @@ def drive(built: Path, part: str) -> subprocess.CompletedProcess[str]:
 def report(run: subprocess.CompletedProcess[str]) -> str:
     """What a failed run said, from the sanitizer's own first line on."""
     lines = (run.stdout + run.stderr).splitlines()
-    marks = ("ERROR: AddressSanitizer", "runtime error:", "Traceback")
+    marks = ("ERROR: AddressSanitizer", "ERROR: LeakSanitizer", "runtime error:", "Traceback")
     first = next((i for i, line in enumerate(lines) if any(m in line for m in marks)), 0)
     return "\n".join(lines[first : first + 40])
 
@@ -131,6 +144,7 @@ def test_nothing_is_found(built: Path, part: str) -> None:
     [
         ("reads_past", "AddressSanitizer: heap-buffer-overflow"),
         ("wraps", "runtime error: signed integer overflow"),
+        ("keeps_strings", "detail::ToImpl<std::"),
     ],
 )
 def test_a_planted_fault_is_found(built: Path, part: str, message: str) -> None:

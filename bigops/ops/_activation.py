@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The position is the code that kernels see: csrc/cpu/simd/activation.inl, kernels/activation.py.
-ACTIVATIONS = ("none", "relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
+# The position is the code that kernels see (csrc/common, kernels/activation.py) and saved programs
+# hold: append only.
+NAMES = ("none", "relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh",
+         "swiglu", "geglu", "geglu_tanh", "reglu")  # fmt: skip
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
-NAMES = (*ACTIVATIONS, *GATED)
+ACTIVATIONS = tuple(name for name in NAMES if name not in GATED)
 CODES = {name: code for code, name in enumerate(NAMES)}
+NONE = CODES["none"]
 
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)

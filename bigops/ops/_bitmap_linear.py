@@ -21,7 +21,7 @@ from bigops.ops import _bitmap_weight as storage
 from bigops.ops import _checks as checks
 from bigops.ops import _frozen
 from bigops.ops._bitmap_weight import BitmapWeight
-from bigops.ops._library import LIB, rows
+from bigops.ops._library import define, register, rows
 
 MAX_ROWS = 16  # of x
 _BLOCKS = 512  # four for each multiprocessor of a large device
@@ -102,7 +102,7 @@ _op = _BitmapLinear(
 )
 reference_backward = _op.reference_backward
 
-LIB.define(
+_decode = define(
     "bitmap_linear_decode(Tensor x, Tensor values, Tensor bits, Tensor ptr, int n, Tensor? bias, "
     "Tensor? residual, str activation, int splits) -> Tensor"
 )  # the kernel by itself, for a GPU only; `bitmap_linear` has its reference and gradients
@@ -129,7 +129,7 @@ def _forward(x: Tensor, *args: Any) -> Tensor:
     """
     values, bits, ptr, n, bias, residual, activation = args
     flat = rows(x)
-    y = torch.ops.bigops.bitmap_linear_decode(
+    y = _decode(
         flat,
         values,
         bits,
@@ -137,7 +137,7 @@ def _forward(x: Tensor, *args: Any) -> Tensor:
         n,
         bias,
         None if residual is None else rows(residual),
-        activation,
+        act.CODES[activation],
         splits_for(n, x.shape[-1]),
     )
     backend.note(_name(x.dtype))
@@ -167,7 +167,7 @@ def _cuda(x: Tensor, *args: Any) -> Tensor:
     return _op._serve(x, *args)
 
 
-LIB.impl("bitmap_linear", _cuda, "CUDA")
+register(_op.forward, cuda=_cuda)
 
 
 def _check_weight_shape(x: Tensor, weight: BitmapWeight) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from bigops import backend
 from bigops.kernels.tiles import device_arch
+from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
-from bigops.ops._library import LIB, rows
+from bigops.ops._library import define, rows
 from bigops.ops._quantized_weight import QuantizedWeight, columns_of
 
 MAX_ROWS = 16  # of x: two products of 8 columns each
@@ -21,7 +22,7 @@ _BLOCKS = 512  # four for each multiprocessor of a large device
 _LEAST_STAGES = 4  # of a block's share of K: what its pipeline holds
 _MOST_SPLITS = 16
 
-LIB.define(
+_decode = define(
     "quantized_linear_decode(Tensor x, Tensor values, Tensor scale, Tensor? zero_point, int pad, "
     "int k, int bits, int group, Tensor? bias, Tensor? residual, str activation, int splits) -> "
     "Tensor"
@@ -71,7 +72,7 @@ def forward(x: Tensor, *args: Any) -> Tensor:
     """`quantized_linear` on x of any rank, at most 16 rows; the arguments of the op."""
     *fixed, bias, residual, activation = args
     weight = QuantizedWeight.of(*fixed)
-    y = torch.ops.bigops.quantized_linear_decode(
+    y = _decode(
         rows(x),
         weight.values,
         weight.scale,
@@ -82,7 +83,7 @@ def forward(x: Tensor, *args: Any) -> Tensor:
         weight.group,
         bias,
         None if residual is None else rows(residual),
-        activation,
+        act.CODES[activation],
         splits_for(weight.n, weight.k, weight.bits),
     )
     backend.note(name(x.dtype, weight.bits))

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from bigops import backend
 from bigops.kernels.tiles import device_arch
+from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
-from bigops.ops._library import LIB, rows
+from bigops.ops._library import define, rows
 from bigops.ops._sparse_weight import COLUMNS, PANEL, SparseWeight, sizes
 
 MAX_ROWS = 16  # of x
@@ -20,7 +21,7 @@ _BLOCKS = 512  # four for each multiprocessor of a large device
 _LEAST_PANELS = 2  # of a block
 _MOST_SPLITS = 16
 
-LIB.define(
+_decode = define(
     "sparse_linear_decode(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor like, Tensor values, "
     "Tensor index, Tensor rows, Tensor ptr, Tensor? scale, Tensor? sums, int n, int k, int chunk, "
     "Tensor? bias, Tensor? residual, str activation, int splits) -> Tensor"
@@ -81,7 +82,7 @@ def forward(x: Tensor, *args: Any) -> Tensor:
         from bigops.kernels.quantized_linear import quantize_activations
 
         seen, x_scale, x_zero, _ = quantize_activations(flat, "dynamic")
-    y = torch.ops.bigops.sparse_linear_decode(
+    y = _decode(
         seen,
         x_scale,
         x_zero,
@@ -97,7 +98,7 @@ def forward(x: Tensor, *args: Any) -> Tensor:
         chunk,
         bias,
         None if residual is None else rows(residual),
-        activation,
+        act.CODES[activation],
         splits_for(n, k, chunk, values.dtype),
     )
     backend.note(name(x.dtype, values.dtype))

@@ -1,7 +1,8 @@
 """Autograd, vmap and fake roads shared by the linear ops whose weight is compressed storage.
 
 Such an op takes ``(x, *storage, *sizes, bias, residual, activation)``: tensors of the storage
-first, then plain numbers. Its backward op takes ``(grad, x, *storage, *sizes, bias, activation,
+first, then plain numbers and words, which the kernels and all of autograd see as codes
+(`_library.define`). Its backward op takes ``(grad, x, *storage, *sizes, bias, activation,
 need_x, need_bias)`` and gives ``(grad_x, grad_bias)``; where the stored values can be trained it
 takes ``need_values`` besides and gives ``(grad_x, grad_values, grad_bias)``. The other storage has
 no gradient. Where the forward rounds its activations, the gradient is the straight-through one:
@@ -21,7 +22,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
-from bigops.ops._library import LIB, autocast, define
+from bigops.ops._library import autocast, define, encoder, in_words, register
 
 
 class Arguments(NamedTuple):
@@ -32,7 +33,7 @@ class Arguments(NamedTuple):
     sizes: tuple[Any, ...]
     bias: Tensor | None
     residual: Tensor | None
-    activation: str
+    activation: str | int
 
 
 class FrozenLinear:
@@ -85,17 +86,22 @@ class FrozenLinear:
             + ")",
             self._serve_backward,
         )
-        forward, backward = f"bigops::{name}", f"bigops::{name}_backward"
-        torch.library.register_fake(forward, self._fake, lib=LIB)
-        torch.library.register_fake(backward, self._fake_backward, lib=LIB)
-        torch.library.register_autograd(
-            forward, self._raw_backward, setup_context=self._setup, lib=LIB
+        self._encoded = encoder(self.forward)
+        self._expression = in_words(self.backward, self.reference_backward)
+        register(
+            self.forward,
+            fake=self._fake,
+            backward=self._raw_backward,
+            setup=self._setup,
+            vmap=self._vmap,
         )
-        torch.library.register_autograd(
-            backward, self._double_backward, setup_context=self._setup_backward, lib=LIB
+        register(
+            self.backward,
+            fake=self._fake_backward,
+            backward=self._double_backward,
+            setup=self._setup_backward,
+            vmap=self._vmap_backward,
         )
-        torch.library.register_vmap(forward, self._vmap, lib=LIB)
-        torch.library.register_vmap(backward, self._vmap_backward, lib=LIB)
         self._eager, self._functorch = self._functions()
 
     def split(self, args: tuple[Any, ...]) -> Arguments:
@@ -187,7 +193,7 @@ class FrozenLinear:
         args = (grad, x, *storage, *ctx.sizes, bias, ctx.activation, *wanted)
         found: tuple[Tensor | None, ...] = (None,) * len(wanted)
         if torch.is_grad_enabled():  # create_graph: the expression is differentiable again
-            found = self.reference_backward(*args)
+            found = self._expression(*args)
         elif any(wanted):
             found = self.backward(*args)
         gx, *gv, gb = (g if w else None for g, w in zip(found, wanted, strict=True))
@@ -223,9 +229,7 @@ class FrozenLinear:
             ]
             if wanted[2] is not None:
                 storage[0] = wanted[2]
-            outputs = self.reference_backward(
-                *wanted[:2], *storage, *ctx.sizes, wanted[3], *ctx.rest
-            )
+            outputs = self._expression(*wanted[:2], *storage, *ctx.sizes, wanted[3], *ctx.rest)
             pairs = [(o, v) for o, v in zip(outputs, grads, strict=True) if o is not None]
             found = iter(
                 torch.autograd.grad(
@@ -255,14 +259,15 @@ class FrozenLinear:
                 return road._gradients(ctx, grad)
 
         class Functorch(torch.autograd.Function):
-            # Each level lowers to the public road, so that levels nest (grad of vmap and back).
+            # Each level lowers to the public road, so that levels nest (grad of vmap and back), and
+            # takes words as that does.
             @staticmethod
             def forward(*args):  # type: ignore[no-untyped-def]
                 return road.apply(*args)
 
             @staticmethod
             def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-                road._save(ctx, inputs)
+                road._save(ctx, tuple(road._encoded(inputs)))
 
             @staticmethod
             def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -327,10 +332,11 @@ class FrozenLinear:
                 x, bias, residual = autocast(device_type, x, *rest[-3:-1])  # type: ignore[assignment]
                 rest = (*rest[:-3], bias, residual, rest[-1])
             if torch.compiler.is_compiling():
-                return self.forward(x, *rest)
+                return self.forward(*self._encoded((x, *rest)))
             # Under functorch `requires_grad` of the wrapped tensors says nothing: ask this first.
             if torch._C._are_functorch_transforms_active():
                 return self._functorch.apply(x, *rest)  # type: ignore[attr-defined, no-any-return]
+            coded = self._encoded((x, *rest))
             if torch.is_grad_enabled():
                 storage = rest[: self.count]
                 wants = [t is not None and t.requires_grad for t in storage]
@@ -338,13 +344,14 @@ class FrozenLinear:
                     self._refuse(storage, tuple(wants))
                 wants += [t is not None and t.requires_grad for t in rest[-3:-1]]
                 if x.requires_grad or any(wants):
-                    return self._eager.apply(x, *rest)  # type: ignore[attr-defined, no-any-return]
+                    return self._eager.apply(*coded)  # type: ignore[attr-defined, no-any-return]
             elif torch.is_inference_mode_enabled():  # autograd is out of the way already
-                return self.forward(x, *rest)
+                return self.forward(*coded)
             with torch._C._AutoDispatchBelowAutograd():
-                return self.forward(x, *rest)
-        except (RuntimeError, AttributeError, TypeError):
+                return self.forward(*coded)
+        except (RuntimeError, AttributeError, TypeError, KeyError):
             # The kernel checks its arguments; only a refused call pays for naming what is wrong.
+            act.check_name(rest[-1], gated=False)
             if not torch.compiler.is_compiling():
                 names = ("x", *self.storage, "bias", "residual")
                 given = (x, *rest[: self.count], *rest[-3:-1])

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from bigops import backend
+from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
 from bigops.ops import _quantize as quantize
 from bigops.ops._frozen import FrozenLinear
-from bigops.ops._library import LIB, autocast, define
+from bigops.ops._library import autocast, define, encoder, in_words, register
 
 
 def result_dtype(
@@ -64,10 +65,14 @@ class GridLinear:
             "str activation) -> Tensor",
             self._serve,
         )
-        op = f"bigops::{self.name}"
-        torch.library.register_fake(op, self._fake, lib=LIB)
-        torch.library.register_autograd(op, self._refused, setup_context=self._setup, lib=LIB)
-        torch.library.register_vmap(op, self._vmap, lib=LIB)
+        self._encoded = encoder(self.forward)
+        register(
+            self.forward,
+            fake=self._fake,
+            backward=self._refused,
+            setup=self._setup,
+            vmap=self._vmap,
+        )
 
     # arguments ------------------------------------------------------------------------------
 
@@ -179,7 +184,7 @@ class GridLinear:
                 a if d is None else a.new_empty(a.shape[:d] + a.shape[d + 1 :])
                 for a, d in zip(args, in_dims, strict=True)
             ]
-            y = self._fake(*one)
+            y = in_words(self.forward, self._fake)(*one)
             return y.new_empty((0, *y.shape)), 0
         return self.road._fold(self.forward, args, in_dims, info.batch_size), 0
 
@@ -195,12 +200,14 @@ class GridLinear:
                 for name, t in self._named((x, *rest)).items():
                     if t is not None and t.requires_grad:
                         self._refuse(name)
+            coded = self._encoded((x, *rest))
             if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-                return self.forward(x, *rest)
+                return self.forward(*coded)
             with torch._C._AutoDispatchBelowAutograd():
-                return self.forward(x, *rest)
-        except (RuntimeError, AttributeError, TypeError):
+                return self.forward(*coded)
+        except (RuntimeError, AttributeError, TypeError, KeyError):
             # The kernel checks its arguments; only a refused call pays for naming what is wrong.
+            act.check_name(rest[-1], gated=False)
             if not torch.compiler.is_compiling():
                 checks.tensors(**self._named((x, *rest)))
                 self.check(x, *rest)

@@ -2,23 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
+from bigops.ops import _codes as codes
+
 LIB = torch.library.Library("bigops", "DEF")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def define(schema: str, reference: Callable[..., Any]) -> torch._ops.OpOverload:
-    """Define an op and serve it by its reference wherever no kernel is registered.
+def define(schema: str, reference: Callable[..., Any] | None = None) -> torch._ops.OpOverload:
+    """Define an op and serve it by its reference, if any, wherever no kernel is registered.
+
+    Where the schema has words (``str activation``), what is returned is the overload ``code``, with
+    an int in place of each (`_codes`): that one has kernels, gradients and all else, and references
+    are given the words all the same. The default overload, for direct callers, takes words and
+    decomposes into it.
 
     `CompositeExplicitAutograd` is the weakest key: a kernel on "CPU" or "CUDA" goes before it.
     """
-    name = schema.split("(", 1)[0]
-    LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIB.impl(name, reference, "CompositeExplicitAutograd")
-    return getattr(torch.ops.bigops, name).default
+    tags = () if reference is None else (torch.Tag.pt2_compliant_tag,)
+    name, arguments = schema.split("(", 1)
+    LIB.define(schema, tags=tags)
+    op: torch._ops.OpOverload = getattr(torch.ops.bigops, name).default
+    if _words(op):
+        LIB.define(f"{name}.code({re.sub(r'str (?=[a-z])', 'int ', arguments)}", tags=tags)
+        op = op._overloadpacket.code
+        for key in ("CompositeImplicitAutograd", "FuncTorchBatched"):  # the former leaves out vmap
+            LIB.impl(name, _decomposition(op), key)
+    if reference is not None:
+        LIB.impl(_local(op), in_words(op, reference), "CompositeExplicitAutograd")
+    return op
+
+
+def _local(op: torch._ops.OpOverload) -> str:
+    return op.name().removeprefix("bigops::")
+
+
+def _words(op: torch._ops.OpOverload) -> list[tuple[int, str]]:
+    """Positions and names of the arguments that are words in the default overload."""
+    arguments = op._overloadpacket.default._schema.arguments
+    return [(i, a.name) for i, a in enumerate(arguments) if isinstance(a.type, torch.StringType)]
+
+
+def _decomposition(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    words = _words(op)
+
+    def decomposed(*args: Any) -> Any:
+        coded = list(args)
+        for at, argument in words:
+            coded[at] = codes.code_of(argument, args[at])
+        return op(*coded)
+
+    return decomposed
+
+
+def encoder(op: torch._ops.OpOverload) -> Callable[[Sequence[Any]], list[Any]]:
+    """A function of the arguments of ``op`` in words that gives them in codes, for every call.
+
+    It raises KeyError or TypeError for what is no word of its argument.
+    """
+    tables = [(at, codes.CODES[argument]) for at, argument in _words(op)]
+
+    def encode(args: Sequence[Any]) -> list[Any]:
+        coded = list(args)
+        for at, table in tables:
+            coded[at] = table[args[at]]
+        return coded
+
+    return encode
+
+
+def in_words(op: torch._ops.OpOverload, function: Function) -> Function:
+    """``function``, which takes the arguments of ``op`` in words, for a caller that has codes."""
+    words = _words(op)
+    if not words:
+        return function
+
+    @functools.wraps(function)
+    def worded(*args: Any) -> Any:
+        given = list(args)
+        for at, argument in words:
+            given[at] = codes.word_of(argument, args[at])
+        return function(*given)
+
+    return worded  # type: ignore[return-value]
+
+
+def register(
+    op: torch._ops.OpOverload,
+    *,
+    fake: Callable[..., Any] | None = None,
+    backward: Callable[..., Any] | None = None,
+    setup: Callable[..., None] | None = None,
+    vmap: Callable[..., Any] | None = None,
+    cuda: Callable[..., Any] | None = None,
+) -> None:
+    """Give an op of `define` what `torch.library` calls these.
+
+    The fake and the kernel for GPUs take words; backward, the setup of its context and the vmap
+    rule take codes.
+    """
+    name = op.name()
+    if fake is not None:
+        torch.library.register_fake(name, in_words(op, fake), lib=LIB)
+    if backward is not None:
+        torch.library.register_autograd(name, backward, setup_context=setup, lib=LIB)
+    if vmap is not None:
+        torch.library.register_vmap(name, vmap, lib=LIB)
+    if cuda is not None:
+        LIB.impl(_local(op), in_words(op, cuda), "CUDA")
 
 
 def autocast(device_type: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -24,7 +24,7 @@ from bigops.ops import _frozen
 from bigops.ops import _quantize as quantize
 from bigops.ops import _sparse24_pack as kernels
 from bigops.ops import _sparse24_weight as storage
-from bigops.ops._library import LIB, rows
+from bigops.ops._library import define, register, rows
 from bigops.ops._sparse24_weight import Sparse24Weight
 
 MAX_K = 2**17  # with int8 values: sums past that may not fit in int32
@@ -124,7 +124,7 @@ _op = _Sparse24Linear(
 )
 reference_backward = _op.reference_backward
 
-LIB.define(
+_product_op = define(
     "sparse24_linear_product(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor like, "
     "Tensor values, Tensor meta, Tensor? scale, Tensor? sums, int k, Tensor? bias, "
     "Tensor? residual, str activation) -> Tensor"
@@ -137,13 +137,22 @@ LIB.define(
 
 
 def _product(
-    x: Tensor, like: Tensor, values: Tensor, meta: Tensor, k: int, *epilogue: Any, **more: Any
+    x: Tensor,
+    like: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    k: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    **more: Any,
 ) -> Tensor:
     """The kernel on x [M, K]; a result like ``like``."""
     names = ("x_scale", "x_zero", "scale", "sums")
     x_scale, x_zero, scale, sums = (more.get(name) for name in names)
-    y: Tensor = torch.ops.bigops.sparse24_linear_product(
-        x, x_scale, x_zero, like, values, meta, scale, sums, k, *epilogue
+    code = act.CODES[activation]
+    y: Tensor = _product_op(
+        x, x_scale, x_zero, like, values, meta, scale, sums, k, bias, residual, code
     )
     return y
 
@@ -243,8 +252,8 @@ def _cuda_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _op._serve_backward(grad, x, *args)
 
 
-LIB.impl("sparse24_linear", _cuda, "CUDA")
-LIB.impl("sparse24_linear_backward", _cuda_backward, "CUDA")
+register(_op.forward, cuda=_cuda)
+register(_op.backward, cuda=_cuda_backward)
 
 
 def _check_weight_shape(x: Tensor, weight: Sparse24Weight) -> None:

@@ -15,17 +15,18 @@ from torch import Tensor
 from bigops import backend
 from bigops.kernels.tiles import device_arch
 from bigops.ops import _checks as checks
-from bigops.ops._library import LIB
+from bigops.ops._library import define, encoder
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)  # of a dense weight
 STORED = (torch.bfloat16, torch.float16)
 
-LIB.define(
+_pack = define(
     "sparse24_pack(Tensor w, Tensor? mask, str choice, str dtype, bool transposable) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-LIB.define("sparse24_turn(Tensor values, Tensor meta, Tensor meta_t, int k) -> Tensor")
-LIB.define("sparse24_gradient(Tensor gz, Tensor x, Tensor meta) -> Tensor")
+_encoded = encoder(_pack)
+_turn = define("sparse24_turn(Tensor values, Tensor meta, Tensor meta_t, int k) -> Tensor")
+_gradient = define("sparse24_gradient(Tensor gz, Tensor x, Tensor meta) -> Tensor")
 
 
 class Packed(NamedTuple):
@@ -54,20 +55,20 @@ def pack(
 ) -> Packed:
     """Pack w [N, K] by the kernel: what ``choice`` "given" (by the mask) or "largest" keeps."""
     dtype = checks.short(stored)
-    found = torch.ops.bigops.sparse24_pack(w, mask, choice, dtype, transposable)
+    found = _pack(*_encoded((w, mask, choice, dtype, transposable)))
     backend.note(f"cuda.sparse24_pack.{checks.short(w.dtype)}.{dtype}")
     return Packed(*found)
 
 
 def turn(values: Tensor, meta: Tensor, meta_t: Tensor, k: int) -> Tensor:
     """The values [K, N' / 2] of the transpose of a transposable weight [N, k]."""
-    out: Tensor = torch.ops.bigops.sparse24_turn(values, meta, meta_t, k)
+    out: Tensor = _turn(values, meta, meta_t, k)
     backend.note(f"cuda.sparse24_turn.{checks.short(values.dtype)}")
     return out
 
 
 def gradient(gz: Tensor, x: Tensor, meta: Tensor) -> Tensor:
     """gz^T x where the weight stores values; gz [M, N], x [M, K]."""
-    out: Tensor = torch.ops.bigops.sparse24_gradient(gz, x, meta)
+    out: Tensor = _gradient(gz, x, meta)
     backend.note(f"cuda.sparse24_gradient.{checks.short(x.dtype)}")
     return out

@@ -16,7 +16,7 @@ from bigops.ops import _fp8_weight as fp8
 from bigops.ops import _frozen, _triton
 from bigops.ops import _triton_fp8 as _kernels
 from bigops.ops._fp8_weight import Fp8Weight, quantize_fp8
-from bigops.ops._library import LIB
+from bigops.ops._library import register
 from bigops.ops._quantize import SERVED
 
 __all__ = ["Fp8Weight", "fp8_linear", "quantize_fp8", "reference"]
@@ -115,8 +115,8 @@ def _cuda_backward(grad, x, *args):  # type: ignore[no-untyped-def]
     return _kernels.backward(grad, x, *args)
 
 
-LIB.impl("fp8_linear", _cuda, "CUDA")
-LIB.impl("fp8_linear_backward", _cuda_backward, "CUDA")
+register(_op.forward, cuda=_cuda)
+register(_op.backward, cuda=_cuda_backward)
 
 
 @backend.serves("fp8_linear")

@@ -15,7 +15,7 @@ from bigops import backend
 from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
 from bigops.ops import _triton
-from bigops.ops._library import LIB, autocast, define, rows
+from bigops.ops._library import autocast, define, register, rows
 
 # --- reference -----------------------------------------------------------------------------
 
@@ -128,20 +128,17 @@ def check(
 # --- fake ----------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("bigops::fused_linear", lib=LIB)
 def _fake(x, weight, bias, residual, activation):  # type: ignore[no-untyped-def]
     check(x, weight, bias, residual, activation)
     n = weight.shape[0] // 2 if activation in act.GATED else weight.shape[0]
     return x.new_empty((*x.shape[:-1], n))
 
 
-@torch.library.register_fake("bigops::fused_linear_with_preact", lib=LIB)
 def _fake_with_preact(x, weight, bias, residual, activation):  # type: ignore[no-untyped-def]
     y = _fake(x, weight, bias, residual, activation)
     return y, x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("bigops::fused_linear_backward", lib=LIB)
 def _fake_backward(  # type: ignore[no-untyped-def]
     grad, x, weight, preact, activation, need_x, need_weight, need_bias
 ):
@@ -161,30 +158,41 @@ def _gradients(
     weight: Tensor,
     bias: Tensor | None,
     preact: Tensor | None,
-    activation: str,
+    code: int,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients for x, weight, bias: by the kernel, or as an expression under create_graph."""
     if torch.is_grad_enabled():  # double backward: rebuild z inside the graph
-        z = F.linear(x, weight, bias) if activation != "none" else None
-        return reference_backward(grad, x, weight, z, activation, *needs)
-    if preact is None and activation != "none":
-        preact = _forward(x, weight, bias, None, "none")
-    grads = _backward(grad, x, weight, preact, activation, *needs)
+        return _expression(grad, x, weight, bias, code, needs)
+    if preact is None and code != act.NONE:
+        preact = _forward(x, weight, bias, None, act.NONE)
+    grads = _backward(grad, x, weight, preact, code, *needs)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+def _expression(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    code: int,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    z = F.linear(x, weight, bias) if code != act.NONE else None
+    return reference_backward(grad, x, weight, z, act.NAMES[code], *needs)
 
 
 class _FusedLinear(torch.autograd.Function):
     """Eager autograd in the ctx form: 10 microseconds a call, setup_context costs 30."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, activation):  # type: ignore[no-untyped-def]
-        ctx.activation = activation
+    def forward(ctx, x, weight, bias, residual, code):  # type: ignore[no-untyped-def]
+        ctx.code = code
         with torch._C._AutoDispatchBelowAutograd():
-            if activation == "none":
-                y, preact = _forward(x, weight, bias, residual, activation), None
+            if code == act.NONE:
+                y, preact = _forward(x, weight, bias, residual, code), None
             else:
-                y, preact = _forward_with_preact(x, weight, bias, residual, activation)
+                y, preact = _forward_with_preact(x, weight, bias, residual, code)
         ctx.save_for_backward(x, weight, bias, preact)
         return y
 
@@ -194,8 +202,8 @@ class _FusedLinear(torch.autograd.Function):
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, bias, _, ctx.activation = inputs
-    preact = output[1] if isinstance(output, tuple) and ctx.activation != "none" else None
+    x, weight, bias, _, ctx.code = inputs
+    preact = output[1] if isinstance(output, tuple) and ctx.code != act.NONE else None
     ctx.save_for_backward(x, weight, bias, preact)
 
 
@@ -204,7 +212,7 @@ def _raw_backward(ctx: Any, grad: Tensor, grad_preact: Tensor | None = None) -> 
     x, weight, bias, preact = ctx.saved_tensors
     need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
     needs = (need_x, need_weight, need_bias)
-    gx, gw, gb = _gradients(grad, x, weight, bias, preact, ctx.activation, needs)
+    gx, gw, gb = _gradients(grad, x, weight, bias, preact, ctx.code, needs)
     if grad_preact is not None:  # someone differentiates z itself
         ex, ew, eb = reference_backward(grad_preact, x, weight, None, "none", *needs)
         gx, gw, gb = (
@@ -216,14 +224,9 @@ def _raw_backward(ctx: Any, grad: Tensor, grad_preact: Tensor | None = None) -> 
 def _preact_backward(ctx: Any, grad: Tensor | None, grad_preact: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
         x, weight = ctx.saved_tensors[:2]
-        n = weight.shape[0] // (2 if ctx.activation in act.GATED else 1)
+        n = weight.shape[0] // (2 if act.NAMES[ctx.code] in act.GATED else 1)
         grad = x.new_zeros((*x.shape[:-1], n))
     return _raw_backward(ctx, grad, grad_preact)
-
-
-torch.library.register_autograd(
-    "bigops::fused_linear", _raw_backward, setup_context=_setup, lib=LIB
-)
 
 
 def _setup_preact(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -231,13 +234,8 @@ def _setup_preact(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _setup(ctx, inputs, output)
 
 
-torch.library.register_autograd(
-    "bigops::fused_linear_with_preact", _preact_backward, setup_context=_setup_preact, lib=LIB
-)
-
-
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    grad, x, weight, preact, ctx.activation, *ctx.needs = inputs
+    grad, x, weight, preact, ctx.code, *ctx.needs = inputs
     ctx.save_for_backward(grad, x, weight, preact)
 
 
@@ -246,7 +244,7 @@ def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     with torch.enable_grad():
         inputs = [t if t is None else t.detach().requires_grad_() for t in saved]
-        outputs = reference_backward(*inputs, ctx.activation, *ctx.needs)  # type: ignore
+        outputs = reference_backward(*inputs, act.NAMES[ctx.code], *ctx.needs)  # type: ignore
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None]
         wanted = [t for t in inputs if t is not None]
         found = iter(
@@ -261,17 +259,12 @@ def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     return (*(None if t is None else next(found) for t in inputs), None, None, None, None)
 
 
-torch.library.register_autograd(
-    "bigops::fused_linear_backward", _double_backward, setup_context=_setup_backward, lib=LIB
-)
-
-
 # --- vmap ----------------------------------------------------------------------------------
 
 
 def _fold(op: Any, args: tuple[Any, ...], in_dims: tuple[Any, ...], batch: int) -> Any:
     """Rows are independent: a batch of x (and residual) is more rows of one call."""
-    x, weight, bias, residual, activation = args
+    x, weight, bias, residual, activation = args  # a word or a code, as the op takes it
     x_dim, _, _, residual_dim, _ = in_dims
 
     def batched(t: Tensor | None, dim: int | None) -> Tensor | None:
@@ -282,7 +275,9 @@ def _fold(op: Any, args: tuple[Any, ...], in_dims: tuple[Any, ...], batch: int) 
     return op(batched(x, x_dim), weight, bias, batched(residual, residual_dim), activation)
 
 
-def _batched(args: tuple[Any, ...], in_dims: tuple[Any, ...], batch: int) -> tuple[Tensor, Tensor]:
+def _batched(
+    args: tuple[Any, ...], activation: str, in_dims: tuple[Any, ...], batch: int
+) -> tuple[Tensor, Tensor]:
     """A batch of weights or biases: batched matrix products, (y, z) with the batch in front."""
     x, weight, bias, residual = (
         t if t is None or dim is None else t.movedim(dim, 0)
@@ -298,7 +293,7 @@ def _batched(args: tuple[Any, ...], in_dims: tuple[Any, ...], batch: int) -> tup
     if bias is not None:
         z = z + (bias.unsqueeze(1) if bias_dim is not None else bias)
     z = z.reshape(batch, *lead, z.shape[-1])
-    y = act.epilogue(args[4], z)
+    y = act.epilogue(activation, z)
     if residual is not None:
         y = y + residual
     return y, z
@@ -317,42 +312,39 @@ class _FusedLinearFunctorch(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        x, weight, bias, _, ctx.activation = inputs
+        x, weight, bias, _, activation = inputs
+        ctx.code = act.CODES[activation]
         ctx.save_for_backward(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight, bias = ctx.saved_tensors
         need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
-        z = F.linear(x, weight, bias) if ctx.activation != "none" else None
         needs = (need_x, need_weight, need_bias)
-        gx, gw, gb = reference_backward(grad, x, weight, z, ctx.activation, *needs)
+        gx, gw, gb = _expression(grad, x, weight, bias, ctx.code, needs)
         return gx, gw, gb, grad if need_residual else None, None
 
     @staticmethod
     def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
         if in_dims[1] is None and in_dims[2] is None:
             return _fold(fused_linear, args, in_dims, info.batch_size), 0
-        return _batched(args, in_dims, info.batch_size)[0], 0
+        return _batched(args, args[4], in_dims, info.batch_size)[0], 0
 
 
-@torch.library.register_vmap("bigops::fused_linear", lib=LIB)
 def _vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
     if in_dims[1] is None and in_dims[2] is None:
         return _fold(_forward, args, in_dims, info.batch_size), 0
-    return _batched(args, in_dims, info.batch_size)[0], 0
+    return _batched(args, act.NAMES[args[4]], in_dims, info.batch_size)[0], 0
 
 
-@torch.library.register_vmap("bigops::fused_linear_with_preact", lib=LIB)
 def _vmap_with_preact(info, in_dims, *args):  # type: ignore[no-untyped-def]
     if in_dims[1] is None and in_dims[2] is None:
         return _fold(_forward_with_preact, args, in_dims, info.batch_size), (0, 0)
-    return _batched(args, in_dims, info.batch_size), (0, 0)
+    return _batched(args, act.NAMES[args[4]], in_dims, info.batch_size), (0, 0)
 
 
-@torch.library.register_vmap("bigops::fused_linear_backward", lib=LIB)
 def _vmap_backward(info, in_dims, *args):  # type: ignore[no-untyped-def]
-    tensors, rest = args[:4], args[4:]
+    tensors, rest = args[:4], (act.NAMES[args[4]], *args[5:])
     grads = torch.vmap(lambda *t: _serve_backward(*t, *rest), in_dims=tuple(in_dims[:4]))(*tensors)
     return grads, (0, 0, 0)
 
@@ -381,9 +373,23 @@ def _cuda_backward(grad, x, weight, preact, activation, *needs):  # type: ignore
     return _triton.backward(grad, x, weight, preact, activation, *needs)
 
 
-LIB.impl("fused_linear", _cuda, "CUDA")
-LIB.impl("fused_linear_with_preact", _cuda_with_preact, "CUDA")
-LIB.impl("fused_linear_backward", _cuda_backward, "CUDA")
+register(_forward, fake=_fake, backward=_raw_backward, setup=_setup, vmap=_vmap, cuda=_cuda)
+register(
+    _forward_with_preact,
+    fake=_fake_with_preact,
+    backward=_preact_backward,
+    setup=_setup_preact,
+    vmap=_vmap_with_preact,
+    cuda=_cuda_with_preact,
+)
+register(
+    _backward,
+    fake=_fake_backward,
+    backward=_double_backward,
+    setup=_setup_backward,
+    vmap=_vmap_backward,
+    cuda=_cuda_backward,
+)
 
 
 @backend.serves("fused_linear")
@@ -445,10 +451,11 @@ def fused_linear(
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
             x, weight, bias, residual = autocast(device_type, x, weight, bias, residual)  # type: ignore[assignment]
+        code = act.CODES[activation]
         if torch.compiler.is_compiling():
-            if activation != "none" and torch.is_grad_enabled():
-                return _forward_with_preact(x, weight, bias, residual, activation)[0]
-            return _forward(x, weight, bias, residual, activation)
+            if code != act.NONE and torch.is_grad_enabled():
+                return _forward_with_preact(x, weight, bias, residual, code)[0]
+            return _forward(x, weight, bias, residual, code)
         # Under functorch `requires_grad` of the wrapped tensors says nothing: ask this first.
         if torch._C._are_functorch_transforms_active():
             return _FusedLinearFunctorch.apply(x, weight, bias, residual, activation)  # type: ignore[no-any-return]
@@ -458,11 +465,12 @@ def fused_linear(
             or (bias is not None and bias.requires_grad)
             or (residual is not None and residual.requires_grad)
         ):
-            return _FusedLinear.apply(x, weight, bias, residual, activation)  # type: ignore[no-any-return]
+            return _FusedLinear.apply(x, weight, bias, residual, code)  # type: ignore[no-any-return]
         with torch._C._AutoDispatchBelowAutograd():
-            return _forward(x, weight, bias, residual, activation)
-    except (RuntimeError, AttributeError, TypeError):
+            return _forward(x, weight, bias, residual, code)
+    except (RuntimeError, AttributeError, TypeError, KeyError):
         # The kernel checks its arguments; only a refused call pays for naming what is wrong.
+        act.check_name(activation)
         if not torch.compiler.is_compiling():
             checks.tensors(x=x, weight=weight, bias=bias, residual=residual)
             check(x, weight, bias, residual, activation)

@@ -18,6 +18,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.ops import _checks as checks
 from bigops.ops import _chunked_loss as chunked
+from bigops.ops import _codes as codes
 from bigops.ops import _triton_loss
 from bigops.ops._cross_entropy import (
     accumulation,
@@ -30,7 +31,7 @@ from bigops.ops._cross_entropy import (
     serve_chunk,
     tied,
 )
-from bigops.ops._library import LIB, autocast, define, loop, rows
+from bigops.ops._library import autocast, define, encoder, loop, register, rows
 
 # --- reference -----------------------------------------------------------------------------
 
@@ -166,30 +167,28 @@ _backward = define(
     f"linear_cross_entropy_backward(Tensor grad, {_ARGS}, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
     _serve_backward,
 )
+_encoded = encoder(_forward)
+_NONE = codes.CODES["reduction"]["none"]
 
 # --- fake ----------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("bigops::linear_cross_entropy_chunk", lib=LIB)
 def _fake_chunk(logits, *rest):  # type: ignore[no-untyped-def]
     return logits.new_empty(logits.shape[0], dtype=accumulation(logits.dtype))
 
 
-@torch.library.register_fake("bigops::linear_cross_entropy", lib=LIB)
 def _fake(*args):  # type: ignore[no-untyped-def]
     check(*args)
     shape = args[2].shape if args[5] == "none" else ()
     return args[0].new_empty(shape, dtype=accumulation(args[0].dtype))
 
 
-@torch.library.register_fake("bigops::linear_cross_entropy_with_grad", lib=LIB)
 def _fake_with_grad(*args):  # type: ignore[no-untyped-def]
     args, needs = args[:10], args[10:]
     grads = _fake_grads(args, needs, accumulation(args[0].dtype))
     return _fake(*args), *grads, _fake(*args)
 
 
-@torch.library.register_fake("bigops::linear_cross_entropy_backward", lib=LIB)
 def _fake_backward(grad, *args):  # type: ignore[no-untyped-def]
     return _fake_grads(args[:10], args[10:], args[0].dtype)
 
@@ -206,7 +205,7 @@ def _fake_grads(
 
 
 # --- autograd ------------------------------------------------------------------------------
-# In all functions below the order of the arguments is that of the schema.
+# In all functions below the order of the arguments is that of the schema, the reduction its code.
 
 _UNDIFFERENTIATED = (None,) * 5  # reduction .. softcap
 
@@ -233,7 +232,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.options = args[5:]
         ctx.made = None
         with torch._C._AutoDispatchBelowAutograd():
-            if args[5] == "none":
+            if args[5] == _NONE:
                 return _forward(*args)
             loss, *ctx.made = _with_grad(*args, *ctx.needs)
         return loss
@@ -289,20 +288,6 @@ def _scaled_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     if torch.is_grad_enabled():  # create_graph
         grads = tied(grads, grad, *sources)
     return *grads, None, None, None
-
-
-def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
-
-
-_NAME = "bigops::linear_cross_entropy"
-torch.library.register_autograd(_NAME, _raw_backward, setup_context=_setup, lib=LIB)
-torch.library.register_autograd(
-    _NAME + "_with_grad", _scaled_backward, setup_context=_setup_with_grad, lib=LIB
-)
-torch.library.register_autograd(
-    _NAME + "_backward", no_double_backward, setup_context=_setup_nothing, lib=LIB
-)
 
 
 class _Functorch(torch.autograd.Function):
@@ -380,21 +365,19 @@ def _fold(
         return t.unsqueeze(0).expand(batch, *t.shape) if dim is None else t.movedim(dim, 0)
 
     x, target = batched(x, in_dims[0]), batched(target, in_dims[2])
-    losses = function(x, weight, target, bias, class_weight, "none", ignore_index, *rest)
-    return reduced(losses, target, class_weight, reduction, ignore_index, first=1)
+    losses = function(x, weight, target, bias, class_weight, _NONE, ignore_index, *rest)
+    word = codes.word_of("reduction", reduction)
+    return reduced(losses, target, class_weight, word, ignore_index, first=1)
 
 
-@torch.library.register_vmap(_NAME, lib=LIB)
 def _vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
     return _fold(_forward, args, in_dims, info.batch_size), 0
 
 
-@torch.library.register_vmap(_NAME + "_with_grad", lib=LIB)
 def _vmap_with_grad(info, in_dims, *args):  # type: ignore[no-untyped-def]
     return loop(_with_grad, args, in_dims, info.batch_size), (0,) * 5
 
 
-@torch.library.register_vmap(_NAME + "_backward", lib=LIB)
 def _vmap_backward(info, in_dims, *args):  # type: ignore[no-untyped-def]
     return loop(_backward, args, in_dims, info.batch_size), (0, 0, 0)
 
@@ -403,7 +386,16 @@ def _vmap_backward(info, in_dims, *args):  # type: ignore[no-untyped-def]
 # Products and loop are the same on every device; the pass over a chunk has a CPU kernel
 # (csrc/cpu/linear_cross_entropy.cpp) and a Triton kernel, elsewhere it is `serve_chunk`.
 
-LIB.impl("linear_cross_entropy_chunk", _triton_loss.serve_chunk, "CUDA")
+register(_chunk, fake=_fake_chunk, cuda=_triton_loss.serve_chunk)
+register(_forward, fake=_fake, backward=_raw_backward, setup=_setup, vmap=_vmap)
+register(
+    _with_grad,
+    fake=_fake_with_grad,
+    backward=_scaled_backward,
+    setup=_setup_with_grad,
+    vmap=_vmap_with_grad,
+)
+register(_backward, fake=_fake_backward, backward=no_double_backward, vmap=_vmap_backward)
 
 
 @backend.serves("linear_cross_entropy")
@@ -490,7 +482,7 @@ def linear_cross_entropy(
         x, weight, bias = autocast(x.device.type, x, weight, bias)  # type: ignore[assignment]
     options = (reduction, ignore_index, float(label_smoothing), float(z_loss), softcap or 0.0)
     check(x, weight, target, bias, class_weight, *options)
-    args = (x, weight, target, bias, class_weight, *options)
+    args = _encoded((x, weight, target, bias, class_weight, *options))
     if not torch.compiler.is_compiling():
         return _lowered(*args)
     needs = _needs(x, weight, bias)

@@ -16,7 +16,7 @@ from bigops.ops import _activation as act
 from bigops.ops import _checks as checks
 from bigops.ops import _quantized_factors as factors
 from bigops.ops import _triton_low_rank as _triton
-from bigops.ops._library import LIB, autocast, define, loop, rows
+from bigops.ops._library import autocast, define, loop, register, rows
 from bigops.ops._quantized_weight import QuantizedWeight
 from bigops.ops.fused_linear import fused_linear
 
@@ -173,20 +173,17 @@ def check(
 # --- fake ----------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("bigops::low_rank_linear", lib=LIB)
 def _fake(x, u, v, bias, residual, base, activation, scale):  # type: ignore[no-untyped-def]
     check(x, u, v, bias, residual, base, activation)
     return x.new_empty((*x.shape[:-1], u.shape[0]))
 
 
-@torch.library.register_fake("bigops::low_rank_linear_with_parts", lib=LIB)
 def _fake_with_parts(x, u, v, bias, residual, base, activation, scale):  # type: ignore[no-untyped-def]
     y = _fake(x, u, v, bias, residual, base, activation, scale)
     t = x.new_empty((*x.shape[:-1], v.shape[0]))
     return y, t, x.new_empty(0) if activation == "none" else torch.empty_like(y)
 
 
-@torch.library.register_fake("bigops::low_rank_linear_backward", lib=LIB)
 def _fake_backward(  # type: ignore[no-untyped-def]
     grad, x, u, v, base, t, preact, activation, scale, *needs
 ):
@@ -203,7 +200,7 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 def _gradients(
     grad: Tensor,
     saved: tuple[Tensor | None, ...],
-    activation: str,
+    code: int,
     scale: float,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
@@ -214,12 +211,12 @@ def _gradients(
     assert v is not None
     if torch.is_grad_enabled():  # double backward: rebuild t and z inside the graph
         t = _inner(x, v, scale)
-        z = None if activation == "none" else _preact(x, u, t, bias, base)
-        return reference_backward(grad, x, u, v, base, t, z, activation, scale, *needs)
+        z = None if code == act.NONE else _preact(x, u, t, bias, base)
+        return reference_backward(grad, x, u, v, base, t, z, act.NAMES[code], scale, *needs)
     if t is None:  # the plain raw op keeps nothing
-        _, t, preact = _forward_with_parts(x, u, v, bias, None, base, activation, scale)
-    preact = None if activation == "none" else preact
-    grads = _backward(grad, x, u, v, base, t, preact, activation, scale, *needs)
+        _, t, preact = _forward_with_parts(x, u, v, bias, None, base, code, scale)
+    preact = None if code == act.NONE else preact
+    grads = _backward(grad, x, u, v, base, t, preact, code, scale, *needs)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
@@ -231,7 +228,7 @@ def _raw_backward(ctx: Any, grad: Tensor, *others: Tensor | None) -> tuple[Any, 
             "low_rank_linear_with_parts: expected a gradient for y only; t and z are kept for the "
             "backward pass and have none"
         )
-    grads = _gradients(grad, ctx.saved_tensors, ctx.activation, ctx.scale, needs)
+    grads = _gradients(grad, ctx.saved_tensors, ctx.code, ctx.scale, needs)
     return (*grads[:4], grad if need[4] else None, grads[4], None, None)
 
 
@@ -239,10 +236,10 @@ class _LowRankLinear(torch.autograd.Function):
     """Eager autograd in the ctx form: 10 microseconds a call, setup_context costs 30."""
 
     @staticmethod
-    def forward(ctx, x, u, v, bias, residual, base, activation, scale):  # type: ignore[no-untyped-def]
-        ctx.activation, ctx.scale = activation, scale
+    def forward(ctx, x, u, v, bias, residual, base, code, scale):  # type: ignore[no-untyped-def]
+        ctx.code, ctx.scale = code, scale
         with torch._C._AutoDispatchBelowAutograd():
-            y, t, z = _forward_with_parts(x, u, v, bias, residual, base, activation, scale)
+            y, t, z = _forward_with_parts(x, u, v, bias, residual, base, code, scale)
         ctx.save_for_backward(x, u, v, bias, base, t, z)
         return y
 
@@ -252,20 +249,15 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, u, v, bias, _, base, ctx.activation, ctx.scale = inputs
+    x, u, v, bias, _, base, ctx.code, ctx.scale = inputs
     t, z = output[1:] if isinstance(output, tuple) else (None, None)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, u, v, bias, base, t, z)
 
 
-for _name in ("low_rank_linear", "low_rank_linear_with_parts"):
-    torch.library.register_autograd(
-        f"bigops::{_name}", _raw_backward, setup_context=_setup, lib=LIB
-    )
-
-
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.rest = inputs[7:]
+    code, *rest = inputs[7:]
+    ctx.rest = (act.NAMES[code], *rest)
     ctx.save_for_backward(*inputs[:7])
 
 
@@ -279,11 +271,6 @@ def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         given = [g for _, g in pairs]
         found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, given, allow_unused=True))
     return (*(None if t is None else next(found) for t in inputs), *[None] * len(ctx.rest))
-
-
-torch.library.register_autograd(
-    "bigops::low_rank_linear_backward", _double_backward, setup_context=_setup_backward, lib=LIB
-)
 
 
 # --- vmap ----------------------------------------------------------------------------------
@@ -316,13 +303,6 @@ def _vmap_by(op: Any) -> Any:
     return rule
 
 
-torch.library.register_vmap("bigops::low_rank_linear", _vmap_by(_forward), lib=LIB)
-torch.library.register_vmap(
-    "bigops::low_rank_linear_with_parts", _vmap_by(_forward_with_parts), lib=LIB
-)
-
-
-@torch.library.register_vmap("bigops::low_rank_linear_backward", lib=LIB)
 def _vmap_backward(info, in_dims, *args):  # type: ignore[no-untyped-def]
     return loop(_backward, args, in_dims, info.batch_size), (0,) * 5
 
@@ -374,9 +354,26 @@ def _cuda_backward(grad, *args):  # type: ignore[no-untyped-def]
     return serve(grad, *args)
 
 
-LIB.impl("low_rank_linear", _cuda, "CUDA")
-LIB.impl("low_rank_linear_with_parts", _cuda_with_parts, "CUDA")
-LIB.impl("low_rank_linear_backward", _cuda_backward, "CUDA")
+for _op, _served_by, _rule in (
+    (_forward, _cuda, _fake),
+    (_forward_with_parts, _cuda_with_parts, _fake_with_parts),
+):
+    register(
+        _op,
+        fake=_rule,
+        backward=_raw_backward,
+        setup=_setup,
+        vmap=_vmap_by(_op),
+        cuda=_served_by,
+    )
+register(
+    _backward,
+    fake=_fake_backward,
+    backward=_double_backward,
+    setup=_setup_backward,
+    vmap=_vmap_backward,
+    cuda=_cuda_backward,
+)
 
 
 @backend.serves("low_rank_linear")
@@ -466,10 +463,10 @@ def low_rank_linear(
             x, u, v, bias, residual, base = autocast(  # type: ignore[assignment]
                 device_type, x, u, v, bias, residual, base
             )
-        args = (x, u, v, bias, residual, base, activation, scale)
         if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
             check(x, u, v, bias, residual, base, activation)
-            return _composed(*args)
+            return _composed(x, u, v, bias, residual, base, activation, scale)
+        args = (x, u, v, bias, residual, base, act.CODES[activation], scale)
         if min(u.shape[0], v.shape[1]) < v.shape[0]:
             raise ValueError  # the kernel itself would take it
         if torch.compiler.is_compiling():
@@ -478,8 +475,9 @@ def low_rank_linear(
             return _LowRankLinear.apply(*args)  # type: ignore[no-any-return]
         with torch._C._AutoDispatchBelowAutograd():
             return _forward(*args)
-    except (RuntimeError, AttributeError, TypeError, ValueError, IndexError):
+    except (RuntimeError, AttributeError, TypeError, ValueError, LookupError):
         # The kernel checks its arguments; only a refused call pays for naming what is wrong.
+        act.check_name(activation, gated=False)
         if not torch.compiler.is_compiling():
             checks.tensors(x=x, u=u, v=v, bias=bias, residual=residual, base=base)
             check(x, u, v, bias, residual, base, activation)

@@ -20,7 +20,7 @@ from bigops.ops import _frozen
 from bigops.ops import _quantize as quantize
 from bigops.ops import _triton_quantized as _triton
 from bigops.ops._grid import GridLinear
-from bigops.ops._library import LIB
+from bigops.ops._library import register
 from bigops.ops._quantize import static_grid
 from bigops.ops._quantized_weight import (
     TILE,
@@ -169,8 +169,8 @@ def _cuda_backward(grad, x, *args):  # type: ignore[no-untyped-def]
     return _triton.backward(grad, x, *args)
 
 
-LIB.impl("quantized_linear", _cuda, "CUDA")
-LIB.impl("quantized_linear_backward", _cuda_backward, "CUDA")
+register(_op.forward, cuda=_cuda)
+register(_op.backward, cuda=_cuda_backward)
 
 
 @backend.serves("quantized_linear")

@@ -27,7 +27,7 @@ from bigops.ops import _sparse_weight as storage
 from bigops.ops import _triton_sparse as _triton
 from bigops.ops._bitmap_weight import BitmapWeight, bitmap_from_sparse, pack_bitmap
 from bigops.ops._grid import GridLinear
-from bigops.ops._library import LIB
+from bigops.ops._library import register
 from bigops.ops._sparse24_weight import Sparse24Weight, from_sparse, pack24, prune24
 from bigops.ops._sparse_convert import (
     Pattern,
@@ -209,8 +209,8 @@ def _cuda_backward(grad, x, *args):  # type: ignore[no-untyped-def]
     return _triton.backward(grad, x, blocks, *args)
 
 
-LIB.impl("sparse_linear", _cuda, "CUDA")
-LIB.impl("sparse_linear_backward", _cuda_backward, "CUDA")
+register(_op.forward, cuda=_cuda)
+register(_op.backward, cuda=_cuda_backward)
 
 
 def _check_weight_shape(x: Tensor, weight: SparseWeight) -> None:

@@ -43,6 +43,7 @@ from typing import Any
 import torch
 
 from bigops.ops._activation import GATED  # importing bigops.ops defines the ops named below
+from bigops.ops._library import in_words
 from bigops.parallel import _fp8_rules, _loss_rules
 from bigops.parallel._rule import Rule, Weight, _if, stored_linear, stored_linear_backward
 
@@ -83,18 +84,13 @@ def register_sharding_rules() -> None:
         return
     if not torch.distributed.is_available():
         raise RuntimeError("register_sharding_rules: this torch was built without distributed")
-    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.experimental import register_sharding
 
-    known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
     for name in _OPS:
-        op = getattr(torch.ops.bigops, name).default
+        op = getattr(torch.ops.bigops, name).code
         rules = _fp8_rules if name.startswith("fp8") else _loss_rules
-        register_sharding(op)(globals().get(f"_{name}") or getattr(rules, name))
-        # DTensor caches a choice by the tensors' shapes and by the arguments from static_argnum
-        # on; register_sharding counts integers only. Without this line "swiglu" would get the
-        # split that "relu" was given for equal shapes.
-        known[op].static_argnum = 1
+        rule = globals().get(f"_{name}") or getattr(rules, name)
+        register_sharding(op)(in_words(op, rule))
     _registered = True
 
 

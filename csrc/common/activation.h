@@ -1,8 +1,6 @@
-// Codes of the activations: the positions of bigops/ops/_activation.py NAMES. No torch header
-// here: the instruction-set files include it, and `static` keeps their copies to themselves.
+// Codes of the activations, whose words are in common/codes.h. No torch header here: the
+// instruction-set files include it, and `static` keeps their copies to themselves.
 #pragma once
-
-#include <cstring>
 
 namespace bigops {
 
@@ -23,11 +21,9 @@ enum Activation : int {
   kActivationCount
 };
 
-constexpr const char* kActivationNames[kActivationCount] = {
-    "none",    "relu", "relu2",  "gelu",  "gelu_tanh",  "silu",
-    "sigmoid", "tanh", "swiglu", "geglu", "geglu_tanh", "reglu"};
-
-static constexpr bool is_gated(int activation) { return activation >= kFirstGated; }
+static constexpr bool is_gated(int activation) {
+  return activation >= kFirstGated && activation <= kReglu;
+}
 
 // The activation of the gate half of a gated pair.
 static constexpr int gate_activation(int activation) {
@@ -35,14 +31,6 @@ static constexpr int gate_activation(int activation) {
          : activation == kGeglu     ? kGelu
          : activation == kGegluTanh ? kGeluTanh
                                     : kRelu;
-}
-
-static inline int activation_code(const char* name, size_t length) {
-  for (int i = 0; i < kActivationCount; ++i)
-    if (std::strlen(kActivationNames[i]) == length &&
-        std::memcmp(name, kActivationNames[i], length) == 0)
-      return i;
-  return -1;
 }
 
 }  // namespace bigops

@@ -10,9 +10,8 @@
 
 #include <optional>
 #include <string>
-#include <string_view>
 
-#include "common/activation.h"
+#include "common/codes.h"
 
 namespace bigops {
 
@@ -58,10 +57,25 @@ inline void check_vector(const char* name, const Tensor& t, int64_t n) {
   if (t.dim() != 1 || t.size(0) != n) fail(name, "shape [" + std::to_string(n) + "]", shape_of(t));
 }
 
-inline int check_activation(std::string_view name) {
-  const int code = activation_code(name.data(), name.size());
-  if (code < 0) fail("activation", "a known name", std::string(name));
-  return code;
+template <size_t N>
+int check_code(const char* argument, int64_t code, const Words<N>& words) {
+  if (code < 0 || code >= static_cast<int64_t>(N))
+    fail(
+        argument,
+        "a code from 0 to " + std::to_string(N - 1) + " (" + words[0] + " to " + words[N - 1] + ")",
+        std::to_string(code));
+  return static_cast<int>(code);
+}
+
+inline int check_activation(int64_t code) {
+  return check_code("activation", code, kActivationWords);
+}
+
+inline int check_plain_activation(int64_t code) {
+  const int activation = check_activation(code);
+  if (is_gated(activation))
+    fail("activation", "one that is no gated pair", kActivationWords[activation]);
+  return activation;
 }
 
 // Contiguous form; no copy (and no dispatcher) where it already is.

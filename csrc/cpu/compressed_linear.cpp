@@ -22,9 +22,8 @@ SelectedCompressed select_compressed() {
 namespace {
 
 CompressedCall check_call(const Tensor& x, int64_t n, int64_t k, const OptTensor& bias,
-                          const OptTensor& residual, std::string_view activation, bool x_u8) {
-  const int code = check_activation(activation);
-  if (is_gated(code)) fail("activation", "one that is no gated pair", std::string(activation));
+                          const OptTensor& residual, int64_t activation, bool x_u8) {
+  const int code = check_plain_activation(activation);
   check_cpu("x", x);
   ScalarType dtype = x.scalar_type();
   const char* source = "x";
@@ -76,13 +75,13 @@ struct Freed {
 }  // namespace
 
 CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const OptTensor& bias,
-                                const OptTensor& residual, std::string_view activation) {
+                                const OptTensor& residual, int64_t activation) {
   return check_call(x, n, k, bias, residual, activation, false);
 }
 
 CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const OptTensor& x_grid,
                                 const OptTensor& y_grid, const OptTensor& bias,
-                                const OptTensor& residual, std::string_view activation) {
+                                const OptTensor& residual, int64_t activation) {
   const bool u8 = x.scalar_type() == ScalarType::Byte;
   if (u8 && !x_grid.has_value()) fail("x", "a floating dtype without x_grid", "u8");
   CompressedCall call = check_call(x, n, k, bias, residual, activation, u8);

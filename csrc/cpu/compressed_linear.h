@@ -58,11 +58,11 @@ struct CompressedCall {
 };
 // k: columns of the weight as far as the storage knows them.
 CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const OptTensor& bias,
-                                const OptTensor& residual, std::string_view activation);
+                                const OptTensor& residual, int64_t activation);
 // The same for the ops with grids, where x may be u8.
 CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const OptTensor& x_grid,
                                 const OptTensor& y_grid, const OptTensor& bias,
-                                const OptTensor& residual, std::string_view activation);
+                                const OptTensor& residual, int64_t activation);
 
 // Row i of x to u8, its scale and zero point; copied where it is u8 already.
 void quantize_row(const CompressedCall& call, int64_t i, uint8_t* q, float* scale,

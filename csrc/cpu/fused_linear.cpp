@@ -26,7 +26,7 @@ struct Problem {
 };
 
 Problem check_arguments(const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                        const OptTensor& residual, std::string_view activation) {
+                        const OptTensor& residual, int64_t activation) {
   Problem p;
   p.activation = check_activation(activation);
   p.dtype = x.scalar_type();
@@ -149,7 +149,7 @@ void run_epilogue(const Selected& s, const Problem& p, const Tensor& z, const Op
 }  // namespace
 
 Tensor dense_linear(const Tensor& x_any, const Tensor& weight_any, const OptTensor& bias_any,
-                    const OptTensor& residual_any, std::string_view activation, Tensor* preact,
+                    const OptTensor& residual_any, int64_t activation, Tensor* preact,
                     const char* op) {
   const Problem p = check_arguments(x_any, weight_any, bias_any, residual_any, activation);
   const Tensor x = dense(x_any), weight = dense(weight_any);
@@ -183,14 +183,13 @@ Tensor dense_linear(const Tensor& x_any, const Tensor& weight_any, const OptTens
 namespace {
 
 Tensor fused_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                    const OptTensor& residual, std::string_view activation) {
+                    const OptTensor& residual, int64_t activation) {
   return dense_linear(x, weight, bias, residual, activation, nullptr, "fused_linear");
 }
 
 std::tuple<Tensor, Tensor> fused_linear_with_preact(const Tensor& x, const Tensor& weight,
                                                     const OptTensor& bias,
-                                                    const OptTensor& residual,
-                                                    std::string_view activation) {
+                                                    const OptTensor& residual, int64_t activation) {
   Tensor preact;
   Tensor y =
       dense_linear(x, weight, bias, residual, activation, &preact, "fused_linear_with_preact");
@@ -267,12 +266,13 @@ std::tuple<Tensor, Tensor, Tensor> fused_linear_backward(const Tensor& grad_any,
                                                          const Tensor& x_any,
                                                          const Tensor& weight_any,
                                                          const OptTensor& preact_any,
-                                                         std::string_view activation, bool need_x,
+                                                         int64_t activation, bool need_x,
                                                          bool need_weight, bool need_bias) {
   const Problem p =
       check_arguments(x_any, weight_any, OptTensor(), OptTensor(grad_any), activation);
   if (p.activation != kNone && !preact_any.has_value())
-    fail("preact", "z = x W^T + bias for activation " + std::string(activation), "None");
+    fail("preact", std::string("z = x W^T + bias for activation ") + kActivationWords[p.activation],
+         "None");
   const Tensor grad = dense(grad_any), x = dense(x_any), weight = dense(weight_any);
   const OptTensor preact = p.activation == kNone ? OptTensor() : dense(preact_any);
   if (preact.has_value()) {
@@ -319,7 +319,7 @@ std::pair<std::string, std::string> choose_fused_linear(int64_t m, int64_t n, in
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
-  m.impl("fused_linear", TORCH_BOX(&bigops::fused_linear));
-  m.impl("fused_linear_with_preact", TORCH_BOX(&bigops::fused_linear_with_preact));
-  m.impl("fused_linear_backward", TORCH_BOX(&bigops::fused_linear_backward));
+  m.impl("fused_linear.code", TORCH_BOX(&bigops::fused_linear));
+  m.impl("fused_linear_with_preact.code", TORCH_BOX(&bigops::fused_linear_with_preact));
+  m.impl("fused_linear_backward.code", TORCH_BOX(&bigops::fused_linear_backward));
 }

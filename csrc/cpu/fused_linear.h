@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <string>
-#include <string_view>
 #include <utility>
 
 #include "common/tensor.h"
@@ -13,8 +12,7 @@ namespace bigops {
 // act(x W^T + bias) + residual with all checks, recorded under the name `op`. preact: null when not
 // asked for; else receives z.
 Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                    const OptTensor& residual, std::string_view activation, Tensor* preact,
-                    const char* op);
+                    const OptTensor& residual, int64_t activation, Tensor* preact, const char* op);
 
 // act(z) + residual for z [.., N], contiguous.
 Tensor activated(const Tensor& z, const OptTensor& residual, int activation);

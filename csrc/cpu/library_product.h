@@ -5,21 +5,23 @@
 #include "common/crossover.h"
 #include "common/tensor.h"
 
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, const char* attr,
+    const double** scalars, int64_t scalars_len, const char** algorithm, AtenTensorHandle* result);
+
 namespace bigops {
 
-// x W^T + bias by oneDNN, matrices of any strides. The op is torch's own but private: the Python
-// side looks for it before it lets this be called (backend.py).
+inline bool has_onednn_linear() { return aoti_torch_cpu__linear_pointwise != nullptr; }
+
+// x W^T + bias by oneDNN, matrices of any strides. By the shim of torch's private op and not by the
+// dispatcher, which would keep a copy of each of its strings (common/codes.h). A torch without
+// oneDNN has no such shim: the Python side asks before it lets this be called (backend.py).
 inline Tensor onednn_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(x),
-                                    from(weight),
-                                    from(bias),
-                                    from(std::string("none")),
-                                    from(std::vector<int64_t>()),
-                                    from(std::optional<std::string>(""))};
+  AtenTensorHandle added = bias.has_value() ? bias->get() : nullptr, result = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+      aoti_torch_cpu__linear_pointwise(x.get(), weight.get(), bias.has_value() ? &added : nullptr,
+                                       "none", nullptr, 0, nullptr, &result));
+  return Tensor(result);
 }
 
 // a [M, K] times b [K, N]. oneDNN is not asked for products without elements.

@@ -32,12 +32,6 @@ void check_factors(const Tensor& x, const Tensor& u, const Tensor& v, const OptT
   }
 }
 
-int check_plain(std::string_view activation) {
-  const int code = check_activation(activation);
-  if (is_gated(code)) fail("activation", "one that is not gated", std::string(activation));
-  return code;
-}
-
 Tensor times(const Tensor& t, double scale) {
   if (scale == 1.0) return t;
   // A tensor without dimensions gives no dtype to the product.
@@ -52,20 +46,20 @@ Tensor times(const Tensor& t, double scale) {
 
 // t and z: null when not asked for. z is left as it is for activation "none".
 Tensor forward(const Tensor& x_any, const Tensor& u, const Tensor& v, const OptTensor& bias,
-               const OptTensor& residual, const OptTensor& base, std::string_view activation,
-               double scale, Tensor* t_out, Tensor* z) {
-  const int code = check_plain(activation);
+               const OptTensor& residual, const OptTensor& base, int64_t activation, double scale,
+               Tensor* t_out, Tensor* z) {
+  const int code = check_plain_activation(activation);
   check_factors(x_any, u, v, base);
   const Tensor x = dense(x_any);
-  const Tensor t = times(dense_linear(x, v, OptTensor(), OptTensor(), "none", nullptr, kOp), scale);
+  const Tensor t = times(dense_linear(x, v, OptTensor(), OptTensor(), kNone, nullptr, kOp), scale);
   if (t_out != nullptr) *t_out = t;
   if (!base.has_value()) return dense_linear(t, u, bias, residual, activation, z, kOp);
   if (code == kNone) {
-    const Tensor low = dense_linear(t, u, OptTensor(), residual, "none", nullptr, kOp);
-    return dense_linear(x, *base, bias, low, "none", nullptr, kOp);
+    const Tensor low = dense_linear(t, u, OptTensor(), residual, kNone, nullptr, kOp);
+    return dense_linear(x, *base, bias, low, kNone, nullptr, kOp);
   }
-  const Tensor low = dense_linear(t, u, OptTensor(), OptTensor(), "none", nullptr, kOp);
-  const Tensor sum = dense_linear(x, *base, bias, low, "none", nullptr, kOp);
+  const Tensor low = dense_linear(t, u, OptTensor(), OptTensor(), kNone, nullptr, kOp);
+  const Tensor sum = dense_linear(x, *base, bias, low, kNone, nullptr, kOp);
   if (z != nullptr) *z = sum;
   if (residual.has_value()) {
     check_cpu("residual", *residual);
@@ -78,14 +72,14 @@ Tensor forward(const Tensor& x_any, const Tensor& u, const Tensor& v, const OptT
 }
 
 Tensor low_rank_linear(const Tensor& x, const Tensor& u, const Tensor& v, const OptTensor& bias,
-                       const OptTensor& residual, const OptTensor& base,
-                       std::string_view activation, double scale) {
+                       const OptTensor& residual, const OptTensor& base, int64_t activation,
+                       double scale) {
   return forward(x, u, v, bias, residual, base, activation, scale, nullptr, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor> low_rank_linear_with_parts(
     const Tensor& x, const Tensor& u, const Tensor& v, const OptTensor& bias,
-    const OptTensor& residual, const OptTensor& base, std::string_view activation, double scale) {
+    const OptTensor& residual, const OptTensor& base, int64_t activation, double scale) {
   Tensor t, z = nothing(x.scalar_type());
   const bool keep = check_activation(activation) != kNone;
   Tensor y = forward(x, u, v, bias, residual, base, activation, scale, &t, keep ? &z : nullptr);
@@ -94,10 +88,9 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_linear_with_parts(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
     const Tensor& grad_any, const Tensor& x_any, const Tensor& u_any, const Tensor& v_any,
-    const OptTensor& base_any, const Tensor& t_any, const OptTensor& preact_any,
-    std::string_view activation, double scale, bool need_x, bool need_u, bool need_v,
-    bool need_bias, bool need_base) {
-  const int code = check_plain(activation);
+    const OptTensor& base_any, const Tensor& t_any, const OptTensor& preact_any, int64_t activation,
+    double scale, bool need_x, bool need_u, bool need_v, bool need_bias, bool need_base) {
+  const int code = check_plain_activation(activation);
   check_factors(x_any, u_any, v_any, base_any);
   check_cpu("grad", grad_any);
   check_cpu("x", x_any);
@@ -120,7 +113,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
     fail("t", std::to_string(m) + " x " + std::to_string(rank) + " elements", shape_of(t_any));
   if (code != kNone) {
     if (!preact_any.has_value())
-      fail("preact", "what the activation " + std::string(activation) + " was given", "None");
+      fail("preact", std::string("what the activation ") + kActivationWords[code] + " was given",
+           "None");
     check_cpu("preact", *preact_any);
     check_dtype("preact", *preact_any, dtype);
     if (preact_any->numel() != m * n)
@@ -146,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
     if (need_x && base_any.has_value()) {
       // The sum of both products in the epilogue of the second.
       const OptTensor rest(gradient_mm(gz, dense(*base_any)));
-      gx = view_like(dense_linear(gt, torch::stable::transpose(v, 0, 1), OptTensor(), rest, "none",
+      gx = view_like(dense_linear(gt, torch::stable::transpose(v, 0, 1), OptTensor(), rest, kNone,
                                   nullptr, "low_rank_linear_backward"),
                      x);
     } else if (need_x) {
@@ -160,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
-  m.impl("low_rank_linear", TORCH_BOX(&bigops::low_rank_linear));
-  m.impl("low_rank_linear_with_parts", TORCH_BOX(&bigops::low_rank_linear_with_parts));
-  m.impl("low_rank_linear_backward", TORCH_BOX(&bigops::low_rank_linear_backward));
+  m.impl("low_rank_linear.code", TORCH_BOX(&bigops::low_rank_linear));
+  m.impl("low_rank_linear_with_parts.code", TORCH_BOX(&bigops::low_rank_linear_with_parts));
+  m.impl("low_rank_linear_backward.code", TORCH_BOX(&bigops::low_rank_linear_backward));
 }

@@ -141,15 +141,14 @@ Panels check_panels(const Tensor& panels, int64_t pad, int64_t k) {
 }
 
 CompressedCall check_call(const Tensor& x, const Panels& w, int64_t k, const OptTensor& bias,
-                          const OptTensor& residual, std::string_view activation) {
+                          const OptTensor& residual, int64_t activation) {
   const CompressedCall call = check_compressed(x, w.n, k, bias, residual, activation);
   check_dtype("panels", w.values, call.dtype);
   return call;
 }
 
 Tensor packed_linear(const Tensor& x, const Tensor& panels, int64_t pad, int64_t k,
-                     const OptTensor& bias, const OptTensor& residual,
-                     std::string_view activation) {
+                     const OptTensor& bias, const OptTensor& residual, int64_t activation) {
   const Panels w = check_panels(panels, pad, k);
   const CompressedCall call = check_call(x, w, k, bias, residual, activation);
   record(choose(call.kind).isa, "packed_linear", short_name(call.dtype), "panels");
@@ -182,9 +181,8 @@ Tensor unpacked(const CompressedCall& call, const Panels& w) {
 
 std::tuple<Tensor, Tensor> packed_linear_backward(const Tensor& grad_any, const Tensor& x,
                                                   const Tensor& panels, int64_t pad, int64_t k,
-                                                  const OptTensor& bias,
-                                                  std::string_view activation, bool need_x,
-                                                  bool need_bias) {
+                                                  const OptTensor& bias, int64_t activation,
+                                                  bool need_x, bool need_bias) {
   const Panels w = check_panels(panels, pad, k);
   CompressedCall call = check_call(x, w, k, bias, OptTensor(grad_any), activation);
   const Tensor grad = *call.residual;  // checked as such: grad has the shape of y
@@ -222,6 +220,6 @@ std::pair<std::string, std::string> choose_packed_linear(const std::string& dtyp
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
-  m.impl("packed_linear", TORCH_BOX(&bigops::packed_linear));
-  m.impl("packed_linear_backward", TORCH_BOX(&bigops::packed_linear_backward));
+  m.impl("packed_linear.code", TORCH_BOX(&bigops::packed_linear));
+  m.impl("packed_linear_backward.code", TORCH_BOX(&bigops::packed_linear_backward));
 }

@@ -22,8 +22,6 @@ constexpr int64_t kGradChunk = 192;      // rows of a gradient that share them, 
 // wrap), 255 * 255 after.
 constexpr int64_t exact_columns(bool zero_points) { return zero_points ? 32768 : kExactColumns; }
 
-enum Activate { kFloating, kDynamic, kSymmetric, kStatic };
-
 // The weight as the schema gives it, checked and contiguous.
 struct Weight {
   Tensor values_tensor, scale_tensor;
@@ -50,14 +48,6 @@ struct Weight {
   }
 };
 
-Activate activations_code(std::string_view name) {
-  if (name == "none") return kFloating;
-  if (name == "dynamic") return kDynamic;
-  if (name == "symmetric") return kSymmetric;
-  if (name == "static") return kStatic;
-  fail("activations", "none, dynamic, symmetric or static", std::string(name));
-}
-
 void check_sizes(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
   bool same = t.dim() == static_cast<int64_t>(sizes.size());
   int64_t i = 0;
@@ -82,8 +72,9 @@ void check_optional(const char* name, const OptTensor& t, bool wanted, ScalarTyp
 
 Weight check_weight(const Tensor& values, const Tensor& scale, const OptTensor& zero_point,
                     const OptTensor& row_sum, const OptTensor& x_grid, int64_t pad, int64_t k,
-                    int64_t bits, int64_t group, std::string_view activations) {
-  const Activate mode = activations_code(activations);
+                    int64_t bits, int64_t group, int64_t activations) {
+  const Activate mode =
+      static_cast<Activate>(check_code("activations", activations, kActivateWords));
   if (bits != 8 && bits != 4) fail("bits", "8 or 4", std::to_string(bits));
   if (k < 0) fail("k", "at least 0", std::to_string(k));
   const bool exact = mode != kFloating && bits == 8;
@@ -398,8 +389,8 @@ Tensor run(const CompressedCall& call, const Weight& w) {
 Tensor quantized_linear(const Tensor& x, const Tensor& values, const Tensor& scale,
                         const OptTensor& zero_point, const OptTensor& row_sum,
                         const OptTensor& x_grid, int64_t pad, int64_t k, int64_t bits,
-                        int64_t group, std::string_view activations, const OptTensor& bias,
-                        const OptTensor& residual, std::string_view activation) {
+                        int64_t group, int64_t activations, const OptTensor& bias,
+                        const OptTensor& residual, int64_t activation) {
   const Weight w =
       check_weight(values, scale, zero_point, row_sum, x_grid, pad, k, bits, group, activations);
   CompressedCall call = check_compressed(x, w.n, k, bias, residual, activation);
@@ -410,9 +401,8 @@ Tensor quantized_linear(const Tensor& x, const Tensor& values, const Tensor& sca
 Tensor quantized_linear_grid(const Tensor& x, const Tensor& values, const Tensor& scale,
                              const OptTensor& zero_point, const OptTensor& row_sum,
                              const OptTensor& x_grid, int64_t pad, int64_t k, int64_t bits,
-                             int64_t group, std::string_view activations, const OptTensor& y_grid,
-                             const OptTensor& bias, const OptTensor& residual,
-                             std::string_view activation) {
+                             int64_t group, int64_t activations, const OptTensor& y_grid,
+                             const OptTensor& bias, const OptTensor& residual, int64_t activation) {
   const Weight w =
       check_weight(values, scale, zero_point, row_sum, x_grid, pad, k, bits, group, activations);
   return run(check_compressed(x, w.n, k, x_grid, y_grid, bias, residual, activation), w);
@@ -421,8 +411,8 @@ Tensor quantized_linear_grid(const Tensor& x, const Tensor& values, const Tensor
 std::tuple<Tensor, Tensor> quantized_linear_backward(
     const Tensor& grad_any, const Tensor& x, const Tensor& values, const Tensor& scale,
     const OptTensor& zero_point, const OptTensor& row_sum, const OptTensor& x_grid, int64_t pad,
-    int64_t k, int64_t bits, int64_t group, std::string_view activations, const OptTensor& bias,
-    std::string_view activation, bool need_x, bool need_bias) {
+    int64_t k, int64_t bits, int64_t group, int64_t activations, const OptTensor& bias,
+    int64_t activation, bool need_x, bool need_bias) {
   const Weight w =
       check_weight(values, scale, zero_point, row_sum, x_grid, pad, k, bits, group, activations);
   CompressedCall call = check_compressed(x, w.n, k, bias, OptTensor(grad_any), activation);
@@ -453,7 +443,7 @@ std::tuple<Tensor, Tensor> quantized_linear_backward(
 std::pair<std::string, std::string> choose_quantized_linear(int64_t bits,
                                                             const std::string& activations,
                                                             const std::string& dtype, bool y_u8) {
-  const bool integer = activations_code(activations) != kFloating;
+  const bool integer = activations != kActivateWords[kFloating];
   const Chosen chosen = choose(bits, integer, dtype == "bf16");
   const std::string width = bits == 8 ? "8" : "4";
   const std::string form = form_name("w" + width + (integer ? "a8" : ""), y_u8);
@@ -469,7 +459,7 @@ std::pair<std::string, std::string> choose_quantized_linear(int64_t bits,
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
-  m.impl("quantized_linear", TORCH_BOX(&bigops::quantized_linear));
-  m.impl("quantized_linear_grid", TORCH_BOX(&bigops::quantized_linear_grid));
-  m.impl("quantized_linear_backward", TORCH_BOX(&bigops::quantized_linear_backward));
+  m.impl("quantized_linear.code", TORCH_BOX(&bigops::quantized_linear));
+  m.impl("quantized_linear_grid.code", TORCH_BOX(&bigops::quantized_linear_grid));
+  m.impl("quantized_linear_backward.code", TORCH_BOX(&bigops::quantized_linear_backward));
 }

@@ -162,7 +162,7 @@ Tensor run(const CompressedCall& call, const SparseStorage& s) {
 Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& index, const Tensor& rows,
                      const Tensor& length, const Tensor& ptr, const OptTensor& scale,
                      const OptTensor& sums, int64_t n, int64_t chunk, const OptTensor& bias,
-                     const OptTensor& residual, std::string_view activation) {
+                     const OptTensor& residual, int64_t activation) {
   const SparseStorage s =
       check_sparse(x, {values, index, rows, length, ptr, scale, sums}, n, chunk);
   return run(check_compressed(x, s.n, s.k, bias, residual, activation), s);
@@ -172,7 +172,7 @@ Tensor sparse_linear_grid(const Tensor& x, const Tensor& values, const Tensor& i
                           const Tensor& rows, const Tensor& length, const Tensor& ptr,
                           const OptTensor& scale, const OptTensor& sums, int64_t n, int64_t chunk,
                           const OptTensor& x_grid, const OptTensor& y_grid, const OptTensor& bias,
-                          const OptTensor& residual, std::string_view activation) {
+                          const OptTensor& residual, int64_t activation) {
   const SparseStorage s =
       check_sparse(x, {values, index, rows, length, ptr, scale, sums}, n, chunk);
   if (x_grid.has_value() && s.kind != kWordS8)
@@ -356,6 +356,6 @@ std::pair<std::string, std::string> choose_sparse_linear(int64_t m, const std::s
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
-  m.impl("sparse_linear", TORCH_BOX(&bigops::sparse_linear));
-  m.impl("sparse_linear_grid", TORCH_BOX(&bigops::sparse_linear_grid));
+  m.impl("sparse_linear.code", TORCH_BOX(&bigops::sparse_linear));
+  m.impl("sparse_linear_grid.code", TORCH_BOX(&bigops::sparse_linear_grid));
 }

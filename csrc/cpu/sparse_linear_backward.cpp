@@ -292,8 +292,8 @@ void value_gradient(const CompressedCall& call, const SparseStorage& s, const fl
 std::tuple<Tensor, Tensor, Tensor> sparse_linear_backward(
     const Tensor& grad_any, const Tensor& x, const Tensor& values, const Tensor& index,
     const Tensor& rows, const Tensor& length, const Tensor& ptr, const OptTensor& scale,
-    const OptTensor& sums, int64_t n, int64_t chunk, const OptTensor& bias,
-    std::string_view activation, bool need_x, bool need_values, bool need_bias) {
+    const OptTensor& sums, int64_t n, int64_t chunk, const OptTensor& bias, int64_t activation,
+    bool need_x, bool need_values, bool need_bias) {
   const SparseStorage s =
       check_sparse(x, {values, index, rows, length, ptr, scale, sums}, n, chunk);
   CompressedCall call = check_compressed(x, s.n, s.k, bias, OptTensor(grad_any), activation);
@@ -345,5 +345,5 @@ std::tuple<Tensor, Tensor, Tensor> sparse_linear_backward(
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
-  m.impl("sparse_linear_backward", TORCH_BOX(&bigops::sparse_linear_backward));
+  m.impl("sparse_linear_backward.code", TORCH_BOX(&bigops::sparse_linear_backward));
 }

@@ -21,8 +21,7 @@ BitmapType type_of(ScalarType dtype) {
 // x: [M, K] in the dtype of the values, M at most kBitmapDecodeRows.
 Tensor bitmap_linear_decode(const Tensor& x, const Tensor& values, const Tensor& bits,
                             const Tensor& ptr, int64_t n, const OptTensor& bias,
-                            const OptTensor& residual, std::string_view activation,
-                            int64_t splits) {
+                            const OptTensor& residual, int64_t activation, int64_t splits) {
   if (!on_device(x)) fail("x", "a CUDA tensor", "another device");
   const ScalarType dtype = values.scalar_type();
   const BitmapType type = type_of(dtype);
@@ -75,5 +74,5 @@ Tensor bitmap_linear_decode(const Tensor& x, const Tensor& values, const Tensor&
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, BIGOPS_DEVICE, m) {
-  m.impl("bitmap_linear_decode", TORCH_BOX(&bigops::bitmap_linear_decode));
+  m.impl("bitmap_linear_decode.code", TORCH_BOX(&bigops::bitmap_linear_decode));
 }

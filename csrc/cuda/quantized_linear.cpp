@@ -22,7 +22,7 @@ DecodeType type_of(const Tensor& x) {
 Tensor quantized_linear_decode(const Tensor& x, const Tensor& values, const Tensor& scale,
                                const OptTensor& zero_point, int64_t pad, int64_t k, int64_t bits,
                                int64_t group, const OptTensor& bias, const OptTensor& residual,
-                               std::string_view activation, int64_t splits) {
+                               int64_t activation, int64_t splits) {
   const DecodeType type = type_of(x);
   const ScalarType dtype = x.scalar_type();
   if (!on_device(x)) fail("x", "a CUDA tensor", "another device");
@@ -81,5 +81,5 @@ Tensor quantized_linear_decode(const Tensor& x, const Tensor& values, const Tens
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, BIGOPS_DEVICE, m) {
-  m.impl("quantized_linear_decode", TORCH_BOX(&bigops::quantized_linear_decode));
+  m.impl("quantized_linear_decode.code", TORCH_BOX(&bigops::quantized_linear_decode));
 }

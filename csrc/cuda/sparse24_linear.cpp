@@ -25,7 +25,7 @@ Tensor sparse24_linear_product(const Tensor& x, const OptTensor& x_scale, const 
                                const Tensor& like, const Tensor& values, const Tensor& meta,
                                const OptTensor& scale, const OptTensor& sums, int64_t k,
                                const OptTensor& bias, const OptTensor& residual,
-                               std::string_view activation) {
+                               int64_t activation) {
   if (!on_device(x)) fail("x", "a CUDA tensor", "another device");
   const ScalarType dtype = like.scalar_type(), stored = values.scalar_type();
   const bool whole = stored == ScalarType::Char;
@@ -84,5 +84,5 @@ Tensor sparse24_linear_product(const Tensor& x, const OptTensor& x_scale, const 
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, BIGOPS_DEVICE, m) {
-  m.impl("sparse24_linear_product", TORCH_BOX(&bigops::sparse24_linear_product));
+  m.impl("sparse24_linear_product.code", TORCH_BOX(&bigops::sparse24_linear_product));
 }

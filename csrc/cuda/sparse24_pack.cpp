@@ -21,25 +21,21 @@ Sparse24Source source_of(const Tensor& w) {
   }
 }
 
-ScalarType stored_as(std::string_view dtype) {
-  if (dtype == "bf16") return ScalarType::BFloat16;
-  if (dtype == "f16") return ScalarType::Half;
-  fail("dtype", "bf16 or f16", std::string(dtype));
+ScalarType stored_as(int64_t dtype) {
+  const int code = check_code("dtype", dtype, kStoredWords);
+  return code == kStoredHalf ? ScalarType::Half : ScalarType::BFloat16;
 }
 
-int choice_of(std::string_view choice, const OptTensor& mask, bool transposable) {
-  if (choice == "given") return kPackGiven;
+int choice_of(int64_t choice, const OptTensor& mask, bool transposable) {
+  if (check_code("choice", choice, kChoiceWords) == kGiven) return kPackGiven;
   if (mask.has_value()) fail("mask", "None with a choice by size", "a tensor");
-  if (choice == "largest" && !transposable) return kPackLargest;
-  if (choice == "largest") return kPackBlocks;
-  fail("choice", "given or largest", std::string(choice));
+  return transposable ? kPackBlocks : kPackLargest;
 }
 
 // (values, meta, values_t, meta_t, broken); the pack of the transpose is empty unless transposable.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse24_pack(const Tensor& w,
                                                                  const OptTensor& mask,
-                                                                 std::string_view choice,
-                                                                 std::string_view dtype,
+                                                                 int64_t choice, int64_t dtype,
                                                                  bool transposable) {
   if (!on_device(w)) fail("w", "a CUDA tensor", "another device");
   const Sparse24Source source = source_of(w);
@@ -127,6 +123,6 @@ Tensor sparse24_turn(const Tensor& values, const Tensor& meta, const Tensor& met
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, BIGOPS_DEVICE, m) {
-  m.impl("sparse24_pack", TORCH_BOX(&bigops::sparse24_pack));
+  m.impl("sparse24_pack.code", TORCH_BOX(&bigops::sparse24_pack));
   m.impl("sparse24_turn", TORCH_BOX(&bigops::sparse24_turn));
 }

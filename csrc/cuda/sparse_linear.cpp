@@ -39,8 +39,8 @@ Tensor sparse_linear_decode(const Tensor& x, const OptTensor& x_scale, const Opt
                             const Tensor& like, const Tensor& values, const Tensor& index,
                             const Tensor& rows, const Tensor& ptr, const OptTensor& scale,
                             const OptTensor& sums, int64_t n, int64_t k, int64_t chunk,
-                            const OptTensor& bias, const OptTensor& residual,
-                            std::string_view activation, int64_t splits) {
+                            const OptTensor& bias, const OptTensor& residual, int64_t activation,
+                            int64_t splits) {
   if (!on_device(x)) fail("x", "a CUDA tensor", "another device");
   const Kind kind = kind_of(values);
   const bool whole = kind.word == kSparseWordInt8;
@@ -119,5 +119,5 @@ Tensor sparse_linear_decode(const Tensor& x, const OptTensor& x_scale, const Opt
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, BIGOPS_DEVICE, m) {
-  m.impl("sparse_linear_decode", TORCH_BOX(&bigops::sparse_linear_decode));
+  m.impl("sparse_linear_decode.code", TORCH_BOX(&bigops::sparse_linear_decode));
 }

@@ -70,13 +70,10 @@ inline void check_whole(bool whole, const Tensor& x, int64_t m, int64_t n, const
 
 // Bias [n] and residual [m, n] in y's dtype; the code of the activation, which is not gated.
 inline int check_epilogue(const Tensor& x, ScalarType dtype, int64_t m, int64_t n,
-                          const OptTensor& bias, const OptTensor& residual,
-                          std::string_view activation) {
+                          const OptTensor& bias, const OptTensor& residual, int64_t activation) {
   check_on("bias", bias, x, dtype, {n});
   check_on("residual", residual, x, dtype, {m, n});
-  const int code = check_activation(activation);
-  if (is_gated(code)) fail("activation", "none that is gated", std::string(activation));
-  return code;
+  return check_plain_activation(activation);
 }
 
 // Contiguous at an address that divides by 16, as cp.async of 16 bytes wants it.
