@@ -105,6 +105,27 @@ def check(
     )
 
 
+def check_rms(out: Tensor, ref64: Tensor, plain: Tensor, what: str = "output") -> None:
+    """Hold the root mean square error of long sums to twice that of plain torch.
+
+    The rule of `check` grows with the magnitudes that a sum acts on, and a sum of 65,536 terms in
+    one accumulator stays within it. The root mean square over some hundred sums shows the order
+    of their additions.
+
+    Args:
+        out: result of the kernel under test, at least 512 elements.
+        ref64: float64 truth, same shape.
+        plain: plain torch on the same numbers, same shape.
+        what: name used in the message.
+    """
+    assert ref64.dtype == torch.float64, f"{what}: the reference must be float64"
+    assert out.shape == ref64.shape, f"{what}: shape {tuple(out.shape)} != {tuple(ref64.shape)}"
+    assert plain.shape == ref64.shape, f"{what}: plain has shape {tuple(plain.shape)}"
+    assert out.numel() >= 512, f"{what}: {out.numel()} elements say little"
+    error, base = ((t.detach().double() - ref64).square().mean().sqrt() for t in (out, plain))
+    assert bool(error <= 2 * base), f"{what}: rms error {error:.3g} > 2 x {base:.3g} of plain torch"
+
+
 def snr_db(out: Tensor, ref: Tensor) -> float:
     """Signal-to-noise ratio of ``out`` against ``ref`` in dB (for quantised formats)."""
     ref, out = ref.double(), out.double()

@@ -64,8 +64,10 @@ def derivative(activation: str, z: Tensor) -> Tensor:
         cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
         return cdf + z * _INV_SQRT_2PI * torch.exp(-0.5 * z * z)
     if activation == "gelu_tanh":
-        t = torch.tanh(_SQRT_2_OVER_PI * (z + 0.044715 * z**3))
-        return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * _SQRT_2_OVER_PI * (1 + 0.134145 * z * z)
+        near = z.clamp(-10, 10)  # t is -1 or 1 there already: 0 meets no overflowing power of z
+        t = torch.tanh(_SQRT_2_OVER_PI * (near + 0.044715 * near**3))
+        inner = _SQRT_2_OVER_PI * (1 + 0.134145 * near * near)
+        return 0.5 * (1 + t) + 0.5 * z * ((1 - t * t) * inner)
     if activation == "silu":
         s = torch.sigmoid(z)
         return s * (1 + z * (1 - s))

@@ -288,8 +288,9 @@ void product(const CompressedCall& call, const Weight& w, void* y, YKind y_kind)
     t.scale = w.scale() + tile * kWeightTile;
     if (w.zero() != nullptr) t.zero_point = w.zero() + tile * kWeightTile;
     const int64_t sums = kChunkRows * stride;
-    char* memory = scratch(sums * (wide ? 12 : 4));
+    char* memory = scratch(sums * (wide ? 12 : w.exact() ? 4 : 8));
     t.out = memory + (wide ? sums * 8 : 0);
+    if (!w.exact()) t.totals = reinterpret_cast<float*>(memory + sums * 4);
     FinishTask f = finish;
     f.tile = t.out;
     f.n0 = tile * kWeightTile;

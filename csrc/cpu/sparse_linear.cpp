@@ -11,6 +11,9 @@ namespace {
 constexpr int64_t kRowsForm = 6;
 // panels whose int32 sums cannot overflow
 constexpr int64_t kExactPanels = kExactColumns / (kPanelWords * kWordColumns[kWordS8]);
+// panels whose float sums are added up before they enter a total: that of all panels of a long row
+// would lose a digit
+constexpr int64_t kFloatPanels = 64;
 
 bool rows_form(int64_t m) { return m <= kRowsForm; }
 
@@ -28,17 +31,30 @@ struct RowScales {
   int32_t* zero_point() const { return reinterpret_cast<int32_t*>(buffer.at(m * 4)); }
 };
 
-// Memory of one task.
+// Memory of one task: the sums of a part of the panels, and where there are several parts the
+// totals, int64_t or float.
 struct Sums {
   int64_t rows, lanes;
-  bool wide;
   char* base;
+  int64_t total_bytes;
 
-  Sums(int64_t rows_, int64_t lanes_, bool wide_) : rows(rows_), lanes(lanes_), wide(wide_) {
-    base = scratch(rows * lanes * (wide ? 12 : 4));
+  Sums(int64_t rows_, int64_t lanes_, int64_t bytes_of_a_total)
+      : rows(rows_), lanes(lanes_), total_bytes(rows * lanes * bytes_of_a_total) {
+    base = scratch(total_bytes + rows * lanes * 4);
   }
-  int64_t* parts() const { return reinterpret_cast<int64_t*>(base); }  // when wide
-  int32_t* acc() const { return reinterpret_cast<int32_t*>(base + (wide ? rows * lanes * 8 : 0)); }
+  size_t count() const { return static_cast<size_t>(rows * lanes); }
+  template <class T>
+  T* totals() const {
+    return reinterpret_cast<T*>(base);
+  }
+  template <class T>
+  T* parts() const {
+    return reinterpret_cast<T*>(base + total_bytes);
+  }
+  template <class Total, class Part>
+  void add_part() const {
+    for (size_t i = 0; i < count(); ++i) totals<Total>()[i] += parts<Part>()[i];
+  }
 };
 
 // One call: x in the form that the kernels want, and the epilogue.
@@ -51,7 +67,9 @@ struct Product {
   FinishTask base;
   std::atomic<bool> sound{true};
 
-  bool wide() const { return s.kind == kWordS8 && s.panels > kExactPanels; }
+  int64_t part_panels() const { return s.kind == kWordS8 ? kExactPanels : kFloatPanels; }
+  bool in_parts() const { return s.panels > part_panels(); }
+  bool wide() const { return s.kind == kWordS8 && in_parts(); }
 
   void run_panel(int64_t c, int64_t p, int64_t tile, int32_t* acc) const {
     SparseTask t{};
@@ -82,22 +100,24 @@ struct Product {
     const bool tiled = x_tiles != nullptr;
     const int64_t m0 = tiled ? x_tiles->first_row(tile) : 0;
     const int64_t rows = tiled ? x_tiles->row_count(tile) : call.m;
-    const Sums sums(s.chunk, tiled ? x_tiles->lanes(tile) : call.m, wide());
-    const size_t count = static_cast<size_t>(sums.rows * sums.lanes);
-    if (wide()) std::memset(sums.parts(), 0, count * 8);
-    const int64_t step = wide() ? kExactPanels : s.panels + 1;  // one pass, of no panels too
-    for (int64_t p0 = 0; p0 == 0 || p0 < s.panels; p0 += step) {
-      std::memset(sums.acc(), 0, count * 4);
+    const Sums sums(s.chunk, tiled ? x_tiles->lanes(tile) : call.m,
+                    in_parts() ? (s.kind == kWordS8 ? 8 : 4) : 0);
+    std::memset(sums.base, 0, static_cast<size_t>(sums.total_bytes));
+    const int64_t step = part_panels();
+    for (int64_t p0 = 0; p0 == 0 || p0 < s.panels; p0 += step) {  // one pass of no panels, too
+      std::memset(sums.parts<char>(), 0, sums.count() * 4);
       const int64_t p1 = p0 + step < s.panels ? p0 + step : s.panels;
-      for (int64_t p = p0; p < p1; ++p) run_panel(c, p, tile, sums.acc());
+      for (int64_t p = p0; p < p1; ++p) run_panel(c, p, tile, sums.parts<int32_t>());
       if (wide())
-        for (size_t i = 0; i < count; ++i) sums.parts()[i] += sums.acc()[i];
+        sums.add_part<int64_t, int32_t>();
+      else if (in_parts())
+        sums.add_part<float, float>();
     }
     if (wide()) to_float(sums, c, m0, rows);
     finish(sums, c, m0, rows);
   }
 
-  // acc becomes float z: int64 sums, since neither they nor zero_point * sum fit 32 bits.
+  // The parts become float z: by int64, since neither the sums nor zero_point * sum fit 32 bits.
   void to_float(const Sums& sums, int64_t c, int64_t m0, int64_t rows) const {
     const bool tiled = x_tiles != nullptr;
     const int32_t* weight_sums = static_cast<const int32_t*>(data(s.sums));
@@ -106,17 +126,17 @@ struct Product {
         const int64_t r = n - s.first_row(c);
         const int64_t at = tiled ? r * sums.lanes + m : m * s.chunk + r;
         const int64_t total =
-            sums.parts()[at] -
+            sums.totals<int64_t>()[at] -
             static_cast<int64_t>(row_scales.zero_point()[m0 + m]) * weight_sums[n];
         const float z = static_cast<float>(total) * (row_scales.scale()[m0 + m] * s.scales()[n]);
-        std::memcpy(sums.acc() + at, &z, sizeof(z));
+        sums.parts<float>()[at] = z;
       }
   }
 
   void finish(const Sums& sums, int64_t c, int64_t m0, int64_t rows) const {
     const bool tiled = x_tiles != nullptr;
     FinishTask f = base;
-    f.tile = sums.acc();
+    f.tile = in_parts() && !wide() ? sums.totals<char>() : sums.parts<char>();
     f.stride = tiled ? sums.lanes : s.chunk;
     f.m0 = m0;
     f.m1 = m0 + rows;

@@ -41,6 +41,14 @@ auto row_pairs(const T* from, int64_t m, int64_t n, const F& bf16) {
 constexpr int64_t kPartRows = kPanelWords;  // rows of W whose gz stays in the L1 cache
 constexpr int64_t kGradTiles = 4;           // tiles of x that share one transposed block
 
+// Sums are added to a total after so many rows of W (for x) or of x (for the values): one sum over
+// all of them would lose a digit where they are many.
+constexpr int64_t kSumRowsOfW = 4096, kSumRowsOfX = 2048;
+
+void add(const float* part, int64_t n, float* total) {
+  for (int64_t i = 0; i < n; ++i) total[i] += part[i];
+}
+
 template <WordKind kind>
 float element(const char* word, int64_t column) {
   if (kind == kWordS8) return static_cast<float>(reinterpret_cast<const int8_t*>(word)[column]);
@@ -184,19 +192,26 @@ void input_gradient(const CompressedCall& call, const SparseStorage& s, const Ti
   const auto run = [&](int64_t task) {
     const int64_t p = task / groups, first = task % groups * kGradTiles;
     const int64_t last = first + kGradTiles < gz.count() ? first + kGradTiles : gz.count();
-    const int64_t size = width * gz.lanes(first) * 4;
-    char* memory = scratch(size * (last - first));
-    std::memset(memory, 0, static_cast<size_t>(size * (last - first)));
-    for (int64_t c = 0; c < s.chunks; ++c) {
-      const TransposedBlock block(s, c, p);
-      if (!block.sound()) return sound.store(false, std::memory_order_relaxed);
-      for (int64_t i = first; i < last; ++i)
-        block.run(kernels, gz.at(i, s.first_row(c)), gz.vectors(i), gz.lanes(i),
-                  reinterpret_cast<float*>(memory + (i - first) * size));
+    const int64_t size = width * gz.lanes(first), count = size * (last - first);
+    const int64_t step = kSumRowsOfW / s.chunk;
+    const bool in_parts = s.chunks > step;
+    float* const total = reinterpret_cast<float*>(scratch(count * (in_parts ? 8 : 4)));
+    float* const part = in_parts ? total + count : total;
+    std::memset(total, 0, static_cast<size_t>(count * 4));
+    for (int64_t c0 = 0; c0 < s.chunks; c0 += step) {
+      if (in_parts) std::memset(part, 0, static_cast<size_t>(count * 4));
+      for (int64_t c = c0; c < s.chunks && c < c0 + step; ++c) {
+        const TransposedBlock block(s, c, p);
+        if (!block.sound()) return sound.store(false, std::memory_order_relaxed);
+        for (int64_t i = first; i < last; ++i)
+          block.run(kernels, gz.at(i, s.first_row(c)), gz.vectors(i), gz.lanes(i),
+                    part + (i - first) * size);
+      }
+      if (in_parts) add(part, count, total);
     }
     for (int64_t i = first; i < last; ++i) {
       FinishTask f{};
-      f.tile = memory + (i - first) * size;
+      f.tile = total + (i - first) * size;
       f.stride = gz.lanes(i);
       f.y = gx;
       f.n = call.k;
@@ -262,6 +277,9 @@ void value_gradient(const CompressedCall& call, const SparseStorage& s, const fl
   const TileWords x = pairs ? tiles(call.k, padded_k, row_pairs(x_rows, call.m, call.k, as_stored))
                             : tiles(call.k, padded_k, widened);
   const int64_t width = kPanelWords * s.columns();
+  // tiles of a part; a tile holds at most kSumRowsOfX rows
+  const int64_t step =
+      kSumRowsOfX / (int64_t(kernels.width) * kernels.grad_vectors * (pairs ? 2 : 1));
   const auto run = [&](int64_t task) {
     const int64_t c = task / s.panels, p = task % s.panels;
     SampleTask t{};
@@ -272,18 +290,23 @@ void value_gradient(const CompressedCall& call, const SparseStorage& s, const fl
     const int64_t first = t.ptr[0] * kSliceRows * s.columns();
     const int64_t count = t.ptr[s.spc] * kSliceRows * s.columns() - first;
     if (count == 0) return;  // and no memory to set, if nothing is stored at all
-    const bool in_place = s.kind == kWordF32;
-    t.out = in_place ? static_cast<float*>(out) + first
-                     : reinterpret_cast<float*>(scratch(count * 4 + 4));
-    std::memset(t.out, 0, static_cast<size_t>(count * 4));
-    for (int64_t i = 0; i < gz.count(); ++i) {
-      t.vectors = gz.vectors(i);
-      t.grad = reinterpret_cast<const int32_t*>(gz.at(i, s.first_row(c)));
-      t.x = reinterpret_cast<const int32_t*>(x.at(i, p * width));
-      kernels.sample[s.group](t);
+    const bool in_place = s.kind == kWordF32, in_parts = call.m > kSumRowsOfX;
+    float* const memory = reinterpret_cast<float*>(scratch(count * 8));
+    float* const total = in_place ? static_cast<float*>(out) + first : memory + count;
+    t.out = in_parts ? memory : total;
+    std::memset(total, 0, static_cast<size_t>(count * 4));
+    for (int64_t i0 = 0; i0 < gz.count(); i0 += step) {
+      if (in_parts) std::memset(t.out, 0, static_cast<size_t>(count * 4));
+      for (int64_t i = i0; i < gz.count() && i < i0 + step; ++i) {
+        t.vectors = gz.vectors(i);
+        t.grad = reinterpret_cast<const int32_t*>(gz.at(i, s.first_row(c)));
+        t.x = reinterpret_cast<const int32_t*>(x.at(i, p * width));
+        kernels.sample[s.group](t);
+      }
+      if (in_parts) add(t.out, count, total);
     }
-    clear_padding(s, c, p, t.out);
-    if (!in_place) to_bf16(t.out, count, static_cast<uint16_t*>(out) + first);
+    clear_padding(s, c, p, total);
+    if (!in_place) to_bf16(total, count, static_cast<uint16_t*>(out) + first);
   };
   for_each_task(s.chunks * s.panels, call.m * s.steps * kSliceRows * s.columns() > kWorthThreads,
                 run);

@@ -41,11 +41,12 @@ inline typename V::reg activate_derivative(int activation, typename V::reg z) {
     }
     case kGelu: return V::fma(z, V::normal_pdf(z), V::normal_cdf(z));
     case kGeluTanh: {  // s + x s (1 - s) u', u' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2)
-      const auto t = V::mul(z, z);
+      // s is 0 or 1 long before |x| = 100: with x^2 held there, 0 meets no infinite u'
+      const auto t = V::min(V::set1(A(1e4)), V::mul(z, z));
       const auto c1 = V::set1(A(1.5957691216057308));
       const auto s = V::sigmoid(V::mul(z, V::fma(t, V::set1(A(0.07135481627260025)), c1)));
       const auto du = V::fma(t, V::set1(A(0.21406444881780074)), c1);
-      return V::fma(V::mul(z, du), V::mul(s, V::sub(one, s)), s);
+      return V::fma(V::mul(z, V::mul(s, V::sub(one, s))), du, s);
     }
     case kSilu: {
       const auto s = V::sigmoid(z);

@@ -195,7 +195,17 @@ void backward(const BackwardTask& t) {
   const int64_t width = gated ? 2 * t.n : t.n;
   for (int64_t c0 = t.n0; c0 < t.n1; c0 += kColumns) {
     const int64_t columns = t.n1 - c0 < kColumns ? t.n1 - c0 : kColumns;
-    alignas(64) Acc sums[2][kColumns] = {};
+    alignas(64) Acc levels[kSumLevels][2][kColumns] = {};
+    auto& sums = levels[0];
+    const auto go_up = [&](int level) {
+      for (int half = 0; half < (gated ? 2 : 1); ++half) {
+        Acc *from = levels[level][half], *to = levels[level + 1][half];
+        for (int64_t i = 0; i < columns; i += V::width) {  // the arrays are of whole vectors
+          V::store(to + i, V::add(V::load(to + i), V::load(from + i)));
+          V::store(from + i, V::zero());
+        }
+      }
+    };
     for (int64_t m = 0; m < t.m; ++m) {
       const T* grad = static_cast<const T*>(t.grad) + m * t.n + c0;
       const T* z = at<T>(t.preact, m * width + c0);
@@ -224,14 +234,18 @@ void backward(const BackwardTask& t) {
           V::store_n(sums[0] + i, V::add(V::load_n(sums[0] + i, n), g), n);
         }
       }
+      if ((m + 1) % kSumRows == 0) go_up(0);
+      if ((m + 1) % (kSumRows * kSumRows) == 0) go_up(1);
     }
     if (t.bias_grad == nullptr) continue;
+    go_up(0);
+    go_up(1);
     for (int half = 0; half < (gated ? 2 : 1); ++half) {
       T* out = static_cast<T*>(t.bias_grad) + half * t.n + c0;
       for (int64_t i = 0; i < columns; i += V::width) {
         const int64_t left = columns - i;
         const int n = left < V::width ? static_cast<int>(left) : V::width;
-        V::store_n(out + i, V::load_n(sums[half] + i, n), n);
+        V::store_n(out + i, V::load_n(levels[kSumLevels - 1][half] + i, n), n);
       }
     }
   }

@@ -7,8 +7,6 @@ namespace bigops {
 namespace {
 
 struct PortableVec : Scalar<float> {
-  static reg min(reg a, reg b) { return a < b ? a : b; }
-  static reg max(reg a, reg b) { return a > b ? a : b; }
   static reg round(reg v) { return rintf(v); }
 };
 

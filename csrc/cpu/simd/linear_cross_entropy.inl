@@ -9,6 +9,10 @@
 namespace bigops {
 namespace {
 
+// Columns whose sums are added up before they enter the total: one sum over 100,000 of them loses a
+// digit where a vector has few lanes.
+constexpr int64_t kSumColumns = 2048;
+
 // f(i, n) for all columns in steps of a vector, n below the width only in the last step.
 template <class V, class F>
 inline void for_columns(int64_t v, const F& f) {
@@ -58,17 +62,22 @@ void cross_entropy(const CrossEntropyTask& t) {
 
     // bias and soft cap; the maximum
     reg top = V::set1(-static_cast<Acc>(__builtin_inf()));
-    reg weighted = V::zero();
+    reg weighted = V::zero(), weighted_part = V::zero();
     for_columns<V>(v, [&](int64_t i, int n) {
       reg z = load_at<V>(logits + i, n);
       if (bias != nullptr) z = V::add(z, load_at<V>(bias + i, n));
       if (cap != 0) z = V::mul(V::set1(cap), V::tanh_(V::mul(z, V::set1(1 / cap))));
       if (smooths)
-        weighted = weight != nullptr ? V::fma(load_at<V>(weight + i, n), z, weighted)
-                                     : V::add(weighted, z);
+        weighted_part = weight != nullptr ? V::fma(load_at<V>(weight + i, n), z, weighted_part)
+                                          : V::add(weighted_part, z);
+      if (smooths && (i + n) % kSumColumns == 0) {
+        weighted = V::add(weighted, weighted_part);
+        weighted_part = V::zero();
+      }
       store_at<V>(row + i, z, n);
       if (n == V::width) top = V::max(z, top);
     });
+    weighted = V::add(weighted, weighted_part);
     Acc lanes[V::width];
     V::store(lanes, top);
     Acc highest = lanes[0];
@@ -76,16 +85,21 @@ void cross_entropy(const CrossEntropyTask& t) {
     for (int64_t i = v - v % V::width; i < v; ++i) highest = row[i] > highest ? row[i] : highest;
 
     // log of the sum of exponentials; lanes past the end are cut off
-    reg sums[2] = {V::zero(), V::zero()};
+    reg total = V::zero();
     const reg shift = V::set1(highest);
     int64_t i = 0;
-    for (; i + 2 * V::width <= v; i += 2 * V::width) {
-      sums[0] = V::add(sums[0], V::exp_(V::sub(V::load(row + i), shift)));
-      sums[1] = V::add(sums[1], V::exp_(V::sub(V::load(row + i + V::width), shift)));
+    while (i + V::width <= v) {
+      reg sums[2] = {V::zero(), V::zero()};
+      const int64_t end = i + kSumColumns < v ? i + kSumColumns : v;
+      for (; i + 2 * V::width <= end; i += 2 * V::width) {
+        sums[0] = V::add(sums[0], V::exp_(V::sub(V::load(row + i), shift)));
+        sums[1] = V::add(sums[1], V::exp_(V::sub(V::load(row + i + V::width), shift)));
+      }
+      for (; i + V::width <= end; i += V::width)
+        sums[0] = V::add(sums[0], V::exp_(V::sub(V::load(row + i), shift)));
+      total = V::add(total, V::add(sums[0], sums[1]));
     }
-    for (; i + V::width <= v; i += V::width)
-      sums[0] = V::add(sums[0], V::exp_(V::sub(V::load(row + i), shift)));
-    Acc sum = V::reduce(V::add(sums[0], sums[1]));
+    Acc sum = V::reduce(total);
     if (i < v) {
       V::store_n(lanes, V::exp_(V::sub(V::load_n(row + i, static_cast<int>(v - i)), shift)),
                  V::width);

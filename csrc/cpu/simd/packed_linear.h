@@ -11,7 +11,8 @@
 namespace bigops {
 
 constexpr int64_t kPackedColumns = 64;  // of y, rows of W
-constexpr int64_t kPackedWords = 128;   // of a block along K: 32 KB of floats stay in the L1 cache
+// Of a block along K, whose sums are added to the total: 32 KB of floats stay in the L1 cache.
+constexpr int64_t kPackedWords = 128;
 
 // One block of a panel times some rows of x.
 struct PackedTask {
@@ -22,7 +23,7 @@ struct PackedTask {
   int64_t words;
   int64_t columns;  // of the panel that are there, at most kPackedColumns; the others are zero
   float* out;       // [rows][kPackedColumns]
-  bool first;       // out starts at zero
+  bool first;       // the first block of K: out holds nothing yet
 };
 
 struct PackedKernels {

@@ -48,8 +48,9 @@ struct PackedBf16 {
   }
 };
 
-// MR rows of x by NV vectors of the panel, U independent sums of each. With every word, A lines of
-// `ahead` are asked for.
+// MR rows of x by NV vectors of the panel, U independent sums of each. They start at zero and are
+// added to `out` at the end: one sum along all of K would lose a digit at some thousands of
+// columns. With every word, A lines of `ahead` are asked for.
 template <class P, int MR, int NV, int U, int A>
 inline __attribute__((always_inline)) void packed_block(const PackedTask& t, int64_t row,
                                                         int64_t column, const char* ahead) {
@@ -66,9 +67,7 @@ inline __attribute__((always_inline)) void packed_block(const PackedTask& t, int
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v)
-        sum[u][m][v] =
-            u == 0 && !t.first ? V::load(out + m * kPackedColumns + v * L::width) : V::zero();
+      for (int v = 0; v < NV; ++v) sum[u][m][v] = V::zero();
   int64_t k = 0;
   for (; k + U <= words; k += U) {
 #pragma GCC unroll 2
@@ -100,7 +99,9 @@ inline __attribute__((always_inline)) void packed_block(const PackedTask& t, int
     for (int v = 0; v < NV; ++v) {
       auto total = sum[0][m][v];
       if (U > 1) total = V::add(total, sum[U - 1][m][v]);
-      V::store(out + m * kPackedColumns + v * L::width, total);
+      float* to = out + m * kPackedColumns + v * L::width;
+      if (!t.first) total = V::add(total, V::load(to));
+      V::store(to, total);
     }
 }
 

@@ -284,15 +284,24 @@ void gradient(const GradTask& t) {
   for (int64_t n = t.n0; n < t.n1; n += W) {
     const int c = static_cast<int>(t.n1 - n < W ? t.n1 - n : W);
     const auto scale = t.scale != nullptr ? V::load_n(t.scale + n, c) : V::set1(1.0f);
-    auto sum = V::zero();
+    typename V::reg sums[kSumLevels] = {V::zero(), V::zero(), V::zero()};
+    const auto go_up = [&](int level) {
+      sums[level + 1] = V::add(sums[level + 1], sums[level]);
+      sums[level] = V::zero();
+    };
     for (int64_t m = 0; m < t.m; ++m) {
       auto g = V::load_n(grad + m * t.n + n, c);
       if (t.z != nullptr)
         g = V::mul(g, activate_derivative<V>(t.activation, V::load_n(t.z + m * t.n + n, c)));
-      sum = V::add(sum, g);
+      sums[0] = V::add(sums[0], g);
       if (t.gz != nullptr) V::store_n(t.gz + m * t.n + n, V::mul(g, scale), c);
+      if ((m + 1) % kSumRows == 0) go_up(0);
+      if ((m + 1) % (kSumRows * kSumRows) == 0) go_up(1);
     }
-    if (t.bias_grad != nullptr) V::store_n(static_cast<T*>(t.bias_grad) + n, sum, c);
+    go_up(0);
+    go_up(1);
+    if (t.bias_grad != nullptr)
+      V::store_n(static_cast<T*>(t.bias_grad) + n, sums[kSumLevels - 1], c);
   }
 }
 

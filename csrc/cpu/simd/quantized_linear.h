@@ -32,6 +32,7 @@ struct QuantizedTask {
   void* out;         // [rows][out_stride]: int32 for w8a8, else float
   int64_t out_stride;
   // groups along K (all but w8a8)
+  float* totals;  // [rows][out_stride], memory for rows so long that `out` is filled several times
   int64_t group_lines;
   const float* scale;        // [groups][stride]
   const int8_t* zero_point;  // [groups][stride] or null; for w8a8 one group

@@ -106,13 +106,16 @@ struct W8A8 {
 // 16. The four streams of w8a8 lose by it (900 instead of 775 us at 4 rows), as does one row.
 constexpr int64_t kAhead = 4096;
 
+// One sum along all of K would lose a digit at some thousands of columns. So a sum of floats ends
+// after kTotalLines where its group goes on, or half of them where a line takes many steps: 256 or
+// 512 columns. Whole numbers are exact. Totals over groups go to `out` after kTotalLines, and
+// kTotals of those to `totals`.
+constexpr int64_t kTotalLines = 128;
+constexpr int64_t kTotals = 16;
+
 // D says how a line becomes operands: D::steps of them, each against one word of x.
 template <class Q, class D, int MR, int NV, int U>
 BIGOPS_INLINE void group_block(const QuantizedTask& t, int64_t tile, int64_t row) {
-  typename Q::F total[MR][NV];
-  BIGOPS_UNROLL
-  for (int m = 0; m < MR; ++m) BIGOPS_UNROLL
-  for (int v = 0; v < NV; ++v) total[m][v] = Q::fzero();
   const D decode;
   const uint8_t* w = t.values + tile * t.tile_stride;
   const uint8_t* x = static_cast<const uint8_t*>(t.x) + row * t.x_stride;
@@ -120,63 +123,98 @@ BIGOPS_INLINE void group_block(const QuantizedTask& t, int64_t tile, int64_t row
   const float* scale = t.scale + tile * kWeightTile;
   const int8_t* zero = t.zero_point;
   if (zero != nullptr) zero += tile * kWeightTile;
-  for (int64_t k = 0; k < t.lines;) {
-    const int64_t end = k + t.group_lines < t.lines ? k + t.group_lines : t.lines;
-    typename D::Sum acc[U][MR][NV];
-    BIGOPS_UNROLL
-    for (int u = 0; u < U; ++u) BIGOPS_UNROLL
-    for (int m = 0; m < MR; ++m) BIGOPS_UNROLL
-    for (int v = 0; v < NV; ++v) acc[u][m][v] = D::nothing();
-    typename D::Zero z[NV];
-    BIGOPS_UNROLL
-    for (int v = 0; v < NV; ++v) z[v] = D::zero(zero == nullptr ? nullptr : zero + v * kWeightTile);
-    for (; k < end; ++k) {
-      typename Q::I line[NV];
+  constexpr int64_t kSumLines = D::steps < 4 ? kTotalLines : kTotalLines / 2;
+  const bool one_sum =
+      D::integer && t.group_lines > kTotalLines && t.lines <= kExactColumns / (4 * D::steps);
+  const int64_t part = one_sum ? t.lines : kTotalLines;
+  int64_t k = 0, group_end = t.group_lines, done = 0;
+  typename Q::F total[MR][NV];
+  BIGOPS_UNROLL
+  for (int m = 0; m < MR; ++m) BIGOPS_UNROLL
+  for (int v = 0; v < NV; ++v) total[m][v] = Q::fzero();
+  for (;;) {
+    const int64_t stop = t.lines - k < part ? t.lines : k + part;
+    while (k < stop) {
+      int64_t end = group_end < stop ? group_end : stop;
+      if (!D::integer) end = k + kSumLines < end ? k + kSumLines : end;
+      typename D::Sum acc[U][MR][NV];
+      BIGOPS_UNROLL
+      for (int u = 0; u < U; ++u) BIGOPS_UNROLL
+      for (int m = 0; m < MR; ++m) BIGOPS_UNROLL
+      for (int v = 0; v < NV; ++v) acc[u][m][v] = D::nothing();
+      typename D::Zero z[NV];
+      BIGOPS_UNROLL
+      for (int v = 0; v < NV; ++v)
+        z[v] = D::zero(zero == nullptr ? nullptr : zero + v * kWeightTile);
+      for (; k < end; ++k) {
+        typename Q::I line[NV];
+        BIGOPS_UNROLL
+        for (int v = 0; v < NV; ++v) {
+          const uint8_t* at = w + v * wide + k * kLineBytes;
+          if (MR > 2) __builtin_prefetch(at + kAhead);
+          line[v] = Q::iload(at);
+        }
+        const uint8_t* words = x + k * (D::steps * 4);
+        D::each_step([&](auto step) __attribute__((always_inline)) {
+          constexpr int s = decltype(step)::value;
+          typename D::W wv[NV];
+          BIGOPS_UNROLL
+          for (int v = 0; v < NV; ++v) wv[v] = decode.template operand<s>(line[v], z[v]);
+          BIGOPS_UNROLL
+          for (int m = 0; m < MR; ++m) {
+            const auto xv = D::word(words + m * stride + s * 4);
+            BIGOPS_UNROLL
+            for (int v = 0; v < NV; ++v) acc[s % U][m][v] = D::mac(acc[s % U][m][v], xv, wv[v]);
+          }
+        });
+      }
       BIGOPS_UNROLL
       for (int v = 0; v < NV; ++v) {
-        const uint8_t* at = w + v * wide + k * kLineBytes;
-        if (MR > 2) __builtin_prefetch(at + kAhead);
-        line[v] = Q::iload(at);
-      }
-      const uint8_t* words = x + k * (D::steps * 4);
-      D::each_step([&](auto step) __attribute__((always_inline)) {
-        constexpr int s = decltype(step)::value;
-        typename D::W wv[NV];
-        BIGOPS_UNROLL
-        for (int v = 0; v < NV; ++v) wv[v] = decode.template operand<s>(line[v], z[v]);
+        const auto by = Q::fload(scale + v * kWeightTile);
         BIGOPS_UNROLL
         for (int m = 0; m < MR; ++m) {
-          const auto xv = D::word(words + m * stride + s * 4);
+          auto sum = acc[0][m][v];
           BIGOPS_UNROLL
-          for (int v = 0; v < NV; ++v) acc[s % U][m][v] = D::mac(acc[s % U][m][v], xv, wv[v]);
+          for (int u = 1; u < U; ++u) sum = D::add(sum, acc[u][m][v]);
+          total[m][v] = Q::fma(D::to_float(sum), by, total[m][v]);
         }
-      });
-    }
-    BIGOPS_UNROLL
-    for (int v = 0; v < NV; ++v) {
-      const auto by = Q::fload(scale + v * kWeightTile);
-      BIGOPS_UNROLL
-      for (int m = 0; m < MR; ++m) {
-        auto sum = acc[0][m][v];
-        BIGOPS_UNROLL
-        for (int u = 1; u < U; ++u) sum = D::add(sum, acc[u][m][v]);
-        total[m][v] = Q::fma(D::to_float(sum), by, total[m][v]);
+      }
+      if (k == group_end) {
+        group_end += t.group_lines;
+        scale += t.stride;
+        if (zero != nullptr) zero += t.stride;
       }
     }
-    scale += t.stride;
-    if (zero != nullptr) zero += t.stride;
+    if (k == t.lines) break;
+    ++done;
+    const int64_t first = row * t.out_stride + tile * kWeightTile;
+    BIGOPS_UNROLL
+    for (int m = 0; m < MR; ++m) BIGOPS_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      float* out = static_cast<float*>(t.out) + first + m * t.out_stride + v * kWeightTile;
+      float* totals = t.totals + first + m * t.out_stride + v * kWeightTile;
+      if (done % kTotals != 1) total[m][v] = Q::fadd(total[m][v], Q::fload(out));
+      if (done % kTotals == 0 && done > kTotals)
+        total[m][v] = Q::fadd(total[m][v], Q::fload(totals));
+      Q::fstore(done % kTotals == 0 ? totals : out, total[m][v]);
+      total[m][v] = Q::fzero();
+    }
   }
-  float* out = static_cast<float*>(t.out) + row * t.out_stride + tile * kWeightTile;
+  const int64_t first = row * t.out_stride + tile * kWeightTile;
   BIGOPS_UNROLL
   for (int m = 0; m < MR; ++m) BIGOPS_UNROLL
   for (int v = 0; v < NV; ++v) {
+    float* out = static_cast<float*>(t.out) + first + m * t.out_stride + v * kWeightTile;
     auto y = total[m][v];
+    if (done % kTotals != 0) y = Q::fadd(y, Q::fload(out));
+    if (done >= kTotals)
+      y = Q::fadd(y, Q::fload(t.totals + first + m * t.out_stride + v * kWeightTile));
     if (D::integer) {  // x = x_scale (u - x_zero)
       const auto sums = Q::fload(t.row_sum + (tile + v) * kWeightTile);
       y = Q::fsub(y, Q::fmul(Q::fset1(static_cast<float>(t.x_zero[row + m])), sums));
       y = Q::fmul(y, Q::fset1(t.x_scale[row + m]));
     }
-    Q::fstore(out + m * t.out_stride + v * kWeightTile, y);
+    Q::fstore(out, y);
   }
 }
 
@@ -394,72 +432,13 @@ void group_product(const QuantizedTask& t) {
     product<Q, Groups<Q, D<Q, false>>>(t);
 }
 
-// --- backward ----------------------------------------------------------------------------------
+}  // namespace
+}  // namespace bigops
 
-template <class Q, class D>
-void decode_lines(const DecodeTask& t) {
-  const D decode;
-  float* out = t.out;
-  for (int64_t i = 0; i < t.lines; ++i) {
-    const int64_t group = (t.first + i) / t.group_lines;
-    const auto scale = Q::fload(t.scale + group * t.stride);
-    const auto zero = D::zero(t.zero_point == nullptr ? nullptr : t.zero_point + group * t.stride);
-    const auto line = Q::iload(t.values + i * kLineBytes);
-    D::each_step([&](auto step) __attribute__((always_inline)) {
-      constexpr int s = decltype(step)::value;
-      Q::fstore(out + s * kWeightTile, Q::fmul(decode.template operand<s>(line, zero), scale));
-    });
-    out += D::steps * kWeightTile;
-  }
-}
+#include "cpu/simd/quantized_gradient.inl"
 
-template <class Q, template <class, bool> class D>
-void decode(const DecodeTask& t) {
-  if (t.zero_point != nullptr)
-    decode_lines<Q, D<Q, true>>(t);
-  else
-    decode_lines<Q, D<Q, false>>(t);
-}
-
-template <class L, int MR>
-void float_grad_rows(const FloatGradTask& t) {
-  using V = typename L::V;
-  constexpr int KV = L::grad_vectors, W = L::width;
-  for (int64_t c = 0; c < kGradColumns; c += KV * W) {
-    typename V::reg acc[MR][KV];
-    BIGOPS_UNROLL
-    for (int m = 0; m < MR; ++m) BIGOPS_UNROLL
-    for (int v = 0; v < KV; ++v)
-      acc[m][v] = t.first ? V::zero() : V::load(t.out + m * kGradColumns + c + v * W);
-    for (int64_t n = 0; n < t.n; ++n) {
-      typename V::reg w[KV];
-      BIGOPS_UNROLL
-      for (int v = 0; v < KV; ++v) w[v] = V::load(t.weight + n * kGradColumns + c + v * W);
-      BIGOPS_UNROLL
-      for (int m = 0; m < MR; ++m) {
-        const auto g = V::set1(t.grad[m * t.grad_stride + n]);
-        BIGOPS_UNROLL
-        for (int v = 0; v < KV; ++v) acc[m][v] = V::fma(g, w[v], acc[m][v]);
-      }
-    }
-    BIGOPS_UNROLL
-    for (int m = 0; m < MR; ++m) BIGOPS_UNROLL
-    for (int v = 0; v < KV; ++v) V::store(t.out + m * kGradColumns + c + v * W, acc[m][v]);
-  }
-}
-
-template <class L>
-void float_grad(const FloatGradTask& t) {
-  static_assert(kGradRows == 6, "one case per number of rows");
-  switch (t.m) {
-    case 1: return float_grad_rows<L, 1>(t);
-    case 2: return float_grad_rows<L, 2>(t);
-    case 3: return float_grad_rows<L, 3>(t);
-    case 4: return float_grad_rows<L, 4>(t);
-    case 5: return float_grad_rows<L, 5>(t);
-    default: return float_grad_rows<L, 6>(t);
-  }
-}
+namespace bigops {
+namespace {
 
 // --- activations -------------------------------------------------------------------------------
 

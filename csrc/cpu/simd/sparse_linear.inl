@@ -49,6 +49,8 @@ inline __attribute__((always_inline)) void columns_step(const char* w, const uin
 // all rows of a slice have the same number of steps, so the loop's end is guessed wrong once in R
 // rows and not once a row, and R * VR chains of additions hide the latency of each. Loads are what
 // limits it (2 vectors a cycle on Zen 4 and 5), so words and indices are loaded four at a time.
+// Float sums of a panel start at zero and are added to the chunk's: one sum along all of K would
+// lose a digit at some thousands of columns.
 template <class W, int G, int VR, int R>
 void sparse_columns_of(const SparseTask& t) {
   using L = typename W::L;
@@ -69,7 +71,8 @@ void sparse_columns_of(const SparseTask& t) {
 #pragma GCC unroll 16
       for (int u = 0; u < R; ++u) {
         at[u] = out + (int64_t(rows[(i + u) / G]) * G + (i + u) % G) * lanes;
-        for (int v = 0; v < VR; ++v) sum[u][v] = W::load_acc(at[u] + v * L::width);
+        for (int v = 0; v < VR; ++v)
+          sum[u][v] = W::exact ? W::load_acc(at[u] + v * L::width) : W::zero_acc();
       }
       for (int64_t j = 0; j < steps; ++j, w += 64, index += kIndices) {
         if (i == 0) __builtin_prefetch(w + kAhead);
@@ -78,7 +81,11 @@ void sparse_columns_of(const SparseTask& t) {
       }
 #pragma GCC unroll 16
       for (int u = 0; u < R; ++u)
-        for (int v = 0; v < VR; ++v) W::store_acc(at[u] + v * L::width, sum[u][v]);
+        for (int v = 0; v < VR; ++v) {
+          if constexpr (!W::exact)
+            sum[u][v] = W::V::add(sum[u][v], W::load_acc(at[u] + v * L::width));
+          W::store_acc(at[u] + v * L::width, sum[u][v]);
+        }
     }
   }
 }

@@ -42,6 +42,7 @@ struct WordF32 {
   using x = typename V::reg;
   using w = typename V::reg;
   using scalar = float;
+  static constexpr bool exact = false;
   static constexpr int columns = 1;
 
   static acc zero_acc() { return V::zero(); }
@@ -69,6 +70,7 @@ struct WordBf16 {
   using x = typename L::ireg;
   using w = typename L::ireg;
   using scalar = float;
+  static constexpr bool exact = false;
   static constexpr int columns = 2;
 
   static acc zero_acc() { return V::zero(); }
@@ -98,6 +100,7 @@ struct WordS8 {
   using x = typename L::xreg;
   using w = typename L::wreg;
   using scalar = int32_t;
+  static constexpr bool exact = true;
   static constexpr int columns = 4;
 
   static acc zero_acc() { return L::izero(); }

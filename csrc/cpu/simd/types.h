@@ -1,4 +1,5 @@
-// 16-bit floats as bits; the instruction-set files share these. No torch header, no STL.
+// What the instruction-set files share: 16-bit floats as bits, and the order of sums over rows.
+// No torch header, no STL.
 #pragma once
 
 #include <stdint.h>
@@ -12,5 +13,10 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+
+// The sums of kSumRows rows are added up, and kSumRows of those, before they enter the total: one
+// sum over all rows would lose a digit at some thousands of them, where torch's sum loses none.
+constexpr int64_t kSumRows = 32;
+constexpr int kSumLevels = 3;
 
 }  // namespace bigops

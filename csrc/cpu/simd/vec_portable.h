@@ -87,7 +87,8 @@ struct Scalar {
   static reg div(reg a, reg b) { return a / b; }
   static reg sqrt(reg v) { return sizeof(Acc) == 8 ? ::sqrt(v) : ::sqrtf(static_cast<float>(v)); }
   static reg fma(reg a, reg b, reg c) { return a * b + c; }
-  static reg max(reg a, reg b) { return a > b ? a : b; }  // b where one is NaN
+  static reg min(reg a, reg b) { return a < b ? a : b; }  // b where one is NaN
+  static reg max(reg a, reg b) { return a > b ? a : b; }
   static Acc reduce(reg v) { return v; }
   // Keeps NaN in v.
   static reg relu(reg v) { return v < 0 ? 0 : v; }
