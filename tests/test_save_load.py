@@ -16,7 +16,8 @@ import bigops
 from bigops import W4A8, Int4, Int8, Sparse, compress_, load, save
 from bigops.compress import structure
 from bigops.compress.apply import build
-from bigops.compress.store import FormatError, load_compressed
+from bigops.compress.store import load_compressed
+from bigops.files import FormatError
 from bigops.nn import GatedMLP, Linear, LowRankLinear, QuantLinear, SparseLinear
 
 
@@ -444,7 +445,7 @@ def test_an_interrupted_save_leaves_the_old_file(saved: Path, monkeypatch, error
         Path(path).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr("bigops.compress.store.save_file", half)
+    monkeypatch.setattr("bigops.compress.file_format.save_file", half)
     with pytest.raises(type(error)):
         save(_model(), saved)
     assert saved.read_bytes() == before
