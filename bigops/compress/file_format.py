@@ -2,10 +2,10 @@
 
 The metadata of the file has three entries:
 
-    bigops          JSON: format, tree (see `structure`), training, and by the names of tensors
-                    fixed (parameters that are not trained), tied (the same object as ..), views
-                    (of the memory of another tensor), strides (where they are not those of rows),
-                    and versions (of modules, as `state_dict` has them, where not 1)
+    bigops          JSON: format, tree (see `structure`), training, checksums (that there are some),
+                    and by the names of tensors fixed (parameters that are not trained), tied (the
+                    same object as ..), views (of the memory of another tensor), strides (where they
+                    are not those of rows); versions (of modules, as `state_dict` has them, not 1)
     bigops.receipt  JSON, where there is one
     bigops.crc32    JSON: CRC-32 of the other entries and of each tensor (dtype, shape and bytes)
 
@@ -109,7 +109,7 @@ def write(
 ) -> None:
     """Write contiguous tensors on the CPU and a header, whole or not at all."""
     try:
-        text = json.dumps({"format": FORMAT, **header}, default=_number)
+        text = json.dumps({"format": FORMAT, "checksums": True, **header}, default=_number)
     except (TypeError, ValueError) as error:
         raise ValueError(f"header: expected plain data; got other ({error})") from None
     entries = {_HEADER: text} if receipt is None else {_HEADER: text, _RECEIPT: receipt}
@@ -244,6 +244,11 @@ def _parse(path: Path, metadata: Mapping[str, str]) -> Header:
         raise FormatError(
             f"{path}: expected format version {FORMAT}; got {header['format']!r} (written by "
             "another version of bigops)"
+        )
+    if header.get("checksums", False) is not False and _CHECKSUMS not in metadata:
+        raise FormatError(
+            f"{path}: expected the entry {_CHECKSUMS!r} in the header, which the file was written "
+            f"with; got {sorted(metadata)}: the file is damaged"
         )
     fields: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "tree": ("a dict", lambda v: isinstance(v, dict)),

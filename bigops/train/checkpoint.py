@@ -224,7 +224,8 @@ def _undo(part: Any) -> Callable[[], None]:
 def _undo_attributes(part: Any) -> Callable[[], None]:
     kept = dict(vars(part))
     groups = [dict(group) for group in part.param_groups]
-    states = {key: dict(of) if isinstance(of, dict) else of for key, of in part.state.items()}
+    states = dict(part.state)
+    inner = [(of, dict(of)) for of in states.values()]
 
     def undo() -> None:
         vars(part).clear()
@@ -234,6 +235,9 @@ def _undo_attributes(part: Any) -> Callable[[], None]:
             group.update(old)
         part.state.clear()
         part.state.update(states)
+        for of, old in inner:
+            of.clear()
+            of.update(old)
 
     return undo
 
