@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bigops import W4A8, Fp8, Int4, Int8, LowRank, Sparse
+from bigops.compress import file_format
 from bigops.compress.apply import build
 from bigops.compress.config import Config
 from bigops.nn import GatedMLP, Linear
@@ -97,3 +103,12 @@ def same_state(model: nn.Module, state: dict[str, Tensor]) -> bool:
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     flat = (t.detach().contiguous().flatten().view(torch.uint8) for t in (a, b))
     return not a.numel() or torch.equal(*flat)
+
+
+def rewrite(path: Path, change: Callable[[Any, dict[str, Tensor]], object]) -> None:
+    """Change header or tensors of a file, with right checksums."""
+    tensors = {name: t.clone() for name, t in load_file(path).items()}
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["bigops"])
+    change(header, tensors)
+    file_format.write(path, tensors, header, None)
