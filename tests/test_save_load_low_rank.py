@@ -108,6 +108,7 @@ def test_changed_files_are_refused(name: str, tmp_path: Path) -> None:
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["bigops"])
+    header.pop("checksums")  # as in older files: the checks behind them are met
     change(header, tensors)
     save_file(tensors, path, metadata={"bigops": json.dumps(header)})
     skeleton = dense_model()

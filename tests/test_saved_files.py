@@ -38,10 +38,14 @@ def test_files_from_before_there_were_checksums_load_bit_for_bit(name: str) -> N
         header = json.loads(file.metadata()["bigops"])
     model = load(path)
     state = model.state_dict()
+    # What a layer of an older version had, and the layers of today read past.
+    retired = {n for n in tensors if n.endswith(".y_grid")}
+    tensors = {n: t for n, t in tensors.items() if n not in retired}
     assert set(state) == set(tensors) | set(header["tied"])
     assert all(torch.equal(state[n].view(torch.uint8), t.view(torch.uint8))
                for n, t in tensors.items() if t.numel() and t.dim())  # fmt: skip
-    assert structure.describe(model) == header["tree"]
+    if not retired:
+        assert structure.describe(model) == header["tree"]
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == set(header["fixed"])
     for layer in load_compressed(path).values():
         assert not any(t.is_meta for t in [*layer.parameters(), *layer.buffers()])
@@ -60,7 +64,8 @@ def test_every_kind_and_every_format_comes_back(tmp_path: Path) -> None:
     assert set(structure.KINDS) == {
         *saved.KINDS, "Sequential", "ModuleList", "ModuleDict", "bigops.QuantLinear",
         "bigops.Fp8Linear", "bigops.SparseLinear", "bigops.QuantLowRankLinear",
-        "bigops.LowRankLinear",
+        "bigops.LowRankLinear", "bigops.PackedLinear", "bigops.PackedGatedMLP",
+        "bigops.PackedLowRankLinear",
     }  # fmt: skip
 
 
