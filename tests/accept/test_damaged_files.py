@@ -160,7 +160,8 @@ def test_damaged_models(tmp_path: Path, accept: Accept) -> None:
                 if own:
                     assert saved.same_state(again, saved.state_of(model)), (case, name)
                     assert structure.describe(again) == structure.describe(model), (case, name)
-                with torch.no_grad():
+                # A whole model of other sizes, or of another order, may refuse x; it may not crash.
+                with torch.no_grad(), contextlib.suppress(ValueError, TypeError, RuntimeError):
                     again.eval()(torch.randn(3, saved.K))
         with contextlib.suppress(FormatError):
             load_compressed(path)
