@@ -39,7 +39,7 @@ _HOME = {
     "freeze_": "bigops.compress.apply",
     "Floors": "bigops.compress.receipt",
     "Receipt": "bigops.compress.receipt",
-    "FormatError": "bigops.compress.store",
+    "FormatError": "bigops.files",
     "load": "bigops.compress.store",
     "save": "bigops.compress.store",
 }
@@ -90,7 +90,8 @@ if TYPE_CHECKING:
     from bigops.compress.apply import compress_, freeze_
     from bigops.compress.config import W4A8, Fp8, Int4, Int8, LowRank, Sparse
     from bigops.compress.receipt import Floors, Receipt
-    from bigops.compress.store import FormatError, load, save
+    from bigops.compress.store import load, save
+    from bigops.files import FormatError
     from bigops.nn.fuse import fuse_
     from bigops.nn.pack import pack_, unpack_
     from bigops.ops.fp8_linear import fp8_linear, quantize_fp8

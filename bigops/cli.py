@@ -8,7 +8,6 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -107,14 +106,12 @@ def _tune_gpu(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from bigops.benches import plots, rows, summary
-    from bigops.files import check_writable
+    from bigops.files import writable_target
 
     for path in filter(
         None, (args.csv, args.plot, args.summary)
     ):  # before minutes are spent on measuring
-        if Path(path).is_dir():
-            raise ValueError(f"{path}: expected a file to write; it is a folder")
-        check_writable(Path(path).resolve().parent)
+        writable_target(path)
     if args.from_json:
         found = rows.from_benchmark_json(args.from_json)
         print(rows.table(found))

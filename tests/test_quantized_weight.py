@@ -159,3 +159,49 @@ def test_a_dense_weight_in_place_of_a_stored_one(op: str, form: str, maker: str)
         call(torch.randn(2, 8), torch.randn(4, 8))
     with pytest.raises(TypeError, match=said):
         bigops.explain(op, (2, 8), (4, 8), dtype=torch.float32, device="sm_90")
+
+
+# --- what validate finds in packed numbers -------------------------------------------------
+
+SUMMED = [
+    {},
+    {"symmetric": False},
+    {"bits": 4, "activations": "dynamic"},
+    {"bits": 4, "group": 32, "activations": "dynamic"},
+    {"bits": 4, "group": 64, "symmetric": False, "activations": "symmetric"},
+    {"bits": 4, "group": 128, "symmetric": False, "activations": "dynamic"},
+]
+
+
+@pytest.mark.parametrize("size", [(1e-20, 37), (1.0, 600), (1e20, 129)], ids=str)
+@pytest.mark.parametrize("form", SUMMED, ids=str)
+def test_each_sum_is_compared_with_the_packed_numbers(form: dict, size: tuple) -> None:
+    scale, k = size
+    weight = quantize_weight(torch.randn(37, k) * scale, **form)
+    weight.validate()
+    assert weight.row_sum is not None
+    for row in (0, 36):
+        for way in (-1, 1):
+            sums = weight.row_sum.clone()
+            if weight.bits == 8:
+                sums[row] += way
+            else:  # by the least step of the grid: what a number that is off by one makes
+                sums[row] += way * weight.scale[:, row].min()
+            with pytest.raises(ValueError, match="row_sum: expected the sums"):
+                weight._replace(row_sum=sums).validate()
+    if weight.bits == 4:
+        with pytest.raises(ValueError, match="row_sum: expected the sums"):
+            weight._replace(row_sum=weight.row_sum + torch.nan).validate()
+    sums = weight.row_sum.clone()
+    sums[37:] = 3  # rows that only fill up a tile are nobody's
+    weight._replace(row_sum=sums).validate()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_numbers_beyond_the_last_column_are_zeros(bits: int) -> None:
+    weight = quantize_weight(torch.randn(20, 37), bits, activations="none")
+    for at in ((0, 3), (1, 3)):
+        values = weight.values.clone()
+        values[at[0], -1, 0, at[1]] ^= 0x70
+        with pytest.raises(ValueError, match="values: expected zeros beyond column 37"):
+            weight._replace(values=values).validate()

@@ -288,4 +288,4 @@ def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch) -> None:  # type
 def test_the_receipt_travels_with_the_model(tmp_path: Path) -> None:
     _, model = _pair()
     save(model, tmp_path / "m", receipt=_made())
-    assert Receipt.from_json(read_header(tmp_path / "m")["receipt"]) == _made()
+    assert Receipt.from_json(read_header(tmp_path / "m").receipt) == _made()

@@ -16,7 +16,8 @@ import bigops
 from bigops import W4A8, Int4, Int8, Sparse, compress_, load, save
 from bigops.compress import structure
 from bigops.compress.apply import build
-from bigops.compress.store import FormatError, load_compressed
+from bigops.compress.store import load_compressed
+from bigops.files import FormatError
 from bigops.nn import GatedMLP, Linear, LowRankLinear, QuantLinear, SparseLinear
 
 
@@ -263,6 +264,7 @@ def _rewrite(path: Path, change) -> None:  # type: ignore[no-untyped-def]
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["bigops"])
+    header.pop("checksums")  # as in older files: the checks behind them are met
     header = change(header, tensors) or header
     text = header if isinstance(header, str) else json.dumps(header)
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"bigops": text})
@@ -444,7 +446,7 @@ def test_an_interrupted_save_leaves_the_old_file(saved: Path, monkeypatch, error
         Path(path).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr("bigops.compress.store.save_file", half)
+    monkeypatch.setattr("bigops.compress.file_format.save_file", half)
     with pytest.raises(type(error)):
         save(_model(), saved)
     assert saved.read_bytes() == before

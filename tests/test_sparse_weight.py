@@ -370,3 +370,61 @@ def test_positions_say_where_each_word_lies() -> None:
         for s, i in at.stored.nonzero().tolist()
     }
     assert found == {(0, 5): 1, (0, 63): 2, (2, 65): 5}
+
+
+# --- what validate refuses -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["1x1", "4x1", "16x1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_words_of_a_row_rise_and_come_once(dtype: torch.dtype, pattern: str) -> None:
+    how = Pattern.parse(pattern)
+    w = torch.randn(48, 80)
+    weight = sparsify_weight(w, how.mask(w, 0.5), dtype, (how.height, how.width))
+    weight.validate()
+    first = int(weight.ptr.diff().argmax())
+    start = int(weight.ptr[first])
+    assert int(weight.length[first, 0]) >= 2
+    twice, turned = weight.index.clone(), weight.index.clone()
+    twice[start + 1, 0] = twice[start, 0]
+    turned[[start, start + 1], 0] = turned[[start + 1, start], 0]
+    for index in (twice, turned):
+        with pytest.raises(ValueError, match="index: expected the words of a row to rise"):
+            weight._replace(index=index).validate()
+
+
+def test_a_slice_has_no_more_steps_than_a_panel_has_words() -> None:
+    w = torch.randn(16, 64)
+    weight = sparsify_weight(w, torch.ones(16, 64, dtype=torch.bool), torch.float32, (1, 1))
+    longer = torch.cat([weight.values, torch.zeros(1, *weight.values.shape[1:])])
+    index = torch.cat([weight.index, weight.index[:1]])
+    ptr = weight.ptr.clone()
+    ptr[1:] += 1
+    with pytest.raises(ValueError, match="ptr: expected at most 64 steps in a slice.*got 65"):
+        weight._replace(values=longer, index=index, ptr=ptr).validate()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_what_is_wrong_is_found_in_any_part_that_is_looked_at(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bigops.ops._sparse_weight.BLOCK", 7)  # many parts of a small weight
+    w = torch.randn(150, 600)
+    weight = sparsify_weight(w, torch.rand(150, 600) < 0.1, dtype, (1, 1))
+    weight.validate()
+    stored = weight.positions().stored
+    for step in (0, len(weight.values) // 2, len(weight.values) - 1):
+        lane = int(stored[step].long().argmax())
+        index = weight.index.clone()
+        index[step, lane // weight.group] = 64
+        with pytest.raises(ValueError, match="index: expected words below 64"):
+            weight._replace(index=index).validate()
+        values = weight.values.clone()
+        values[step, lane] = torch.nan if dtype == torch.float32 else -values[step, lane] - 1
+        with pytest.raises(ValueError, match="values: expected finite|sums: expected the sum"):
+            weight._replace(values=values).validate()
+        if not bool(stored[step].all()):
+            values = weight.values.clone()
+            values[step, int(stored[step].long().argmin())] = 1
+            with pytest.raises(ValueError, match="values: expected 0 in the padding"):
+                weight._replace(values=values).validate()

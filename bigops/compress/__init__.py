@@ -12,7 +12,8 @@ from bigops.compress.config import (
     SparseInt8,
 )
 from bigops.compress.receipt import FloorBreached, Floors, Receipt
-from bigops.compress.store import FormatError, load, save
+from bigops.compress.store import load, save
+from bigops.files import FormatError
 
 __all__ = [
     "W4A8",

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import copy
 import os
-from pathlib import Path
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bigops.compress import structure
-from bigops.files import replacing
+from bigops.compress import file_format, structure
+from bigops.compress.file_format import Header
+from bigops.files import FormatError
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.low_rank_linear import LowRankLinear
 from bigops.nn.sites import Sites
@@ -21,60 +22,55 @@ from bigops.nn.sites import Sites
 if TYPE_CHECKING:
     from bigops.compress.receipt import Receipt
 
-FORMAT = 2  # 1: sparse weights as 1x4 blocks, quantised ones as plain rows
-_HEADER, _RECEIPT = "bigops", "bigops.receipt"
-
-
-class FormatError(ValueError):
-    """A file that `load` refuses: it names the file, what was expected and what came."""
-
 
 def save(model: nn.Module, path: str | os.PathLike[str], receipt: Receipt | None = None) -> None:
     """Write ``model`` to one safetensors file, whole or not at all.
 
     The file holds the tensors of `state_dict` and, in its header, the structure: the kind and
-    the arguments of every module. Compressed layers are stored as they are, packed; nothing is
-    pickled.
+    the arguments of every module, which parameters are one object or lie in the memory of another,
+    strides, the versions of the modules' states, and a CRC-32 of all of it. Compressed layers are
+    stored as they are, packed; nothing is pickled.
 
     Args:
         model: on any device; it is not changed.
-        path: the file; an existing one is replaced at the end.
+        path: the file; an existing one is replaced at the end (`bigops.files.replacing`: links are
+            followed, the mode is kept).
         receipt: stored in the header, so that it travels with the model.
 
     Raises:
-        ValueError: a state that has no place in the format (on "meta", sparse layout, extra state
-            that is no tensor).
-        OSError: the folder is missing or cannot be written; nothing is left behind.
+        ValueError: a state that has no place in the format, which the message names: on "meta", a
+            sparse, nested or quantised tensor, a dtype that safetensors does not hold, extra state
+            that is no tensor, a part of memory that two tensors share. Nothing was written then.
+        OSError: the folder is missing or cannot be written, or ``path`` is no file; nothing is left
+            behind.
     """
-    state = model.state_dict()
-    tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    seen: dict[Any, str] = {}
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name}: expected a tensor to save; got {type(value).__name__}")
-        if value.is_meta or value.layout != torch.strided:
-            place = "on meta" if value.is_meta else str(value.layout)
-            raise ValueError(f"{name}: expected a dense tensor with content; got one {place}")
-        key = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
-        if value.numel() and key in seen:
-            tied[name] = seen[key]
-            continue
-        seen[key] = name
-        # A copy of its own: safetensors refuses tensors that share memory.
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+    with torch.no_grad():
+        state = model.state_dict(keep_vars=True)
+        for name, value in state.items():
+            file_format.check_storable(name, value)
+        tied, views = _shared(state)
+        tensors: dict[str, Tensor] = {}
+        strides: dict[str, list[int]] = {}
+        for name, value in state.items():
+            if name in tied or name in views:
+                continue
+            # A copy of its own: safetensors refuses tensors that share memory.
+            own = value.detach().resolve_neg().to("cpu", copy=True)
+            if own.stride() != file_format.plain_strides(own.shape):
+                strides[name] = list(own.stride())
+            tensors[name] = own.contiguous()
+    tree = structure.describe(model)
+    versions = getattr(state, "_metadata", {})
     header = {
-        "format": FORMAT,
-        "tree": structure.describe(model),
+        "tree": tree,
         "tied": tied,
+        "views": views,
+        "strides": strides,
         "fixed": [n for n, p in model.named_parameters() if not p.requires_grad],
         "training": model.training,
+        "versions": {name: of for name, of in versions.items() if of != {"version": 1}},
     }
-    metadata = {_HEADER: json.dumps(header)}
-    if receipt is not None:
-        metadata[_RECEIPT] = receipt.to_json()
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    file_format.write(path, tensors, header, None if receipt is None else receipt.to_json())
 
 
 def load(
@@ -84,197 +80,312 @@ def load(
 ) -> nn.Module:
     """Read what `save` wrote, without pickle and without the original weights.
 
+    No random number is drawn. At its peak the memory is about twice that of the file's tensors,
+    the model included.
+
     Args:
         path: the file.
         model: None when the model consists of known modules (`structure.KINDS`: Sequential,
             Linear, activations, the bigops layers ..). Else a model of the original class and
             sizes, as it was before compression or after; it may be on the meta device. Compressed
-            layers are swapped in and all tensors replaced; its mode stays.
+            layers are swapped in and all tensors replaced; its mode stays, and so does its memory
+            format where the file has rows.
         device: where the tensors go.
 
     Returns:
         ``model``, or a new one in the mode that the saved one was in.
 
     Raises:
-        FormatError: the file is truncated, no bigops file, of another version, or does not fit
-            ``model``; the message names the file. ``model`` is unchanged.
+        FormatError: the file is truncated or damaged (its checksums are compared), no bigops file,
+            of another version, or does not fit ``model``; the message names the file. ``model`` is
+            unchanged.
         FileNotFoundError, IsADirectoryError: no such file.
     """
-    path = Path(path)
     device = torch.device(device)
-    header, tensors = _read(path, device)
-    try:
-        for alias, name in header["tied"].items():
-            tensors[alias] = tensors[name]
-        if model is None:
-            model = structure.build(header["tree"])
-            _fill(model, tensors)
-            model.train(header["training"])
-        else:
-            _fill_given(model, header["tree"], tensors)
-    except structure.StructureError as error:
-        raise FormatError(f"{path}: {error}") from None
-    except KeyError as error:
-        raise FormatError(f"{path}: a tied tensor refers to {error}, which is not there") from None
-    _tie(model, header["tied"])
-    fixed = set(header["fixed"])
-    for name, parameter in model.named_parameters():
-        if name in fixed:
-            parameter.requires_grad_(False)
-    return model.to(device)
+    sites = None if model is None else Sites(model)
+    header, tensors = file_format.read(path, device)
+    with _refusing(path):
+        if sites is None:
+            made = structure.build(header.tree)
+            _fill(made, header, tensors)
+            return made.train(header.training).to(device)
+        with _as_before(sites.model):
+            _swap_in(sites, header.tree)
+            _fill(sites.model, header, tensors)
+            return sites.model.to(device)
 
 
-def load_compressed(path: str | os.PathLike[str]) -> dict[str, CompressedLinear | LowRankLinear]:
+def load_compressed(
+    path: str | os.PathLike[str],
+) -> dict[str, CompressedLinear | LowRankLinear]:
     """The compressed layers in a saved file by name, whatever the classes around them.
 
     Raises:
         FormatError, FileNotFoundError, IsADirectoryError: as `load`.
     """
-    path = Path(path)
-    header, tensors = _read(path, torch.device("cpu"))
-    found = {}
-    try:
-        for name, layer in structure.compressed(header["tree"]):
-            _fill(layer, _below(name, tensors), f"module {name!r}")
-            found[name] = layer
-    except structure.StructureError as error:
-        raise FormatError(f"{path}: {error}") from None
-    return found
+    header, tensors = file_format.read(path, torch.device("cpu"))
+    with _refusing(path):
+        tensors = _all_tensors(header, tensors)
+        found = dict(structure.compressed(header.tree))
+        for name, layer in found.items():
+            prefix = f"{name}." if name else ""
+            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            versions = {"": (header.versions or {}).get(name, {"version": 1})}
+            _check_state(layer, own, f"module {name!r}: " if name else "")
+            _load_state(layer, own, versions)
+        return found
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_header(path: str | os.PathLike[str]) -> Header:
     """The structure and the receipt (JSON text or None) in the header of a saved file.
 
     Raises:
         FormatError: as `load`.
     """
-    header, _ = _read(Path(path), None)
+    header, _ = file_format.read(path, None)
     return header
 
 
-def _read(path: Path, device: torch.device | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors (none without a device), both checked as far as the file alone goes."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: expected a file written by bigops.save; it is a folder")
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: expected a file written by bigops.save; it is not there")
-    tensors: dict[str, Tensor] = {}
+# --- all or nothing -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _refusing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever a file makes modules raise becomes a FormatError that names it."""
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if device is not None and _HEADER in metadata:
-                for name in file.keys():  # noqa: SIM118  this is no dict
-                    # Copied: a mapped file that changes would change or crash the model.
-                    tensors[name] = file.get_tensor(name).to(device, copy=True)
-    except SafetensorError as error:
-        raise FormatError(
-            f"{path}: expected a whole safetensors file written by bigops.save; it is truncated, "
-            f"damaged or of another format ({error})"
-        ) from None
-    if _HEADER not in metadata:
-        raise FormatError(
-            f"{path}: expected a header {_HEADER!r} as bigops.save writes it; this safetensors "
-            f"file has {sorted(metadata) or 'none'}"
-        )
+        yield
+    except structure.StructureError as error:
+        raise FormatError(f"{path}: {error}") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise FormatError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """On any error every module has what it had: children, tensors, and other attributes.
+
+    Loading gives modules new tensors and writes into no old one, so the objects are enough.
+    """
+    kept = []
+    for module in model.modules():
+        inner = {k: v for k, v in vars(module).items() if isinstance(v, dict | set | list)}
+        kept.append((module, dict(vars(module)), {k: copy.copy(v) for k, v in inner.items()}))
     try:
-        header = json.loads(metadata[_HEADER])
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise FormatError(f"{path}: the header is no JSON ({error})") from None
-    if not isinstance(header, dict) or "format" not in header:
-        raise FormatError(
-            f"{path}: expected a header with a format version; got {str(header)[:80]}"
-        )
-    if header["format"] != FORMAT:
-        raise FormatError(
-            f"{path}: expected format version {FORMAT}; got {header['format']!r} (written by "
-            "another version of bigops)"
-        )
-    expected = {"tree": dict, "tied": dict, "fixed": list, "training": bool}
-    for name, kind in expected.items():
-        if not isinstance(header.get(name), kind):
-            raise FormatError(
-                f"{path}: expected {name!r} in the header to be a {kind.__name__}; "
-                f"got {str(header.get(name))[:80]}"
-            )
-    header["receipt"] = metadata.get(_RECEIPT)
-    return header, tensors
+        yield
+    except BaseException:
+        for module, attributes, inner in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, value in inner.items():
+                own = attributes[name]
+                own.clear()
+                own.extend(value) if isinstance(own, list) else own.update(value)
+        raise
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], where: str = "the model") -> None:
-    """Give a module that was just built its tensors."""
-    try:
-        model.load_state_dict(tensors, strict=True, assign=True)
-    except RuntimeError as error:  # missing, extra, wrong size, broken storage: torch lists all
-        raise structure.StructureError(f"the tensors of {where} do not fit: {error}") from None
+# --- filling --------------------------------------------------------------------------------
 
 
-def _below(path: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the module at ``path``, by their names inside it."""
-    prefix = f"{path}." if path else ""
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _fill_given(model: nn.Module, tree: Any, tensors: dict[str, Tensor]) -> None:
-    """Swap and fill a caller's model; every check comes before the first change."""
-    sites = Sites(model)
-    new = dict(structure.replacements(tree, model))
+def _swap_in(sites: Sites, tree: Any) -> None:
+    """Put the layers of the file into a caller's model, still empty."""
+    new = dict(structure.replacements(tree, sites.model))
     if "" in new:
         raise structure.StructureError(
             "the model is a single layer, which cannot be swapped in place: load without model="
         )
-    old: dict[str, nn.Module] = {}
     for path, module in new.items():
-        _fill(module, _below(path, tensors), f"module {path!r}")
-        old[path] = sites.modules[path]
-        module.train(old[path].training)
+        module.train(sites.modules[path].training)
     sites.swap(new)
-    try:
-        _check_state(model, tensors)
-    except BaseException:
-        sites.swap(old)
-        raise
-    model.load_state_dict(tensors, strict=True, assign=True)
 
 
-def _check_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Raise StructureError unless the tensors are just those that the model's state has."""
-    state = model.state_dict()
-    missing = sorted(state.keys() - tensors.keys())
-    extra = sorted(tensors.keys() - state.keys() - structure.retired_keys(model))
-    if missing or extra:
-        raise structure.StructureError(
-            f"the model needs {missing or 'nothing'} that the file lacks, and the file has "
-            f"{extra or 'nothing'} that the model lacks"
-        )
-    free = structure.storage_keys(model)
-    for name, value in state.items():
-        got = tensors[name]
-        if name not in free and value.shape != got.shape:
-            raise structure.StructureError(
-                f"{name}: the model expects shape {list(value.shape)}; the file has "
-                f"{list(got.shape)}"
-            )
-        if value.is_floating_point() != got.is_floating_point():
-            raise structure.StructureError(
-                f"{name}: the model expects {value.dtype}; the file has {got.dtype}"
-            )
+def _fill(model: nn.Module, header: Header, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model its tensors, ties and flags; every check comes before the first of them."""
+    tensors = _all_tensors(header, tensors)
+    state = _check_state(model, tensors, "")
     hollow = [n for n, b in model.named_buffers() if b.is_meta and n not in tensors]
     if hollow:
         raise structure.StructureError(
             f"the buffers {hollow} are on the meta device and no part of the state_dict: build "
             "the model on a real device"
         )
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    unknown = sorted({*header.fixed} - names)
+    if unknown:
+        raise structure.StructureError(
+            f"fixed: expected parameters of the model; got {unknown[0]!r}"
+        )
+    placed = {*header.strides, *header.views, *(of for of, *_ in header.views.values())}
+    for name, own in state.items():
+        if name not in placed and own.shape == tensors[name].shape:
+            tensors[name] = _in_format_of(own, tensors[name])
+    versions = {
+        path: {"version": module._version} if header.versions is None else {"version": 1}
+        for path, module in model.named_modules(remove_duplicate=False)
+    }
+    _load_state(model, tensors, {**versions, **(header.versions or {})})
+    _tie(model, header.tied)
+    fixed = set(header.fixed)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in fixed:
+            parameter.requires_grad_(False)
 
 
-def _tie(model: nn.Module, tied: dict[str, str]) -> None:
-    """Make parameters that were one object one object again."""
+def _load_state(
+    module: nn.Module, tensors: Mapping[str, Tensor], versions: Mapping[str, dict[str, Any]]
+) -> None:
+    state = OrderedDict(tensors)
+    state._metadata = dict(versions)  # type: ignore[attr-defined]  # where torch keeps them
+    try:
+        module.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:  # broken storage, what a module of the caller's refuses: a list
+        raise structure.StructureError(f"the tensors do not fit: {error}") from None
+
+
+def _check_state(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The model's own state; StructureError unless the tensors are just those that it has."""
+    state: dict[str, Tensor] = model.state_dict()
+    missing = sorted(state.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - state.keys() - structure.retired_keys(model))
+    if missing or extra:
+        raise structure.StructureError(
+            f"{where}the model needs {missing or 'nothing'} that the file lacks, and the file has "
+            f"{extra or 'nothing'} that the model lacks"
+        )
+    free = structure.storage_keys(model)  # the layers check these
+    for name, value in state.items():
+        got = tensors[name]
+        if name in free:
+            continue
+        if not isinstance(value, Tensor):
+            raise structure.StructureError(
+                f"{where}{name}: the model expects a {type(value).__name__}; the file has a tensor"
+            )
+        if value.shape != got.shape:
+            raise structure.StructureError(
+                f"{where}{name}: the model expects shape {list(value.shape)}; the file has "
+                f"{list(got.shape)}"
+            )
+        both = value.is_floating_point() and got.is_floating_point()
+        if value.dtype != got.dtype and not both:
+            raise structure.StructureError(
+                f"{where}{name}: the model expects {value.dtype}; the file has {got.dtype}"
+            )
+    return state
+
+
+# --- memory: ties, views, strides -----------------------------------------------------------
+
+
+def _shared(state: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, list[Any]]]:
+    """Which entries are the same object as another, and which lie in the memory of another."""
+    tied: dict[str, str] = {}
+    views: dict[str, list[Any]] = {}
+    objects: dict[int, str] = {}
+    places: dict[Any, list[str]] = {}
+    for name, value in state.items():
+        if objects.setdefault(id(value), name) != name:
+            tied[name] = objects[id(value)]
+        elif value.numel():
+            places.setdefault((value.device, value.untyped_storage().data_ptr()), []).append(name)
+    for names in places.values():
+        bases: list[str] = []
+        # The widest first: what the others lie in. The first of equal ones, as they are named.
+        for name in sorted(names, key=lambda n: -_extent(state[n])[1]):
+            value = state[name]
+            first, length = _extent(value)
+            for base in bases:
+                whole = state[base]
+                start, width = _extent(whole)
+                if first >= start + width or start >= first + length:
+                    continue
+                offset, rest = divmod(first - start, value.element_size())
+                inside = start <= first and first + length <= start + width
+                if inside and not rest and value.dtype == whole.dtype and _is_dense(whole):
+                    views[name] = [base, offset, list(value.shape), list(value.stride())]
+                    break
+                if _is_dense(whole) and _is_dense(value):
+                    raise ValueError(
+                        f"{name}: expected memory of its own, or within that of one other entry of "
+                        f"its dtype; got some that it shares with {base} in part"
+                    )
+            else:
+                bases.append(name)
+    return tied, views
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    """First byte and bytes from there to the last, of a tensor that is not empty."""
+    last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), (last + 1) * t.element_size()
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether the elements fill their memory, each place once, in whatever order."""
+    return _fills(list(t.shape), list(t.stride()))
+
+
+def _fills(shape: list[int], strides: list[int]) -> bool:
+    expected = 1
+    for step, size in sorted((step, size) for step, size in zip(strides, shape, strict=True)):
+        if size == 1:
+            continue
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _all_tensors(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in their strides, with those that are stored as another one or a part of it."""
+    found = dict(tensors)
+    for name, strides in header.strides.items():
+        t = found.get(name)
+        if (
+            t is None
+            or len(strides) != t.dim()
+            or not (_fills(list(t.shape), strides) or not t.numel())
+        ):
+            raise structure.StructureError(
+                f"strides: expected an order of the dimensions of {name!r}; got {strides}"
+            )
+        found[name] = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+    for name, (of, offset, shape, strides) in header.views.items():
+        base = tensors.get(of)
+        fits = base is not None and len(shape) == len(strides) and name not in tensors
+        last = sum((size - 1) * step for size, step in zip(shape, strides, strict=False))
+        if base is None or not fits or 0 in shape or offset + last >= base.numel():
+            raise structure.StructureError(
+                f"views: expected {name!r} to lie within a tensor; got {offset}, {shape} and "
+                f"{strides} of {of!r}"
+            )
+        found[name] = found[of].as_strided(shape, strides, offset)
+    for name, of in header.tied.items():
+        if of not in found or name in found:
+            raise structure.StructureError(f"a tied tensor refers to {of!r}, which is not there")
+        found[name] = found[of]
+    return found
+
+
+def _in_format_of(own: Tensor, got: Tensor) -> Tensor:
+    """``got``, which lies row by row, in the memory format of the model's tensor."""
+    if own.stride() == got.stride() or not got.numel():
+        return got
+    new = torch.empty_like(own, dtype=got.dtype, device=got.device)
+    return new.copy_(got) if new.stride() == own.stride() else got
+
+
+def _tie(model: nn.Module, tied: Mapping[str, str]) -> None:
+    """Make parameters and buffers that were one object one object again."""
     for alias, name in tied.items():
         owner, _, leaf = alias.rpartition(".")
         source, _, source_leaf = name.rpartition(".")
         try:
-            target = model.get_submodule(owner)._parameters
-            shared = model.get_submodule(source)._parameters[source_leaf]
-        except (AttributeError, KeyError):
+            target, origin = model.get_submodule(owner), model.get_submodule(source)
+        except AttributeError:
             continue  # a stacked parameter has no such name: the values were copied
-        if leaf in target:
-            target[leaf] = shared
+        if leaf in target._parameters and source_leaf in origin._parameters:
+            target._parameters[leaf] = origin._parameters[source_leaf]
+        if leaf in target._buffers and source_leaf in origin._buffers:
+            target._buffers[leaf] = origin._buffers[source_leaf]

@@ -10,9 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
+from bigops.compress import arguments
+from bigops.compress.arguments import (
+    FLAG,
+    INT,
+    NUMBER,
+    SIZE,
+    SIZES,
+    TEXT,
+    Field,
+    left_out,
+    one_of,
+    optional,
+)
 from bigops.nn.compressed_linear import RETIRED, CompressedLinear
 from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.gated_mlp import GatedMLP
@@ -40,16 +52,24 @@ class Kind(NamedTuple):
     cls: type[nn.Module]
     describe: Callable[[Any], dict[str, Any]]
     make: Callable[[dict[str, Any]], nn.Module]
+    fields: dict[str, Field]
     container: bool = False
 
 
-def _plain(cls: type[nn.Module], *names: str) -> Kind:
-    """A class whose constructor takes the attributes ``names`` and no device."""
-    return Kind(cls, lambda m: {n: getattr(m, n) for n in names}, lambda args: cls(**args))
+def _plain(cls: type[nn.Module], **fields: Field) -> Kind:
+    """A class whose constructor takes the attributes ``fields`` and no device."""
+    return Kind(cls, lambda m: {n: getattr(m, n) for n in fields}, lambda args: cls(**args), fields)
 
 
-def _on_meta(cls: type[nn.Module], describe: Callable[[Any], dict[str, Any]]) -> Kind:
-    return Kind(cls, describe, lambda args: cls(**args, device="meta"))
+def _on_meta(
+    cls: type[nn.Module], describe: Callable[[Any], dict[str, Any]], fields: dict[str, Field]
+) -> Kind:
+    """A class whose constructor takes a device; on "meta" it draws no random number."""
+    return Kind(cls, describe, lambda args: cls(**args, device="meta"), fields)
+
+
+def _compressed(cls: Any, **fields: Field) -> Kind:
+    return Kind(cls, cls.arguments, cls.from_arguments, {**arguments.COMPRESSED, **fields})
 
 
 def _linear(module: nn.Linear) -> dict[str, Any]:
@@ -69,14 +89,25 @@ def _layer_norm(module: nn.LayerNorm) -> dict[str, Any]:
     }
 
 
-def _embedding(module: nn.Embedding) -> dict[str, Any]:
-    names = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type",
-             "scale_grad_by_freq", "sparse")  # fmt: skip
-    return {name: getattr(module, name) for name in names}
-
+_EMBEDDING = {
+    "num_embeddings": SIZE,
+    "embedding_dim": SIZE,
+    "padding_idx": optional(INT),
+    "max_norm": optional(NUMBER),
+    "norm_type": NUMBER,
+    "scale_grad_by_freq": FLAG,
+    "sparse": FLAG,
+}
+_GATED = {
+    "in_features": SIZE,
+    "hidden_features": SIZE,
+    "out_features": SIZE,
+    "activation": arguments.GATED,
+    "bias": FLAG,
+}
 
 _CONTAINERS: dict[str, Kind] = {
-    name: Kind(cls, lambda m: {}, lambda args, cls=cls: cls(**args), container=True)  # type: ignore[misc]
+    name: Kind(cls, lambda m: {}, lambda args, cls=cls: cls(**args), {}, container=True)  # type: ignore[misc]
     for name, cls in (
         ("Sequential", nn.Sequential),
         ("ModuleList", nn.ModuleList),
@@ -87,32 +118,47 @@ _CONTAINERS: dict[str, Kind] = {
 KINDS: dict[str, Kind] = {
     **_CONTAINERS,
     "Identity": _plain(nn.Identity),
-    "ReLU": _plain(nn.ReLU, "inplace"),
-    "GELU": _plain(nn.GELU, "approximate"),
-    "SiLU": _plain(nn.SiLU, "inplace"),
+    "ReLU": _plain(nn.ReLU, inplace=FLAG),
+    "GELU": _plain(nn.GELU, approximate=one_of("none", "tanh")),
+    "SiLU": _plain(nn.SiLU, inplace=FLAG),
     "Sigmoid": _plain(nn.Sigmoid),
     "Tanh": _plain(nn.Tanh),
-    "Softmax": _plain(nn.Softmax, "dim"),
-    "LogSoftmax": _plain(nn.LogSoftmax, "dim"),
-    "Flatten": _plain(nn.Flatten, "start_dim", "end_dim"),
-    "Dropout": _plain(nn.Dropout, "p", "inplace"),
-    "LayerNorm": _on_meta(nn.LayerNorm, _layer_norm),
-    "Embedding": _on_meta(nn.Embedding, _embedding),
-    "torch.Linear": _on_meta(nn.Linear, _linear),
-    "bigops.Linear": _on_meta(Linear, Linear.arguments),
-    "bigops.Fp8Linear": Kind(Fp8Linear, Fp8Linear.arguments, Fp8Linear.from_arguments),
-    "bigops.GatedMLP": _on_meta(GatedMLP, GatedMLP.arguments),
-    "bigops.LowRankLinear": _on_meta(LowRankLinear, LowRankLinear.arguments),
-    "bigops.PackedGatedMLP": _on_meta(PackedGatedMLP, PackedGatedMLP.arguments),
-    "bigops.PackedLinear": Kind(PackedLinear, PackedLinear.arguments, PackedLinear.from_arguments),
-    "bigops.PackedLowRankLinear": Kind(
-        PackedLowRankLinear, PackedLowRankLinear.arguments, PackedLowRankLinear.from_arguments
+    "Softmax": _plain(nn.Softmax, dim=optional(INT)),
+    "LogSoftmax": _plain(nn.LogSoftmax, dim=optional(INT)),
+    "Flatten": _plain(nn.Flatten, start_dim=INT, end_dim=INT),
+    "Dropout": _plain(nn.Dropout, p=NUMBER, inplace=FLAG),
+    "LayerNorm": _on_meta(
+        nn.LayerNorm,
+        _layer_norm,
+        {"normalized_shape": SIZES, "eps": NUMBER, "elementwise_affine": FLAG, "bias": FLAG},
     ),
-    "bigops.QuantLinear": Kind(QuantLinear, QuantLinear.arguments, QuantLinear.from_arguments),
-    "bigops.QuantLowRankLinear": Kind(
-        QuantLowRankLinear, QuantLowRankLinear.arguments, QuantLowRankLinear.from_arguments
+    "Embedding": _on_meta(
+        nn.Embedding, lambda m: {n: getattr(m, n) for n in _EMBEDDING}, _EMBEDDING
     ),
-    "bigops.SparseLinear": Kind(SparseLinear, SparseLinear.arguments, SparseLinear.from_arguments),
+    "torch.Linear": _on_meta(nn.Linear, _linear, arguments.LINEAR),
+    "bigops.Linear": _on_meta(Linear, Linear.arguments, arguments.ACTIVATED),
+    "bigops.Fp8Linear": _compressed(Fp8Linear, scales=TEXT, activations=TEXT),
+    "bigops.GatedMLP": _on_meta(GatedMLP, GatedMLP.arguments, _GATED),
+    "bigops.LowRankLinear": _on_meta(
+        LowRankLinear, LowRankLinear.arguments, {**arguments.ACTIVATED, "rank": SIZE}
+    ),
+    "bigops.PackedGatedMLP": _on_meta(
+        PackedGatedMLP, PackedGatedMLP.arguments, {**_GATED, "frozen": FLAG}
+    ),
+    "bigops.PackedLinear": _compressed(PackedLinear),
+    "bigops.PackedLowRankLinear": _compressed(PackedLowRankLinear, rank=SIZE),
+    "bigops.QuantLinear": _compressed(
+        QuantLinear, bits=SIZE, group=optional(SIZE), symmetric=FLAG, activations=TEXT
+    ),
+    "bigops.QuantLowRankLinear": _compressed(QuantLowRankLinear, rank=SIZE),
+    "bigops.SparseLinear": _compressed(
+        SparseLinear,
+        pattern=TEXT,
+        values=TEXT,
+        chunk=SIZE,
+        thawed=FLAG,
+        activations=left_out(TEXT),
+    ),
 }
 _NAMES = {kind.cls: name for name, kind in KINDS.items()}
 # What `fuse_` leaves where an activation was: see bigops/nn/fuse.py.
@@ -240,6 +286,8 @@ def _kind(node: Any, path: str, depth: int) -> Kind | None:
         raise StructureError(
             f"{_where(path)}: expected arguments; got {str(node.get('args'))[:80]}"
         )
+    if wrong := arguments.misfit(kind.fields, node["args"]):
+        raise StructureError(f"{_where(path)}: a {node['kind']} cannot be made: {wrong}")
     if node.get("children") and not kind.container:
         raise StructureError(f"{_where(path)}: a {node['kind']} has no children")
     return kind
@@ -247,9 +295,8 @@ def _kind(node: Any, path: str, depth: int) -> Kind | None:
 
 def _make(node: Mapping[str, Any], path: str) -> nn.Module:
     try:
-        with torch.random.fork_rng(devices=[]):
-            return KINDS[node["kind"]].make(dict(node["args"]))
-    except (TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+        return KINDS[node["kind"]].make(dict(node["args"]))
+    except Exception as error:  # torch's constructors assert, too
         raise StructureError(
             f"{_where(path)}: {node['kind']} cannot be made with {str(node['args'])[:120]} "
             f"({type(error).__name__}: {error})"

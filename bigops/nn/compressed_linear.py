@@ -267,8 +267,8 @@ class CompressedLinear(nn.Module):
     ) -> None:
         if prefix + RETIRED in state_dict:
             state_dict = {k: v for k, v in state_dict.items() if k != prefix + RETIRED}
+        state_dict = self._check_grid(state_dict, prefix, error_msgs)
         if self.frozen:
-            state_dict = self._check_grid(state_dict, prefix, error_msgs)
             state_dict = self._load_storage(state_dict, prefix, local_metadata, error_msgs)
         missing: list[str] = []
         super()._load_from_state_dict(
@@ -282,8 +282,12 @@ class CompressedLinear(nn.Module):
     ) -> dict[str, Any]:
         """Refuse an ``x_grid`` that is none; the layer keeps its own then."""
         own, given = self._buffers.get("x_grid"), state_dict.get(prefix + "x_grid")
-        if own is None or given is None or "x_grid" in self.storage_names:
+        if own is None or given is None or given.is_meta:
             return state_dict
+        if self.frozen and "x_grid" in self.storage_names:
+            return state_dict
+        if not self.frozen and given.shape == own.shape and not bool(given.any()):
+            return state_dict  # not calibrated yet
         try:
             quantize.check_grid("x_grid", given)
         except (TypeError, ValueError) as error:
@@ -303,7 +307,7 @@ class CompressedLinear(nn.Module):
         if any(prefix + name not in state_dict for name in names):
             return state_dict  # torch names what is missing
         found: dict[str, Tensor | None] = dict.fromkeys(self.storage_names)
-        found.update({name: state_dict[prefix + name] for name in names})
+        found.update({name: state_dict[prefix + name].contiguous() for name in names})
         try:
             storage = self.make_frozen(found)
             self.check_storage(storage)

@@ -135,14 +135,50 @@ class QuantizedWeight(NamedTuple):
             raise ValueError("scale: expected finite values above 0")
         if self.bits == 4 and self.zero_point is not None:
             check_range("zero_point", self.zero_point, -8, 7)
-        if self.row_sum is not None:
-            want = row_sums(self.grid(), self.bits, self.group)
-            # float sums in float64: nothing but the rounding to float32 can differ
-            same = torch.equal if self.bits == 8 else torch.allclose
-            if not same(want, self.row_sum[: self.n]):
-                raise ValueError("row_sum: expected the sums of the weight's rows; got others")
+        if bool(self._beyond().any()):
+            raise ValueError(f"values: expected zeros beyond column {self.k}")
+        if self.row_sum is not None and not self._has_sums(self.row_sum):
+            raise ValueError("row_sum: expected the sums of the weight's rows; got others")
         if self.x_grid is not None:
             quantize.check_grid("x_grid", self.x_grid)
+
+    def _beyond(self) -> Tensor:
+        """The numbers that fill up the last line of each row."""
+        last, rest = self.values[:, -1:], self.k % columns_of(self.bits)
+        if self.bits == 4:
+            last = torch.cat([last & 15, last >> 4], -1)[..., _FROM_NIBBLES] ^ 8
+        return last[..., rest:] if rest else last[..., :0]
+
+    def _has_sums(self, sums: Tensor) -> bool:
+        """Whether these are the sums of the rows; taken of the packed numbers, some at a time."""
+        # [tiles, groups, rows]; filled in place: results that are kept split the allocator's room.
+        tiles, lines = self.values.shape[:2]
+        per = self.group // columns_of(self.bits) if self.group else max(lines, 1)
+        q = self.values.new_zeros((tiles, -(-lines // per), TILE), dtype=torch.int32)
+        step = max(1, 2**17 // max(lines * TILE * 4, 1))  # about 128 KB
+        for first in range(0, tiles if lines else 0, step):
+            part = self.values[first : first + step]
+            if self.bits == 8:
+                q[first : first + step, 0] = part.sum((1, 3), dtype=torch.int32)
+                continue
+            line = (part & 15).sum(-1, dtype=torch.int32) + (part >> 4).sum(-1, dtype=torch.int32)
+            line -= 8 * columns_of(4)  # nibbles hold q + 8
+            filled = torch.nn.functional.pad(line, (0, 0, 0, -lines % per))
+            q[first : first + step] = filled.unflatten(1, (-1, per)).sum(2)
+        whole = q.transpose(0, 1).flatten(1)  # [groups, rows]
+        if self.bits == 8:
+            return torch.equal(whole.sum(0, dtype=torch.int32)[: self.n], sums[: self.n])
+        scale = self.scale.double()
+        start = torch.arange(scale.shape[0], device=q.device).unsqueeze(1) * self.group
+        columns = (self.k - start).clamp(max=self.group or self.k)
+        exact = whole.double() if lines else scale * 0
+        if self.zero_point is not None:
+            exact = exact - self.zero_point.double() * columns
+        want, most = (exact * scale).sum(0), (scale * columns * 15).sum(0)  # |q - zero point| <= 15
+        # Only the rounding to float32 may differ, and the order in which float64 was summed.
+        off = (sums.double() - want).abs()[: self.n]
+        room = want.abs() * 2**-24 + most * (self.k * 2.0**-52) + 2.0**-149
+        return bool((off <= room[: self.n]).all())
 
 
 def check_range(name: str, t: Tensor, low: int, high: int) -> None:

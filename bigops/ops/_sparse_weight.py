@@ -26,6 +26,7 @@ index: G is 16 or 4 where the blocks of the pattern are that tall, else 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ PANEL = 64  # words
 COLUMNS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # of a word
 GROUPS = (16, 4, 1)
 CHUNKS = (256, 128, 64)
+BLOCK = 1 << 12  # steps that a check looks at together: about a MB, whatever the weight
 TENSORS = ("values", "index", "rows", "length", "ptr", "scale", "sums")
 
 
@@ -251,12 +253,14 @@ class SparseWeight(NamedTuple):
                 raise TypeError(f"{name}: expected a torch.Tensor; got None")
         check_storage(*self.tensors, n, self.chunk, k)  # type: ignore[arg-type, call-arg]
         check_structure(*self[:5], n, self.chunk, k)
-        if not bool(torch.isfinite(self.values).all()):
+        if self.scale is None and not all(
+            bool(torch.isfinite(part).all()) for part in self.values.split(BLOCK)
+        ):
             raise ValueError("values: expected finite values; got NaN or inf")
         if self.scale is not None:
             if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
                 raise ValueError("scale: expected finite values above 0")
-            sums = row_sums(self.values, self.positions(), n, self.chunk)
+            sums = _stored_sums(self.values, self.rows, self.ptr, n, k, self.chunk)
             if self.sums is None or not torch.equal(sums, self.sums):
                 raise ValueError("sums: expected the sum of the values of each row; got others")
 
@@ -328,17 +332,76 @@ def check_structure(
         )
     if index.numel() and int(index.max()) >= PANEL:
         raise ValueError(f"index: expected words below {PANEL}; got {int(index.max())}")
-    most = chunk * index.shape[1] // SLICE
-    shaped = rows.view(size.chunks * size.panels, most).long()
-    every = torch.arange(most, device=rows.device).expand_as(shaped)
-    if not torch.equal(shaped.sort(-1).values, every):
-        raise ValueError(f"rows: expected each of 0..{most - 1} once in every panel of a chunk")
-    if bool((length.long() > ptr.diff().unsqueeze(1)).any()):
-        raise ValueError("length: expected at most the steps of the slice")
-    at = positions(values, index, rows, length, ptr, k, chunk)
-    if bool((at.stored & (at.word >= size.words)).any()):
+    if ptr.numel() > 1 and int(ptr.diff().max()) > PANEL:
         raise ValueError(
-            f"index: expected words inside the {k} columns; got one past them in the last panel"
+            f"ptr: expected at most {PANEL} steps in a slice, the words of a panel; got "
+            f"{int(ptr.diff().max())}"
         )
-    if bool((values[~at.stored] != 0).any()):
-        raise ValueError("values: expected 0 in the padding; got others")
+    most = chunk * index.shape[1] // SLICE
+    every = torch.arange(most, dtype=torch.uint8, device=rows.device)
+    for part in rows.view(size.chunks * size.panels, most).split(max(1, 2 * BLOCK // most)):
+        if not torch.equal(part.sort(-1).values, every.expand_as(part)):
+            raise ValueError(f"rows: expected each of 0..{most - 1} once in every panel of a chunk")
+    if bool((length > ptr.diff().to(torch.uint8).unsqueeze(1)).any()):
+        raise ValueError("length: expected at most the steps of the slice")
+    slices = torch.arange(size.total, device=ptr.device)
+    panel = slices // size.slices % max(size.panels, 1)
+    inside = (size.words - panel * PANEL).clamp(max=PANEL).to(torch.uint8)  # words in the columns
+    for block in _blocks(ptr):
+        word, owner = index[block.steps], block.owner
+        stored = block.place.unsqueeze(1) < length[block.slices][owner]
+        if bool((stored & (word >= inside[block.slices][owner].unsqueeze(1))).any()):
+            raise ValueError(
+                f"index: expected words inside the {k} columns; got one past them in the last panel"
+            )
+        falls = (word[1:] <= word[:-1]) & (owner[1:] == owner[:-1]).unsqueeze(1)
+        if bool((falls & stored[1:]).any()):
+            raise ValueError(
+                "index: expected the words of a row to rise; got one twice, or out of order"
+            )
+        padding = ~stored.repeat_interleave(SLICE // index.shape[1], 1).unsqueeze(-1)
+        if bool(((values[block.steps] != 0) & padding).any()):
+            raise ValueError("values: expected 0 in the padding; got others")
+
+
+class _Block(NamedTuple):
+    """Some slices that follow each other, and their steps."""
+
+    slices: slice
+    steps: slice
+    owner: Tensor  # int64 [steps]: the slice of each, counted from the first here
+    place: Tensor  # uint8 [steps]: the number of each in its slice
+
+
+def _blocks(ptr: Tensor) -> Iterator[_Block]:
+    """The storage in parts of about BLOCK steps, so that looking at it takes little memory."""
+    first, slices = 0, ptr.shape[0] - 1
+    while first < slices:
+        start = int(ptr[first])
+        end = int(torch.searchsorted(ptr, start + BLOCK, right=True)) - 1
+        end = min(max(end, first + 1), slices, first + BLOCK)
+        here = ptr[first : end + 1].long() - start
+        steps = int(here[-1])
+        number = torch.arange(end - first, device=ptr.device)
+        owner = torch.repeat_interleave(number, here.diff(), output_size=steps)
+        place = torch.arange(steps, device=ptr.device) - here[owner]
+        yield _Block(slice(first, end), slice(start, start + steps), owner, place.to(torch.uint8))
+        first = end
+
+
+def _stored_sums(values: Tensor, rows: Tensor, ptr: Tensor, n: int, k: int, chunk: int) -> Tensor:
+    """`row_sums` of the whole storage, part by part."""
+    size, group = sizes(n, k, chunk, values.dtype), SLICE // rows.shape[1]
+    total = torch.zeros(size.chunks * chunk, dtype=torch.int64, device=values.device)
+    for block in _blocks(ptr):
+        of_slices = torch.zeros(
+            (block.slices.stop - block.slices.start, SLICE), dtype=torch.int64, device=ptr.device
+        )
+        of_slices.index_add_(0, block.owner, values[block.steps].sum(-1, dtype=torch.int64))
+        slices = torch.arange(block.slices.start, block.slices.stop, device=ptr.device)
+        first = slices // max(size.slices * size.panels, 1) * chunk
+        inside = torch.arange(group, device=ptr.device).repeat(rows.shape[1])
+        spread = rows[block.slices].long().repeat_interleave(group, 1)
+        row = first.unsqueeze(1) + spread * group + inside
+        total.index_add_(0, row.flatten(), of_slices.flatten())
+    return total[:n].to(torch.int32)

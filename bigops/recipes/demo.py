@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,7 +27,7 @@ from bigops.compress.apply import compress_, freeze_
 from bigops.compress.config import Config, Int8, Sparse
 from bigops.compress.receipt import Candidate, Floors, Receipt
 from bigops.compress.store import save
-from bigops.files import check_writable
+from bigops.files import check_writable, replacing
 from bigops.nn.plain import plain
 from bigops.recipes import mlp, reload
 from bigops.recipes.data import DataError, Dataset, load
@@ -95,7 +95,8 @@ def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix=".run-", dir=out) as folder:
         receipt = _run(args, dataset, Path(folder), console.print)
         for name in _FILES:
-            os.replace(Path(folder) / name, out / name)
+            with replacing(out / name) as temporary:
+                shutil.copyfile(Path(folder) / name, temporary)
     console.print(receipt.table())
     console.print(f"wrote {', '.join(_FILES)} to {out} in {time.perf_counter() - begin:.0f} s")
     breaches = receipt.breaches()

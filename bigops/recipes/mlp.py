@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bigops.files import replacing
 from bigops.nn import Linear
 from bigops.parallel import World, init
 from bigops.recipes.data import NAMES, DataError, Dataset, load
@@ -266,8 +267,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             test = accuracy(model, x, dataset.test_y.to(world.device))
             print(f"{history.seconds:.1f} s, {history.skipped} steps skipped, test {test:.2f}%")
             if args.save:
-                args.save.write_text(json.dumps({"losses": history.losses, "test": test}))
-                torch.save(model.state_dict(), args.save.with_suffix(".pt"))
+                with replacing(args.save) as temporary:
+                    temporary.write_text(json.dumps({"losses": history.losses, "test": test}))
+                with replacing(args.save.with_suffix(".pt")) as temporary:
+                    torch.save(model.state_dict(), temporary)
 
 
 if __name__ == "__main__":
