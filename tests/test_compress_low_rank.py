@@ -49,7 +49,8 @@ def _contest(ratio: float) -> Any:
 
 @pytest.mark.parametrize(
     "plan",
-    [LowRank(64), LowRank(energy=0.9), LowRank(8) + Int8(), Int8() + LowRank(energy=1.0),
+    [LowRank(64), LowRank(energy=0.9), LowRank(8, exact=True) + Int8(), LowRank(8) + Int8(),
+     Int8() + LowRank(energy=1.0),
      {"b": LowRank(3), "*": LowRank(energy=0.5) + Int8()}],
     ids=str,
 )  # fmt: skip
@@ -73,6 +74,7 @@ def test_config_is_data() -> None:
         (lambda: LowRank(3, 0.5), ValueError, "rank, energy: expected one of the two"),
         (lambda: LowRank(0), ValueError, "rank: expected at least 1; got 0"),
         (lambda: LowRank(True), TypeError, "rank: expected an int; got bool"),
+        (lambda: LowRank(2, exact=1), TypeError, "exact: expected a bool; got int"),  # type: ignore[arg-type]
         (lambda: LowRank(2.0), TypeError, "rank: expected an int; got float"),  # type: ignore[arg-type]
         (lambda: LowRank(energy=0.0), ValueError, "energy: expected above 0 and at most 1; got 0"),
         (lambda: LowRank(energy=float("nan")), ValueError, "energy: expected above 0 .*; got nan"),
@@ -306,11 +308,11 @@ def test_a_failure_midway_changes_nothing(broken: str, monkeypatch: pytest.Monke
     }[broken]
     real, calls = getattr(owner, name), []
 
-    def second_fails(*args: Any) -> Any:
+    def second_fails(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         if len(calls) == 2:
             raise MemoryError("planted")
-        return real(*args)
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, second_fails)
     with pytest.raises(MemoryError, match="planted"):

@@ -159,7 +159,7 @@ def build(
         form = config if isinstance(config, LowRank) else config.low_rank
         # Factors made under inference_mode could not be trained later.
         with torch.inference_mode(False), torch.no_grad():
-            factors = LowRankLinear.from_linear(layer, form.rank, form.energy)
+            factors = LowRankLinear.from_linear(layer, form.rank, form.energy, exact=form.exact)
         if isinstance(config, LowRank):
             return factors
         return QuantLowRankLinear.from_low_rank(factors)

@@ -59,15 +59,20 @@ class LowRank:
         rank: r, at least 1.
         energy: the share of the squared Frobenius norm to keep, above 0 up to 1: each layer gets
             the least rank that keeps it.
+        exact: take LAPACK's SVD, half a minute for 2048 x 2048; else the Gram matrix serves where
+            its result is as good (`bigops.nn.truncated_svd`).
 
     A layer whose factors would have no fewer entries than its weight, r (K + N) >= K N, is left.
     """
 
     rank: int | None = None
     energy: float | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         rank, energy = self.rank, self.energy
+        if not isinstance(self.exact, bool):
+            raise TypeError(f"exact: expected a bool; got {type(self.exact).__name__}")
         if (rank is None) == (energy is None):
             raise ValueError(f"rank, energy: expected one of the two; got {rank} and {energy}")
         if energy is None:
