@@ -25,7 +25,7 @@ class TruncatedSVD(NamedTuple):
     left: Tensor  # [N, r], columns of length 1, orthogonal where N <= K
     values: Tensor  # [r], falling
     right: Tensor  # [r, K], rows of length 1, orthogonal where K <= N; 0 beside a value of 0
-    exact_because: str  # why the SVD itself was taken; "": the Gram matrix served
+    fallback: str  # why the Gram matrix would not do; "": it did, or nobody asked it
 
     @property
     def rank(self) -> int:
@@ -51,9 +51,8 @@ def truncated_svd(
             least rank that keeps it is taken. Give one of the two.
         exact: take the SVD itself.
     """
-    small = min(weight.shape) <= SMALL
-    if exact or small:
-        return _exact(weight, rank, energy, "asked for" if exact else "a small matrix")
+    if exact or min(weight.shape) <= SMALL:
+        return _exact(weight, rank, energy, "")
     size = weight.detach().abs().amax().double().clamp(min=torch.finfo(torch.float64).tiny)
     scaled = weight.detach().double() / size  # so that no square is past float64
     if scaled.shape[0] > scaled.shape[1]:
@@ -79,7 +78,7 @@ def _by_gram(
     if rank is None:
         assert energy is not None
         if total and (1 - energy) * total <= noise:
-            return None, f"energy {energy:g} leaves less out than the Gram matrix resolves"
+            return None, f"energy={energy:g} leaves less out than the Gram matrix resolves"
         rank = rank_of(squares, energy)
     left = vectors.flip(1)[:, :rank]
     product = left.t() @ w  # values * right; its row norms are more accurate than the roots
