@@ -91,7 +91,7 @@ def assign(
     left: dict[str, str] = {}
     taken: dict[str, str] = {}  # which pattern each layer goes by
     for name in layers.open:
-        pattern = _pattern_of(name, patterns)
+        pattern = _key_of(name, patterns, layers)
         if pattern is None:
             left[name] = "no pattern matches it"
             continue
@@ -102,18 +102,20 @@ def assign(
         else:
             chosen[name] = config
     # leaving what is left anyhow is no mistake, and a second call may find its work done
-    silent = {p for n in layers.left if (p := _pattern_of(n, patterns)) and patterns[p] is None}
+    silent = {p for n in layers.left if (p := _key_of(n, patterns, layers)) and patterns[p] is None}
     if again:
-        silent |= {p for n in layers.frozen if (p := _pattern_of(n, patterns))}
+        silent |= {p for n in layers.frozen if (p := _key_of(n, patterns, layers))}
     empty = [p for p in patterns if p not in taken.values() and p not in silent]
     if empty:
         raise ValueError(_nobody(layers, empty, taken))
     return chosen, left
 
 
-def _pattern_of(name: str, patterns: Iterable[str]) -> str | None:
-    if name in patterns:
+def _key_of(name: str, keys: Iterable[str], layers: Layers) -> str | None:
+    """What names a layer: its own name, else the first pattern that is no layer's name."""
+    if name in keys:
         return name
+    patterns = (k for k in keys if k not in layers.open and k not in layers.left)
     return next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
 
 
