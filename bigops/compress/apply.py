@@ -13,6 +13,7 @@ from bigops import backend
 from bigops.compress import calibrate, choose, measure, plan
 from bigops.compress.build import Built, Choice, Stays, prepare
 from bigops.compress.config import Configs, activations_of
+from bigops.nn.atomic import atomic
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.low_rank_linear import LowRankLinear
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
@@ -65,7 +66,8 @@ def compress_(
             kernel cannot tell, keeps all, and the record says that, too.
         low_memory: convert layer by layer, each dense weight freed before the next is converted.
             Interrupted, each layer is either old or new: the exception has the record so far as its
-            ``record``, and a second call with the same arguments goes on.
+            ``record``, and a second call with the same arguments goes on (it calibrates what is
+            left on the model as it is by then).
 
     Returns:
         What was done, layer by layer, what was left with the reason, and what was not looked at,
@@ -76,6 +78,32 @@ def compress_(
             that a sparse or low-rank layer does not take, static activations without data, no
             batch, NaN or inf in one, or a plan that does not fit. The model is unchanged.
         TypeError: a config or data of another type. The model is unchanged.
+    """
+    given = (config, example_inputs, data, freeze, keep, low_memory)
+    if low_memory:
+        return _begin(model, *given).one_by_one()
+    return _at_once(model, *given)
+
+
+@atomic
+def _at_once(model: nn.Module, *given: Any) -> Record:
+    return _begin(model, *given).at_once()
+
+
+@atomic
+def _begin(
+    model: nn.Module,
+    config: Configs | Mapping[str, Any],
+    example_inputs: Any,
+    data: Iterable[Any] | None,
+    freeze: bool,
+    keep: str,
+    again: bool,
+) -> _Work:
+    """All that comes before the first new layer: what each gets, its range, its first input.
+
+    Args:
+        again: whether layers that are compressed already may be all that a pattern matches.
     """
     sites = Sites(model)
     if keep not in KEEP:
@@ -90,11 +118,15 @@ def compress_(
         if example_inputs is not None or data is not None:
             raise ValueError("example_inputs, data: expected None with a plan; all is decided")
         keep = "all"
-        chosen, freeze = _planned(layers, plan.read(config), left, low_memory)
+        chosen, freeze = _planned(layers, plan.read(config), left, again)
     else:
-        configs, others = choose.assign(layers, choose.check_patterns(config), low_memory)
+        configs, others = choose.assign(layers, choose.check_patterns(config), again)
         left.update(others)
         chosen = {name: Choice(value) for name, value in configs.items()}
+    for name in list(chosen) if again else ():
+        if choose.has_factors(layers.open[name], chosen[name].config):
+            left[name] = "it has its factors already"
+            del chosen[name]
     for name in chosen:
         choose.check_finite(name, layers.open[name])
     notes = [] if example_inputs is not None else ["nothing was timed: no example_inputs"]
@@ -107,10 +139,8 @@ def compress_(
             left[name] = "the example inputs never call it, so its weight may be used elsewhere"
             del chosen[name]
     whole = account(model, [*layers.open, *layers.left])
-    work = _Work(sites, whole, left, freeze, keep, notes)
-    if low_memory:
-        return work.one_by_one(chosen, layers.open, seen)
-    return work.at_once(chosen, layers.open, seen)
+    old = {name: layers.open[name] for name in chosen}
+    return _Work(sites, chosen, old, seen, left, whole, freeze, keep, notes)
 
 
 def _planned(
@@ -168,49 +198,45 @@ class _Work:
     def __init__(
         self,
         sites: Sites,
-        whole: Account,
+        chosen: dict[str, Choice],
+        old: dict[str, nn.Module],
+        seen: dict[str, Tensor],
         left: dict[str, str],
+        whole: Account,
         freeze: bool,
         keep: str,
         notes: list[str],
     ) -> None:
-        self.sites, self.whole, self.left = sites, whole, left
-        self.freeze, self.keep, self.notes = freeze, keep, notes
+        self.sites, self.chosen, self.old, self.seen = sites, chosen, old, seen
+        self.left, self.whole, self.notes = left, whole, notes
+        self.freeze, self.keep = freeze, keep
         self.done: dict[str, Done] = {}
-        self.choices: dict[str, Choice | None] = {}
+        self.choices: dict[str, Choice] = {}
         self.timed: dict[Any, Contest] = {}
 
-    def at_once(
-        self, chosen: Mapping[str, Choice], old: Mapping[str, nn.Module], seen: Mapping[str, Tensor]
-    ) -> Record:
-        """Make all new layers, then exchange them: the model changes whole or not at all."""
+    def at_once(self) -> Record:
+        """Make all new layers, then exchange them."""
         new: dict[str, nn.Module] = {}
-        for name, choice in chosen.items():
-            made = self.make(name, old[name], choice, seen.get(name))
+        for name, choice in self.chosen.items():
+            made = self.make(name, self.old[name], choice, self.seen.get(name))
             if made is not None:
                 new[name], self.done[name] = made
         record = self.record()
-        before = {name: old[name] for name in new}
-        try:
-            self.sites.swap(new)
-            return record
-        except BaseException:
-            self.sites.swap(before)
-            raise
+        self.sites.swap(new)
+        return record
 
-    def one_by_one(
-        self, chosen: Mapping[str, Choice], old: dict[str, nn.Module], seen: dict[str, Tensor]
-    ) -> Record:
+    def one_by_one(self) -> Record:
         """Exchange each layer as soon as it is made, and let go of the old one."""
         try:
-            for name, choice in chosen.items():
-                self._exchange(name, old.pop(name), choice, seen.pop(name, None))
+            for name, choice in self.chosen.items():
+                self._exchange(name, self.old.pop(name), choice, self.seen.pop(name, None))
             return self.record()
         except BaseException as error:
             error.record = self.record()  # type: ignore[attr-defined]
             raise
 
     def _exchange(self, name: str, old: nn.Module, choice: Choice, x: Tensor | None) -> None:
+        """One layer: exchanged and in the record, or neither."""
         made = self.make(name, old, choice, x)
         if made is None:
             return
@@ -254,15 +280,17 @@ class _Work:
 
     def record(self) -> Record:
         """What was done so far and what was left."""
-        skipped = [Skipped(n, why, self.whole.layers[n]) for n, why in self.left.items()]
+        waiting = dict.fromkeys(self.chosen, "it was interrupted before this layer")
+        left = {n: why for n, why in {**waiting, **self.left}.items() if n not in self.done}
+        choices = {name: self.choices[name] for name in self.done}
         return Record(
             "compress_",
             list(self.done.values()),
-            skipped,
+            [Skipped(n, why, self.whole.layers[n]) for n, why in left.items()],
             self.notes,
             self.whole.unseen,
             self.whole.total,
-            plan.write({**dict.fromkeys(self.left), **self.choices}, self.freeze),
+            plan.write({**dict.fromkeys(left), **choices}, self.freeze),
         )
 
 
@@ -303,6 +331,7 @@ def _done(
     )
 
 
+@atomic
 def freeze_(model: nn.Module) -> Record:
     """Freeze every compressed layer of ``model`` in place: the float weights go.
 
@@ -321,26 +350,17 @@ def freeze_(model: nn.Module) -> Record:
     left = {n: "it is frozen already" for n, m in found.items() if m.frozen and not m.thawed}
     left.update((n, "its factors are all it has; Int8() makes them int8") for n in factors)
     done: list[Done] = []
-    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    after: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    frozen: list[tuple[CompressedLinear, CompressedLinear]] = []
     for name, layer in found.items():
         if name in left:
             continue
         choose.check_finite(name, layer)
         twin = copy.copy(layer).freeze()
-        state = {k: v for k, v in vars(twin).items() if vars(layer)[k] is not v}
-        after.append((vars(layer), state))
-        before.append((vars(layer), {key: vars(layer)[key] for key in state}))
+        frozen.append((layer, twin))
         what, density = f"{type(layer).__name__} frozen", getattr(twin, "density", 1.0)
-        size = whole.layers[name]
-        done.append(Done(name, what, "asked for", size, twin.nbytes, density))
+        done.append(Done(name, what, "asked for", whole.layers[name], twin.nbytes, density))
     skipped = [Skipped(n, why, whole.layers[n]) for n, why in left.items()]
     record = Record("freeze_", done, skipped, [], whole.unseen, whole.total)
-    try:
-        for attributes, state in after:
-            attributes.update(state)
-        return record
-    except BaseException:
-        for attributes, state in before:
-            attributes.update(state)
-        raise
+    for layer, twin in frozen:
+        vars(layer).update(vars(twin))
+    return record

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from bigops.compress.config import Config, check_config
+from bigops.compress.config import Config, LowRank, LowRankInt8, check_config
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.gated_mlp import GatedMLP
@@ -137,6 +137,13 @@ def _nobody(layers: Layers, empty: list[str], taken: Mapping[str, str]) -> str:
     there = ", ".join(layers.open) or "none"
     return f"config: {'; '.join(said)}; layers that can be compressed: {there}" + (
         f"; matched, but left: {'; '.join(barred)}" * bool(barred)
+    )
+
+
+def has_factors(layer: nn.Module, config: Config) -> bool:
+    """Whether a layer is in factors, as ``config`` would have it."""
+    return isinstance(layer, LowRankLinear | QuantLowRankLinear) and isinstance(
+        config, LowRank | LowRankInt8
     )
 
 

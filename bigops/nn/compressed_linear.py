@@ -167,7 +167,7 @@ class CompressedLinear(nn.Module):
         """Raise ValueError where a static grid has seen no input."""
         if self.x_grid is not None and not float(self.x_grid[0]) > 0:
             raise ValueError(
-                "x_grid: expected a calibrated layer (calibrate(x), or example_inputs for "
+                "x_grid: expected a calibrated layer (calibrate(x), or data= of "
                 "compress_); got one that has seen no input but zeros"
             )
 
