@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.fx
 from torch import nn
 
 import bigops
@@ -89,6 +90,34 @@ def test_no_memory_for_the_last_of_several_layers(
     with pytest.raises(MemoryError, match="planted"):
         verb(model)
     assert state(model) == before
+
+
+def test_gradients_are_on_again_where_ctrl_c_hit_their_guard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def capture(*args: Any) -> None:
+        torch.set_grad_enabled(False)  # as torch.no_grad() leaves it, interrupted at its end
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bigops.compress.apply.capture", capture)
+    with pytest.raises(KeyboardInterrupt):
+        compress_(dense(), Int8(), X)
+    assert torch.is_grad_enabled()
+
+
+def test_an_interrupted_trace_leaves_no_patch_on_every_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    call, find = nn.Module.__call__, nn.Module.__getattr__
+
+    def trace(self: object, *args: Any) -> None:
+        nn.Module.__call__ = lambda *a: None  # type: ignore[method-assign]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.fx.Tracer, "trace", trace)
+    with pytest.raises(KeyboardInterrupt):
+        bigops.fuse_(dense())
+    assert (nn.Module.__call__, nn.Module.__getattr__) == (call, find)
 
 
 # --- low_memory ----------------------------------------------------------------------------

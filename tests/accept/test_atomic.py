@@ -58,6 +58,7 @@ VERBS: dict[str, tuple[Callable[[], nn.Module], Verb]] = {
     "freeze_": (recovering, bigops.freeze_),
     "fuse_": (dense, bigops.fuse_),
     "fuse_ timed": (dense, lambda m: bigops.fuse_(m, X)),
+    "add_lora_": (dense, lambda m: bigops.nn.add_lora_(m, rank=2)),
 }  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def test_ctrl_c_at_any_time(accept: Accept) -> None:
     """A real SIGINT from another thread, at a random time of the call."""
     rng, torn, inside, whole = random.Random(1), [], 0, 0
     cases = accept.count(200)
-    names = list(VERBS)
+    names, world = list(VERBS), World()
     took = {}
     for name in names:
         make, verb = VERBS[name]
@@ -140,8 +141,28 @@ def test_ctrl_c_at_any_time(accept: Accept) -> None:
             inside += 1
             if state(model) != before:
                 torn.append(f"{name} at {where}")
+        torn += [f"{name} at {where}: {change}" for change in world.changes()]
     accept.result(ctrl_c=inside, ended_before=whole, torn=len(torn))
     assert not torn
+
+
+class World:
+    """What the process has besides the model that a verb may set for a while."""
+
+    def __init__(self) -> None:
+        self.before = self.now()
+
+    def now(self) -> dict[str, Any]:
+        return {
+            "nn.Module.__call__": nn.Module.__call__,
+            "nn.Module.__getattr__": nn.Module.__getattr__,
+            "gradients": torch.is_grad_enabled(),
+            "modes": torch._C._len_torch_dispatch_stack(),
+        }
+
+    def changes(self) -> list[str]:
+        """What is not as it was."""
+        return [name for name, value in self.now().items() if value != self.before[name]]
 
 
 def interrupted(call: Callable[[], object], delay: float) -> str | None:
