@@ -153,7 +153,7 @@ def build(layer: nn.Module, choice: Choice, remarks: list[str] | None = None) ->
             activations=config.int8.activations,
         )
     if new.x_grid is not None and choice.x_grid is not None:
-        new.x_grid.copy_(torch.tensor(choice.x_grid))
+        new.x_grid.copy_(torch.tensor(choice.x_grid, device=new.x_grid.device))
     return new
 
 

@@ -69,7 +69,7 @@ def _choice(name: str, entry: Any) -> Choice:
     if grid is not None:
         try:
             scale, zero = map(float, grid)
-            quantize.check_grid("x_grid", torch.tensor([scale, zero]))
+            quantize.check_grid("x_grid", torch.tensor([scale, zero], device="cpu"))
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"plan: expected a scale and a zero point for {name}; {error}"
