@@ -178,3 +178,25 @@ def test_the_range_is_that_of_eval_mode() -> None:
     assert list(found.grids["1"]) == grid_of(x)
     assert not found.left
     assert model[0].training
+
+
+def test_calibration_leaves_buffers_and_random_state_as_before() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.calls = nn.Linear(64, 64), 0
+            self.register_buffer("mean", torch.zeros(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.mean += x.mean(0)
+            return self.fc(x + torch.rand(64))
+
+    model = Counts()
+    mean, drawn = model.mean, torch.get_rng_state()
+    compress_(model, STATIC, data=[torch.ones(2, 64)] * 3)
+    assert model.mean is mean
+    assert not bool(mean.any())
+    assert model.calls == 0
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert model.training
