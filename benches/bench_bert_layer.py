@@ -20,7 +20,7 @@ from bigops.benches import rivals_bert
 from bigops.benches.harness import OWN, Case, Side, compiled, optional_side
 from bigops.benches.limits import Cost
 from bigops.compress import Int8, Sparse
-from bigops.compress.config import Plan
+from bigops.compress.config import Configs
 from bigops.ops.sparse_linear import block_mask
 
 HEAD = 64
@@ -122,7 +122,7 @@ def _own(
     name: str,
     model: nn.Module,
     x: Tensor,
-    config: Plan,
+    config: Configs,
     cost: Cost,
     reference: list[Tensor] | None = None,
 ) -> Side:

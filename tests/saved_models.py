@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bigops import W4A8, Fp8, Int4, Int8, LowRank, Sparse
 from bigops.compress import file_format
-from bigops.compress.apply import build
+from bigops.compress.build import Choice, build
 from bigops.compress.config import Config
 from bigops.nn import GatedMLP, Linear
 
@@ -46,7 +46,7 @@ def compressed(name: str, freeze: bool = True, k: int = K, n: int = N) -> nn.Seq
     config = FORMATS[name]
     if not isinstance(config, str):
         for i in (0, 2):
-            layer = build(model[i], config, torch.randn(9, model[i].in_features))
+            layer = build(model[i], Choice(config, (0.02, 128.0)))
             model[i] = layer.freeze() if freeze and hasattr(layer, "freeze") else layer
     return model
 

@@ -28,7 +28,7 @@ def _one_thread() -> Iterator[None]:
 
 def _model() -> nn.Sequential:
     return nn.Sequential(Linear(16, 32, activation="gelu"), nn.Linear(32, 24), nn.ReLU(),
-                         nn.Linear(24, 4))  # fmt: skip
+                         nn.Linear(24, 16))  # fmt: skip
 
 
 def _snapshot(model: nn.Module) -> list:
@@ -122,7 +122,7 @@ def test_config_errors() -> None:
         (Int8(), QuantLinear),
         (Sparse(0.5) + Int8(), SparseLinear),
         (Sparse(0.5, "1x1"), SparseLinear),
-        (Sparse(0.5, "4x1") + Int8(), SparseLinear),
+        (Sparse(0.8, "4x1") + Int8(), SparseLinear),
         (Sparse(pattern="2:4", values="bf16"), SparseLinear),
     ],
 )
@@ -137,10 +137,9 @@ def test_one_config_for_all(config, kind: type) -> None:  # type: ignore[no-unty
     assert model[0].activation == "gelu"
     assert all(model[i].frozen and not model[i].training for i in (0, 1, 3))
     assert [d.name for d in record.done] == ["0", "1", "3"]
-    # four rows still take a whole tile of sixteen in int8
-    assert all(d.bytes_after < d.bytes_before for d in record.done if d.name != "3")
+    assert all(d.bytes_after < d.bytes_before for d in record.done)
     assert all(d.bytes_after == model[int(d.name)].nbytes for d in record.done)
-    density = 0.5 if "Sparse" in str(config) else 1.0
+    density = 0.2 if "0.8" in str(config) else 0.5 if "Sparse" in str(config) else 1.0
     if "pattern" in str(config) and "1x1" not in str(config):  # zeros that fill a word are stored
         assert all(density < d.density < 1.0 for d in record.done)
     else:
@@ -148,7 +147,7 @@ def test_one_config_for_all(config, kind: type) -> None:  # type: ignore[no-unty
     assert "0: Linear ->" in str(record)
     json.dumps(record.to_dict())
     correlation = torch.corrcoef(torch.stack([before.flatten(), model(x).flatten()]))[0, 1]
-    assert correlation > 0.7
+    assert correlation > (0.4 if "0.8" in str(config) else 0.7)
 
 
 @pytest.mark.parametrize("freeze", [True, False])
@@ -240,7 +239,7 @@ def test_recovery_layers_are_compressed_again() -> None:
 @pytest.mark.parametrize("values", ["fp32", "bf16"])
 def test_thawed_layers_are_trained_and_frozen_again(values: str) -> None:
     model = _model().eval()
-    compress_(model, {"0": Sparse(0.5, "4x1", values), "1": Int8(), "3": Sparse(0.5)})
+    compress_(model, {"0": Sparse(0.5, "4x1", values), "1": Int8(), "3": Int4()})
     model[0].thaw()
     optimiser = torch.optim.AdamW(model[0].parameters(), lr=0.01)
     model(torch.randn(8, 16)).square().sum().backward()

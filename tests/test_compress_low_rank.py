@@ -18,9 +18,9 @@ from tests import tolerance
 
 
 def dense_model() -> nn.Sequential:
-    """The last layer saves nothing from rank 4 on: 4 x (24 + 4) > 24 x 4."""
+    """The last layer saves nothing from rank 5 on: 5 x (24 + 6) > 24 x 6."""
     return nn.Sequential(Linear(64, 48, activation="gelu"), nn.Linear(48, 24), nn.ReLU(),
-                         nn.Linear(24, 4))  # fmt: skip
+                         nn.Linear(24, 6))  # fmt: skip
 
 
 def compressed_model(freeze: bool = True) -> nn.Sequential:
@@ -49,7 +49,8 @@ def _contest(ratio: float) -> Any:
 
 @pytest.mark.parametrize(
     "plan",
-    [LowRank(64), LowRank(energy=0.9), LowRank(8) + Int8(), Int8() + LowRank(energy=1.0),
+    [LowRank(64), LowRank(energy=0.9), LowRank(8, exact=True) + Int8(), LowRank(8) + Int8(),
+     Int8() + LowRank(energy=1.0),
      {"b": LowRank(3), "*": LowRank(energy=0.5) + Int8()}],
     ids=str,
 )  # fmt: skip
@@ -73,6 +74,7 @@ def test_config_is_data() -> None:
         (lambda: LowRank(3, 0.5), ValueError, "rank, energy: expected one of the two"),
         (lambda: LowRank(0), ValueError, "rank: expected at least 1; got 0"),
         (lambda: LowRank(True), TypeError, "rank: expected an int; got bool"),
+        (lambda: LowRank(2, exact=1), TypeError, "exact: expected a bool; got int"),  # type: ignore[arg-type]
         (lambda: LowRank(2.0), TypeError, "rank: expected an int; got float"),  # type: ignore[arg-type]
         (lambda: LowRank(energy=0.0), ValueError, "energy: expected above 0 and at most 1; got 0"),
         (lambda: LowRank(energy=float("nan")), ValueError, "energy: expected above 0 .*; got nan"),
@@ -113,7 +115,7 @@ def test_low_rank_alone_is_trainable_and_leaves_what_saves_nothing(freeze: bool)
     assert [d.name for d in record.done] == ["0", "1"]
     assert model[3] is last
     assert record.reason("3") == (
-        "rank 6 saves nothing: 6 x (24 + 4) entries of the factors for 24 x 4 of the weight"
+        "rank 6 saves nothing: 6 x (24 + 6) entries of the factors for 24 x 6 of the weight"
     )
     for layer, weight, done in zip(model, weights, record.done, strict=False):
         assert type(layer) is LowRankLinear
@@ -180,7 +182,7 @@ def test_fine_tuning_keeps_the_rank_until_freezing() -> None:
     model = dense_model()
     compress_(model, {"0": LowRank(4) + Int8(), "1": LowRank(3)}, freeze=False)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    x, target = torch.randn(32, 64), torch.randn(32, 4)
+    x, target = torch.randn(32, 64), torch.randn(32, 6)
     before = [model[i].u.detach().clone() for i in (0, 1)]
     for _ in range(3):
         optimizer.zero_grad()
@@ -225,7 +227,7 @@ def test_a_layer_that_gets_slower_is_left(
     monkeypatch.setattr("bigops.compress.apply.contest", _contest(ratio))
     model = dense_model()
     before = snapshot(model)
-    record = compress_(model, {"[01]": config}, torch.randn(8, 64), freeze)
+    record = compress_(model, {"[01]": config}, torch.randn(8, 64), freeze=freeze)
     assert (len(record.done) == 2) is swapped
     assert (snapshot(model) != before) is swapped
     for left in record.skipped:
@@ -301,16 +303,16 @@ def test_a_failure_midway_changes_nothing(broken: str, monkeypatch: pytest.Monke
     model = dense_model()
     before = snapshot(model)
     owner, name = {
-        "factors": (LowRankLinear, "from_linear"),
+        "factors": (LowRankLinear, "from_svd"),
         "freeze": (QuantLowRankLinear, "freeze"),
     }[broken]
     real, calls = getattr(owner, name), []
 
-    def second_fails(*args: Any) -> Any:
+    def second_fails(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         if len(calls) == 2:
             raise MemoryError("planted")
-        return real(*args)
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, second_fails)
     with pytest.raises(MemoryError, match="planted"):

@@ -29,7 +29,7 @@ def small() -> nn.Sequential:
 def test_compress_makes_fp8_layers_that_save_and_load(config: Fp8, tmp_path: Path) -> None:
     model, x = small().eval(), torch.randn(7, 150)
     dense = copy.deepcopy(model)
-    record = bigops.compress_(model, config)
+    record = bigops.compress_(model, config, keep="all")  # the CPU has no kernel
     assert len(record.done) == 2
     assert type(model[0]) is type(model[2]) is Fp8Linear
     with torch.no_grad(), bigops.backend.record() as ran:

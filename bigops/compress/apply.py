@@ -3,349 +3,325 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bigops.compress.config import (
-    BESIDE_SPARSE,
-    Config,
-    Fp8,
-    Int4,
-    Int8,
-    LowRank,
-    LowRankInt8,
-    Plan,
-    Sparse,
-    activations_of,
-    check_config,
-)
+from bigops import backend
+from bigops.compress import calibrate, choose, measure, plan
+from bigops.compress.build import Built, Choice, Stays, prepare
+from bigops.compress.config import Configs, activations_of
+from bigops.nn.atomic import atomic
 from bigops.nn.compressed_linear import CompressedLinear
-from bigops.nn.fp8_linear import Fp8Linear
-from bigops.nn.gated_mlp import GatedMLP
-from bigops.nn.linear import Linear
 from bigops.nn.low_rank_linear import LowRankLinear
-from bigops.nn.quant_linear import QuantLinear
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
-from bigops.nn.record import Done, Record, Skipped
+from bigops.nn.record import Account, Done, Record, Skipped, account
 from bigops.nn.sites import Contest, Sites, capture, contest
-from bigops.nn.sparse_linear import SparseLinear
 
-_EXACT = (
-    nn.Linear, Linear, LowRankLinear, Fp8Linear, QuantLinear, QuantLowRankLinear, SparseLinear
-)  # fmt: skip
-_SERVED = (torch.float32, torch.bfloat16, torch.float16)
+KEEP = ("faster", "all")
 
 
 def compress_(
-    model: nn.Module, config: Plan, example_inputs: Any = None, freeze: bool = True
+    model: nn.Module,
+    config: Configs | Mapping[str, Any],
+    example_inputs: Any = None,
+    data: Iterable[Any] | None = None,
+    *,
+    freeze: bool = True,
+    keep: str = "faster",
+    low_memory: bool = False,
 ) -> Record:
     """Compress the linear layers of ``model`` in place.
+
+    All new layers are made beside the old ones and exchanged at the end, so memory holds the dense
+    model and the compressed one at once; interrupted anywhere, by Ctrl-C too, the model is as it
+    was.
 
     Args:
         model: any module; its `nn.Linear`, `bigops.nn.Linear` (the activation is kept),
             `LowRankLinear` (by `Int8()`) and compressed layers that are not frozen are compressed.
         config: `Sparse(0.8)`, `LowRank(energy=0.9)`, `Int8()`, `Sparse(0.8) + Int8()`,
-            `LowRank(64) + Int8()`, `Int4()`, `W4A8` or `Fp8()` for every layer, or a mapping of
-            name patterns (`fnmatch`) to configs. The first that matches wins; layers that none
-            matches stay as they are, as do those whose factors would have no fewer entries.
+            `LowRank(64) + Int8()`, `Int4()`, `W4A8` or `Fp8()` for every layer; or a mapping of
+            names and patterns (`fnmatch`) to configs or None, which leaves a layer: the exact name
+            comes first, then the first pattern that matches, and layers that none matches stay; or
+            `Record.plan()` of an earlier call, which is carried out as it is.
+            No layer takes more bytes than before: one that would stays, and `Sparse` or `LowRank`
+            beside an `Int8` that is smaller alone becomes that `Int8`. The record says so.
         example_inputs: what the model is called with: x, a tuple of positions or a mapping of
             keywords. Each layer is then timed against what it replaces, interleaved, on the input
-            that it sees; where the original wins, the original stays and the record says so.
-            Without them nothing is timed. Static activations take their range from them.
+            that it sees first. Without them nothing is timed.
+        data: batches, each as ``example_inputs``, in any iterable, which is read once: static
+            activations take their range from all that a layer is given in them. Without it the
+            range is that of ``example_inputs``.
         freeze: True: only the compressed storage is kept. False: the layers stay trainable in
             floating point, with their pattern kept, until `freeze_`; they share the Parameter
             objects of the old layers, so an optimiser goes on working. `LowRank` makes new
             Parameters, the factors, which need an optimiser of their own; alone it leaves them
             trainable with either.
+        keep: "faster": where the original wins by more than noise, or, where nothing is timed, no
+            kernel serves the new layer on its device, the original stays. "all": what was asked for
+            takes its place all the same; the record has the times. An installation without any
+            kernel cannot tell, keeps all, and the record says that, too.
+        low_memory: convert layer by layer, each dense weight freed before the next is converted.
+            Interrupted, each layer is either old or new: the exception has the record so far as its
+            ``record``, and a second call with the same arguments goes on (it calibrates what is
+            left on the model as it is by then).
 
     Returns:
-        What was done, layer by layer, and what was left with the reason.
+        What was done, layer by layer, what was left with the reason, and what was not looked at,
+        with its share of the model's bytes.
 
     Raises:
-        ValueError: a pattern or config that matches no layer, NaN or inf in a layer's weight or
-            bias, a config that a sparse or low-rank layer does not take, or static activations
-            without example_inputs. The model is unchanged.
-        TypeError: a config of another type. The model is unchanged.
+        ValueError: a pattern that no layer gets, NaN or inf in a layer's weight or bias, a config
+            that a sparse or low-rank layer does not take, static activations without data, no
+            batch, NaN or inf in one, or a plan that does not fit. The model is unchanged.
+        TypeError: a config or data of another type. The model is unchanged.
     """
-    sites = Sites(model)
-    patterns: dict[str, Config] = {}
-    if isinstance(config, Mapping):
-        for pattern, value in config.items():
-            if not isinstance(pattern, str):
-                raise TypeError(f"config: expected name patterns (str) as keys; got {pattern!r}")
-            check_config(f"config[{pattern!r}]", value)
-            patterns[pattern] = value
-    else:
-        check_config("config", config)
-        patterns["*"] = config
-    layers, left = _layers(sites)
-    chosen = _choose(layers, left, patterns)
-    skipped = [Skipped(name, reason) for name, reason in left.items()]
-    skipped += [Skipped(n, "no pattern matches it") for n in layers if n not in chosen]
-    for name in chosen:
-        _check_finite(name, layers[name])
-
-    timed: dict[str, Contest] = {}
-    built: dict[str, CompressedLinear | LowRankLinear] = {}
-    static = [n for n, c in chosen.items() if activations_of(c) == "static"]
-    if example_inputs is None and static:
-        raise ValueError(
-            f"example_inputs: expected inputs to calibrate the static activations of "
-            f"{', '.join(static)}; got None"
-        )
-    if example_inputs is not None:
-        seen = capture(model, {name: layers[name] for name in chosen}, example_inputs)
-    cache: dict[Any, Contest] = {}
-    for name, value in chosen.items():
-        old = layers[name]
-        if example_inputs is not None and name not in seen:
-            uncalled = "the example inputs never call it, so its weight may be used elsewhere"
-            skipped.append(Skipped(name, uncalled))
-            continue
-        x = None if example_inputs is None else seen[name]
-        reason = _saves_nothing(old, _rank_of(value))  # before the singular values are computed
-        if reason is None:
-            new = build(old, value, x)
-            reason = _saves_nothing(old, getattr(new, "rank", None))
-        if reason is not None:
-            skipped.append(Skipped(name, reason))
-            continue
-        if freeze and isinstance(new, CompressedLinear):
-            new.freeze()
-        if x is not None:
-            frozen = new if freeze else _frozen_twin(new, old, value, x)
-            key = (x.shape, x.dtype, str(value), getattr(new, "rank", None), _entries(old),
-                   next(old.parameters()).dtype, type(old), old.bias is None,
-                   frozen.activation)  # fmt: skip
-            if key not in cache:
-                cache[key] = contest(old, frozen, x, training=False)
-            timed[name] = cache[key]
-            if cache[key].lost:
-                skipped.append(Skipped(name, f"the original is faster: {cache[key]}"))
-                continue
-        built[name] = new
-    before = {name: sum(p.nbytes for p in layers[name].parameters()) for name in built}
-    sites.swap(built)
-    done = [
-        _done(n, chosen[n], layers[n], new, timed.get(n), before[n]) for n, new in built.items()
-    ]
-    notes = [] if example_inputs is not None else ["nothing was timed: no example_inputs"]
-    return Record("compress_", done, skipped, notes)
+    given = (config, example_inputs, data, freeze, keep, low_memory)
+    if low_memory:
+        return _begin(model, *given).one_by_one()
+    return _at_once(model, *given)
 
 
-def build(
-    layer: nn.Module, config: Config, x: Tensor | None = None
-) -> CompressedLinear | LowRankLinear:
-    """A compressed layer in recovery state beside ``layer``, which is not changed.
+@atomic
+def _at_once(model: nn.Module, *given: Any) -> Record:
+    return _begin(model, *given).at_once()
+
+
+@atomic
+def _begin(
+    model: nn.Module,
+    config: Configs | Mapping[str, Any],
+    example_inputs: Any,
+    data: Iterable[Any] | None,
+    freeze: bool,
+    keep: str,
+    again: bool,
+) -> _Work:
+    """All that comes before the first new layer: what each gets, its range, its first input.
 
     Args:
-        x: an input of the layer, from which static activations take their range.
+        again: whether layers that are compressed already may be all that a pattern matches.
     """
-    if isinstance(layer, LowRankLinear | QuantLowRankLinear):
-        if config != Int8():
-            raise ValueError(
-                f"config: expected Int8() for a low-rank layer, whose rank stays; got {config}"
-            )
-        return QuantLowRankLinear.from_low_rank(layer)
-    if isinstance(config, LowRank | LowRankInt8):
-        if not isinstance(layer, nn.Linear):
-            raise ValueError(
-                f"config: expected a dense layer for {config}; got a {type(layer).__name__}"
-            )
-        form = config if isinstance(config, LowRank) else config.low_rank
-        # Factors made under inference_mode could not be trained later.
-        with torch.inference_mode(False), torch.no_grad():
-            factors = LowRankLinear.from_linear(layer, form.rank, form.energy)
-        if isinstance(config, LowRank):
-            return factors
-        return QuantLowRankLinear.from_low_rank(factors)
-    if isinstance(config, Int8) and isinstance(layer, SparseLinear):
-        if config not in BESIDE_SPARSE:
-            raise ValueError(
-                f"config: expected Int8() or Int8(activations='static') for a sparse layer; got "
-                f"{config}"
-            )
-        # the pattern there is stays
-        kept = SparseLinear.from_linear(
-            layer, pattern=str(layer.pattern), mask=layer.mask, activations=config.activations
-        )
-        return _calibrated(kept, x)
-    if isinstance(config, Fp8):
-        return Fp8Linear.from_linear(layer, scales=config.scales, activations=config.activations)
-    if isinstance(config, Int8 | Int4):
-        quantised = QuantLinear.from_linear(
-            layer,
-            bits=8 if isinstance(config, Int8) else 4,
-            group=config.group,
-            symmetric=config.symmetric,
-            activations=config.activations,
-        )
-        return _calibrated(quantised, x)
-    if isinstance(config, Sparse):
-        return SparseLinear.from_linear(layer, config.sparsity, config.pattern, config.values)
-    sparse = SparseLinear.from_linear(
-        layer, config.sparse.sparsity, config.sparse.pattern, activations=config.int8.activations
-    )
-    return _calibrated(sparse, x)
+    sites = Sites(model)
+    if keep not in KEEP:
+        raise ValueError(f"keep: expected one of {', '.join(KEEP)}; got {keep!r}")
+    if data is not None:
+        calibrate.check_data(data)
+    layers = choose.find(sites)
+    left = dict(layers.left)
+    chosen: dict[str, Choice]
+    if plan.is_plan(config):
+        assert isinstance(config, Mapping)
+        if example_inputs is not None or data is not None:
+            raise ValueError("example_inputs, data: expected None with a plan; all is decided")
+        keep = "all"
+        chosen, freeze = _planned(layers, plan.read(config), left, again)
+    else:
+        configs, others = choose.assign(layers, choose.check_patterns(config), again)
+        left.update(others)
+        chosen = {name: Choice(value) for name, value in configs.items()}
+    for name in list(chosen) if again else ():
+        if choose.has_factors(layers.open[name], chosen[name].config):
+            left[name] = "it has its factors already"
+            del chosen[name]
+    for name in chosen:
+        choose.check_finite(name, layers.open[name])
+    notes = [] if example_inputs is not None else ["nothing was timed: no example_inputs"]
+    _calibrate(model, layers, chosen, left, example_inputs, data, notes)
+    seen: dict[str, Tensor] = {}
+    if example_inputs is not None:
+        seen = capture(model, {name: layers.open[name] for name in chosen}, example_inputs)
+    for name in list(chosen) if example_inputs is not None else ():
+        if name not in seen:
+            left[name] = "the example inputs never call it, so its weight may be used elsewhere"
+            del chosen[name]
+    whole = account(model, [*layers.open, *layers.left])
+    old = {name: layers.open[name] for name in chosen}
+    return _Work(sites, chosen, old, seen, left, whole, freeze, keep, notes)
 
 
-def _rank_of(config: Config) -> int | None:
-    """The rank that a config names."""
-    if isinstance(config, LowRankInt8):
-        config = config.low_rank
-    return config.rank if isinstance(config, LowRank) else None
+def _planned(
+    layers: choose.Layers, decided: plan.Decided, left: dict[str, str], again: bool
+) -> tuple[dict[str, Choice], bool]:
+    """The choices of a plan for a model that it fits; raise ValueError for another one."""
+    chosen = {name: choice for name, choice in decided.layers.items() if choice is not None}
+    missing = [n for n in chosen if n not in layers.open and not (again and n in layers.frozen)]
+    if missing:
+        why = [f"{n} ({layers.left.get(n, 'no linear layer is there')})" for n in missing]
+        raise ValueError(f"plan: expected a model with the layers to compress; no {'; '.join(why)}")
+    for name in layers.open:
+        if name not in chosen:
+            left[name] = "the plan leaves it" if name in decided.layers else "not in the plan"
+    return {name: chosen[name] for name in layers.open if name in chosen}, decided.freeze
 
 
-def _saves_nothing(layer: nn.Module, rank: int | None) -> str | None:
-    """Why factors of this rank would be no smaller than the layer, or None."""
-    if rank is None or not isinstance(layer, nn.Linear):
-        return None
-    n, k = layer.out_features, layer.in_features
-    if rank * (k + n) < n * k:
-        return None
-    return (
-        f"rank {rank} saves nothing: {rank} x ({k} + {n}) entries of the factors for {k} x {n} of "
-        "the weight"
-    )
-
-
-def _entries(layer: nn.Module) -> tuple[torch.Size, ...]:
-    return tuple(p.shape for p in layer.parameters())
-
-
-def _frozen_twin(
-    new: CompressedLinear | LowRankLinear, old: nn.Module, config: Config, x: Tensor
-) -> CompressedLinear | LowRankLinear:
-    """What ``new`` is once frozen; it shares no storage with it."""
-    if isinstance(new, LowRankLinear):
-        return new
-    if isinstance(new, QuantLowRankLinear):
-        return copy.deepcopy(new).freeze()  # not built again: singular values take long
-    twin = build(old, config, x)
-    assert isinstance(twin, CompressedLinear)
-    return twin.freeze()
-
-
-def _calibrated(layer: CompressedLinear, x: Tensor | None) -> CompressedLinear:
-    if x is not None and layer.x_grid is not None:
-        layer.calibrate(x)
-    return layer
-
-
-def freeze_(model: nn.Module) -> Record:
-    """Freeze every compressed layer of ``model`` in place: the float weights go.
-
-    Of a thawed layer the stored values become a buffer again; a `LowRankLinear` is left.
-
-    Raises:
-        ValueError: no compressed layer, or NaN or inf in a weight. The model is unchanged.
-    """
-    modules = list(Sites(model).unique())
-    found = [(n, m) for n, m in modules if isinstance(m, CompressedLinear)]
-    factors = [n for n, m in modules if isinstance(m, LowRankLinear)]
-    if not found and not factors:
-        raise ValueError("model: expected compressed layers (compress_ makes them); found none")
-    skipped = [Skipped(n, "it is frozen already") for n, m in found if m.frozen and not m.thawed]
-    skipped += [Skipped(n, "its factors are all it has; Int8() makes them int8") for n in factors]
-    storages = []
-    for name, layer in found:
-        if not layer.frozen or layer.thawed:
-            _check_finite(name, layer)
-            storages.append((name, layer, layer._convert()))
-    before = [layer.nbytes for _, layer, _ in storages]
-    for _, layer, storage in storages:
-        layer.set_storage(storage)
-    done = [
-        Done(
-            name,
-            f"{type(layer).__name__} frozen",
-            "asked for",
-            size,
-            layer.nbytes,
-            getattr(layer, "density", 1.0),
-        )
-        for (name, layer, _), size in zip(storages, before, strict=True)
+def _calibrate(
+    model: nn.Module,
+    layers: choose.Layers,
+    chosen: dict[str, Choice],
+    left: dict[str, str],
+    example_inputs: Any,
+    data: Iterable[Any] | None,
+    notes: list[str],
+) -> None:
+    """Find the grids of static activations; layers without one leave ``chosen``."""
+    static = [
+        name
+        for name, choice in chosen.items()
+        if activations_of(choice.config) == "static" and choice.x_grid is None
     ]
-    return Record("freeze_", done, skipped)
-
-
-def _layers(sites: Sites) -> tuple[dict[str, Any], dict[str, str]]:
-    """The layers that can be compressed by path, and the others with the reason."""
-    layers: dict[str, Any] = {}
-    left: dict[str, str] = {}
-    for path, module in sites.unique():
-        if isinstance(module, GatedMLP):
-            left[path] = "its gate and up projection: gated pairs have no compressed kernel"
-        if isinstance(module, CompressedLinear) and module.frozen:
-            left[path] = "it is thawed" if module.thawed else "it is frozen already"
-        elif isinstance(module, nn.Linear | LowRankLinear | CompressedLinear):
-            reason = sites.reason_to_leave(path, _EXACT, weight_goes=True)
-            dtype = next((p.dtype for p in module.parameters()), torch.float32)
-            if reason is None and dtype not in _SERVED:
-                reason = f"no compressed kernel takes {dtype}"
-            if reason is None:
-                layers[path] = module
-            else:
-                left[path] = reason
-    return layers, left
-
-
-def _choose(
-    layers: Mapping[str, Any], left: Mapping[str, str], patterns: Mapping[str, Config]
-) -> dict[str, Config]:
-    chosen: dict[str, Config] = {}
-    for name in layers:
-        for pattern, value in patterns.items():
-            if fnmatch.fnmatchcase(name, pattern):
-                chosen[name] = value
-                break
-    empty = [p for p in patterns if not any(fnmatch.fnmatchcase(n, p) for n in layers)]
-    if empty:
-        there = ", ".join(layers) or "none"
-        barred = [
-            f"{name} ({reason})"
-            for name, reason in left.items()
-            if any(fnmatch.fnmatchcase(name, p) for p in empty)
-        ]
+    if not static:
+        if data is not None:
+            notes.append("data was not read: no layer has static activations")
+        return
+    what = "example_inputs" if data is None else "data"
+    batches = [example_inputs] if data is None else data
+    if data is None and example_inputs is None:
         raise ValueError(
-            f"config: no layer to compress matches {', '.join(map(repr, empty))}; layers that can "
-            f"be compressed: {there}" + (f"; matched, but left: {'; '.join(barred)}" * bool(barred))
+            "data, example_inputs: expected inputs to calibrate the static activations of "
+            f"{', '.join(static)}; got None"
         )
-    return chosen
+    found = calibrate.calibrate(model, {name: layers.open[name] for name in static}, batches, what)
+    for name, grid in found.grids.items():
+        chosen[name] = chosen[name]._replace(x_grid=grid)
+    for name, reason in found.left.items():
+        left[name] = reason
+        del chosen[name]
 
 
-def _check_finite(name: str, layer: Any) -> None:
-    for leaf in ("weight", "u", "v", "values", "bias"):
-        value = getattr(layer, leaf, None)
-        if value is not None and not bool(torch.isfinite(value).all()):
-            bad = int((~torch.isfinite(value)).sum())
-            raise ValueError(
-                f"{name}.{leaf}: expected finite values; got {bad} NaN or inf of {value.numel()}"
-            )
+class _Work:
+    """The layers of one call of `compress_`: what becomes of each, and the record."""
+
+    def __init__(
+        self,
+        sites: Sites,
+        chosen: dict[str, Choice],
+        old: dict[str, nn.Module],
+        seen: dict[str, Tensor],
+        left: dict[str, str],
+        whole: Account,
+        freeze: bool,
+        keep: str,
+        notes: list[str],
+    ) -> None:
+        self.sites, self.chosen, self.old, self.seen = sites, chosen, old, seen
+        self.left, self.whole, self.notes = left, whole, notes
+        self.freeze, self.keep = freeze, keep
+        self.done: dict[str, Done] = {}
+        self.choices: dict[str, Choice] = {}
+        self.timed: dict[Any, Contest] = {}
+
+    def at_once(self) -> Record:
+        """Make all new layers, then exchange them."""
+        new: dict[str, nn.Module] = {}
+        for name, choice in self.chosen.items():
+            made = self.make(name, self.old[name], choice, self.seen.get(name))
+            if made is not None:
+                new[name], self.done[name] = made
+        record = self.record()
+        self.sites.swap(new)
+        return record
+
+    def one_by_one(self) -> Record:
+        """Exchange each layer as soon as it is made, and let go of the old one."""
+        try:
+            for name, choice in self.chosen.items():
+                self._exchange(name, self.old.pop(name), choice, self.seen.pop(name, None))
+            return self.record()
+        except BaseException as error:
+            error.record = self.record()  # type: ignore[attr-defined]
+            raise
+
+    def _exchange(self, name: str, old: nn.Module, choice: Choice, x: Tensor | None) -> None:
+        """One layer: exchanged and in the record, or neither."""
+        made = self.make(name, old, choice, x)
+        if made is None:
+            return
+        try:
+            self.sites.swap({name: made[0]})
+            self.sites.modules[name] = made[0]  # or the old one would live on there
+            self.done[name] = made[1]
+        except BaseException:
+            self.sites.swap({name: old})
+            self.done.pop(name, None)
+            raise
+
+    def make(
+        self, name: str, old: nn.Module, choice: Choice, x: Tensor | None
+    ) -> tuple[nn.Module, Done] | None:
+        """The new layer and its entry; None where the old one stays, and why is in ``left``."""
+        made = prepare(old, choice, self.freeze)
+        if isinstance(made, Stays):
+            self.left[name] = made.reason
+            return None
+        timed = None if x is None else self._contest(old, made, x)
+        slow = _slower(old, made, x, timed)
+        # without an extension every CPU kernel is missing, whatever the layer
+        blind = x is None and backend.extension is None and _device(old).type == "cpu"
+        if slow and self.keep == "faster" and not blind:
+            self.left[name] = slow
+            return None
+        self.choices[name] = made.choice
+        said = made.remarks + ([slow] if slow and timed is None else [])
+        return made.layer, _done(name, old, made, timed, self.whole.layers[name], said)
+
+    def _contest(self, old: nn.Module, made: Built, x: Tensor) -> Contest:
+        """The times of both; layers of one form on one shape share them."""
+        entries = tuple((p.shape, p.dtype) for p in old.parameters())
+        bias, rank = getattr(old, "bias", None) is None, getattr(made.layer, "rank", None)
+        key = (x.shape, x.dtype, str(made.choice.config), rank, entries, type(old), bias,
+               made.layer.activation)  # fmt: skip
+        if key not in self.timed:
+            self.timed[key] = contest(old, made.frozen, x, training=False)
+        return self.timed[key]
+
+    def record(self) -> Record:
+        """What was done so far and what was left."""
+        waiting = dict.fromkeys(self.chosen, "it was interrupted before this layer")
+        left = {n: why for n, why in {**waiting, **self.left}.items() if n not in self.done}
+        choices = {name: self.choices[name] for name in self.done}
+        return Record(
+            "compress_",
+            list(self.done.values()),
+            [Skipped(n, why, self.whole.layers[n]) for n, why in left.items()],
+            self.notes,
+            self.whole.unseen,
+            self.whole.total,
+            plan.write({**dict.fromkeys(left), **choices}, self.freeze),
+        )
+
+
+def _device(layer: nn.Module) -> torch.device:
+    return next(layer.parameters()).device
+
+
+def _slower(old: nn.Module, made: Built, x: Tensor | None, timed: Contest | None) -> str | None:
+    """Why the new layer is the slower one, or None."""
+    if timed is not None:
+        return f"the original is faster: {timed}" if timed.lost else None
+    if x is None:
+        width = int(made.layer.in_features)
+        x = torch.empty(1, width, dtype=next(old.parameters()).dtype, device=_device(old))
+    return measure.without_kernel(made.frozen, x)
 
 
 def _done(
-    name: str,
-    config: Config,
-    old: Any,
-    new: CompressedLinear | LowRankLinear,
-    timed: Contest | None,
-    before: int,
+    name: str, old: nn.Module, made: Built, timed: Contest | None, before: int, said: list[str]
 ) -> Done:
-    why = str(timed) if timed is not None else "asked for"
+    new, config = made.layer, made.choice.config
+    why = [str(timed) if timed is not None else "asked for"]
     if isinstance(new, LowRankLinear):
-        why += "; trainable at this rank"
+        why.append("trainable at this rank")
     elif not new.frozen:
-        why += "; trainable, in floating point until freeze_"
+        why.append("trainable, in floating point until freeze_")
     rank = f", rank {new.rank}" if isinstance(new, LowRankLinear | QuantLowRankLinear) else ""
     return Done(
         name,
         f"{type(old).__name__} -> {type(new).__name__} by {config}{rank}",
-        why,
+        "; ".join(why + said),
         before,
         new.nbytes,
         getattr(new, "density", 1.0),
@@ -353,3 +329,38 @@ def _done(
         timed.us_after if timed else None,
         timed.speedup if timed else None,
     )
+
+
+@atomic
+def freeze_(model: nn.Module) -> Record:
+    """Freeze every compressed layer of ``model`` in place: the float weights go.
+
+    Of a thawed layer the stored values become a buffer again; a `LowRankLinear` is left. All
+    storages are made first, beside the float weights; interrupted anywhere, the model is as it was.
+
+    Raises:
+        ValueError: no compressed layer, or NaN or inf in a weight. The model is unchanged.
+    """
+    modules = list(Sites(model).unique())
+    found = {n: m for n, m in modules if isinstance(m, CompressedLinear)}
+    factors = [n for n, m in modules if isinstance(m, LowRankLinear)]
+    if not found and not factors:
+        raise ValueError("model: expected compressed layers (compress_ makes them); found none")
+    whole = account(model, [*found, *factors])
+    left = {n: "it is frozen already" for n, m in found.items() if m.frozen and not m.thawed}
+    left.update((n, "its factors are all it has; Int8() makes them int8") for n in factors)
+    done: list[Done] = []
+    frozen: list[tuple[CompressedLinear, CompressedLinear]] = []
+    for name, layer in found.items():
+        if name in left:
+            continue
+        choose.check_finite(name, layer)
+        twin = copy.copy(layer).freeze()
+        frozen.append((layer, twin))
+        what, density = f"{type(layer).__name__} frozen", getattr(twin, "density", 1.0)
+        done.append(Done(name, what, "asked for", whole.layers[name], twin.nbytes, density))
+    skipped = [Skipped(n, why, whole.layers[n]) for n, why in left.items()]
+    record = Record("freeze_", done, skipped, [], whole.unseen, whole.total)
+    for layer, twin in frozen:
+        vars(layer).update(vars(twin))
+    return record

@@ -59,15 +59,20 @@ class LowRank:
         rank: r, at least 1.
         energy: the share of the squared Frobenius norm to keep, above 0 up to 1: each layer gets
             the least rank that keeps it.
+        exact: take LAPACK's SVD, half a minute for 2048 x 2048; else the Gram matrix serves where
+            its result is as good (`bigops.nn.truncated_svd`).
 
     A layer whose factors would have no fewer entries than its weight, r (K + N) >= K N, is left.
     """
 
     rank: int | None = None
     energy: float | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         rank, energy = self.rank, self.energy
+        if not isinstance(self.exact, bool):
+            raise TypeError(f"exact: expected a bool; got {type(self.exact).__name__}")
         if (rank is None) == (energy is None):
             raise ValueError(f"rank, energy: expected one of the two; got {rank} and {energy}")
         if energy is None:
@@ -247,7 +252,7 @@ class LowRankInt8:
 
 
 Config: TypeAlias = Sparse | LowRank | Int8 | Int4 | Fp8 | SparseInt8 | LowRankInt8
-Plan: TypeAlias = Config | Mapping[str, Config]
+Configs: TypeAlias = Config | Mapping[str, Config | None]
 
 
 def activations_of(config: Config) -> str:
@@ -266,18 +271,20 @@ def check_config(name: str, value: object) -> None:
         )
 
 
-def to_json(plan: Plan) -> str:
-    """A config, or a mapping of name patterns to configs, as JSON; `from_json` reads it back."""
-    if isinstance(plan, Mapping):
-        for pattern, config in plan.items():
-            check_config(f"config[{pattern!r}]", config)
+def to_json(configs: Configs) -> str:
+    """A config, or a mapping of names and patterns to configs or None, as JSON."""
+    if isinstance(configs, Mapping):
+        for pattern, config in configs.items():
+            if config is not None:
+                check_config(f"config[{pattern!r}]", config)
         # A list of pairs, since the first match wins and objects promise no order.
-        return json.dumps({"patterns": [[name, _encode(c)] for name, c in plan.items()]})
-    check_config("config", plan)
-    return json.dumps(_encode(plan))
+        pairs = [[name, None if c is None else encode(c)] for name, c in configs.items()]
+        return json.dumps({"patterns": pairs})
+    check_config("config", configs)
+    return json.dumps(encode(configs))
 
 
-def from_json(text: str) -> Plan:
+def from_json(text: str) -> Configs:
     """Read what `to_json` wrote.
 
     Raises:
@@ -294,8 +301,8 @@ def from_json(text: str) -> Plan:
         )
         if not shaped:
             raise ValueError(f"patterns: expected a list of [pattern, config]; got {pairs!r}")
-        return {name: _decode(config) for name, config in pairs}
-    return _decode(data)
+        return {name: None if config is None else decode(config) for name, config in pairs}
+    return decode(data)
 
 
 def _more(config: Sparse) -> dict[str, Any]:
@@ -308,7 +315,8 @@ def _more(config: Sparse) -> dict[str, Any]:
     return data
 
 
-def _encode(config: Config) -> dict[str, Any]:
+def encode(config: Config) -> dict[str, Any]:
+    """A config as plain data; `decode` reads it back."""
     data: dict[str, Any] = {}
     if isinstance(config, Sparse):
         data["sparse"] = _more(config)
@@ -329,7 +337,8 @@ def _encode(config: Config) -> dict[str, Any]:
     return data
 
 
-def _decode(data: Any) -> Config:
+def decode(data: Any) -> Config:
+    """Read what `encode` wrote; raise ValueError for what it would not write."""
     kinds = {"sparse": Sparse, "low_rank": LowRank, "int8": Int8, "int4": Int4, "fp8": Fp8}
     made: dict[str, Any] = {}
     shaped = isinstance(data, dict) and data and set(data) <= set(kinds)

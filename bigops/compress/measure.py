@@ -147,25 +147,45 @@ def clear(ratio: timing.Ratio, floor: float | None) -> bool:
     return floor is None or ratio.low >= floor or ratio.high < floor
 
 
-def kernel_of(module: nn.Module, x: Tensor) -> str:
-    """The kernel that serves ``module`` on x, as `bigops.explain` names it; of several the last."""
+def explained(module: nn.Module, x: Tensor) -> backend.Explanation | None:
+    """What `bigops.explain` says of a call of ``module`` on x, of several products the last.
+
+    None of a layer without an op.
+    """
     if isinstance(module, _GATED):
         x, module = x.new_empty(*x.shape[:-1], module.hidden_features), module.down_proj
     if isinstance(module, PackedBase) and not module.frozen:
         module = module.unpacked()
     if isinstance(module, PackedLowRankLinear):
         x, last = x.new_empty(*x.shape[:-1], module.rank), module.storage().u
-        return backend.explain("packed_linear", x, last, module.bias).kernel
+        return backend.explain("packed_linear", x, last, module.bias)
     if isinstance(module, LowRankLinear | QuantLowRankLinear):
         factors = module if isinstance(module, LowRankLinear) else module.storage()
         given = (x, factors.u, factors.v, module.bias)
-        return backend.explain("low_rank_linear", *given, activation=module.activation).kernel
+        return backend.explain("low_rank_linear", *given, activation=module.activation)
     op = _OPS.get(type(module))
     if op is None:
-        return f"torch.{type(module).__name__}"
+        return None
     assert isinstance(module, Linear | CompressedLinear)
     weight = module.weight if isinstance(module, Linear) else module.storage()
-    return backend.explain(op, x, weight, module.bias, activation=module.activation).kernel
+    bias = module.bias
+    if isinstance(module, SparseLinear) and module.stored == "bf16":  # it casts x there and back
+        x, bias = x.to(torch.bfloat16), None if bias is None else bias.to(torch.bfloat16)
+    return backend.explain(op, x, weight, bias, activation=module.activation)
+
+
+def kernel_of(module: nn.Module, x: Tensor) -> str:
+    """The kernel that serves ``module`` on x, as `bigops.explain` names it."""
+    found = explained(module, x)
+    return f"torch.{type(module).__name__}" if found is None else found.kernel
+
+
+def without_kernel(module: nn.Module, x: Tensor) -> str | None:
+    """Why no kernel serves ``module`` on x, so that plain torch does; None where one serves."""
+    found = explained(module, x)
+    if found is None or not found.kernel.startswith("reference."):
+        return None
+    return f"no kernel serves it on {x.device.type}: {found.reason}"
 
 
 def layers(

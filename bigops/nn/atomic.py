@@ -8,6 +8,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -35,6 +36,8 @@ class Before:
         """
         self._kept: list[tuple[Any, Any]] = []  # containers and copies of them
         self._flags: list[tuple[nn.Parameter, bool]] = []
+        # Ctrl-C pressed where torch.no_grad() ends would leave gradients off for all that follows
+        self._gradients = torch.is_grad_enabled()
         seen: set[int] = set()
         for model in models:
             for module in model.modules():
@@ -59,6 +62,7 @@ class Before:
         """Put all of it back; Ctrl-C pressed meanwhile begins it anew."""
         while True:
             try:
+                torch.set_grad_enabled(self._gradients)
                 for now, then in self._kept:
                     _put_back(now, then)
                 for parameter, flag in self._flags:

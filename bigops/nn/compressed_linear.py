@@ -145,6 +145,8 @@ class CompressedLinear(nn.Module):
     def calibrate(self, x: Tensor) -> None:
         """Widen the static grid of x so that it takes in ``x`` [.., K].
 
+        Zeros alone say nothing of a range: a layer that has seen no more is not calibrated.
+
         Raises:
             ValueError: the layer's activations are not "static", it is frozen, or ``x`` holds NaN
                 or inf.
@@ -158,14 +160,15 @@ class CompressedLinear(nn.Module):
         scale, zero = self.x_grid.tolist()
         lo = min(float(seen.min()), -zero * scale)
         hi = max(float(seen.max()), (255 - zero) * scale)
-        self.x_grid.copy_(quantize.static_grid(lo, hi))
+        if lo != hi:
+            self.x_grid.copy_(quantize.static_grid(lo, hi))
 
     def check_calibrated(self) -> None:
         """Raise ValueError where a static grid has seen no input."""
         if self.x_grid is not None and not float(self.x_grid[0]) > 0:
             raise ValueError(
-                "x_grid: expected a calibrated layer (calibrate(x), or example_inputs for "
-                "compress_); got one that has seen no input"
+                "x_grid: expected a calibrated layer (calibrate(x), or data= of "
+                "compress_); got one that has seen no input but zeros"
             )
 
     # --- frozen state -----------------------------------------------------------------------
@@ -181,15 +184,21 @@ class CompressedLinear(nn.Module):
         return self
 
     def set_storage(self, storage: Any) -> None:
-        """Become frozen with this storage."""
-        for name in (*self.trained_names, "mask", *self.storage_names):
-            self._parameters.pop(name, None)
-            self._buffers.pop(name, None)
+        """Become frozen with this storage, at once: no half of it is ever seen, nor left behind."""
+        gone = {*self.trained_names, "mask", *self.storage_names}
+        buffers = {n: t for n, t in self._buffers.items() if n not in gone}
         for name in self.storage_names:
             value = getattr(storage, name)
-            value = None if value is None else value.detach()
-            self.register_buffer(name, value, persistent=self.storage_in_state)
-        self.frozen = True
+            buffers[name] = None if value is None else value.detach()
+        loose = self._non_persistent_buffers_set - gone
+        vars(self).update(
+            _parameters={n: p for n, p in self._parameters.items() if n not in gone},
+            _buffers=buffers,
+            _non_persistent_buffers_set=loose.union(
+                () if self.storage_in_state else self.storage_names
+            ),
+            frozen=True,
+        )
 
     def dense_weight(self) -> Tensor:
         """The matrix [N, K] that the layer stands for, float32."""

@@ -120,6 +120,15 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_ours(m) or super().is_leaf_module(m, module_qualified_name)
 
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        # fx patches nn.Module meanwhile; Ctrl-C pressed while it undoes that would leave every
+        # module of the process calling this tracer
+        call, find = nn.Module.__call__, nn.Module.__getattr__
+        try:
+            return super().trace(*args, **kwargs)
+        finally:
+            nn.Module.__call__, nn.Module.__getattr__ = call, find  # type: ignore[method-assign]
+
 
 class _ReadOnly(TorchDispatchMode):
     """Raises where a real tensor that shares the storage of one of ``tensors`` is written."""

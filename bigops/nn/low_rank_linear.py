@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bigops.nn.linear import Linear, check_size
+from bigops.nn.truncated_svd import TruncatedSVD, truncated_svd
 from bigops.ops import _activation as act
 from bigops.ops.low_rank_linear import low_rank_linear
 
@@ -79,6 +80,7 @@ class LowRankLinear(nn.Module):
         rank: int | None = None,
         energy: float | None = None,
         activation: str | None = None,
+        exact: bool = False,
     ) -> LowRankLinear:
         """The best approximation of ``linear`` in the Frobenius norm, by its singular values.
 
@@ -91,6 +93,7 @@ class LowRankLinear(nn.Module):
             energy: the share of the squared Frobenius norm to keep, above 0 up to 1: the least
                 rank that keeps it is taken. Give one of the two.
             activation: by default that of ``linear`` where it has one, else none.
+            exact: take LAPACK's SVD; else the Gram matrix serves where it holds (`truncated_svd`).
 
         Raises:
             TypeError: ``linear`` is no `nn.Linear`.
@@ -105,20 +108,22 @@ class LowRankLinear(nn.Module):
             check_rank(rank, linear.in_features, linear.out_features, least=0)
         if energy is not None and not 0 < energy <= 1:
             raise ValueError(f"energy: expected above 0 and at most 1; got {energy}")
+        if not bool(torch.isfinite(linear.weight).all()):
+            raise ValueError("linear: expected a finite weight; got NaN or inf in it")
+        return cls.from_svd(linear, truncated_svd(linear.weight, rank, energy, exact), activation)
+
+    @classmethod
+    def from_svd(
+        cls, linear: nn.Linear, svd: TruncatedSVD, activation: str | None = None
+    ) -> LowRankLinear:
+        """`from_linear` with the singular values at hand."""
         if activation is None:
             activation = getattr(linear, "activation", "none")
-        weight = linear.weight.detach()
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError("linear: expected a finite weight; got NaN or inf in it")
-        left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-        if rank is None:
-            assert energy is not None
-            rank = _rank_of(values, energy)
-        root = values[:rank].sqrt()
-        new = cls(linear.in_features, linear.out_features, rank, linear.bias is not None,
-                  activation, device="meta", dtype=weight.dtype)  # fmt: skip
-        new.u = nn.Parameter((left[:, :rank] * root).to(weight.dtype).contiguous())
-        new.v = nn.Parameter((root[:, None] * right[:rank]).to(weight.dtype).contiguous())
+        dtype, root = linear.weight.dtype, svd.values.sqrt()
+        new = cls(linear.in_features, linear.out_features, svd.rank, linear.bias is not None,
+                  activation, device="meta", dtype=dtype)  # fmt: skip
+        new.u = nn.Parameter((svd.left * root).to(dtype).contiguous())
+        new.v = nn.Parameter((root[:, None] * svd.right).to(dtype).contiguous())
         if linear.bias is not None:
             new.bias = nn.Parameter(linear.bias.detach().clone())
             new.bias.requires_grad_(linear.bias.requires_grad)
@@ -186,14 +191,3 @@ def density_of(in_features: int, out_features: int, rank: int) -> float:
     """Entries of two factors over entries of the dense weight."""
     dense = in_features * out_features
     return rank * (in_features + out_features) / dense if dense else 0.0
-
-
-def _rank_of(values: Tensor, energy: float) -> int:
-    """The least rank whose singular values hold ``energy`` of the sum of squares."""
-    squares = values.square()
-    total = squares.sum()
-    if total == 0:
-        return 0
-    # What is left out, summed from the smallest: sums from the largest lose small ones to rounding.
-    left_out = squares.flip(0).cumsum(0).flip(0)
-    return int((left_out > (1 - energy) * total).sum())

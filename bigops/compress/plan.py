@@ -1,0 +1,78 @@
+"""What `compress_` decided for each layer as plain data, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from bigops.compress.build import Choice
+from bigops.compress.config import decode, encode
+from bigops.ops import _quantize as quantize
+
+VERSION = 1
+_KEY = "bigops_plan"
+
+
+class Decided(NamedTuple):
+    """A plan that was read."""
+
+    layers: dict[str, Choice | None]  # None: left
+    freeze: bool
+
+
+def is_plan(config: Any) -> bool:
+    """Whether this is a plan, and no mapping of patterns."""
+    return isinstance(config, Mapping) and _KEY in config
+
+
+def write(layers: Mapping[str, Choice | None], freeze: bool) -> dict[str, Any]:
+    """A plan as plain data, ready for JSON; order means nothing."""
+    return {
+        _KEY: VERSION,
+        "freeze": freeze,
+        "layers": {n: None if choice is None else _entry(choice) for n, choice in layers.items()},
+    }
+
+
+def _entry(choice: Choice) -> dict[str, Any]:
+    entry: dict[str, Any] = {"config": encode(choice.config)}
+    if choice.x_grid is not None:
+        entry["x_grid"] = list(choice.x_grid)
+    if choice.rank is not None:
+        entry["rank"] = choice.rank
+    return entry
+
+
+def read(plan: Mapping[str, Any]) -> Decided:
+    """What `write` wrote.
+
+    Raises:
+        ValueError: another version, or entries that do not belong.
+    """
+    if plan[_KEY] != VERSION:
+        raise ValueError(f"plan: expected version {VERSION}; got {plan[_KEY]!r}")
+    layers, freeze = plan.get("layers"), plan.get("freeze")
+    if not isinstance(layers, Mapping) or not isinstance(freeze, bool):
+        raise ValueError(f"plan: expected 'layers' and 'freeze'; got {sorted(plan)}")
+    return Decided({n: None if e is None else _choice(n, e) for n, e in layers.items()}, freeze)
+
+
+def _choice(name: str, entry: Any) -> Choice:
+    known = {"config", "x_grid", "rank"}
+    if not isinstance(entry, Mapping) or "config" not in entry or not set(entry) <= known:
+        raise ValueError(f"plan: expected config, x_grid and rank for {name}; got {entry!r}")
+    grid, rank = entry.get("x_grid"), entry.get("rank")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
+        raise ValueError(f"plan: expected a rank of at least 0 for {name}; got {rank!r}")
+    if grid is not None:
+        try:
+            scale, zero = map(float, grid)
+            quantize.check_grid("x_grid", torch.tensor([scale, zero], device="cpu"))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"plan: expected a scale and a zero point for {name}; {error}"
+            ) from None
+        grid = (scale, zero)
+    return Choice(decode(entry["config"]), grid, rank)
