@@ -65,23 +65,37 @@ from tests import gpu_golden as golden
 
 jobs, rows = report.all_jobs(), golden.read()
 first = report.quick_jobs()[0]
-before = report.compilation(first).digest
-digests = {"same": before}
+asked = report.compilation(first)
+digests = {"same": [asked.digest, asked.ir]}
 fn = report.KERNELS["gemm"]
 source = fn.src
-start, plus, end = source.rpartition(" + ")  # the docstring has some, too
-for name, changed in {"remark": source + "    # a remark\\n", "code": start + " - " + end}.items():
+changes = {
+    "remark": source + "    # a remark\\n",
+    "place": "\\n" * 7 + source,
+    "branch not taken": source.replace("u_tile = b_tile + ", "u_tile = b_tile - "),
+    "code": source.replace("tile_m = first_m + ", "tile_m = first_m - "),
+}
+for name, changed in changes.items():
     fn._unsafe_update_src(changed)
     golden._sources.cache_clear()
-    digests[name] = report.compilation(first).digest
+    asked = report.compilation(first)
+    digests[name] = [asked.digest, asked.ir]
+    if name == "branch not taken":
+        row = {"registers": "as before", "digest": "", "ir": asked.ir}
+        renewed = report.renew(first, row)
 fn._unsafe_update_src(source)
 golden._sources.cache_clear()
+asked = report.compilation(first)
+for name, options in {"default": {"num_ctas": 1}, "option": {"enable_fp_fusion": False}}.items():
+    other = asked._replace(options=asked.options | options)
+    digests[name] = [other.digest, other.ir]
 known = golden.by_key(rows)
 limits = {arch: report.tiles.table_for(arch).shared_memory for arch in report.ARCHS}
 judged = {" ".join(job.key): report.verdict(job, known[job.key], limits[job.arch])
           for job in jobs if job.key in known}
 print(json.dumps({
     "digests": digests,
+    "renewed": renewed,
     "stale": [job.key for job in report.stale(jobs, rows)],
     "unknown": len(report.stale(jobs[:3], rows[1:])),
     "gone": sorted(set(golden.by_key(rows)) - {job.key for job in jobs}),
@@ -116,8 +130,20 @@ def test_the_gate_of_today_passes_every_committed_row(table: dict) -> None:
 
 def test_a_digest_moves_with_the_code_and_not_with_remarks(table: dict) -> None:
     digests = table["digests"]
-    assert digests["remark"] == digests["same"] != digests["code"]
+    written, got = digests["same"]
+    assert digests["remark"] == digests["place"] == [written, got]
+    for moved in ("branch not taken", "default"):  # the compiler gets the same
+        assert digests[moved][0] != written, moved
+        assert digests[moved][1] == got, moved
+    for moved in ("code", "option"):
+        assert digests[moved][0] != written, moved
+        assert digests[moved][1] != got, moved
     assert table["unknown"] == 1
+
+
+def test_a_row_whose_intermediate_code_stayed_is_not_compiled_again(table: dict) -> None:
+    written, got = table["digests"]["branch not taken"]
+    assert table["renewed"] == {"registers": "as before", "digest": written, "ir": got}
 
 
 QUANTISED = """
