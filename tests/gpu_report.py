@@ -34,9 +34,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Interpreted kernels cannot be compiled, and triton reads both variables on import.
+# Interpreted kernels cannot be compiled, and triton reads the variable on import.
 os.environ.pop("TRITON_INTERPRET", None)
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -46,6 +45,7 @@ from triton.compiler import ASTSource, make_backend
 
 from bigops.kernels import fused_linear, gemm, tiles
 from bigops.kernels.activation import NAMES, split_code
+from bigops.kernels.launch import launch_options
 from tests import gpu_golden, gpu_plot
 from tests import gpu_jobs_fp8 as fp8
 from tests import gpu_jobs_low_rank as low_rank
@@ -283,11 +283,9 @@ def compilation(job: Job) -> Compilation:
         if signature[n].startswith("*") or (signature[n] == "i32" and n not in odd)
     }
     source = ASTSource(fn, signature=signature, constexprs=constants, attrs=attrs)
-    options = {"num_warps": job.tile.num_warps}
-    if isinstance(job.tile, tiles.TileConfig):
-        options["num_stages"] = job.tile.num_stages
-    if job.kernel in ("quantize_rows", "quantize_fp8"):
-        options["enable_fp_fusion"] = False
+    stages = job.tile.num_stages if isinstance(job.tile, tiles.TileConfig) else None
+    rounds_as_torch = job.kernel in ("quantize_rows", "quantize_fp8")
+    options = launch_options(job.tile.num_warps, stages, fp_fusion=not rounds_as_torch)
     if job.arch.startswith("gfx"):
         target = GPUTarget("hip", job.arch, 64)
     else:
