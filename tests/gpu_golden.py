@@ -27,6 +27,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
 GOLDEN = Path(__file__).parent / "golden" / "gpu_report.csv"
+TRITON = "3.9.0"  # that compiled the table
 KEY = ("arch", "kernel", "form", "dtype", "tile", "activation", "precision")
 Row = Mapping[str, Any]
 _PATHS = ("extern_libs",)  # options that name files of this installation; they come with triton
