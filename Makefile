@@ -6,6 +6,7 @@
 #   make bench                          pytest-benchmark -> bench.json, .csv, .md, a .png per op
 #   make lint                           ruff, mypy, clang-format
 #   make gpu-report                     compile the GPU kernels for every target and read the code
+#   make gpu-first-run                  gpu-first-run/: what the first minutes on an H200 need
 #   make wheel                          dist/*.whl with the CUDA C++ kernels, where nvcc is
 #
 # Choices (each also works on later calls; a changed choice re-installs):
@@ -33,7 +34,7 @@ PINS = $(patsubst %,-c %,$(wildcard requirements/constraints-py$(shell $(PY) -c 
   $(if $(filter $(PINNED_TORCH),$(CHOICE)),-c requirements/constraints-torch-2.13.0.txt)
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-slow accept bench lint gpu-report wheel install dev clean FORCE
+.PHONY: demo test test-slow accept bench lint gpu-report gpu-first-run wheel install dev clean FORCE
 .DELETE_ON_ERROR:
 
 demo: install
@@ -63,6 +64,10 @@ lint: dev
 
 gpu-report: dev
 	$(PY) tests/gpu_report.py $(ARGS)
+
+# Needs no GPU; what it makes is carried to one.
+gpu-first-run: $(PY)
+	$(PY) tests/gpu/make_first_run.py $(ARGS)
 
 # One wheel for torch with and without CUDA; no nvcc: a warning, and the CPU kernels alone.
 wheel: dev

@@ -255,8 +255,30 @@ def _version(package: str) -> str | None:
         return None
 
 
-# 3.4 cannot take the recursive epilogue of the GEMM; 3.5 to 3.7 refuse `tl.dot` of int8 into int32.
 MIN_TRITON = (3, 8)
+# What versions below a bound cannot, the lowest bound first; by compiling the kernels with them.
+_TRITON_LIMITS = (
+    ((3, 5), "it compiles no product: their epilogue is recursive"),
+    (
+        MIN_TRITON,
+        "it does not compile quantized_linear with int8 x (W8A8, W4A8: tl.dot of int8 into int32); "
+        "the other kernels compile, but none was ever run by it",
+    ),
+    ((3, 9), "all kernels serve; their registers and spills were read with 3.9"),
+)
+
+
+def _triton_number(version: str) -> tuple[int, int]:
+    """(major, minor); (0, 0) for what is no version."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found.group(1)), int(found.group(2))) if found else (0, 0)
+
+
+def triton_limits(version: str | None) -> str:
+    """What this triton cannot that the newest known can, or ""; "" for None."""
+    if version is None or _triton_number(version) == (0, 0):
+        return ""
+    return next((said for bound, said in _TRITON_LIMITS if _triton_number(version) < bound), "")
 
 
 @functools.cache
@@ -268,8 +290,7 @@ def _find_triton() -> tuple[str | None, str]:
         version = str(importlib.import_module("triton").__version__)
     except Exception as error:  # a broken installation fails in many ways, and torch serves anyway
         return None, f"triton does not load: {str(error) or type(error).__name__}"
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None or (int(found.group(1)), int(found.group(2))) < MIN_TRITON:
+    if _triton_number(version) < MIN_TRITON:
         least = ".".join(map(str, MIN_TRITON))
         return version, f"triton {version} is too old: expected {least} or later"
     return version, ""
@@ -370,6 +391,7 @@ def report() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton_version(),
         "triton_error": triton_error(),
+        "triton_limits": triton_limits(triton_version()),
         "cuda": {
             "built": torch.version.cuda,
             "available": torch.cuda.is_available(),

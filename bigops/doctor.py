@@ -20,7 +20,7 @@ def text(report: Mapping[str, Any]) -> str:
         _line("extension", report["extension"]),
         _line("C++ compiler", report["compiler"] or "none found (c++, g++ or CXX)"),
         _line("torch", report["torch"]),
-        _line("triton", report["triton_error"] or report["triton"]),
+        _line("triton", _triton(report)),
         _line("CUDA", _cuda(cuda)),
         _line("CUDA C++", cuda["kernels"]),
         *(_line("GPU tiles", _tiles(of)) for of in report["tiles"]),
@@ -57,7 +57,7 @@ def advice(report: Mapping[str, Any]) -> list[str]:
             step = "`bigops tune --device cuda` measures them"
             hints.append(f"the tiles for {of['device']} are chosen by a model: {step}")
     if report["triton_error"] and report["cuda"]["available"]:
-        step = "pip install -U triton"
+        step = "pip install -U triton, or a torch that brings a later one (2.14: 3.8)"
         hints.append(f"torch sees a GPU, but {report['triton_error']}, so torch serves: {step}")
     if report["cuda"]["built"] is None and sys.platform == "linux":
         hints.append("this torch is built without CUDA; for a GPU install a CUDA build of torch")
@@ -66,6 +66,20 @@ def advice(report: Mapping[str, Any]) -> list[str]:
 
 def _line(name: str, value: str) -> str:
     return f"{name:<16} {value}"
+
+
+def _triton(report: Mapping[str, Any]) -> str:
+    """The version or why it does not serve, what it cannot, and what serves in its place."""
+    said = report["triton_error"] or report["triton"]
+    limits = report["triton_limits"]
+    if not limits:
+        return str(said)
+    if not report["triton_error"]:
+        return f"{said}: {limits}"
+    instead = "torch serves what CUDA C++ kernels do not"
+    if report["cuda"]["kernels"].partition(",")[0] != "loaded":
+        instead = "torch serves every op on a GPU"
+    return f"{said}: {limits}; {instead}"
 
 
 def _instruction_set(cpu: Mapping[str, Any]) -> str:

@@ -105,7 +105,9 @@ def derivative(x, ACT: tl.constexpr):
         v = _gelu_tanh_argument(x)
         e = tl.exp(-tl.abs(v))  # s * (1 - s) without the cancellation of 1 - s near s = 1
         slope = e / ((1.0 + e) * (1.0 + e))
-        d = tl.sigmoid(v) + x * slope * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
+        # The slope is 0 long before the square overflows, at 1.8e19. Infinity gives NaN, as torch.
+        size = tl.minimum(tl.abs(x), 1e18)
+        d = tl.sigmoid(v) + x * slope * (1.5957691216057308 * (1.0 + 0.134145 * size * size))
     elif ACT == SILU:
         s = tl.sigmoid(x)
         d = s * (1.0 + x * (1.0 - s))

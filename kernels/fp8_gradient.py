@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .fp8_linear import _TINY, BLOCKS, ROW, SCALES, SPAN, _codes, _widen
 from .fp8_tiles import BLOCK, choose_config, units_of
-from .gemm import _is_aligned, dot_precision, on_device
+from .gemm import _is_aligned, dot_precision
+from .launch import launch_options, on_device
 from .quantized_linear import _check
 from .tiles import TileConfig, device_arch
 
@@ -173,7 +174,6 @@ def gradient(
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             GROUP_M=config.group_m,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **launch_options(config.num_warps, config.num_stages),
         )
     return gx

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .activation import split_code
 from .fp8_tiles import BLOCK, choose_config, row_config, table_for, units_of
-from .gemm import _finish, _is_aligned, dot_precision, on_device
+from .gemm import _finish, _is_aligned, dot_precision
+from .launch import launch_options, on_device
 from .quantized_linear import _check
 from .tiles import DTYPES, TileConfig, device_arch
 
@@ -288,8 +289,7 @@ def quantize_activations(
                 GROUP=BLOCK if block else 0,
                 BLOCK_M=block_m,
                 BLOCK_N=block_n,
-                num_warps=tile.num_warps,
-                enable_fp_fusion=False,
+                **launch_options(tile.num_warps, fp_fusion=False),
             )
     return q, by
 
@@ -392,8 +392,7 @@ def forward(
             BLOCK_K=config.block_k,
             GROUP_M=config.group_m,
             PARTS=config.parts,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **launch_options(config.num_warps, config.num_stages),
         )
     return y
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import tuned
 from .activation import NONE, activate, derivative, split_code
-from .gemm import on_device
+from .launch import launch_options, on_device
 from .product import product
 from .tiles import (
     DTYPES,
@@ -209,7 +209,7 @@ def preact_gradient(
             GATED=gated,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps,
+            **launch_options(tile.num_warps),
         )
         if partial is not None:
             sum_rows[(triton.cdiv(width, tile.block_n),)](
@@ -219,7 +219,7 @@ def preact_gradient(
                 width,
                 BLOCK_M=tile.block_m,
                 BLOCK_N=tile.block_n,
-                num_warps=tile.num_warps,
+                **launch_options(tile.num_warps),
             )
     return gz, gb
 

@@ -4,8 +4,6 @@ An operand is transposed by its strides and never copied. Sums run in float32 in
 result is bitwise equal from run to run for one config.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -182,11 +180,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype == torch.float32 and torch.version.hip is None:
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     return "ieee"
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make ``device`` current: triton launches there, whichever device holds the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _is_aligned(t: Tensor) -> bool:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import TANH, activate
-from .gemm import on_device
+from .launch import launch_options, on_device
 from .tiles import DTYPES, device_arch, pointwise_config
 
 _MAX_SIZE = 2**31 - 2**16  # column indices are 32 bit and may overhang the edge by one block
@@ -229,6 +229,6 @@ def chunk(
             CAPPED=softcap != 0,
             GRADIENT=gradient,
             BLOCK=block,
-            num_warps=warps,
+            **launch_options(warps),
         )
     return losses

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .activation import NONE, activate, split_code
 from .fused_linear import _check, preact_gradient
-from .gemm import _finish, _is_aligned, dot_precision, on_device
+from .gemm import _finish, _is_aligned, dot_precision
+from .launch import launch_options, on_device
 from .low_rank_model import COMPOSED, FUSED, fits, padded_rank, span_of
 from .product import product
 from .tiles import TileConfig, device_arch, pointwise_config
@@ -254,8 +255,7 @@ def _launch(
             BLOCK_K=config.block_k,
             GROUP_M=config.group_m,
             PARTS=config.parts,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **launch_options(config.num_warps, config.num_stages),
         )
     return Parts(y, inner, preact, FUSED)
 
@@ -298,7 +298,7 @@ def _composed(
             ACT=act,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps,
+            **launch_options(tile.num_warps),
         )
     return Parts(y, kept, z if with_preact else None, COMPOSED)
 

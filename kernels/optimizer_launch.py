@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .fused_adamw import BLOCK, adamw_step, norm_of_sums, sgd_step, square_sums
-from .gemm import on_device
+from .launch import launch_options, on_device
 from .tiles import device_arch, pointwise_config
 
 TILES = 8  # tiles of one program: 16384 elements, as in the chunks of the CPU kernels (coded: 8192)
@@ -280,7 +280,7 @@ def adamw(
                 ALIGNED=aligned,
                 BLOCKS=blocks,
                 TILES=TILES,
-                num_warps=warps,
+                **launch_options(warps),
             )
         layout.write_back()
 
@@ -333,7 +333,7 @@ def sgd(
                 FIRST_STEP=first_step,
                 BLOCKS=blocks,
                 TILES=TILES,
-                num_warps=warps,
+                **launch_options(warps),
             )
         layout.write_back()
 
@@ -381,8 +381,8 @@ def norm(grads: Lists) -> Tensor:
                 ALIGNED=aligned,
                 BLOCKS=blocks,
                 TILES=TILES,
-                num_warps=warps,
+                **launch_options(warps),
             )
             first += programs
-        norm_of_sums[(1,)](partial, result, total, WIDTH=NORM_WIDTH, num_warps=warps)
+        norm_of_sums[(1,)](partial, result, total, WIDTH=NORM_WIDTH, **launch_options(warps))
     return result

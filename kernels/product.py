@@ -10,8 +10,9 @@ import triton
 from torch import Tensor
 
 from .activation import NONE
-from .gemm import _is_aligned, dot_precision, gemm, on_device
+from .gemm import _is_aligned, dot_precision, gemm
 from .gemm_persistent import described, gemm_persistent, row_step, rows_are_rows, with_scratch
+from .launch import launch_options, on_device
 from .tiles import TileConfig, choose_config, device_arch, multiprocessors
 
 
@@ -57,8 +58,7 @@ def product(
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
         "PARTS": config.parts,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        **launch_options(config.num_warps, config.num_stages),
     }
     with on_device(a.device):
         if config.persistent and mapped and not wide:

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemm import _is_aligned, dot_precision, on_device
+from .gemm import _is_aligned, dot_precision
+from .launch import launch_options, on_device
 from .quantized_linear import LINE, _check, _numbers
 from .quantized_tiles import choose_config
 from .tiles import TileConfig, device_arch
@@ -188,7 +189,6 @@ def gradient(
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             GROUP_M=config.group_m,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **launch_options(config.num_warps, config.num_stages),
         )
     return gx

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from . import tuned
 from .activation import split_code
-from .gemm import _finish, _is_aligned, dot_precision, on_device
+from .gemm import _finish, _is_aligned, dot_precision
+from .launch import launch_options, on_device
 from .quantized_tiles import choose_config, row_config, table_for
 from .tiles import DTYPES, TileConfig, device_arch
 
@@ -326,8 +327,7 @@ def quantize_activations(
                 MODE=MODES[activations],
                 BLOCK_M=tile.block_m,
                 BLOCK_N=tile.block_n,
-                num_warps=tile.num_warps,
-                enable_fp_fusion=False,
+                **launch_options(tile.num_warps, fp_fusion=False),
             )
     return q, by, zero, sums
 
@@ -448,8 +448,7 @@ def forward(
             BLOCK_K=config.block_k,
             GROUP_M=config.group_m,
             PARTS=config.parts,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **launch_options(config.num_warps, config.num_stages),
         )
     return y
 

@@ -32,7 +32,8 @@ from torch import Tensor
 from . import tuned
 from .activation import NONE, split_code
 from .form_tiles import choose_config, table_for
-from .gemm import _finish_tile, _is_aligned, dot_precision, on_device
+from .gemm import _finish_tile, _is_aligned, dot_precision
+from .launch import launch_options, on_device
 from .tiles import DTYPES, TileConfig, device_arch
 
 OP = "sparse_linear"
@@ -331,8 +332,7 @@ def _product(
             ),
             BLOCK_M=config.block_m,
             BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **launch_options(config.num_warps, config.num_stages),
         )
     return y
 
@@ -424,8 +424,7 @@ def sampled(
             ),
             COLUMNS=TASK,
             BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **launch_options(config.num_warps, config.num_stages),
         )
     return out
 

@@ -74,7 +74,7 @@ def _load(op: str) -> None:
 
 
 @contextlib.contextmanager
-def _built(op: str) -> Iterator[None]:
+def built(op: str) -> Iterator[None]:
     """As where bigops/_cuda was built: what it serves goes there."""
     _load("fused_adamw" if op in _STEPS else op)
     with pytest.MonkeyPatch.context() as patch:
@@ -118,7 +118,7 @@ class Way(NamedTuple):
             if self.name == "hostrun":
                 if hostrun.lacks():
                     pytest.skip(hostrun.lacks())
-                stack.enter_context(_built(op))
+                stack.enter_context(built(op))
             yield
 
     @contextlib.contextmanager

@@ -1,9 +1,13 @@
 """The committed table of compiled GPU kernels: what a row was compiled from, and what got worse.
 
-Each row carries a digest of everything that decides its machine code: the kernel's source with all
-that it calls, the types and constants of the compilation, the options, the device and triton's
-version. While the digest of a job is that of its row, compiling again gives what the row says; so
-CI compiles a sample and the rows whose digest has moved; all take half an hour of two cores.
+Each row carries two digests of what decides its machine code. ``digest`` is of what is written: the
+kernel's source with all that it calls, the types and constants of the compilation, the options, the
+device and triton's version; all rows take a second. ``ir`` is of what the compiler gets: the
+intermediate code that triton's front end makes of that, without places in files, and the options
+with their defaults; a row takes 40 ms. While either is that of its row, compiling again gives what
+the row says. So a source that moved (by a branch that this kernel does not take, or an option that
+was the default) costs a row its front end alone, and CI compiles a sample and the rows whose
+intermediate code has moved; all take half an hour of two cores.
 """
 
 from __future__ import annotations
@@ -18,11 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton._C.libtriton import ir
+from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
 GOLDEN = Path(__file__).parent / "golden" / "gpu_report.csv"
+TRITON = "3.9.0"  # that compiled the table
 KEY = ("arch", "kernel", "form", "dtype", "tile", "activation", "precision")
 Row = Mapping[str, Any]
+_PATHS = ("extern_libs",)  # options that name files of this installation; they come with triton
 
 
 def digest(source: Any, target: Any, options: Mapping[str, Any]) -> str:
@@ -41,6 +49,25 @@ def digest(source: Any, target: Any, options: Mapping[str, Any]) -> str:
         repr(sorted(source.attrs.items())),
     ]
     parts += _sources(source.fn)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def ir_digest(source: Any, target: Any, options: Mapping[str, Any]) -> str:
+    """Of what triton's compiler gets of the same arguments: intermediate code, resolved options."""
+    backend = make_backend(target)
+    resolved = backend.parse_options(dict(options))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = source.make_ir(
+        target,
+        resolved,
+        backend.get_codegen_implementation(resolved),
+        backend.get_module_map(),
+        context,
+    )
+    values = {name: value for name, value in vars(resolved).items() if name not in _PATHS}
+    parts = [triton.__version__, str(target), repr(sorted(values.items())), module.str_nodebug()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 

@@ -10,7 +10,9 @@ shared memory than the device has, or lacks the matrix instruction its tile is f
 also where a row is worse than in FILE.
 --sample N compiles every Nth row of each kernel and device, and with --check all that FILE does not
 hold as they are now (gpu_golden.py); --update compiles only the latter, writes them to the
-committed table and draws it (gpu_plot.py); --plot only draws.
+committed table and draws it (gpu_plot.py); --plot only draws. A row whose source moved but whose
+intermediate code did not is kept and not compiled. Triton keeps what it compiled: a run that was
+broken off goes on where it was.
 Nothing here is a time: no GPU runs.
 """
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -31,9 +34,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Interpreted kernels cannot be compiled, and triton reads both variables on import.
+# Interpreted kernels cannot be compiled, and triton reads the variable on import.
 os.environ.pop("TRITON_INTERPRET", None)
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -43,6 +45,7 @@ from triton.compiler import ASTSource, make_backend
 
 from bigops.kernels import fused_linear, gemm, tiles
 from bigops.kernels.activation import NAMES, split_code
+from bigops.kernels.launch import launch_options
 from tests import gpu_golden, gpu_plot
 from tests import gpu_jobs_fp8 as fp8
 from tests import gpu_jobs_low_rank as low_rank
@@ -51,7 +54,7 @@ from tests import gpu_jobs_quantized as quantized
 from tests import gpu_jobs_sparse as sparse
 from tests import gpu_jobs_training as training
 from tests.gpu_devices import ARCHS, occupancy
-from tests.gpu_golden import GOLDEN, KEY, regressions
+from tests.gpu_golden import GOLDEN, KEY, Row, regressions
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
@@ -120,6 +123,7 @@ FACTS = (
     *COUNTS,
     "verdict",
     "digest",
+    "ir",
 )
 
 
@@ -257,6 +261,10 @@ class Compilation(NamedTuple):
     def digest(self) -> str:
         return gpu_golden.digest(*self)
 
+    @property
+    def ir(self) -> str:
+        return gpu_golden.ir_digest(*self)
+
 
 def compilation(job: Job) -> Compilation:
     """How triton compiles a job for a launch with sizes divisible by 16."""
@@ -275,11 +283,9 @@ def compilation(job: Job) -> Compilation:
         if signature[n].startswith("*") or (signature[n] == "i32" and n not in odd)
     }
     source = ASTSource(fn, signature=signature, constexprs=constants, attrs=attrs)
-    options = {"num_warps": job.tile.num_warps}
-    if isinstance(job.tile, tiles.TileConfig):
-        options["num_stages"] = job.tile.num_stages
-    if job.kernel in ("quantize_rows", "quantize_fp8"):
-        options["enable_fp_fusion"] = False
+    stages = job.tile.num_stages if isinstance(job.tile, tiles.TileConfig) else None
+    rounds_as_torch = job.kernel in ("quantize_rows", "quantize_fp8")
+    options = launch_options(job.tile.num_warps, stages, fp_fusion=not rounds_as_torch)
     if job.arch.startswith("gfx"):
         target = GPUTarget("hip", job.arch, 64)
     else:
@@ -384,12 +390,20 @@ def verdict(job: Job, facts: dict[str, Any], shared_limit: int) -> str:
     return "; ".join(faults) or "ok"
 
 
+def renew(job: Job, known: Row | None) -> dict[str, Any]:
+    """The row of a job: ``known`` with its new digest where the compiler gets what it got then."""
+    asked = compilation(job)
+    if known is not None and known["ir"] == asked.ir:
+        return {**known, "digest": asked.digest}
+    return measure(job)
+
+
 def measure(job: Job) -> dict[str, Any]:
     """Compile one job and give its row; a compilation that fails is a row with that verdict."""
     row: dict[str, Any] = dict(zip(KEY, job.key, strict=True))
     try:
         asked = compilation(job)
-        row["digest"] = asked.digest
+        row |= {"digest": asked.digest, "ir": asked.ir}
         kernel = triton.compile(asked.source, target=asked.target, options=asked.options)
     except Exception as error:  # triton raises many kinds; each is a fault of this config
         return (
@@ -433,22 +447,24 @@ def main(argv: list[str] | None = None) -> int:
     archs = options.arch or ARCHS
     todo = [job for job in (quick_jobs() if options.quick else all_jobs()) if job.arch in archs]
     known = gpu_golden.read(options.check or GOLDEN) if options.check or options.update else []
-    chosen = todo
+    compiled, changed = todo, []
     if options.sample or options.update:
         changed = stale(todo, known) if known else []
-        chosen = changed + [job for job in sampled(todo, options.sample) if job not in changed]
+        compiled = [job for job in sampled(todo, options.sample) if job not in changed]
+    before = [gpu_golden.by_key(known).get(job.key) for job in changed]
     rows = []
     # A compilation uses one core and the whole sweep is an hour of one. Spawned workers, since
     # LLVM and triton keep state that a fork would share.
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        for row in pool.map(measure, chosen):
+        renewed = pool.map(renew, changed, before, chunksize=8)
+        for row in itertools.chain(renewed, pool.map(measure, compiled)):
             rows.append(row)
             print(_line(row), flush=True)
     if options.out:
         gpu_golden.write(options.out, (*KEY, *FACTS), rows)
     if options.update:
-        renewed = gpu_golden.by_key(known) | gpu_golden.by_key(rows)
-        in_order = [renewed[key] for key in (job.key for job in all_jobs()) if key in renewed]
+        table = gpu_golden.by_key(known) | gpu_golden.by_key(rows)
+        in_order = [table[key] for key in (job.key for job in all_jobs()) if key in table]
         gpu_golden.write(GOLDEN, (*KEY, *FACTS), in_order)
         gpu_plot.draw(gpu_golden.read())
     faults = [_line(row) for row in rows if row["verdict"] != "ok"]

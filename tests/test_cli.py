@@ -334,6 +334,7 @@ def fake_report(**more: Any) -> dict[str, Any]:
         "torch": "2.13.0",
         "triton": "3.9.0",
         "triton_error": "",
+        "triton_limits": "",
         "tiles": [{"device": "One GPU", "source": "gpu-tuned.json", "tiles": 9, "ignored": ""}],
         "cuda": {"built": "13.0", "available": True, "devices": ["One GPU"], "kernels": "loaded"},
         "crossovers": {"source": "cpu-tuned.json", "ignored": ""},

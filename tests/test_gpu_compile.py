@@ -17,8 +17,16 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
+
+from tests import gpu_golden
+
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden" / "gpu_report.csv"
+of_the_table = pytest.mark.skipif(
+    triton.__version__ != gpu_golden.TRITON,
+    reason=f"the table is of triton {gpu_golden.TRITON}; this is {triton.__version__}",
+)
 ARCHS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
 
 
@@ -41,6 +49,7 @@ def test_main_tile_of_each_device_passes_the_gate(
 
 
 @pytest.mark.slow
+@of_the_table
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_sample_of_all_rows_passes_the_gate(
     arch: str, record_property: Callable[[str, object], None]
@@ -65,23 +74,37 @@ from tests import gpu_golden as golden
 
 jobs, rows = report.all_jobs(), golden.read()
 first = report.quick_jobs()[0]
-before = report.compilation(first).digest
-digests = {"same": before}
+asked = report.compilation(first)
+digests = {"same": [asked.digest, asked.ir]}
 fn = report.KERNELS["gemm"]
 source = fn.src
-start, plus, end = source.rpartition(" + ")  # the docstring has some, too
-for name, changed in {"remark": source + "    # a remark\\n", "code": start + " - " + end}.items():
+changes = {
+    "remark": source + "    # a remark\\n",
+    "place": "\\n" * 7 + source,
+    "branch not taken": source.replace("u_tile = b_tile + ", "u_tile = b_tile - "),
+    "code": source.replace("tile_m = first_m + ", "tile_m = first_m - "),
+}
+for name, changed in changes.items():
     fn._unsafe_update_src(changed)
     golden._sources.cache_clear()
-    digests[name] = report.compilation(first).digest
+    asked = report.compilation(first)
+    digests[name] = [asked.digest, asked.ir]
+    if name == "branch not taken":
+        row = {"registers": "as before", "digest": "", "ir": asked.ir}
+        renewed = report.renew(first, row)
 fn._unsafe_update_src(source)
 golden._sources.cache_clear()
+asked = report.compilation(first)
+for name, options in {"default": {"num_ctas": 1}, "option": {"enable_fp_fusion": False}}.items():
+    other = asked._replace(options=asked.options | options)
+    digests[name] = [other.digest, other.ir]
 known = golden.by_key(rows)
 limits = {arch: report.tiles.table_for(arch).shared_memory for arch in report.ARCHS}
 judged = {" ".join(job.key): report.verdict(job, known[job.key], limits[job.arch])
           for job in jobs if job.key in known}
 print(json.dumps({
     "digests": digests,
+    "renewed": renewed,
     "stale": [job.key for job in report.stale(jobs, rows)],
     "unknown": len(report.stale(jobs[:3], rows[1:])),
     "gone": sorted(set(golden.by_key(rows)) - {job.key for job in jobs}),
@@ -100,9 +123,11 @@ def table() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@of_the_table
 def test_the_committed_table_is_of_these_kernels_and_configs(table: dict) -> None:
     """Where it is not: `make gpu-report ARGS=--update` compiles what changed and writes it."""
     assert table["stale"] == []
+    assert table["unknown"] == 1
     assert table["gone"] == []
     assert table["faults"] == []
     assert table["rows"] >= 150
@@ -116,8 +141,19 @@ def test_the_gate_of_today_passes_every_committed_row(table: dict) -> None:
 
 def test_a_digest_moves_with_the_code_and_not_with_remarks(table: dict) -> None:
     digests = table["digests"]
-    assert digests["remark"] == digests["same"] != digests["code"]
-    assert table["unknown"] == 1
+    written, got = digests["same"]
+    assert digests["remark"] == digests["place"] == [written, got]
+    for moved in ("branch not taken", "default"):  # the compiler gets the same
+        assert digests[moved][0] != written, moved
+        assert digests[moved][1] == got, moved
+    for moved in ("code", "option"):
+        assert digests[moved][0] != written, moved
+        assert digests[moved][1] != got, moved
+
+
+def test_a_row_whose_intermediate_code_stayed_is_not_compiled_again(table: dict) -> None:
+    written, got = table["digests"]["branch not taken"]
+    assert table["renewed"] == {"registers": "as before", "digest": written, "ir": got}
 
 
 QUANTISED = """
@@ -295,6 +331,7 @@ def test_gate_sees_spills(planted: dict) -> None:
 
 
 @pytest.mark.slow
+@of_the_table
 def test_gate_sees_spills_that_only_the_flags_of_triton_make(planted: dict) -> None:
     spilled, instructions, said = planted["slightly"]
     assert spilled == 16

@@ -222,6 +222,7 @@ def test_without_a_triton_that_serves_torch_does(
     assert why in report["triton_error"]
     assert why in report["ops"]["fused_linear"]["gpu"]
     assert why in doctor.text(report)
+    assert report["triton_limits"] == backend.triton_limits(report["triton"])
     report["cuda"]["available"] = True
     assert any(why in hint and "pip install -U triton" in hint for hint in doctor.advice(report))
 
@@ -231,6 +232,46 @@ def test_later_versions_of_triton_serve(version: str, monkeypatch: pytest.Monkey
     _triton_is(version)(monkeypatch)
     assert backend.triton_error() == ""
     assert backend.triton_version() == version
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("3.4.0", "too old: expected 3.8 or later: it compiles no product"),
+        (
+            "3.6.0",
+            "too old: expected 3.8 or later: it does not compile quantized_linear with int8 x",
+        ),
+        (
+            "3.7.1+git1",
+            "3.8 or later: it does not compile quantized_linear with int8 x (W8A8, W4A8",
+        ),
+        ("3.8.0", "3.8.0: all kernels serve; their registers and spills were read with 3.9"),
+        ("3.9.0", ""),
+        ("3.10.1", ""),
+    ],
+)
+def test_doctor_says_what_a_triton_cannot_and_what_serves_instead(
+    version: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _triton_is(version)(monkeypatch)
+    report = backend.report()
+    old = bool(backend.triton_error())
+    for kernels, instead in (
+        ("loaded, for sm_90", "; torch serves what CUDA C++ kernels do not"),
+        ("the CUDA C++ kernels are not built", "; torch serves every op on a GPU"),
+    ):
+        report["cuda"] |= {"available": True, "kernels": kernels}
+        (line,) = (l for l in doctor.text(report).splitlines() if l.startswith("triton  "))
+        assert said in line
+        assert line.endswith(version) or said
+        assert (instead in line) == old
+        assert any("pip install -U triton" in hint for hint in doctor.advice(report)) == old
+
+
+@pytest.mark.parametrize("version", ["unknown", None])
+def test_no_limits_are_said_of_what_is_no_version(version: str | None) -> None:
+    assert backend.triton_limits(version) == ""
 
 
 # --- config files ----------------------

@@ -235,6 +235,28 @@ def test_extreme_values(name: str) -> None:
         assert torch.equal(out[:2].nan_to_num(7), expected.nan_to_num(7))
 
 
+SMOOTH = ("gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on squares that overflow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*SMOOTH, *(n for n in GATED if GATED[n] in SMOOTH)])
+def test_the_slope_of_huge_values_is_their_limit(name: str, dtype: torch.dtype) -> None:
+    """0 or 1 up to the largest number, whose square and cube are infinite. The limit is exact."""
+    sizes = [1e4, 1e10, 5e13, 1e18, 1.8e19, 1.9e19, 1e30, torch.finfo(dtype).max]
+    z = torch.tensor(sizes + [-size for size in sizes]).to(dtype)[:, None]
+    rises = GATED.get(name, name) in ("gelu", "gelu_tanh", "silu")
+    limit = ((z > 0) & rises).to(dtype)
+    grad = torch.full_like(z, 3.0)
+    preact = torch.cat([z, torch.full_like(z, 2.0)], dim=1) if name in GATED else z
+    gz, gb = kernels.preact_gradient(grad, preact, NAMES.index(name), True, True)
+    want = limit * (6.0 if name in GATED else 3.0)
+    assert gz is not None
+    assert gb is not None
+    assert torch.equal(gz[:, :1], want)
+    assert torch.equal(gb[:1], want.sum(0))
+
+
 def test_bad_arguments() -> None:
     x, w = torch.randn(4, 8), torch.randn(6, 8)
     with pytest.raises(TypeError, match=r"x: expected one of .*; got torch.float64"):

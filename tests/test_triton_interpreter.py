@@ -15,12 +15,15 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
 from tests import triton_interpreter
 from tests.tolerance import check
 
 triton_interpreter.install()
+
+ROOT = Path(__file__).parent.parent
 
 
 @triton.jit
@@ -124,10 +127,9 @@ def test_unrepaired_interpreter_is_wrong() -> None:
         "import json; from tests import triton_interpreter as t; t.install = lambda: None\n"
         "from tests import test_triton_interpreter as m; print(json.dumps(m._errors()))"
     )
-    root = Path(__file__).parent.parent
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])
@@ -178,10 +180,75 @@ def test_bfloat16_arithmetic_rounds_after_each_step() -> None:
     assert torch.equal(out, torch.where(x < y, x + y, x * y - x))
 
 
+PARTS = (interpreter, interpreter.InterpreterBuilder, interpreter.GridExecutor)
+
+
+def _repaired() -> list[dict[str, object]]:
+    """What the repair may change, as it is now."""
+    return [dict(vars(part)) for part in PARTS]
+
+
 def test_install_twice_changes_nothing() -> None:
-    before = triton_interpreter.Builder.create_dot
+    before = _repaired()
     triton_interpreter.install()
-    assert triton_interpreter.Builder.create_dot is before
+    assert _repaired() == before
+
+
+@pytest.mark.parametrize("name", ["_convert_float", "create_dot", "create_fneg", "_init_args_hst"])
+def test_a_repair_that_does_not_fit_changes_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whichever step it fails, and once more when it is asked again."""
+    owner = next(part for part in PARTS if name in vars(part))
+    monkeypatch.setattr(sys.modules["tests.interpreter_repair"], "_applied", False)
+    monkeypatch.delattr(owner, name)
+    before = _repaired()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=rf"triton {triton.__version__}: .* has no {name}"):
+            triton_interpreter.install()
+        assert _repaired() == before
+
+
+def test_a_triton_that_the_repair_was_not_written_for_is_said() -> None:
+    assert [triton_interpreter.why_not(v) for v in ("3.8.0", "3.9.1+git")] == ["", ""]
+    for version in ("3.7.1", "3.10.0", "4.0", "unknown"):
+        assert triton_interpreter.why_not(version).endswith(f"3.8 and 3.9; this is {version}")
+
+
+def test_an_interpreter_that_the_repair_does_not_fit_skips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "__version__", "3.7.0")
+    with pytest.raises(pytest.skip.Exception, match=r"this is 3\.7\.0"):
+        triton_interpreter.install()
+
+
+def test_where_kernels_are_compiled_nothing_is_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is the repair imported, which needs parts of triton that only some versions have."""
+    before = _repaired()
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.delitem(sys.modules, "tests.interpreter_repair")
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    triton_interpreter.install()
+    assert "tests.interpreter_repair" not in sys.modules
+    assert _repaired() == before
+
+
+@pytest.mark.slow
+def test_every_test_of_triton_is_imported_without_the_repair() -> None:
+    """As `pytest -m gpu` does."""
+    code = """
+import importlib, sys
+from pathlib import Path
+for file in sorted(Path("tests").glob("**/test_*.py")):
+    if "triton" in file.read_text():
+        importlib.import_module(".".join(file.with_suffix("").parts))
+print(*(f"tests.{name}" in sys.modules for name in ("triton_interpreter", "interpreter_repair")))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "False"]
 
 
 def test_unmasked_store_is_caught() -> None:

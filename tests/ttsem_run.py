@@ -39,7 +39,6 @@ def _environment() -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(part for part in path if part),
         "TRITON_INTERPRET": "0",
-        "TRITON_DEFAULT_FP_FUSION": "1",
         "TRITON_CACHE_DIR": str(ROOT / "build" / "ttsem"),
         "OMP_NUM_THREADS": "1",
     }

@@ -18,6 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import bigops
 from bigops.ops import _triton, _triton_loss
 from tests import triton_interpreter
 
@@ -53,6 +54,11 @@ class Place:
         if isinstance(item, tuple) and hasattr(item, "_make"):
             return type(item)._make(map(self.put, item))  # type: ignore[attr-defined]
         return type(item)(map(self.put, item)) if isinstance(item, (tuple, list)) else item
+
+    def chosen(self, op: str, *args: Any, **options: Any) -> str:
+        """The kernel that dispatch takes for these arguments here: CUDA C++ where it is built."""
+        target = "cuda" if self.real else "sm_90"
+        return bigops.explain(op, *args, **options, device=target).kernel
 
     def reachable(self, tensors: Sequence[Tensor]) -> Any:
         """The interpreter's bounds check knows tensors behind a table of addresses."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bigops import fused_grad_norm, fused_linear, fused_sgd, low_rank_linear
 from bigops.ops.fused_adamw import reference_norm, reference_sgd
-from tests import cross_entropy_cases, linear_cases, low_rank_cases
+from tests import backends, cross_entropy_cases, hostrun, linear_cases, low_rank_cases
 from tests.compressed_cases import make as make_compressed
 from tests.gpu.conftest import Place
 from tests.kernels_ran import expect
@@ -148,7 +148,7 @@ def test_fused_adamw(eight_bit: bool, place: Place) -> None:
         grads = place.put(draw(step))
         ours.grads = lambda _, grads=grads: grads  # type: ignore[method-assign, misc]
         with (
-            expect("triton.fused_adamw." + ("f32.8bit" if eight_bit else "f32.fused")),
+            expect(place.chosen("fused_adamw", ours.params, eight_bit=eight_bit)),
             place.reachable([*ours.all(), *grads]),
         ):
             ours.adamw(step)
@@ -172,7 +172,22 @@ def test_fused_sgd(place: Place) -> None:
 def test_fused_grad_norm(place: Place) -> None:
     grads = [torch.randn(shape) for shape in _shapes(place)]
     there = place.put(grads)
-    with expect("triton.fused_grad_norm"), place.reachable(there):
+    with expect(place.chosen("fused_grad_norm", there)), place.reachable(there):
         norm = fused_grad_norm(there).cpu()
     truth = reference_norm(grads)
     check(norm, truth, truth, truth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["interpreter"], indirect=True)
+def test_where_the_cuda_kernels_are_built_they_are_expected(place: Place) -> None:
+    """The steps above as on a GPU where bigops/_cuda was built; these kernels run on the CPU."""
+    if hostrun.lacks():
+        pytest.skip(hostrun.lacks())
+    assert place.chosen("fused_grad_norm", [torch.ones(3)]).startswith("triton.")
+    with backends.built("fused_adamw"):
+        assert place.chosen("fused_grad_norm", [torch.ones(3)]).startswith("cuda.")
+        for eight_bit in (False, True):
+            test_fused_adamw(eight_bit, place)
+        test_fused_grad_norm(place)
+        test_fused_sgd(place)
