@@ -22,6 +22,7 @@ from bigops.benches.limits import Cost
 from bigops.nn import Linear, SparseLinear
 from bigops.ops import _activation as act
 from bigops.ops import _bitmap_linear as op
+from bigops.ops._library import in_words
 from bigops.ops.sparse_linear import (
     BitmapWeight,
     bitmap_from_sparse,
@@ -275,7 +276,7 @@ def test_a_frozen_layer_takes_the_kernel(values: str, monkeypatch: pytest.Monkey
     case = Case(
         x, general, general.to_dense(torch.float64), False, bias, residual, residual, "relu"
     )
-    monkeypatch.setattr(op._op, "forward", op._forward)
+    monkeypatch.setattr(op._op, "forward", in_words(op._op.forward, op._forward))
     with torch.no_grad(), backend.record() as plain:
         layer(x, residual)
     monkeypatch.setattr(op, "serves", lambda x: x.shape[:-1].numel() <= 16)

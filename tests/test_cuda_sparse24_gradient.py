@@ -18,6 +18,7 @@ import bigops
 from bigops import backend
 from bigops.ops import _sparse24_linear as op
 from bigops.ops import _sparse24_pack as kernels
+from bigops.ops._library import in_words
 from bigops.ops._sparse24_weight import Sparse24Weight, prune24, sample
 from bigops.ops.sparse_linear import sparse_linear
 from tests import hostrun, roads
@@ -169,8 +170,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests import triton_interpreter
 
     triton_interpreter.install()
-    monkeypatch.setattr(op._op, "forward", op._forward)
-    monkeypatch.setattr(op._op, "backward", op._backward)
+    monkeypatch.setattr(op._op, "forward", in_words(op._op.forward, op._forward))
+    monkeypatch.setattr(op._op, "backward", in_words(op._op.backward, op._backward))
 
 
 def run(case: Trained24) -> list[Tensor | None]:

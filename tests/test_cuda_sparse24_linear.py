@@ -22,6 +22,7 @@ from bigops import backend
 from bigops.nn import Linear, SparseLinear
 from bigops.ops import _activation as act
 from bigops.ops import _sparse24_linear as op
+from bigops.ops._library import in_words
 from bigops.ops._sparse24_weight import Sparse24Weight, from_sparse, pack24, padded
 from bigops.ops.sparse_linear import sparse_linear
 from tests import hostrun
@@ -220,7 +221,7 @@ def test_a_frozen_2_4_layer_takes_the_kernel(stored: str, monkeypatch: pytest.Mo
     bias = layer.bias.detach()
     dense = general.to_dense(torch.float64)
     case = Case(x, general, dense, stored == "s8", bias, residual, residual, "relu")
-    monkeypatch.setattr(op._op, "forward", op._forward)
+    monkeypatch.setattr(op._op, "forward", in_words(op._op.forward, op._forward))
     with torch.no_grad(), backend.record() as names:
         layer(x, residual)
     assert names

@@ -12,6 +12,7 @@ from bigops.compress import Sparse, compress_
 from bigops.nn import Linear, SparseLinear
 from bigops.ops import _sparse24_linear as op
 from bigops.ops import _sparse24_pack as packing
+from bigops.ops._library import in_words
 from bigops.ops._sparse24_weight import from_sparse, to_dense
 from bigops.ops.sparse_linear import Pattern, n_m_mask, transposable_mask
 from tests import hostrun
@@ -43,8 +44,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     triton_interpreter.install()
     for stem in ("sparse24_linear", "sparse24_pack", "sparse24_gradient"):
         hostrun.schedule(hostrun.load_op(stem), 0, False)
-    monkeypatch.setattr(op._op, "forward", op._forward)
-    monkeypatch.setattr(op._op, "backward", op._backward)
+    monkeypatch.setattr(op._op, "forward", in_words(op._op.forward, op._forward))
+    monkeypatch.setattr(op._op, "backward", in_words(op._op.backward, op._backward))
     monkeypatch.setattr(op, "serves", lambda x, stored: True)
     monkeypatch.setattr(packing, "serves", lambda w, stored: True)
 
