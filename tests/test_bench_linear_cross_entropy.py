@@ -35,7 +35,11 @@ def test_the_sides_agree_with_float64(dtype: str, capsys: pytest.CaptureFixture[
 
 
 @needs_extension
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_our_side_holds_less_than_15_percent_of_the_logits(dtype: torch.dtype) -> None:
     # large enough that the megabyte which oneDNN takes for one bf16 product by AMX weighs little
     m, k, v = 2048, 128, 24576

@@ -22,6 +22,7 @@ from bigops.ops._library import in_words
 from bigops.ops._sparse24_weight import Sparse24Weight, prune24, sample
 from bigops.ops.sparse_linear import sparse_linear
 from tests import hostrun, roads
+from tests.backends import covering
 from tests.compressed_cases import DTYPES
 from tests.kernels_ran import expect
 from tests.linear_cases import PLAIN
@@ -74,8 +75,7 @@ def hold(got: Tensor, gz: Tensor, x: Tensor, weight: Sparse24Weight) -> None:
 # the kernel --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f16"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), covering(SHAPES, ["bf16", "f16"]), ids=str)
 def test_shapes(shape: tuple[int, int, int], dtype: str) -> None:
     gz, x, weight = inputs(*shape, dtype)
     with expect(f"cuda.sparse24_gradient.{dtype}"):

@@ -20,6 +20,7 @@ import bigops
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
 from bigops.ops.sparse_linear import block_mask, sparse_linear, sparsify_weight
 from tests import roads
+from tests.backends import covering
 from tests.compressed_cases import DTYPES, FORMATS, QUANTISED, Case, dtype_of, make, served
 from tests.kernels_ran import ISAS, expect, isa, needs_extension
 from tests.tolerance import snr_db
@@ -206,17 +207,17 @@ def test_per_example_gradients(form: str) -> None:
 # contract of a torch op --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("lead", [[4], [2, 3], [0]], ids=str)
-def test_opcheck(form: str, lead: list[int]) -> None:
-    for name in ("none", "relu"):
-        case = make(form, lead, 6, 5, dtype_of(form), name)
-        x, bias, residual = case.leaves()
-        ops = torch.ops.bigops
-        roads.opcheck(getattr(ops, case.op), (x, *case.storage, bias, residual, name))
-        for wanted in (needs(case, True, True), needs(case, False, True)):
-            args = (case.grad, case.x, *case.storage, case.bias, name, *wanted)
-            roads.opcheck(getattr(ops, f"{case.op}_backward"), args)
+@pytest.mark.parametrize(
+    ("form", "lead", "name"), covering(FORMATS, [[4], [2, 3], [0]], ["none", "relu"]), ids=str
+)
+def test_opcheck(form: str, lead: list[int], name: str) -> None:
+    case = make(form, lead, 6, 5, dtype_of(form), name)
+    x, bias, residual = case.leaves()
+    ops = torch.ops.bigops
+    roads.opcheck(getattr(ops, case.op), (x, *case.storage, bias, residual, name))
+    for wanted in (needs(case, True, True), needs(case, False, True)):
+        args = (case.grad, case.x, *case.storage, case.bias, name, *wanted)
+        roads.opcheck(getattr(ops, f"{case.op}_backward"), args)
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -16,10 +16,11 @@ from torch import Tensor
 from bigops import fused_adamw, fused_grad_norm, fused_sgd
 from bigops.ops.fused_adamw import reference_norm, reference_sgd
 from tests import tolerance
-from tests.backends import CPU, HOSTRUN, REFERENCE, TRITON, Way, reachable
+from tests.backends import CPU, HOSTRUN, REFERENCE, TRITON, Way, covering, reachable
 from tests.kernels_ran import ISAS, expect, isa, needs_extension, threads
 from tests.optimizer_cases import ADAMW, DTYPES, SHAPES, Problem, level_of
 
+FORMS = ("nearest", "stochastic", "8bit")
 pytestmark = needs_extension
 
 
@@ -119,12 +120,12 @@ def test_sgd_follows_torch_over_many_steps(dtype: str, level: str, name: str) ->
 
 
 @pytest.mark.parametrize(
-    ("way", "dtype"),
-    [(way, dtype) for way in (REFERENCE, *CPU) for dtype in DTYPES]
-    + [(way, dtype) for way in (TRITON, HOSTRUN) for dtype in DTYPES if dtype != "f64"],
+    ("way", "dtype", "form"),
+    [(way, dtype, form) for way in (REFERENCE, *CPU) for dtype in DTYPES for form in FORMS]
+    + covering([TRITON], [dtype for dtype in DTYPES if dtype != "f64"], FORMS)
+    + covering([HOSTRUN], [dtype for dtype in DTYPES if dtype != "f64"], FORMS),
     ids=str,
 )
-@pytest.mark.parametrize("form", ["nearest", "stochastic", "8bit"])
 def test_every_dtype_follows_the_reference(way: Way, dtype: str, form: str) -> None:
     """One step from each point of the reference's way, so that codes do not drift apart."""
     eight_bit = form == "8bit"

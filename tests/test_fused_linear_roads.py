@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bigops.ops.fused_linear import fused_linear
 from tests import roads
+from tests.backends import covering
 from tests.kernels_ran import expect, needs_extension
 from tests.linear_cases import ACTIVATIONS, Case, make
 
@@ -136,8 +137,9 @@ def test_double_backward(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["none", "relu", "geglu"])
-@pytest.mark.parametrize("lead", [[4], [2, 3], [0]], ids=str)
+@pytest.mark.parametrize(
+    ("name", "lead"), covering(["none", "relu", "geglu"], [[4], [2, 3], [0]]), ids=str
+)
 def test_opcheck(name: str, lead: list[int]) -> None:
     case = make(lead, 6, 5, torch.float32, name)
     ops = torch.ops.bigops

@@ -18,6 +18,7 @@ from bigops.ops._quantize import from_grid, to_grid
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear, static_grid
 from bigops.ops.sparse_linear import sparse_linear
 from tests import roads
+from tests.backends import covering
 from tests.compressed_cases import DTYPES, make, served
 from tests.grid_cases import (
     FORMS,
@@ -244,17 +245,16 @@ def test_numbers_outside_go_to_the_ends(level: str, form: str, m: int) -> None:
 # roads --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_opcheck(form: str) -> None:
+@pytest.mark.parametrize(("form", "lead"), covering(FORMS, [[], [3], [2, 9]]), ids=str)
+def test_opcheck(form: str, lead: list[int]) -> None:
     dtype = "bf16" if form == "sparse_bf16" else "f32"
-    for lead in ([], [3], [2, 9]):
-        case = make(form, lead, 5, 7, dtype, "gelu")
-        grid = grid_of(case)
-        roads.opcheck(raw(case), raw_arguments(case, case.x, grid))
-        if form in U8_FORMS:
-            q = to_grid(case.x, X_GRID)
-            roads.opcheck(raw(case), raw_arguments(case, q, grid))
-            roads.opcheck(raw(case), raw_arguments(case, q, None))
+    case = make(form, lead, 5, 7, dtype, "gelu")
+    grid = grid_of(case)
+    roads.opcheck(raw(case), raw_arguments(case, case.x, grid))
+    if form in U8_FORMS:
+        q = to_grid(case.x, X_GRID)
+        roads.opcheck(raw(case), raw_arguments(case, q, grid))
+        roads.opcheck(raw(case), raw_arguments(case, q, None))
 
 
 @pytest.mark.parametrize("form", ONE_OF_EACH)

@@ -27,6 +27,7 @@ from bigops.kernels import product as products
 from bigops.kernels.activation import NAMES
 from bigops.kernels.tiles import TileConfig
 from tests import triton_interpreter
+from tests.backends import covering
 from tests.linear_cases import GATED
 from tests.test_kernels_fused_linear import (
     Case,
@@ -66,8 +67,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> dict[str, _Count]:
     return counts
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "dtype"), covering(NAMES, DTYPES), ids=str)
 def test_every_activation_forward_and_backward(
     name: str, dtype: torch.dtype, ran: dict[str, _Count]
 ) -> None:
