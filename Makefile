@@ -7,6 +7,7 @@
 #   make lint                           ruff, mypy, clang-format
 #   make gpu-report                     compile the GPU kernels for every target and read the code
 #   make gpu-first-run                  gpu-first-run/: what the first minutes on an H200 need
+#   make readme                         run what README.md shows, write what it printed into it
 #   make wheel                          dist/*.whl with the CUDA C++ kernels, where nvcc is
 #
 # Choices (each also works on later calls; a changed choice re-installs):
@@ -34,7 +35,7 @@ PINS = $(patsubst %,-c %,$(wildcard requirements/constraints-py$(shell $(PY) -c 
   $(if $(filter $(PINNED_TORCH),$(CHOICE)),-c requirements/constraints-torch-2.13.0.txt)
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-slow accept bench lint gpu-report gpu-first-run wheel install dev clean FORCE
+.PHONY: demo test test-slow accept bench lint gpu-report gpu-first-run readme wheel install dev clean FORCE
 .DELETE_ON_ERROR:
 
 demo: install
@@ -68,6 +69,10 @@ gpu-report: dev
 # Needs no GPU; what it makes is carried to one.
 gpu-first-run: $(PY)
 	$(PY) tests/gpu/make_first_run.py $(ARGS)
+
+# Nothing else should run beside it: times are shown.
+readme: dev
+	$(PY) docs/readme_output.py $(ARGS)
 
 # One wheel for torch with and without CUDA; no nvcc: a warning, and the CPU kernels alone.
 wheel: dev

@@ -239,6 +239,7 @@ def test_a_slower_layer_is_kept_only_where_all_is(
     assert (type(model[0]) is not nn.Linear) is swapped
     if swapped:
         assert "measured 1 us before, 3 us after, x0.33" in record.done[0].why
+        assert str(record.done[0]).count(" us") == 2  # each time is said once
         assert record.done[0].speedup == lost.speedup
     else:
         assert "the original is faster: measured" in (record.reason("0") or "")

@@ -253,6 +253,8 @@ def test_table_has_every_number_and_fits_80_columns() -> None:
                  "2.00x [1.80, 2.20]", "8.00 kB", "1.10 kB", "7.45x", "SparseLinear by cpu.x",
                  "128 x 64", "0.20", "50 -> 10", "a note"):  # fmt: skip
         assert part in text, part
+    same = _made(after=Side("bigops", 100.0, 0.1, 1000, 1500, 1100, 98.5))
+    assert "+0.00 points" in str(same)  # no minus where nothing is lost
 
 
 def test_png(measured: Receipt, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def _whole(receipt: Receipt) -> Table:
         table.add_row(name, *cells, last)
 
     drop, old, new = receipt.drop, receipt.before, receipt.after
-    row("accuracy", [_percent(s) for s in sides], "" if drop is None else f"{-drop:+.2f} points")
+    row("accuracy", [_percent(s) for s in sides], "" if drop is None else f"{0 - drop:+.2f} points")
     times = [f"{s.latency_us:,.0f} us" for s in sides]
     row("latency, median", times, f"{receipt.speedup.value:.2f}x")
     row("  spread", [f"{100 * s.spread:.0f}%" for s in sides], "")
@@ -110,6 +110,7 @@ def draw(receipt: Receipt, path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     except ImportError as error:
         raise ModuleNotFoundError(
             "matplotlib: the receipt's picture needs it: pip install 'bigops[plot]'",
@@ -139,19 +140,25 @@ def draw(receipt: Receipt, path: Path) -> None:
         points.scatter([side.latency_us], [height], color=colour, s=70, label=side.name, zorder=3)
     if receipt.floors.max_drop is not None and receipt.before.accuracy is not None:
         points.axhline(
-            receipt.before.accuracy - receipt.floors.max_drop, color="#c44", lw=1, ls="--"
-        )
+            receipt.before.accuracy - receipt.floors.max_drop, color="#c44", lw=1, ls="--",
+            label="least accuracy asked for",
+        )  # fmt: skip
     if receipt.floors.min_speedup is not None:
         points.axvline(
-            receipt.before.latency_us / receipt.floors.min_speedup, color="#c44", lw=1, ls="--"
-        )
+            receipt.before.latency_us / receipt.floors.min_speedup, color="#c44", lw=1, ls=":",
+            label="largest latency asked for",
+        )  # fmt: skip
     points.set(
         xlabel=f"latency, µs (input {receipt.machine.get('input', '?')}), log scale",
         ylabel="test accuracy, %",
         title=f"{receipt.speedup.value:.1f}x faster than eager, {receipt.size_ratio:.1f}x smaller",
         xscale="log",
     )
-    points.legend(fontsize=8)
+    # plain numbers, few enough not to touch: the default writes 2 x 10^2 at every tick
+    points.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    points.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    points.xaxis.set_minor_formatter(NullFormatter())
+    points.legend(fontsize=8, loc="center right")  # eager lies top right, the small model left
     points.grid(alpha=0.3)
 
     names = [row.name for row in receipt.layers]

@@ -37,8 +37,6 @@ class Done:
         text = f"{self.name}: {self.what}"
         if self.bytes_before != self.bytes_after:
             text += f", {self.bytes_before:,} -> {self.bytes_after:,} bytes"
-        if self.us_before is not None and self.us_after is not None:
-            text += f", {self.us_before:.0f} -> {self.us_after:.0f} us"
         return f"{text} ({self.why})"
 
 
