@@ -66,6 +66,21 @@ class Refuses:
             raise error
 
 
+class Slots:
+    """A part without a ``__dict__``."""
+
+    __slots__ = ("steps",)
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
 class Late(nn.Linear):
     """A layer that refuses after its tensors were written."""
 
@@ -113,6 +128,16 @@ def test_whichever_part_refuses_nothing_is_loaded(case: str, last: str, tmp_path
     assert _same(_state(parts), before)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert parts["precision"]._has_backward
+
+
+def test_a_part_with_slots_is_loaded_and_set_back(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", counter=Slots(3), meter=Refuses())
+    counter = Slots(0)
+    with pytest.raises(FormatError, match="meter"):
+        load_checkpoint(tmp_path / "c", counter=counter, meter=Refuses(KeyError("steps")))
+    assert counter.steps == 0
+    load_checkpoint(tmp_path / "c", counter=counter)
+    assert counter.steps == 3
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), SystemExit()])

@@ -249,3 +249,13 @@ def test_what_reads_bfloat16_values_is_explained_for_them() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     compress_(model, Sparse(0.8, values="bf16"))
     assert measure.kernel_of(model[0], torch.randn(2, 64))  # the layer casts x
+
+
+@pytest.mark.parametrize("config", [bigops.Int8(), bigops.Sparse(0.5), bigops.LowRank(2)])
+def test_a_layer_on_meta_stays_and_says_why(config: Any) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, device="meta"))
+    record = bigops.compress_(model, config, keep="all")
+    assert record.reason("1") == "it is on meta, without numbers to compress"
+    assert type(model[1]) is nn.Linear
+    with pytest.raises(ValueError, match="matched, but left: 1 .it is on meta"):
+        bigops.compress_(model, {"1": config})

@@ -112,6 +112,14 @@ def test_shared_storage_counts_once_and_slices_by_themselves() -> None:
     assert account(nn.ReLU(), []) == ({}, [], 0)
 
 
+def test_a_lazy_layer_has_no_bytes_yet() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.LazyLinear(64))
+    record = bigops.compress_(model, {"0": bigops.Int8()}, keep="all")
+    assert record.model_bytes == 4 * (64 * 64 + 64)
+    assert record.shares() == {"done": 1.0, "skipped": 0.0, "unseen": 0.0}
+    assert model(torch.ones(2, 64)).shape == (2, 64)
+
+
 def test_freeze_counts_too() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Embedding(8, 64))
     compress_(model, Int8(), freeze=False)

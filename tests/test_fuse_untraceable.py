@@ -16,6 +16,7 @@ from tests.untraceable import (
     INDEXED,
     QUIET,
     REACH,
+    UNTRACED,
     Around,
     Blocks,
     ByKeyword,
@@ -82,6 +83,24 @@ def test_what_other_code_may_reach_stays_and_is_named(way: Any, part: Any) -> No
         return
     assert any("is not taken into" in note for note in record.notes), str(record)
     assert len(record.done) == 2  # the layers are swapped all the same
+
+
+@pytest.mark.parametrize("kind", UNTRACED)
+def test_code_that_a_trace_of_the_whole_does_not_run(kind: Any) -> None:
+    model = kind()
+    record = same(model, {})
+    assert epilogues(model) == 0, str(record)
+    assert record.done
+
+
+@pytest.mark.parametrize("kind", [Mlp, block])
+def test_a_hook_that_looks_on_costs_activations_only_where_they_have_no_names(kind: Any) -> None:
+    model, seen = kind(), []
+    model.register_forward_hook(lambda m, args, y: seen.append(y.shape))
+    assert kind is block or model.down.register_forward_hook(lambda *given: seen.append(len(given)))
+    same(model, {})
+    assert epilogues(model) == (kind is Mlp)
+    assert seen
 
 
 class OtherWay(Around):

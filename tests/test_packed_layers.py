@@ -320,11 +320,18 @@ def test_reading_and_setting_the_weight_raises_by_name() -> None:
     for value in (nn.Parameter(torch.zeros(131, 65)), torch.zeros(131, 65)):
         with pytest.raises(AttributeError, match=r"weight: the layer is packed.*load_state_dict"):
             model[0].weight = value
+    with pytest.raises(AttributeError, match=r"weight: the layer is packed"):
+        model[0].register_parameter("weight", nn.Parameter(torch.zeros(131, 65)))
+    with pytest.raises(AttributeError, match=r"v: the layer is packed"):
+        model[3].register_parameter("v", None)
     frozen = QuantLinear(64, 64).freeze()
     with pytest.raises(AttributeError, match=r"QuantLinear.weight: the layer is frozen"):
         frozen.weight = nn.Parameter(torch.zeros(64, 64))
     with pytest.raises(AttributeError, match=r"QuantLinear.weight: the layer is frozen"):
         frozen.weight  # noqa: B018
+    with pytest.raises(AttributeError, match=r"QuantLinear.weight: the layer is frozen"):
+        frozen.register_parameter("weight", nn.Parameter(torch.zeros(64, 64)))
+    assert list(dict(frozen.named_parameters())) == ["bias"]
 
 
 def test_other_layers_take_their_source_by_name() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import operator
 from typing import Any
 
 import torch
@@ -272,8 +274,178 @@ class ByDict(nn.Module):
         return self.parts["a"](x) + first_of(self.parts["a"])(x)
 
 
+class Tap:
+    """An object that is no module."""
+
+    def __init__(self, holder: Any = None) -> None:
+        self.holder = holder
+
+    def first(self, holder: Any, x: Tensor) -> Tensor:
+        return first_of(holder.part)(x)
+
+    def of_holder(self, x: Tensor) -> Tensor:
+        return self.first(self.holder, x)
+
+
+TAPS = {"first": lambda holder, x: first_of(holder.part)(x)}
+
+
+class ByObject(Around):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__(part)
+        self.tap = Tap()
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.part(x) + self.tap.first(self, x)
+
+
+class ByClass(Around):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.part(x) + Tap(self).of_holder(x)
+
+
+class ByTable(Around):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.part(x) + TAPS["first"](self, x)
+
+
+class ByFunctionOfItsOwn(Around):
+    """A function without a closure on the instance."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__(part)
+        self.tap = lambda holder, x: first_of(holder.part)(x)
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.part(x) + self.tap(self, x)
+
+
+class ByAttrgetter(Around):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__(part)
+        self.tap = operator.attrgetter("part")
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.part(x) + first_of(self.tap(self))(x)
+
+
+class ByDefault(Around):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        def first(x: Tensor, part: Any = self.part) -> Tensor:
+            return part[0](x)  # type: ignore[no-any-return]
+
+        untraceable(x)
+        return self.part(x) + first(x)
+
+
+class ByDunder(Around):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        return self.part(x) + first_of(self.__getattr__(f"pa{'rt'}"))(x)
+
+
+class ByOtherName(Around):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        take = getattr
+        return self.part(x) + first_of(take(self, f"pa{'rt'}"))(x)
+
+
+class ByApply(Around):
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        untraceable(x)
+        found: list[Any] = []
+        self.apply(found.append)
+        first = next(m for m in found if isinstance(m, nn.Linear))
+        return self.part(x) + first(x)
+
+
+# --- code that a trace of the whole does not run ---------------------------------------------
+
+
+class HookOfRoot(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Mlp()
+        self.register_forward_hook(lambda m, args, y: y + m.part.up(args[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x)
+
+
+class PreHookOfRoot(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Mlp()
+        self.register_forward_pre_hook(lambda m, args: args[0] + m.part.up(args[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x)
+
+
+class HookOfLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.head = Mlp(), nn.Linear(16, 16)
+        self.head.register_forward_hook(lambda m, args, y: y + self.part.up(args[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.part(x))
+
+
+class HookOfSequential(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(*block())
+        self.register_forward_hook(lambda m, args, y: y + m[0](args[0]) + m[2](args[0]))
+
+
+class CallOfRoot(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.bend = nn.Linear(16, 16), nn.ReLU()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) + self.up(x)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bend(self.up(x))
+
+
+class ForwardOfRoot(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Mlp()
+        self.forward = functools.partial(ForwardOfRoot.with_hidden, self)  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x)
+
+    def with_hidden(self, x: Tensor) -> Tensor:
+        return self.part(x) + self.part.up(x)
+
+
+class WithoutGradients(nn.Module):
+    """Two results by whether gradients are on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.bend = nn.Linear(16, 16), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.up(x)
+        return self.bend(z) if torch.is_grad_enabled() else self.bend(z) + z
+
+
+UNTRACED = [HookOfRoot, PreHookOfRoot, HookOfLayer, HookOfSequential, CallOfRoot, ForwardOfRoot,
+            WithoutGradients]  # fmt: skip
 QUIET = [Around, Whole, OwnNames, InASequential, Blocks]
 REACH = [ByIndex, ByKeyword, ByNone, Sliced, Iterated, ByLocal, ByChildren, ByGetattr,
          ByComputedName, BySubmodule, ByProperty, ByHelper, ByList, ByClosure, ByHook, ByBase,
-         ByForwardOfItsOwn, ByWalk, ByDict]  # fmt: skip
-INDEXED = {ByIndex, ByKeyword, ByNone, Sliced, Iterated, ByLocal, ByBase}
+         ByForwardOfItsOwn, ByWalk, ByDict, ByObject, ByClass, ByTable, ByFunctionOfItsOwn,
+         ByAttrgetter, ByDefault, ByDunder, ByOtherName, ByApply]  # fmt: skip
+INDEXED = {ByIndex, ByKeyword, ByNone, Sliced, Iterated, ByLocal, ByBase, ByDefault}

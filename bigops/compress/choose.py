@@ -48,6 +48,8 @@ def find(sites: Sites) -> Layers:
             dtype = next((p.dtype for p in module.parameters()), torch.float32)
             if reason is None and dtype not in _SERVED:
                 reason = f"no compressed kernel takes {dtype}"
+            if reason is None and any(p.is_meta for p in module.parameters()):
+                reason = "it is on meta, without numbers to compress"
             if reason is None:
                 found.open[path] = module
             else:

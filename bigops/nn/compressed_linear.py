@@ -217,10 +217,17 @@ class CompressedLinear(nn.Module):
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        self._check_trained(name)
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self._check_trained(name)
+        super().register_parameter(name, param)
+
+    def _check_trained(self, name: str) -> None:
         if name in self.trained_names and self.__dict__.get("frozen", False):
             # As an attribute it would be there, and no call would read it.
             raise AttributeError(f"{type(self).__name__}.{name}: {self._where_it_went}")
-        super().__setattr__(name, value)
 
     @property
     def _where_it_went(self) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -144,7 +145,10 @@ class _ReadOnly(TorchDispatchMode):
 
 
 def _trace(module: nn.Module) -> list[fx.Graph] | str:
-    """Graphs in both modes, with each combination of optional arguments; or why there are none."""
+    """Graphs for each combination of optional arguments, in both modes, with and without gradients.
+
+    Or why there are none.
+    """
     if _Tracer().is_leaf_module(module, ""):
         return f"a {type(module).__name__} is a whole of its own"
     # A flag has two values; anything else is its default or something that fx cannot look into.
@@ -162,9 +166,10 @@ def _trace(module: nn.Module) -> list[fx.Graph] | str:
     graphs = []
     try:
         with _ReadOnly(module.parameters()):
-            for mode in (True, False):
-                module.train(mode)
-                graphs += [_Tracer().trace(module, concrete or None) for concrete in calls]
+            for training, gradients in itertools.product((True, False), (True, False)):
+                module.train(training)
+                with torch.set_grad_enabled(gradients):
+                    graphs += [_Tracer().trace(module, concrete or None) for concrete in calls]
     except Exception as error:  # whatever the model's own code makes of a proxy
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return graphs

@@ -25,19 +25,22 @@ def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
     `nn.Identity` takes its place, only where it is proven that nothing else reads that layer's
     output whenever the model is called:
 
-    - torch.fx traces the model as a whole, in both modes and with each combination of its optional
-      arguments, up to 4 of them: flags True and False, others given and left out.
+    - torch.fx traces the model as a whole, in both modes, with gradients and without, and with each
+      combination of its optional arguments, up to 4 of them: flags True and False, others given and
+      left out. What a trace does not run (hooks of the model and of torch's layers, a ``__call__``
+      of its own) is read as the next point says.
     - Of a model that cannot be traced so (the record says why), a part that can be, or an
       `nn.Sequential`, is taken where the rest of the model only ever calls it. That is read from
-      the source of each forward, of the hooks, and of the methods and functions that these name:
-      the part's own name is only called (``self.head(x)``), or no such code says the name of the
-      layer, of the activation, or of another method of the part. Indexing, slicing, iterating,
+      the source of each forward, of the hooks, and of the methods, functions and objects that these
+      name: the part's own name is only called (``self.head(x)``), or no such code says the name of
+      the layer, of the activation, or of another method of the part. Indexing, slicing, iterating,
       ``children()`` and computed names that lead there, a list or a closure that holds the module,
       too, and code without source leave the activation where it is. The record's notes name it.
 
     What no proof covers: code outside of the model that calls its children or methods other than
-    forward (``model[0](x)``), and a forward that decides by its own attributes, by random numbers
-    or by the type of an argument: it is traced as it decides at that moment.
+    forward (``model[0](x)``), and a forward that decides by its own attributes, by random numbers,
+    by the type of an argument, by other modes of torch (autocast, compiling) or by what tracing
+    raises: it is traced as it decides at that moment.
 
     Looking at the model changes nothing in it, nor a random state (`bigops.nn.looking`).
 

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bigops.timing import Ratio
 
@@ -165,7 +166,7 @@ def account(model: nn.Module, paths: Iterable[str]) -> Account:
     for path, module in model.named_modules():
         owner = _owner(path, layers)
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None:
+            if tensor is None or is_lazy(tensor):  # which has no memory yet
                 continue
             key, size = _storage(tensor)
             if key in seen:

@@ -211,12 +211,13 @@ def _undo(part: Any) -> Callable[[], None]:
         return _undo_module(part)
     if isinstance(part, Optimizer):  # they take new states and groups, and write into no old one
         return _undo_attributes(part)
-    state, kept = copy.deepcopy(part.state_dict()), dict(vars(part))
+    own = getattr(part, "__dict__", {})  # not of a class with __slots__
+    state, kept = copy.deepcopy(part.state_dict()), dict(own)
 
     def undo() -> None:
         part.load_state_dict(state)  # what lies deeper
-        vars(part).clear()
-        vars(part).update(kept)
+        own.clear()
+        own.update(kept)
 
     return undo
 
