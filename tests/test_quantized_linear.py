@@ -444,7 +444,7 @@ def test_errors_name_argument_expected_and_got(
         ({7: -1}, "k: expected at least 0"),
         ({8: 3}, "bits: expected 8 or 4"),
         ({9: 32}, "group: expected 0 with int8 activations"),
-        ({10: 99}, "activations: expected none, dynamic"),
+        ({10: 99}, "activations: expected a code from 0 to 3"),
         ({11: torch.ones(3)}, "bias: expected shape"),
         ({12: torch.ones(1, 5)}, "residual: expected x's shape"),
         ({13: code_of("activation", "swiglu")}, "activation: expected one that is no gated pair"),
