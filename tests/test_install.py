@@ -15,8 +15,9 @@ from tests.test_architecture import tracked
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
 # Tests of a layer of each kind, of files and receipts, and of the commands, without Triton's ways.
-ANYWHERE = ("cli", "codes", "mlp", "nn_linear", "quant_linear", "quant_low_rank_linear", "receipt",
-            "save_load", "sparse_layer", "thawed_layer", "train")  # fmt: skip
+ANYWHERE = ("cli", "codes", "compress_choice", "compress_low_rank", "mlp", "nn_linear",
+            "quant_linear", "quant_low_rank_linear", "receipt", "save_load", "sparse_layer",
+            "thawed_layer", "train")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
