@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+_NONE = "none (needs the extension)"
+
 
 def text(report: Mapping[str, Any]) -> str:
     """`bigops.backend.report()` for a reader; ends with what could be better and how."""
@@ -16,7 +18,7 @@ def text(report: Mapping[str, Any]) -> str:
         _line("CPU features", " ".join(cpu["features"]) or "unknown (needs the extension)"),
         _line("instruction set", _instruction_set(cpu)),
         _line("threads", str(cpu["threads"])),
-        _line("crossovers", report["crossovers"]["source"]),
+        _line("crossovers", report["crossovers"]["source"] if cpu["isas"] else _NONE),
         _line("extension", report["extension"]),
         _line("C++ compiler", report["compiler"] or "none found (c++, g++ or CXX)"),
         _line("torch", report["torch"]),
@@ -44,7 +46,7 @@ def advice(report: Mapping[str, Any]) -> list[str]:
             step = f"install a C++17 compiler and Python's headers, then {step}"
         hints.append(f"the CPU kernels are missing and plain torch serves every op: {step}")
     forced = report["cpu"]["forced"]
-    if forced:
+    if forced and report["extension"] == "loaded":
         hints.append(f"BIGOPS_ISA={forced} holds the kernels below what this CPU has; unset it")
     if report["crossovers"]["ignored"]:
         hints.append(f"tuned crossovers are ignored: {report['crossovers']['ignored']}")
@@ -84,7 +86,7 @@ def _triton(report: Mapping[str, Any]) -> str:
 
 def _instruction_set(cpu: Mapping[str, Any]) -> str:
     if not cpu["isas"]:
-        return "none (needs the extension)"
+        return _NONE
     forced = f", forced by BIGOPS_ISA={cpu['forced']}" if cpu["forced"] else ""
     return f"{cpu['isa']} (of {', '.join(cpu['isas'])}{forced})"
 

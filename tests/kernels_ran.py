@@ -16,6 +16,11 @@ needs_extension = pytest.mark.skipif(
 ISAS: list[str] = list(backend.extension.isas()) if backend.extension else []
 
 
+def named(op: str, fragment: str) -> str:
+    """Part of the names of the kernels that serve ``op``; without them that of the reference."""
+    return f"reference.{op}" if backend.extension is None else fragment
+
+
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
     """Run with this many threads."""

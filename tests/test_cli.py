@@ -19,6 +19,7 @@ from torch import nn
 import bigops
 from bigops import backend, cli, doctor, save
 from bigops.benches import harness, rows
+from tests.kernels_ran import named
 from tests.test_bench_harness import COLUMNS, ROW
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -381,6 +382,7 @@ def test_doctor_without_the_extension_says_so() -> None:
     cpu = {"threads": 1, "features": [], "isa": "none", "isas": [], "forced": None}
     text = doctor.text(fake_report(extension="not built", cpu=cpu))
     assert "instruction set  none (needs the extension)" in text
+    assert "crossovers       none (needs the extension)" in text
 
 
 @pytest.mark.parametrize("op", sorted(backend.report()["ops"]))
@@ -400,7 +402,8 @@ def test_explain_of_sparse_weights(
     argv = ("--k", "64", "--n", "32", "--pattern", pattern, "--values", values, "--dtype", "bf16")
     code, out, err = run(capsys, "explain", "sparse_linear", *argv)
     assert code == 0, err
-    assert {"int8": "s8", "bf16": "bf16", "fp32": "f32"}[values] in out.split(";")[0]
+    kernel = {"int8": ".s8", "bf16": ".bf16.bf16", "fp32": ".f32"}[values]
+    assert named("sparse_linear", kernel) in out.split(";")[0]
 
 
 def test_explain_of_int8_factors(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from bigops.nn import Fp8Linear, Linear, QuantLinear, QuantLowRankLinear
 from bigops.nn import sites as sites_module
 from bigops.nn.sites import Sites
 from bigops.timing import Ratio
+from tests.kernels_ran import needs_extension
 
 
 class Net(nn.Module):
@@ -185,6 +186,7 @@ def test_a_layer_to_be_trained_has_its_size_said_and_decided_when_frozen() -> No
 # --- kernels -------------------------------------------------------------------------------
 
 
+@needs_extension
 def test_a_layer_that_no_kernel_serves_stays_unless_all_is_asked_for() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     record = compress_(model, {"0": Fp8(), "1": Fp8(scales="block", activations="none")})
@@ -199,6 +201,7 @@ def test_a_layer_that_no_kernel_serves_stays_unless_all_is_asked_for() -> None:
         compress_(model, Int8(), keep="most")
 
 
+@needs_extension
 @pytest.mark.parametrize("config", [Int8(), Sparse(0.9), LowRank(4), LowRank(4) + Int8()], ids=str)
 def test_the_chooser_of_the_op_is_asked(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real, asked = bigops.backend.explain, []
@@ -209,7 +212,6 @@ def test_the_chooser_of_the_op_is_asked(config: Any, monkeypatch: pytest.MonkeyP
         return bigops.backend.Explanation(op, f"reference.{op}", f"planted for {found.op}")
 
     monkeypatch.setattr(bigops.backend, "explain", explain)
-    monkeypatch.setattr(bigops.backend, "extension", bigops.backend.extension or object())
     model = nn.Sequential(nn.Linear(64, 64))
     record = compress_(model, config)
     assert "no kernel serves it on cpu: planted for" in (record.reason("0") or "")

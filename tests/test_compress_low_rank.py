@@ -126,7 +126,7 @@ def test_low_rank_alone_is_trainable_and_leaves_what_saves_nothing(freeze: bool)
         assert (done.bytes_after, done.density) == (layer.nbytes, layer.density)
         assert done.bytes_after < done.bytes_before
         assert "Linear -> LowRankLinear by LowRank(rank=6), rank 6" in done.what
-        assert done.why.endswith("trainable at this rank")
+        assert done.why.partition("; no kernel")[0].endswith("trainable at this rank")
     assert model[0].activation == "gelu"
     json.dumps(record.to_dict())
 
@@ -164,7 +164,7 @@ def test_int8_factors_at_once_and_after_training_are_the_same() -> None:
     for d in record.done:
         assert "Linear -> QuantLowRankLinear by LowRank(rank=6) + Int8(), rank 6" in d.what
         assert d.bytes_after == at_once[int(d.name)].nbytes < d.bytes_before / 3
-        assert d.why == "asked for"
+        assert d.why.partition("; no kernel")[0] == "asked for"
     compress_(by_steps, {"[01]": LowRank(6)})
     record = compress_(by_steps, {"[01]": Int8()}, freeze=False)
     assert [d.what for d in record.done] == [

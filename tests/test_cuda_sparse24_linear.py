@@ -27,7 +27,7 @@ from bigops.ops._sparse24_weight import Sparse24Weight, from_sparse, pack24, pad
 from bigops.ops.sparse_linear import sparse_linear
 from tests import hostrun
 from tests.compressed_cases import DTYPES, Case
-from tests.kernels_ran import expect
+from tests.kernels_ran import expect, needs_extension
 from tests.sparse24_cases import KINDS, make24
 
 SOURCE = Path(__file__).parent / "hostrun_sparse24_linear.cu"
@@ -251,6 +251,7 @@ def test_a_frozen_2_4_layer_takes_the_kernel(stored: str, monkeypatch: pytest.Mo
         assert twin.gpu_nbytes == 0
 
 
+@needs_extension  # the reference refuses such words
 def test_a_layer_with_full_words_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As training of bfloat16 values leaves them."""
     layer = SparseLinear.from_linear(Linear(64, 16), None, "2:4", "bf16").bfloat16().freeze()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from bigops import Receipt, load
+from bigops import Receipt, backend, load
 from bigops.compress.receipt import Side
 from bigops.compress.store import save
 from bigops.nn import Linear, QuantLinear
@@ -111,6 +111,22 @@ def test_a_breach_is_one_clear_line_and_exit_code_1(monkeypatch, tmp_path, capsy
     assert demo.main(_args(tmp_path / "new" / "out")) == 0
     assert capsys.readouterr().err == ""
     assert sorted(p.name for p in (tmp_path / "new" / "out").iterdir()) == FILES
+
+
+@pytest.mark.parametrize("error", ["", "the C++ extension is not built"])
+def test_latency_is_asked_for_where_there_are_kernels(monkeypatch, tmp_path, capsys, error) -> None:  # type: ignore[no-untyped-def]
+    asked = []
+
+    def run(args, *rest: object) -> Receipt:  # type: ignore[no-untyped-def]
+        asked.append(not args.no_latency_floor)
+        return _fake_run(_receipt())(args, *rest)
+
+    monkeypatch.setattr(demo, "_run", run)
+    monkeypatch.setattr(backend, "extension", None if error else object())
+    monkeypatch.setattr(backend, "extension_error", error)
+    assert demo.main(_args(tmp_path)) == 0
+    assert asked == [not error]
+    assert ("the C++ extension is not built" in capsys.readouterr().out) == bool(error)
 
 
 @pytest.mark.parametrize("stage", ["train", "to_png"])

@@ -14,6 +14,10 @@ from tests.test_architecture import tracked
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
+# Tests of a layer of each kind, of files and receipts, and of the commands, without Triton's ways.
+ANYWHERE = ("cli", "codes", "compress_choice", "compress_low_rank", "mlp", "nn_linear",
+            "quant_linear", "quant_low_rank_linear", "receipt", "save_load", "sparse_layer",
+            "thawed_layer", "train")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +94,18 @@ def test_without_a_compiler_plain_torch_serves(wheel: Path, tmp_path: Path) -> N
         assert done.returncode == 0, done.stderr
     assert "extension is not built" in done.stdout
     assert "plain torch serves every op" in done.stdout
+
+
+def test_the_suite_is_green_without_the_extension(source: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+         "-k", "not triton and not hostrun", *(f"tests/test_{stem}.py" for stem in ANYWHERE)],
+        cwd=source,
+        env={**os.environ, "PYTHONPATH": str(source)},
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr
+    assert "no C++ extension: the C++ extension is not built" in done.stdout  # it was hidden
 
 
 def test_a_failed_build_is_an_error_where_a_compiler_is(source: Path, tmp_path: Path) -> None:

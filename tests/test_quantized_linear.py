@@ -17,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bigops.ops._codes import code_of
+from bigops.ops._library import encoder
 from bigops.ops._quantize import quantize_rows, static_grid
 from bigops.ops._quantized_weight import pack
 from bigops.ops.quantized_linear import (
@@ -442,19 +444,19 @@ def test_errors_name_argument_expected_and_got(
         ({7: -1}, "k: expected at least 0"),
         ({8: 3}, "bits: expected 8 or 4"),
         ({9: 32}, "group: expected 0 with int8 activations"),
-        ({10: "often"}, "activations: expected none, dynamic"),
+        ({10: 99}, "activations: expected a code from 0 to 3"),
         ({11: torch.ones(3)}, "bias: expected shape"),
         ({12: torch.ones(1, 5)}, "residual: expected x's shape"),
-        ({13: "swiglu"}, "activation: expected one that is no gated pair"),
+        ({13: code_of("activation", "swiglu")}, "activation: expected one that is no gated pair"),
     ],
 )
 def test_raw_op_checks_again(change: dict[int, object], message: str) -> None:
     weight = quantize_weight(torch.randn(5, 4))
-    args: list[object] = [torch.randn(3, 4), *weight.arguments, None, None, "none"]
+    args = encoder(raw.code)([torch.randn(3, 4), *weight.arguments, None, None, "none"])
     for i, value in change.items():
         args[i] = value
     with pytest.raises(RuntimeError, match=message):
-        raw(*args)
+        raw.code(*args)
 
 
 # planted faults ----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bigops import backend
 from bigops.compress import Sparse, compress_
 from bigops.nn import Linear, SparseLinear
 from bigops.ops import _sparse24_linear as op
@@ -16,7 +17,7 @@ from bigops.ops._library import in_words
 from bigops.ops._sparse24_weight import from_sparse, to_dense
 from bigops.ops.sparse_linear import Pattern, n_m_mask, transposable_mask
 from tests import hostrun
-from tests.kernels_ran import expect
+from tests.kernels_ran import expect, named
 from tests.sparse24_cases import Trained24
 
 KERNELS = (
@@ -164,5 +165,7 @@ def test_what_stays_on_the_dense_product(kind: str) -> None:
     x = torch.randn(5, 72)
     if kind != "float32 x":
         layer, x = layer.bfloat16(), x.bfloat16()
-    with expect("fused_linear"):
+    with backend.record() as names:
         layer(x).float().sum().backward()
+    assert any(named("fused_linear", ".fused_linear.") in name for name in names), names
+    assert not any("sparse24" in name for name in names), names

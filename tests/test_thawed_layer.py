@@ -9,6 +9,7 @@ from torch import nn
 import bigops.backend as backend
 from bigops.nn import Linear, SparseLinear
 from tests import tolerance
+from tests.kernels_ran import named
 from tests.test_sparse_layer import PATTERNS, sparse_layer
 
 
@@ -50,8 +51,9 @@ def test_a_thawed_layer_trains_as_the_masked_dense_one(pattern: str) -> None:
             assert layer.values.grad is not None
             assert not layer.values.grad[padding].any()
             optimiser.step()
-    assert not any(name.startswith("reference") for name in names), names
-    assert any(name.endswith("f32_sample") for name in names), names
+    if backend.extension is not None:
+        assert not any(name.startswith("reference") for name in names), names
+        assert any(name.endswith("f32_sample") for name in names), names
     assert not layer.values[padding].any()
     # an update of AdamW is lr wherever the gradient is: the scale of what a step may move
     tolerance.check(layer.dense_weight(), truth, plain, truth.abs() + steps * 1e-2)
@@ -191,7 +193,8 @@ def test_bf16_values_under_autocast_and_beside_a_float32_residual() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16), backend.record() as names:
         y = layer(x)
     assert y.dtype == torch.bfloat16
-    assert all(".bf16.bf16" in name for name in names), names
+    assert names
+    assert all(named("sparse_linear", ".bf16.bf16") in name for name in names), names
     y.float().sum().backward()
     assert layer.values.grad is not None
     assert layer.values.grad.dtype == torch.bfloat16

@@ -21,7 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bigops import timing
+from bigops import backend, timing
 from bigops.compress import measure
 from bigops.compress.apply import compress_, freeze_
 from bigops.compress.config import Config, Int8, Sparse
@@ -42,6 +42,7 @@ QUICK_EPOCHS = {"mnist": (5, 4), "fashion-mnist": (5, 4), "digits": (20, 15)}
 SPEED_MARGIN, DROP_MARGIN = 1.15, 0.6
 MAX_TUNED = 3  # candidates that are fine-tuned, at most
 _FILES = ("dense.safetensors", "model.safetensors", "receipt.json", "receipt.png")
+_PLAIN_TORCH = "plain torch serves every op, and no latency is asked for (see `bigops doctor`)"
 
 
 @dataclass
@@ -70,6 +71,8 @@ def configurations() -> dict[str, dict[str, Config]]:
 def main(args: argparse.Namespace) -> int:
     """Run the demo; 0 when every floor holds, 1 with one line per breach otherwise.
 
+    Without the C++ extension no latency is asked for: plain torch serves every op, and slower.
+
     Args:
         args: data, target_speedup, max_drop, batch, epochs (None: by data set), seed, precision,
             out, no_latency_floor, quick; see ``bigops demo --help``.
@@ -91,6 +94,9 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(str(error)) from error
     if args.quick:
         dataset = dataset.subset(min(QUICK_ROWS, len(dataset.train_x)))
+    if backend.extension is None:
+        args = argparse.Namespace(**{**vars(args), "no_latency_floor": True})
+        console.print(f"{backend.extension_error}:\n{_PLAIN_TORCH}")
     # Results appear in `out` together at the end; Ctrl-C takes the folder of this run with it.
     with tempfile.TemporaryDirectory(prefix=".run-", dir=out) as folder:
         receipt = _run(args, dataset, Path(folder), console.print)
