@@ -137,7 +137,10 @@ def adamw_step(
             v = tl.load(v_tile + offsets, mask=in_tensor, other=0.0)
         g *= factor
         m += one_minus_beta1 * (g - m)
-        v = v * beta2 + one_minus_beta2 * (g * g)
+        # g * g would be inf from 1.9e19 on. By powers of two no bit of the usual sizes changes;
+        # torch's (one_minus_beta2 * g) * g makes the 8-bit form spill on gfx942 and gfx950.
+        h = g * 0.03125
+        v = v * beta2 + (1024 * one_minus_beta2) * (h * h)
         p = p * keep - size * tl.div_rn(m, tl.sqrt_rn(v) * inverse + eps)
         if CODED:
             encode(m, m_tile, m_scale, signed_buckets, offsets, in_tensor, in_blocks, True)

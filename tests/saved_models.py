@@ -9,20 +9,28 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bigops import W4A8, Fp8, Int4, Int8, LowRank, Sparse
 from bigops.compress import file_format
 from bigops.compress.build import Choice, build
 from bigops.compress.config import Config
-from bigops.nn import GatedMLP, Linear
+from bigops.nn import GatedMLP, Linear, PackedGatedMLP, PackedLinear, PackedLowRankLinear
 
 K, N = 36, 10
 
 DENSE = "dense"
+PACKED: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "packed": PackedLinear.from_linear,
+    "packed low rank": lambda old: PackedLowRankLinear(old.in_features, old.out_features, 6),
+    "packed gated": lambda old: PackedGatedMLP(
+        old.in_features, 24, old.out_features, bias=True, frozen=False
+    ),
+}
 FORMATS: dict[str, Config | str] = {
     DENSE: DENSE,
+    **{name: name for name in PACKED},
     "int8": Int8(),
     "int8 static": Int8(activations="static"),
     "int8 zero points": Int8(symmetric=False),
@@ -44,11 +52,19 @@ def compressed(name: str, freeze: bool = True, k: int = K, n: int = N) -> nn.Seq
     """Two layers of one format, an activation in between."""
     model = nn.Sequential(nn.Linear(k, n), nn.Tanh(), nn.Linear(n, 7)).eval()
     config = FORMATS[name]
-    if not isinstance(config, str):
-        for i in (0, 2):
-            layer = build(model[i], Choice(config, (0.02, 128.0)))
-            model[i] = layer.freeze() if freeze and hasattr(layer, "freeze") else layer
-    return model
+    for i in () if config == DENSE else (0, 2):
+        old = model[i]
+        grid = (0.02, 128.0)
+        new = PACKED[config](old) if isinstance(config, str) else build(old, Choice(config, grid))
+        model[i] = new.freeze() if freeze and hasattr(new, "freeze") else new
+    return model.eval()
+
+
+def _part_compressed() -> nn.Module:
+    """A gated block of which `compress_` takes the down projection alone."""
+    mlp = GatedMLP(4, 6, 5, bias=True)
+    mlp.down_proj = build(mlp.down_proj, Choice(Int8())).freeze()
+    return mlp
 
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
@@ -67,8 +83,9 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "torch.Linear": lambda: nn.Linear(5, 3, bias=False),
     "bigops.Linear": lambda: Linear(5, 3, activation="gelu"),
     "bigops.GatedMLP": lambda: GatedMLP(4, 6, 5, bias=True),
+    "GatedMLP compressed": _part_compressed,
 }
-"""The kinds that are no format of `FORMATS` and no container."""
+"""The kinds that are no format of `FORMATS` and no container, and a kind with a swapped part."""
 
 
 def every_kind() -> nn.ModuleDict:
@@ -107,8 +124,26 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 def rewrite(path: Path, change: Callable[[Any, dict[str, Tensor]], object]) -> None:
     """Change header or tensors of a file, with right checksums."""
-    tensors = {name: t.clone() for name, t in load_file(path).items()}
-    with safe_open(path, "pt") as file:
-        header = json.loads(file.metadata()["bigops"])
+    header, tensors = _parts(path)
     change(header, tensors)
     file_format.write(path, tensors, header, None)
+
+
+def rewrite_as_older(path: Path, change: Callable[[Any, dict[str, Tensor]], object]) -> None:
+    """The same without checksums, as files were: the checks behind them are met.
+
+    A text that ``change`` returns is the whole header.
+    """
+    header, tensors = _parts(path)
+    header.pop("checksums")
+    text = change(header, tensors)
+    if not isinstance(text, str):
+        text = json.dumps(header)
+    tensors = {name: t.contiguous() for name, t in tensors.items()}
+    save_file(tensors, path, metadata={"bigops": text})
+
+
+def _parts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors = {name: t.clone() for name, t in load_file(path).items()}
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["bigops"]), tensors

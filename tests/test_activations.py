@@ -13,7 +13,7 @@ from torch import Tensor
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.packed_linear import pack_weight, packed_linear
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear
-from tests.backends import CPU, HOSTRUN, REFERENCE, Way
+from tests.backends import CPU, HOSTRUN, REFERENCE, TRITON, Way, covering
 from tests.linear_cases import ACTIVATIONS, GATED, PLAIN, act
 from tests.tolerance import check
 
@@ -72,9 +72,17 @@ def hold(got: Tensor, ref: Tensor, sizes: int, what: str) -> None:
         check(mine[finite], wide[finite], torchs[finite], wide[finite].abs(), what=what)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("way", [REFERENCE, *CPU], ids=str)
+@pytest.mark.parametrize(("way", "dtype"), covering([REFERENCE, *CPU], DTYPES), ids=str)
 def test_large_and_small_values(way: Way, dtype: torch.dtype) -> None:
+    hold_all(way, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_large_and_small_values_of_triton_kernels(dtype: torch.dtype) -> None:
+    hold_all(TRITON, dtype)
+
+
+def hold_all(way: Way, dtype: torch.dtype) -> None:
     for name in ACTIVATIONS:
         # The values of the reference are torch's own, and so is a gradient of geglu: torch's gelu
         # is NaN from 1.3e19 on in float32, and 0 for subnormals in bfloat16.
@@ -90,8 +98,7 @@ def test_large_and_small_values(way: Way, dtype: torch.dtype) -> None:
         hold(grad, wanted[1], len(sizes) // 2, f"gradient of {name} at {sizes.tolist()}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize("way", CPU, ids=str)
+@pytest.mark.parametrize(("way", "dtype"), covering(CPU, DTYPES[:3]), ids=str)
 def test_large_and_small_values_of_compressed_layers(way: Way, dtype: torch.dtype) -> None:
     for name in PLAIN:
         z = points(dtype, SIZES)
@@ -112,8 +119,7 @@ def test_large_and_small_values_of_cuda_kernels(dtype: torch.dtype) -> None:
         hold(y[0], act(name, z.double()), len(z) // 2, f"{name} of {z.tolist()}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("way", CPU, ids=str)
+@pytest.mark.parametrize(("way", "dtype"), covering(CPU, DTYPES), ids=str)
 def test_infinities_and_nan(way: Way, dtype: torch.dtype) -> None:
     """As torch gives them, in float64 or (where its vectors differ from it) in the same dtype."""
     z = torch.tensor([INF, -INF, float("nan")], dtype=dtype)

@@ -3,75 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import bigops
+import bigops.nn.atomic as atomic_module
 from bigops.nn.atomic import atomic
-from tests.interrupts import check_every_line, state
+from bigops.nn.looking import looking
+from tests.interrupts import check_every_line, lines, state
+from tests.verbs import PARAMETERS, VERBS, Counts, X, dense, half_frozen, level  # noqa: F401
 
-
-@pytest.fixture(autouse=True)
-def _level(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is timed, and nothing is faster."""
-    same = lambda sides, **_: {name: np.ones(30) for name in sides}  # noqa: E731
-    monkeypatch.setattr("bigops.timing.interleave", same)
-
-
-class Counts(nn.Module):
-    """Traceable, with a buffer and an attribute that each call moves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.act, self.last = nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 2)
-        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
-        self.seen: list[int] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.seen.append(1)
-        return self.last(self.act(self.first(x)))
-
-
-class Untraced(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x) if x.sum() > 0 else self.net(-x)
-
-
-def sequential() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-
-
-def half_frozen() -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6).requires_grad_(False), nn.Tanh().eval())
-    return model.append(bigops.nn.Linear(6, 2, activation="silu")).append(nn.Identity())
-
-
-MODELS = {"sequential": sequential, "counts": Counts, "untraced": Untraced, "half": half_frozen}
-X = torch.randn(3, 4)
+pytestmark = pytest.mark.usefixtures("level")
+MODELS = {"sequential": dense, "counts": Counts, "half": half_frozen}
 
 
 def some(count: int) -> Iterable[int]:
-    """One line in a hundred, and the last forty, where the exchange is."""
-    return sorted({*range(1, count + 1, 100), *range(max(1, count - 39), count + 1)})
+    """Six lines, and the last fourteen, where the exchange is."""
+    return sorted({*range(1, count + 1, count // 6 + 1), *range(max(1, count - 13), count + 1)})
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("x", [None, X], ids=["untimed", "timed"])
-@pytest.mark.parametrize(
-    "which", [some, pytest.param(lambda n: range(1, n + 1), marks=pytest.mark.slow, id="every")]
-)
-def test_fuse_(name: str, x: Tensor | None, which: Callable[[int], Iterable[int]]) -> None:
-    assert check_every_line(MODELS[name], lambda m: bigops.fuse_(m, x), which) > 35
+def many(count: int) -> Iterable[int]:
+    """Some hundred, and all of the last hundred."""
+    return sorted({*range(1, count + 1, count // 300 + 1), *range(max(1, count - 99), count + 1)})
+
+
+@pytest.mark.parametrize("which", [some, pytest.param(many, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_interrupted_at_any_line_the_model_is_as_before(
+    name: str, which: Callable[[int], Iterable[int]]
+) -> None:
+    assert check_every_line(*VERBS[name], which) > 10
+
+
+@pytest.mark.parametrize("where", ["restore", "_put_back"])
+@pytest.mark.parametrize("name", ["fuse_", "load", "add_lora_"])
+def test_ctrl_c_pressed_again_during_the_rollback(
+    name: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, verb = VERBS[name]
+    count, _ = lines(lambda: verb(make()))
+    model = make()
+    before = state(model)
+    holder = atomic_module.Before if where == "restore" else atomic_module
+    real, calls = getattr(holder, where), []
+
+    def interrupted(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) in (1, 2, 4, 9):
+            raise KeyboardInterrupt
+        real(*args)
+
+    def interrupt_twice() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, where, interrupted)
+            verb(model)
+
+    # looking, which puts back as well, has ended where the exchange begins
+    monkeypatch.setattr("bigops.nn.looking.Before", Untouched)
+    _, place = lines(interrupt_twice, count - 1)
+    assert place is not None
+    assert len(calls) > 2
+    assert state(model) == before
+
+
+class Untouched(atomic_module.Before):
+    """As it is before any patch."""
+
+    restore = atomic_module.Before.restore
+
+
+def test_ctrl_c_at_the_end_of_a_look_is_raised_when_all_is_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Momentum()
+    before, random = state(model), torch.get_rng_state()
+    real, calls = atomic_module.Before.restore, []
+
+    def restore(self: atomic_module.Before) -> None:
+        calls.append(1)
+        real(self)
+        if len(calls) < 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic_module.Before, "restore", restore)
+    with pytest.raises(KeyboardInterrupt), looking(model), torch.no_grad():
+        model(X)
+    assert len(calls) == 3
+    assert state(model) == before
+    assert torch.equal(random, torch.get_rng_state())
+
+
+class Momentum(Counts):
+    """Writes a Parameter in its forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last.weight.mul_(0.5)
+        return super().forward(x + torch.randn(()))
 
 
 def swaps_then_fails(model: nn.Module) -> None:
@@ -87,7 +117,7 @@ def swaps_then_fails(model: nn.Module) -> None:
     raise MemoryError("planted")
 
 
-@pytest.mark.parametrize("name", ["sequential", "counts", "half"])
+@pytest.mark.parametrize("name", MODELS)
 def test_all_that_a_verb_exchanged_is_back(name: str) -> None:
     model = MODELS[name]()
     before = state(model)

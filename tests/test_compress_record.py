@@ -6,6 +6,7 @@ import copy
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -260,3 +261,80 @@ def test_a_record_of_times_has_them_as_plain_data(contested: list[int]) -> None:
     data = json.loads(json.dumps(record.to_dict()))
     assert data["done"][0]["speedup"] == [2.0, 1.9, 2.1]
     assert data["decided"] == record.plan()
+
+
+# --- the other verbs, and packed layers --------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", [bigops.fuse_, bigops.pack_], ids=["fuse_", "pack_"])
+@pytest.mark.parametrize("timed", [False, True])
+def test_fuse_and_pack_account_for_every_byte(
+    verb: Any, timed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = lambda sides, **_: {name: np.ones(30) for name in sides}  # noqa: E731
+    monkeypatch.setattr("bigops.timing.interleave", same)
+    shared = nn.Linear(80, 80)
+    model = nn.Sequential(
+        nn.Linear(64, 80), nn.ReLU(), shared, nn.BatchNorm1d(80), shared, bigops.nn.GatedMLP(80, 96)
+    )
+    model.add_module("idle", nn.Identity())
+    model.idle.register_parameter("table", nn.Parameter(torch.zeros(9, 9)))
+    whole = measure.model_bytes(model)
+    record = verb(model, torch.randn(3, 64) if timed else None)
+    lines = [*(d.bytes_before for d in record.done), *(s.bytes for s in record.skipped),
+             *(u.bytes for u in record.unseen)]  # fmt: skip
+    assert sum(lines) == record.model_bytes == whole
+    assert "idle.table" in {u.name for u in record.unseen}
+    assert record.done
+    assert "not looked at: Identity, 324 bytes" in str(record)
+
+
+@pytest.mark.parametrize("verb", [bigops.fuse_, bigops.pack_, lambda m: compress_(m, Int8())])
+def test_a_lazy_layer_has_no_bytes_yet(verb: Any) -> None:
+    record = verb(nn.Sequential(nn.Linear(64, 128), nn.LazyLinear(4)))
+    assert record.model_bytes == 64 * 128 * 4 + 128 * 4
+
+
+CONFIGS_OF_THAWED = [Int8(), LowRank(8), LowRank(8) + Int8(), Sparse(0.9), W4A8, Fp8()]
+
+
+@pytest.mark.parametrize("config", CONFIGS_OF_THAWED, ids=str)
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_thawed_packed_layer_is_compressed_as_its_drop_in(config: Any, low_memory: bool) -> None:
+    model = nn.Sequential(nn.Linear(64, 80), nn.Linear(80, 64))
+    other = copy.deepcopy(model)
+    other[0] = bigops.nn.PackedLinear.from_linear(other[0]).freeze().thaw()
+    other[1] = bigops.nn.PackedLinear.from_linear(other[1])
+    compress_(model, config, keep="all")
+    record = compress_(other, config, keep="all", low_memory=low_memory)
+    assert record.done[0].what.startswith("PackedLinear -> ")
+    state, mine = model.state_dict(), other.state_dict()
+    assert list(state) == list(mine)
+    assert all(torch.equal(state[n].float(), mine[n].float()) for n in state)
+
+
+def test_packed_layers_are_left_with_the_way_back() -> None:
+    factors = bigops.nn.PackedLowRankLinear(64, 64, 4)
+    model = nn.Sequential(
+        bigops.nn.PackedLinear(64, 64).freeze(), bigops.nn.PackedGatedMLP(64, 64),
+        bigops.nn.PackedGatedMLP(64, 64).thaw(), factors, nn.Linear(64, 64),
+    )  # fmt: skip
+    record = compress_(model, Int8())
+    for name in ("0", "1.gate_proj", "1.down_proj"):
+        assert record.reason(name) == "it is packed already; unpack_ gives the float weight back"
+    assert "unpack_ makes a GatedMLP of it" in (record.reason("2.down_proj") or "")
+    assert [d.name for d in record.done] == ["3", "4"]
+    assert freeze_(model).reason("0") == "it is packed already"
+    with pytest.raises(ValueError, match=r"matched, but left: 0 \(it is packed already; unpack_"):
+        compress_(nn.Sequential(bigops.nn.PackedLinear(64, 64).freeze()), Int8())
+    again = nn.Sequential(bigops.nn.PackedLowRankLinear(64, 64, 4))
+    skipped = compress_(again, LowRank(2), low_memory=True)
+    assert skipped.reason("0") == "it has its factors already"
+
+
+@pytest.mark.parametrize("config", [Sparse(0.3) + Int8(), LowRank(35) + Int8()], ids=str)
+def test_what_is_trained_first_says_that_int8_alone_is_smaller(config: Any) -> None:
+    model = nn.Sequential(nn.Linear(64, 80))
+    (done,) = compress_(model, config, freeze=False).done
+    assert "once frozen it would take" in done.why
+    assert "where 6,080 will do" in done.why

@@ -8,7 +8,7 @@ import pytest
 
 from tests import memory_cases
 
-CALLS = 1000
+CALLS = 400
 STRING = 48  # bytes of one that is never freed: std::string with its chunk's header
 
 pytestmark = [

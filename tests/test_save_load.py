@@ -19,6 +19,7 @@ from bigops.compress.build import Choice, build
 from bigops.compress.store import load_compressed
 from bigops.files import FormatError
 from bigops.nn import GatedMLP, Linear, LowRankLinear, QuantLinear, SparseLinear
+from tests.saved_models import rewrite_as_older
 
 
 def _model() -> nn.Sequential:
@@ -266,17 +267,6 @@ def test_foreign(saved: Path, tmp_path: Path) -> None:
     _refused(saved, "expected a whole safetensors file")
 
 
-def _rewrite(path: Path, change) -> None:  # type: ignore[no-untyped-def]
-    """Change header or tensors of a saved file."""
-    tensors = load_file(path)
-    with safe_open(path, "pt") as file:
-        header = json.loads(file.metadata()["bigops"])
-    header.pop("checksums")  # as in older files: the checks behind them are met
-    header = change(header, tensors) or header
-    text = header if isinstance(header, str) else json.dumps(header)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"bigops": text})
-
-
 def _child(header: dict, name: str) -> dict:
     return header["tree"]["children"][name]
 
@@ -346,12 +336,12 @@ CHANGES = {
 @pytest.mark.parametrize("name", list(CHANGES))
 def test_changed_files_are_refused(saved: Path, name: str) -> None:
     change, message = CHANGES[name]
-    _rewrite(saved, change)
+    rewrite_as_older(saved, change)
     _refused(saved, message)
 
 
 def test_an_unchanged_rewrite_is_accepted(saved: Path) -> None:
-    _rewrite(saved, lambda h, t: None)
+    rewrite_as_older(saved, lambda h, t: None)
     x = torch.randn(2, 8, 8)
     assert load(saved)(x).shape == (2, 10)
     assert torch.equal(load(saved, model=_model())(x), load(saved)(x))

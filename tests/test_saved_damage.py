@@ -20,7 +20,7 @@ from torch import nn
 from bigops import FormatError, Int8, compress_, load, save
 from bigops.compress import arguments, structure
 from bigops.compress.store import load_compressed
-from bigops.nn import LowRankLinear, QuantLowRankLinear
+from bigops.nn import LowRankLinear, PackedGatedMLP, PackedLowRankLinear, QuantLowRankLinear
 from tests import saved_models as saved
 from tests.saved_models import rewrite
 from tests.test_saved_files import Scaled, net
@@ -221,7 +221,7 @@ for file in files:
 
 @pytest.mark.parametrize(
     "formats",
-    [["w4a8", "sparse int8"], pytest.param(list(saved.FORMATS), marks=pytest.mark.slow)],
+    [["w4a8", "packed gated"], pytest.param(list(saved.FORMATS), marks=pytest.mark.slow)],
     ids=["two", "all"],
 )
 def test_the_peak_of_loading_is_at_most_four_times_the_file(
@@ -234,6 +234,10 @@ def test_the_peak_of_loading_is_at_most_four_times_the_file(
         layer: nn.Module = LowRankLinear(3072, 3072, 700)
         if name == "low rank int8":
             layer = QuantLowRankLinear.from_low_rank(layer).freeze()
+        elif name == "packed low rank":
+            layer = PackedLowRankLinear.from_low_rank(layer).freeze()
+        elif name == "packed gated":
+            layer = PackedGatedMLP(3072, 1536)
         elif name != "low rank":
             layer = saved.compressed(name, k=3072, n=1536)
         save(nn.Sequential(layer), tmp_path / name)

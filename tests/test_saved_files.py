@@ -29,12 +29,15 @@ GOLDEN = Path(__file__).parent / "golden" / "saved"
 # --- files of earlier versions --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["kinds", "frozen", "trainable", "states"])
-def test_files_from_before_there_were_checksums_load_bit_for_bit(name: str) -> None:
+@pytest.mark.parametrize("name", ["kinds", "frozen", "trainable", "states", "packed"])
+def test_files_of_earlier_versions_load_bit_for_bit(name: str) -> None:
+    """All but the last are from before there were checksums."""
     path = GOLDEN / f"{name}.safetensors"
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
-        assert set(file.metadata()) == {"bigops"}
+        assert set(file.metadata()) - {"bigops"} == (
+            {"bigops.crc32"} if name == "packed" else set()
+        )
         header = json.loads(file.metadata()["bigops"])
     model = load(path)
     state = model.state_dict()
@@ -66,7 +69,7 @@ def test_every_kind_and_every_format_comes_back(tmp_path: Path) -> None:
         "bigops.Fp8Linear", "bigops.SparseLinear", "bigops.QuantLowRankLinear",
         "bigops.LowRankLinear", "bigops.PackedLinear", "bigops.PackedGatedMLP",
         "bigops.PackedLowRankLinear",
-    }  # fmt: skip
+    } - {"GatedMLP compressed"}  # fmt: skip
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import bigops
@@ -21,6 +19,7 @@ from bigops.nn import Linear, QuantLinear, SparseLinear
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.ops._quantize import from_grid, quantize_rows, static_grid, to_grid
 from tests.kernels_ran import expect, needs_extension
+from tests.saved_models import rewrite_as_older
 from tests.tolerance import check
 
 pytestmark = needs_extension
@@ -173,13 +172,12 @@ def test_a_grid_keeps_its_dtype_and_is_checked_when_loaded() -> None:
 def as_written_with_y_grid(path: Path, model: nn.Module) -> None:
     """The file that a version wrote whose frozen static layers gave u8 to the next one."""
     bigops.save(model, path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    header = json.loads(metadata["bigops"])
-    header["tree"]["children"]["0"]["args"]["y_grid"] = True
-    tensors["0.y_grid"] = tensors["2.x_grid"].clone()
-    save_file(tensors, path, {**metadata, "bigops": json.dumps(header)})
+
+    def with_y_grid(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        header["tree"]["children"]["0"]["args"]["y_grid"] = True
+        tensors["0.y_grid"] = tensors["2.x_grid"].clone()
+
+    rewrite_as_older(path, with_y_grid)
 
 
 @pytest.mark.parametrize("plan", [STATIC, SPARSE], ids=FORMS)
@@ -205,10 +203,7 @@ def test_a_foreign_y_grid_is_not_read_past(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     model = nn.Sequential(nn.Linear(4, 4))
     bigops.save(model, path)
-    with safe_open(path, "pt") as file:
-        metadata, weight = file.metadata(), file.get_tensor("0.weight")
-        tensors = {"0.weight": weight, "0.bias": file.get_tensor("0.bias")}
-    save_file({**tensors, "0.y_grid": torch.ones(2)}, path, metadata)
+    rewrite_as_older(path, lambda _, tensors: tensors.update({"0.y_grid": torch.ones(2)}))
     for given in (None, nn.Sequential(nn.Linear(4, 4))):
         with pytest.raises(bigops.FormatError, match="y_grid"):
             bigops.load(path, given)

@@ -16,6 +16,7 @@ from bigops.compress.config import Configs, activations_of
 from bigops.nn.atomic import atomic
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.low_rank_linear import LowRankLinear
+from bigops.nn.packed_linear import PackedBase
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
 from bigops.nn.record import Account, Done, Record, Skipped, account
 from bigops.nn.sites import Contest, Sites, capture, contest
@@ -42,13 +43,15 @@ def compress_(
     Args:
         model: any module; its `nn.Linear`, `bigops.nn.Linear` (the activation is kept),
             `LowRankLinear` (by `Int8()`) and compressed layers that are not frozen are compressed.
+            Packed ones stay: `unpack_` comes first.
         config: `Sparse(0.8)`, `LowRank(energy=0.9)`, `Int8()`, `Sparse(0.8) + Int8()`,
             `LowRank(64) + Int8()`, `Int4()`, `W4A8` or `Fp8()` for every layer; or a mapping of
             names and patterns (`fnmatch`) to configs or None, which leaves a layer: the exact name
             comes first, then the first pattern that matches, and layers that none matches stay; or
             `Record.plan()` of an earlier call, which is carried out as it is.
             No layer takes more bytes than before: one that would stays, and `Sparse` or `LowRank`
-            beside an `Int8` that is smaller alone becomes that `Int8`. The record says so.
+            beside an `Int8` that is smaller alone becomes that `Int8`. The record says so; of a
+            layer with ``freeze=False`` it only says what it will take.
         example_inputs: what the model is called with: x, a tuple of positions or a mapping of
             keywords. Each layer is then timed against what it replaces, interleaved, on the input
             that it sees first. Without them nothing is timed.
@@ -227,11 +230,13 @@ class _Work:
 
     def one_by_one(self) -> Record:
         """Exchange each layer as soon as it is made, and let go of the old one."""
+        gradients = torch.is_grad_enabled()
         try:
             for name, choice in self.chosen.items():
                 self._exchange(name, self.old.pop(name), choice, self.seen.pop(name, None))
             return self.record()
         except BaseException as error:
+            torch.set_grad_enabled(gradients)  # as `atomic` does
             error.record = self.record()  # type: ignore[attr-defined]
             raise
 
@@ -347,7 +352,11 @@ def freeze_(model: nn.Module) -> Record:
     if not found and not factors:
         raise ValueError("model: expected compressed layers (compress_ makes them); found none")
     whole = account(model, [*found, *factors])
-    left = {n: "it is frozen already" for n, m in found.items() if m.frozen and not m.thawed}
+    left = {
+        n: f"it is {'packed' if isinstance(m, PackedBase) else 'frozen'} already"
+        for n, m in found.items()
+        if m.frozen and not m.thawed
+    }
     left.update((n, "its factors are all it has; Int8() makes them int8") for n in factors)
     done: list[Done] = []
     frozen: list[tuple[CompressedLinear, CompressedLinear]] = []

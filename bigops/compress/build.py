@@ -23,6 +23,7 @@ from bigops.compress.config import (
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.low_rank_linear import LowRankLinear
+from bigops.nn.packed_linear import PackedBase
 from bigops.nn.quant_linear import QuantLinear
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
 from bigops.nn.sparse_linear import SparseLinear
@@ -62,14 +63,14 @@ def prepare(old: nn.Module, choice: Choice, freeze: bool) -> Built | Stays:
     `Int8` saves nothing over that `Int8` alone, the layer becomes `Int8` alone, and a remark says
     so. One that is to be trained first has no size yet: a remark says what it will take.
     """
+    if isinstance(old, PackedBase):
+        old = old.unpacked()  # thawed, it is that layer, with the same Parameters
     before, config = nbytes(old), choice.config
-    composed = isinstance(config, SparseInt8 | LowRankInt8) and isinstance(old, _ONE_WEIGHT)
-    if not (freeze and composed):
+    if not (isinstance(config, SparseInt8 | LowRankInt8) and isinstance(old, _ONE_WEIGHT)):
         return _within(before, old, choice, freeze)
-    assert isinstance(config, SparseInt8 | LowRankInt8)
     alone = Choice(config.int8, choice.x_grid)
     made = _within(min(before, _least_bytes(build(old, alone))), old, choice, freeze)
-    if isinstance(made, Built):
+    if isinstance(made, Built) or not freeze:
         return made
     other = _within(before, old, alone, freeze)
     if isinstance(other, Stays):

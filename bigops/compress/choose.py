@@ -15,13 +15,17 @@ from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
 from bigops.nn.low_rank_linear import LowRankLinear
+from bigops.nn.packed_gated_mlp import PackedGatedMLP
+from bigops.nn.packed_linear import PackedBase, PackedLinear
+from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
 from bigops.nn.quant_linear import QuantLinear
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
 from bigops.nn.sites import Sites
 from bigops.nn.sparse_linear import SparseLinear
 
 _EXACT = (
-    nn.Linear, Linear, LowRankLinear, Fp8Linear, QuantLinear, QuantLowRankLinear, SparseLinear
+    nn.Linear, Linear, LowRankLinear, Fp8Linear, QuantLinear, QuantLowRankLinear, SparseLinear,
+    PackedLinear, PackedLowRankLinear,
 )  # fmt: skip
 _SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,7 +44,11 @@ def find(sites: Sites) -> Layers:
     for path, module in sites.unique():
         if isinstance(module, GatedMLP):
             found.left[path] = "its gate and up projection: gated pairs have no compressed kernel"
-        if isinstance(module, CompressedLinear) and module.frozen:
+        if isinstance(module, PackedBase) and module.frozen:
+            found.left[path] = "it is packed already; unpack_ gives the float weight back"
+        elif isinstance(module, PackedBase) and isinstance(sites.parent(path), PackedGatedMLP):
+            found.left[path] = "a part of a PackedGatedMLP; unpack_ makes a GatedMLP of it"
+        elif isinstance(module, CompressedLinear) and module.frozen:
             found.left[path] = "it is thawed" if module.thawed else "it is frozen already"
             found.frozen.append(path)
         elif isinstance(module, nn.Linear | LowRankLinear | CompressedLinear):
@@ -144,9 +152,8 @@ def _nobody(layers: Layers, empty: list[str], taken: Mapping[str, str]) -> str:
 
 def has_factors(layer: nn.Module, config: Config) -> bool:
     """Whether a layer is in factors, as ``config`` would have it."""
-    return isinstance(layer, LowRankLinear | QuantLowRankLinear) and isinstance(
-        config, LowRank | LowRankInt8
-    )
+    factors = isinstance(layer, LowRankLinear | QuantLowRankLinear | PackedLowRankLinear)
+    return factors and isinstance(config, LowRank | LowRankInt8)
 
 
 def check_finite(name: str, layer: Any) -> None:

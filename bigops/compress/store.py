@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from bigops.compress import file_format, structure
 from bigops.compress.file_format import Header
 from bigops.files import FormatError
+from bigops.nn.atomic import atomic
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.low_rank_linear import LowRankLinear
 from bigops.nn.sites import Sites
@@ -73,6 +73,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], receipt: Receipt | None
     file_format.write(path, tensors, header, None if receipt is None else receipt.to_json())
 
 
+@atomic
 def load(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,
@@ -109,10 +110,9 @@ def load(
             made = structure.build(header.tree)
             _fill(made, header, tensors)
             return made.train(header.training).to(device)
-        with _as_before(sites.model):
-            _swap_in(sites, header.tree)
-            _fill(sites.model, header, tensors)
-            return sites.model.to(device)
+        _swap_in(sites, header.tree)
+        _fill(sites.model, header, tensors)
+        return sites.model.to(device)
 
 
 def load_compressed(
@@ -146,7 +146,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return header
 
 
-# --- all or nothing -------------------------------------------------------------------------
+# --- refusing -------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -160,29 +160,6 @@ def _refusing(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except Exception as error:
         raise FormatError(f"{path}: {type(error).__name__}: {error}") from error
-
-
-@contextlib.contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
-    """On any error every module has what it had: children, tensors, and other attributes.
-
-    Loading gives modules new tensors and writes into no old one, so the objects are enough.
-    """
-    kept = []
-    for module in model.modules():
-        inner = {k: v for k, v in vars(module).items() if isinstance(v, dict | set | list)}
-        kept.append((module, dict(vars(module)), {k: copy.copy(v) for k, v in inner.items()}))
-    try:
-        yield
-    except BaseException:
-        for module, attributes, inner in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for name, value in inner.items():
-                own = attributes[name]
-                own.clear()
-                own.extend(value) if isinstance(own, list) else own.update(value)
-        raise
 
 
 # --- filling --------------------------------------------------------------------------------
@@ -204,7 +181,8 @@ def _fill(model: nn.Module, header: Header, tensors: Mapping[str, Tensor]) -> No
     """Give a model its tensors, ties and flags; every check comes before the first of them."""
     tensors = _all_tensors(header, tensors)
     state = _check_state(model, tensors, "")
-    hollow = [n for n, b in model.named_buffers() if b.is_meta and n not in tensors]
+    given = tensors.keys() | structure.storage_keys(model)  # panels are made of the matrices
+    hollow = [n for n, b in model.named_buffers() if b.is_meta and n not in given]
     if hollow:
         raise structure.StructureError(
             f"the buffers {hollow} are on the meta device and no part of the state_dict: build "

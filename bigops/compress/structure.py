@@ -54,6 +54,9 @@ class Kind(NamedTuple):
     make: Callable[[dict[str, Any]], nn.Module]
     fields: dict[str, Field]
     container: bool = False
+    # Layers of its own that a verb may have swapped: children of the node where they are not what
+    # the constructor makes.
+    parts: tuple[str, ...] = ()
 
 
 def _plain(cls: type[nn.Module], **fields: Field) -> Kind:
@@ -62,10 +65,13 @@ def _plain(cls: type[nn.Module], **fields: Field) -> Kind:
 
 
 def _on_meta(
-    cls: type[nn.Module], describe: Callable[[Any], dict[str, Any]], fields: dict[str, Field]
+    cls: type[nn.Module],
+    describe: Callable[[Any], dict[str, Any]],
+    fields: dict[str, Field],
+    parts: tuple[str, ...] = (),
 ) -> Kind:
     """A class whose constructor takes a device; on "meta" it draws no random number."""
-    return Kind(cls, describe, lambda args: cls(**args, device="meta"), fields)
+    return Kind(cls, describe, lambda args: cls(**args, device="meta"), fields, parts=parts)
 
 
 def _compressed(cls: Any, **fields: Field) -> Kind:
@@ -138,7 +144,7 @@ KINDS: dict[str, Kind] = {
     "torch.Linear": _on_meta(nn.Linear, _linear, arguments.LINEAR),
     "bigops.Linear": _on_meta(Linear, Linear.arguments, arguments.ACTIVATED),
     "bigops.Fp8Linear": _compressed(Fp8Linear, scales=TEXT, activations=TEXT),
-    "bigops.GatedMLP": _on_meta(GatedMLP, GatedMLP.arguments, _GATED),
+    "bigops.GatedMLP": _on_meta(GatedMLP, GatedMLP.arguments, _GATED, ("down_proj",)),
     "bigops.LowRankLinear": _on_meta(
         LowRankLinear, LowRankLinear.arguments, {**arguments.ACTIVATED, "rank": SIZE}
     ),
@@ -173,10 +179,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
         node = {"kind": name, "args": KINDS[name].describe(model)}
         if reason := hook_reason(model):
             node["attached"] = reason
-    if name is None or KINDS[name].container:
-        children = {n: describe(m) for n, m in model._modules.items() if m is not None}
-        if children:
-            node["children"] = children
+    inner = {n: m for n, m in model._modules.items() if m is not None}
+    if name is not None and not KINDS[name].container:
+        inner = {n: inner[n] for n in KINDS[name].parts if type(inner[n]) is not Linear}
+    if inner:
+        node["children"] = {n: describe(m) for n, m in inner.items()}
     return node
 
 
@@ -197,6 +204,10 @@ def build(node: Any, path: str = "", depth: int = 0) -> nn.Module:
             f"{_where(path)} cannot be built from the file alone ({node['attached']}): pass "
             "load(path, model=...)"
         )
+    return _whole(node, path, depth)
+
+
+def _whole(node: Mapping[str, Any], path: str, depth: int) -> nn.Module:
     module = _make(node, path)
     for name, child in node.get("children", {}).items():
         try:
@@ -216,7 +227,10 @@ def replacements(
     """
     kind = _kind(node, path, depth)
     mine = {name for name, child in model._modules.items() if child is not None}
-    if kind is not None and not kind.container:
+    same = kind is not None and type(model) is kind.cls and kind.describe(model) == node["args"]
+    if same and kind is not None and kind.parts and node.get("children"):
+        mine = set(node["children"])  # the rest of it is as the file has it
+    elif kind is not None and not kind.container:
         old = KINDS[_NAMES[type(model)]].describe(model) if type(model) in _NAMES else {}
         if node["kind"].startswith("bigops."):
             for size in ("in_features", "out_features"):
@@ -226,7 +240,7 @@ def replacements(
                         f"{_where(path)}: the file holds a layer of {size} "
                         f"{node['args'].get(size)}; the model's has {got}"
                     )
-            yield path, _make(node, path)
+            yield path, _whole(node, path, depth)
         elif kind.cls is nn.Identity and type(model) in _FUSED_AWAY:
             if type(model) is not nn.Identity:
                 yield path, nn.Identity()
@@ -288,8 +302,9 @@ def _kind(node: Any, path: str, depth: int) -> Kind | None:
         )
     if wrong := arguments.misfit(kind.fields, node["args"]):
         raise StructureError(f"{_where(path)}: a {node['kind']} cannot be made: {wrong}")
-    if node.get("children") and not kind.container:
-        raise StructureError(f"{_where(path)}: a {node['kind']} has no children")
+    if not kind.container and not set(node.get("children", {})) <= set(kind.parts):
+        which = f"children but {', '.join(kind.parts)}" if kind.parts else "children"
+        raise StructureError(f"{_where(path)}: a {node['kind']} has no {which}")
     return kind
 
 

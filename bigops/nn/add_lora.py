@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from bigops.nn.atomic import atomic
 from bigops.nn.gated_mlp import HALVES, GatedMLP
 from bigops.nn.linear import Linear
 from bigops.nn.lora_linear import LoRAAdapter, LoRALinear, check_adapter
@@ -14,6 +15,7 @@ from bigops.nn.record import Done, Record, Skipped
 from bigops.nn.sites import Sites
 
 
+@atomic
 def add_lora_(
     model: nn.Module,
     rank: int,
@@ -25,8 +27,8 @@ def add_lora_(
 ) -> Record:
     """Swap linear layers for `LoRALinear` in place and freeze every other parameter.
 
-    All new layers are built before the first is put in: on an error, and where the call is
-    interrupted, the model is as it was, what requires gradients included.
+    On any exception, KeyboardInterrupt too, the model is as it was, what requires gradients
+    included.
 
     Args:
         model: holds `nn.Linear` or `bigops.nn.Linear` layers; a `LoRALinear` gets one more
@@ -85,22 +87,11 @@ def add_lora_(
         added = sum(p.nbytes for p in adapter.parameters())
         done.append(Done(path, what, why, layer.nbytes, layer.nbytes + added))
     record = Record("add_lora_", done, left)
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    before = [(layer, layer.active) for layer, _ in adapters.values()]
-    try:
-        for layer, adapter in adapters.values():
-            layer._take_adapter(name, adapter)
-        sites.swap(new)
-        _freeze(model)
-        return record
-    except BaseException:
-        sites.swap({path: sites.modules[path] for path in new})
-        for layer, active in before:
-            layer.adapters._modules.pop(name, None)
-            layer._active = active
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        raise
+    for layer, adapter in adapters.values():
+        layer._take_adapter(name, adapter)
+    sites.swap(new)
+    _freeze(model)
+    return record
 
 
 def _freeze(model: nn.Module) -> None:

@@ -59,18 +59,13 @@ class Before:
             self._keep(item, seen)
 
     def restore(self) -> None:
-        """Put all of it back; Ctrl-C pressed meanwhile begins it anew."""
-        while True:
-            try:
-                torch.set_grad_enabled(self._gradients)
-                for now, then in self._kept:
-                    _put_back(now, then)
-                for parameter, flag in self._flags:
-                    if parameter.requires_grad != flag:
-                        parameter.requires_grad = flag
-                return
-            except KeyboardInterrupt:
-                continue
+        """Put all of it back; interrupted it may begin anew."""
+        torch.set_grad_enabled(self._gradients)
+        for now, then in self._kept:
+            _put_back(now, then)
+        for parameter, flag in self._flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad = flag
 
 
 CONTAINERS: tuple[type, ...] = (dict, list, set, OrderedDict, defaultdict, deque)
@@ -108,7 +103,12 @@ def atomic(verb: Callable[P, R]) -> Callable[P, R]:
         try:
             return verb(*args, **kwargs)
         except BaseException:
-            before.restore()
+            while True:
+                try:
+                    before.restore()
+                    break
+                except KeyboardInterrupt:  # pressed again, the call of restore included
+                    continue
             raise
 
     return whole

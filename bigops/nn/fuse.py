@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bigops.nn import dataflow
 from bigops.nn.atomic import atomic
 from bigops.nn.linear import Linear
-from bigops.nn.record import Done, Record, Skipped
+from bigops.nn.record import Done, Record, Skipped, account
 from bigops.nn.sites import Contest, Sites, capture, contest
 from bigops.ops import _checks as checks
 
@@ -52,7 +52,8 @@ def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
             where the original wins by more than noise, it stays and the record says so.
 
     Returns:
-        What was done and what was left, each with the reason; print it, or take `to_dict()`.
+        What was done and what was left, each with the reason, and what was not looked at; print
+        it, or take `to_dict()`.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -80,6 +81,7 @@ def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
             left[path] = "it is a bigops.nn.Linear already"
             del layers[path]
 
+    whole = account(model, [*layers, *left])
     new = {}
     for path, layer in layers.items():
         activation = pairs[path].activation if path in pairs else None
@@ -100,10 +102,13 @@ def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
     for pair in pairs.values():
         for path in pair.paths:
             replaced[path] = nn.Identity().train(sites.modules[path].training)
-    done = [_done(path, layers[path], pairs.get(path), timed.get(path), example_inputs)
-            for path in new]  # fmt: skip
+    done = [
+        _done(path, whole.layers[path], pairs.get(path), timed.get(path), example_inputs)
+        for path in new
+    ]
+    skipped = [Skipped(n, why, whole.layers[n]) for n, why in left.items()]
     sites.swap(replaced)
-    return Record("fuse_", done, [Skipped(n, r) for n, r in left.items()], flow.notes)
+    return Record("fuse_", done, skipped, flow.notes, whole.unseen, whole.total)
 
 
 def _usable(flow: dataflow.Dataflow, layers: dict[str, nn.Linear]) -> dict[str, dataflow.Pair]:
@@ -158,7 +163,7 @@ def _losers(timed: dict[str, Contest], pairs: dict[str, dataflow.Pair]) -> list[
 
 def _done(
     path: str,
-    layer: nn.Linear,
+    size: int,
     pair: dataflow.Pair | None,
     timed: Contest | None,
     example_inputs: Any,
@@ -170,6 +175,5 @@ def _done(
     if pair is not None:
         what += f" with {pair.activation} of {', '.join(pair.paths)}"
         why = f"{pair.how}; {why}"
-    size = sum(p.nbytes for p in layer.parameters())
     return Done(path, what, why, size, size, 1.0, timed.us_before if timed else None,
                 timed.us_after if timed else None, timed.speedup if timed else None)  # fmt: skip

@@ -54,13 +54,21 @@ def looking(*models: nn.Module, timed: bool = False) -> Iterator[None]:
         with contextlib.nullcontext() if timed else journal:
             yield
     finally:
-        before.restore()
-        for parameter, data in parameters:
-            if parameter.data_ptr() != data.data_ptr():
-                parameter.data = data
-        journal.restore()
-        for restore, state in states:
-            restore(state)
+        pressed: KeyboardInterrupt | None = None
+        while True:
+            try:
+                before.restore()
+                for parameter, data in parameters:
+                    if parameter.data_ptr() != data.data_ptr():
+                        parameter.data = data
+                journal.restore()
+                for restore, state in states:
+                    restore(state)
+                break
+            except KeyboardInterrupt as interrupt:  # all of it is done anew, then it is raised
+                pressed = interrupt
+        if pressed is not None:
+            raise pressed
 
 
 def _substitute(value: Any, memo: dict[int, Any]) -> Any:

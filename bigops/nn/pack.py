@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bigops import backend
+from bigops.nn.atomic import atomic
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
@@ -15,7 +16,7 @@ from bigops.nn.low_rank_linear import LowRankLinear
 from bigops.nn.packed_gated_mlp import PackedGatedMLP
 from bigops.nn.packed_linear import PackedBase, PackedLinear
 from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
-from bigops.nn.record import Done, Record, Skipped
+from bigops.nn.record import Done, Record, Skipped, account
 from bigops.nn.sites import Contest, Sites, capture, contest, hook_reason
 from bigops.ops.packed_linear import PANEL, SERVED
 
@@ -30,6 +31,7 @@ _PACKED: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 }
 
 
+@atomic
 def pack_(model: nn.Module, example_inputs: Any = None) -> Record:
     """Replace the dense layers of ``model`` by packed ones for inference on the CPU, in place.
 
@@ -48,11 +50,13 @@ def pack_(model: nn.Module, example_inputs: Any = None) -> Record:
             timed.
 
     Returns:
-        What was done, layer by layer, and what was left with the reason.
+        What was done, layer by layer, what was left with the reason, and what was not looked at.
 
     Raises:
         TypeError: ``model`` is no module.
-        Exception: whatever the model raises on ``example_inputs``. The model is unchanged.
+        Exception: whatever the model raises on ``example_inputs``.
+
+    On any exception, KeyboardInterrupt too, the model is unchanged.
     """
     sites = Sites(model)
     layers: dict[str, nn.Module] = {}
@@ -68,6 +72,7 @@ def pack_(model: nn.Module, example_inputs: Any = None) -> Record:
             layers[path] = module
         else:
             left[path] = reason
+    whole = account(model, [*layers, *left])
     seen = {} if example_inputs is None else capture(model, layers, example_inputs)
     new: dict[str, nn.Module] = {}
     timed: dict[str, Contest] = {}
@@ -88,12 +93,17 @@ def pack_(model: nn.Module, example_inputs: Any = None) -> Record:
                 left[path] = f"the original is faster: {cache[key]}"
                 continue
         new[path] = packed
-    done = [_done(path, layers[path], packed, timed.get(path)) for path, packed in new.items()]
+    done = [
+        _done(path, layers[path], packed, whole.layers[path], timed.get(path))
+        for path, packed in new.items()
+    ]
+    skipped = [Skipped(n, why, whole.layers[n]) for n, why in left.items()]
     sites.swap(new)
     notes = [] if example_inputs is not None else ["nothing was timed: no example_inputs"]
-    return Record("pack_", done, [Skipped(n, r) for n, r in left.items()], notes)
+    return Record("pack_", done, skipped, notes, whole.unseen, whole.total)
 
 
+@atomic
 def unpack_(model: nn.Module) -> Record:
     """Replace the packed layers of ``model`` by the drop-in layers that they stand for, in place.
 
@@ -105,6 +115,8 @@ def unpack_(model: nn.Module) -> Record:
 
     Raises:
         TypeError: ``model`` is no module.
+
+    On any exception, KeyboardInterrupt too, the model is unchanged.
     """
     sites = Sites(model)
     new: dict[str, nn.Module] = {}
@@ -124,7 +136,8 @@ def unpack_(model: nn.Module) -> Record:
         unpacked = module.unpacked()
         new.update(dict.fromkeys(sites.paths[id(module)], unpacked))
         what = f"{type(module).__name__} -> {type(unpacked).__name__}"
-        done.append(Done(path, what, "asked for", module.nbytes, _bytes(unpacked)))
+        size = sum(p.nbytes for p in unpacked.parameters())
+        done.append(Done(path, what, "asked for", module.nbytes, size))
     sites.swap(new)
     return Record("unpack_", done, left)
 
@@ -170,17 +183,13 @@ def _costs_more(weight: Tensor, rows: int) -> str | None:
     return None
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(p.nbytes for p in module.parameters())
-
-
-def _done(path: str, old: nn.Module, new: Any, timed: Contest | None) -> Done:
+def _done(path: str, old: nn.Module, new: Any, before: int, timed: Contest | None) -> Done:
     dtype = next(old.parameters()).dtype
     return Done(
         path,
         f"{type(old).__name__} -> {type(new).__name__}",
         str(timed) if timed else _UNTIMED.format(dtype=dtype),
-        _bytes(old),
+        before,
         new.nbytes,
         getattr(new, "density", 1.0),
         timed.us_before if timed else None,

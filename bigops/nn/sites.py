@@ -1,4 +1,4 @@
-"""Where layers sit in a model, which may be swapped, and the swap: all of it or none.
+"""Where layers sit in a model, which may be swapped, and the swap.
 
 `fuse_` and `compress_` build new layers beside the old ones and exchange them here at the end.
 """
@@ -108,18 +108,9 @@ class Sites:
         return hook_reason(module)
 
     def swap(self, replacements: Mapping[str, nn.Module]) -> None:
-        """Put each new module at its path; on any error all old ones are back."""
-        slots: list[tuple[dict[str, Any], str, nn.Module]] = []
+        """Put each new module at its path."""
         for path, new in replacements.items():
-            slots.append((self.parent(path)._modules, path.rpartition(".")[2], new))
-        old = [(modules, leaf, modules[leaf]) for modules, leaf, _ in slots]
-        try:
-            for modules, leaf, new in slots:
-                modules[leaf] = new
-        except BaseException:
-            for modules, leaf, module in old:
-                modules[leaf] = module
-            raise
+            self.parent(path)._modules[path.rpartition(".")[2]] = new
 
 
 # --- running a model on example inputs -------------------------------------------------------
