@@ -99,7 +99,9 @@ def check_every_line(
     """
     verb(make())  # what is made once per process is made now
     done = make()
+    untouched = state(done)
     count, _ = lines(lambda: verb(done))
+    assert state(done) != untouched, "the verb changes nothing"
     hit = 0
     for at in which(count):
         model = make()

@@ -86,9 +86,10 @@ def adapted() -> nn.Module:
 
 
 def packable() -> nn.Sequential:
+    """Each kind that is packed, of 64 rows, which a panel has, and a layer that is too small."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(32, 48), bigops.nn.GatedMLP(48, 32, bias=True),
-                         bigops.nn.LowRankLinear(48, 32, 20), nn.Linear(32, 2)).train()  # fmt: skip
+    return nn.Sequential(nn.Linear(32, 64), bigops.nn.GatedMLP(64, 64, bias=True),
+                         bigops.nn.LowRankLinear(64, 64, 64), nn.Linear(64, 2)).train()  # fmt: skip
 
 
 def packed() -> nn.Sequential:

@@ -311,6 +311,8 @@ def _kind(node: Any, path: str, depth: int) -> Kind | None:
 def _make(node: Mapping[str, Any], path: str) -> nn.Module:
     try:
         return KINDS[node["kind"]].make(dict(node["args"]))
+    except MemoryError:
+        raise
     except Exception as error:  # torch's constructors assert, too
         raise StructureError(
             f"{_where(path)}: {node['kind']} cannot be made with {str(node['args'])[:120]} "

@@ -195,8 +195,6 @@ def account(model: nn.Module, paths: Iterable[str]) -> Account:
 
 def _storage(tensor: Tensor) -> tuple[tuple[int, int], int]:
     """What tells a tensor's memory from that of others, and its bytes."""
-    if nn.parameter.is_lazy(tensor):
-        return (id(tensor), 0), 0  # it has none yet
     size = tensor.element_size() * tensor.numel()
     try:
         storage = tensor.untyped_storage()

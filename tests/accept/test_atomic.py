@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bigops import FormatError
 from tests.accept.conftest import Accept
 from tests.interrupts import ROOT, lines, state
 from tests.kernels_ran import needs_extension
@@ -44,7 +45,9 @@ def by_op(call: Callable[[], object], at: int = -1) -> tuple[int, str | None]:
     try:
         with mode:
             call()
-    except MemoryError as error:
+    except (MemoryError, FormatError) as error:
+        if not 0 < at <= mode.count:  # torch and safetensors may make an error of their own of it
+            raise
         return mode.count, str(error)
     return mode.count, None
 
@@ -57,7 +60,9 @@ def test_exceptions_anywhere(accept: Accept) -> None:
         make, verb = VERBS[name]
         verb(make())  # what is made once per process is made now
         model = make()
+        untouched = state(model)
         counts[name, way] = way(lambda m=model, v=verb: v(m))[0]  # type: ignore[misc]
+        assert state(model) != untouched, name
     ways = [way for way in ways if counts[way]]  # fuse_ and others may run no op
     rng, torn, raised = random.Random(0), [], 0
     cases = accept.count(1000)
