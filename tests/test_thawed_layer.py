@@ -156,13 +156,15 @@ def test_padding_stays_zero(optimiser: str, pattern: str, values: str) -> None:
     layer.storage().validate()
 
 
-def test_a_planted_gradient_in_the_padding_is_refused() -> None:
+def test_a_planted_gradient_in_the_padding_moves_no_weight_and_no_file_may_hold_it() -> None:
     layer = sparse_layer("fp32", pattern="1x1").freeze().thaw()
-    padding = ~layer.storage().positions().stored
+    before, padding = layer.dense_weight(), ~layer.storage().positions().stored
     layer.values.grad = padding.unsqueeze(-1).float()
     torch.optim.SGD([layer.values], lr=0.1).step()
+    assert torch.equal(layer.dense_weight(), before)
+    layer.storage().validate()
     with pytest.raises(ValueError, match="values: expected 0 in the padding"):
-        layer.storage().validate()
+        layer.storage()._replace(values=layer.values).validate()
 
 
 def test_freezing_a_thawed_layer_refuses_nan_and_leaves_it() -> None:
@@ -213,3 +215,47 @@ def test_thaw_refuses() -> None:
         SparseLinear.from_linear(sparse_layer("fp32").freeze().thaw())
     with pytest.raises(ValueError, match="chunk: expected 64, 128 or 256; got 32"):
         SparseLinear(8, 4, chunk=32)
+
+
+WRITERS = {
+    "noise": lambda v: v.data.add_(torch.randn_like(v)),
+    "data =": lambda v: setattr(v, "data", torch.randn_like(v)),
+    "init": lambda v: nn.init.normal_(v),
+    "vector": lambda v: nn.utils.vector_to_parameters(torch.randn(v.numel()).to(v.dtype), [v]),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("pattern", ["1x4", "1x1", "16x16", "2:4"])
+@pytest.mark.parametrize("values", ["fp32", "bf16"])
+def test_what_is_written_into_the_padding_is_no_weight(
+    values: str, pattern: str, writer: str
+) -> None:
+    """Some values fill up rows of slices, or stand beside the matrix: nothing may come of them."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[values]
+    linear = nn.Linear(71, 41).to(dtype)
+    layer = SparseLinear.from_linear(linear, None if ":" in pattern else 0.7, pattern, values)
+    layer.freeze().thaw()
+    x = torch.randn(5, 71).to(dtype)
+    layer(x)
+    with torch.no_grad():
+        WRITERS[writer](layer.values)
+    dense = layer.dense_weight()
+    assert layer.bias is not None
+    bias = layer.bias.detach()
+
+    def check(y: torch.Tensor) -> None:
+        truth = x.double() @ dense.double().T + bias.double()
+        plain = (x.float() @ dense.T + bias.float()).to(dtype)
+        scale = x.double().abs() @ dense.double().abs().T + bias.double().abs()
+        tolerance.check(y, truth, plain, scale)
+
+    y = layer(x)
+    check(y)
+    y.float().sum().backward()
+    assert not layer.values.grad[~layer.storage().inside()].any()
+    twin = SparseLinear.from_arguments(layer.arguments()).to_empty(device="cpu")
+    twin.load_state_dict(layer.state_dict(), assign=True)
+    check(twin(x))
+    check(layer.freeze()(x))
+    layer.storage().validate()

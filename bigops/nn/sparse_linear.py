@@ -55,8 +55,8 @@ class SparseLinear(CompressedLinear):
       does not follow what is written into the buffers in place.
     - Thawed (`thaw`, from frozen, floating values only): ``values`` is a Parameter. Forward and
       backward run the sparse kernels; gradient and optimiser state have the size of what is
-      stored, and padding stays 0. For long training at a fixed pattern, where the dense weight
-      does not fit or its product costs too much.
+      stored; padding counts as 0, whatever writes it. For long training at a fixed pattern, where
+      the dense weight does not fit or its product costs too much.
 
     Args:
         in_features: K.
@@ -105,6 +105,7 @@ class SparseLinear(CompressedLinear):
         self.stored = check_values(values)
         self.activations = check_activations(activations, values)
         self._gpu_form: SparseWeight | Sparse24Weight | BitmapWeight | None = None
+        self._inside: Tensor | None = None  # thawed: which values stand for an entry
         self.chunk = chunk_rows(out_features) if chunk is None else chunk
         if self.chunk not in CHUNKS:
             raise ValueError(f"chunk: expected 64, 128 or 256; got {chunk}")
@@ -200,7 +201,7 @@ class SparseLinear(CompressedLinear):
 
     def make_storage(self) -> SparseWeight:
         if self.thawed:
-            storage = self.make_frozen({name: self._stored(name) for name in TENSORS})
+            storage = self.storage()
             if not bool(torch.isfinite(storage.values).all()):
                 raise ValueError("values: expected finite values; got NaN or inf")
             return storage
@@ -344,21 +345,46 @@ class SparseLinear(CompressedLinear):
         return super().nbytes + self.gpu_nbytes
 
     def set_storage(self, storage: Any) -> None:
-        self._gpu_form = None
+        self._forget()
         super().set_storage(storage)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        self._gpu_form = None
+        self._forget()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._gpu_form = None
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
+    def _forget(self) -> None:
+        """Drop what was made of the frozen buffers."""
+        self._gpu_form = self._inside = None
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_gpu_form": None}  # pickle, copy and deepcopy all come by here
+        # pickle, copy and deepcopy all come by here
+        return {**self.__dict__, "_gpu_form": None, "_inside": None}
 
     # --- training on the stored values ------------------------------------------------------
+
+    def storage(self) -> Any:
+        """The compressed weight; of a thawed layer its padding is 0, whatever wrote the values."""
+        storage = super().storage()
+        if not self.thawed:
+            return storage
+        inside = self._inside
+        if inside is None or inside.device != storage.values.device:
+            with torch.no_grad():
+                inside = storage.inside()
+            if not torch.compiler.is_compiling():
+                self._inside = inside
+        return storage._replace(values=storage.values.where(inside, 0))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.thawed and not self.values.is_meta:
+            values = self.storage().values
+            if not torch.equal(values, self.values):  # padding was written, which no file may hold
+                destination[prefix + "values"] = values if keep_vars else values.detach()
 
     @property
     def thawed(self) -> bool:
@@ -382,7 +408,7 @@ class SparseLinear(CompressedLinear):
                 "values='fp32')"
             )
         if not self.thawed:
-            self._gpu_form = None
+            self._forget()
             values = self._buffers.pop("values")
             assert values is not None
             if values.is_inference():  # loaded under inference_mode: it could not be trained

@@ -159,6 +159,14 @@ class SparseWeight(NamedTuple):
         """Where each stored word belongs."""
         return positions(*self[:5], self.shape[1], self.chunk)
 
+    def inside(self) -> Tensor:
+        """bool, of the shape of ``values``: which of them stand for an entry of the matrix; the
+        others pad."""
+        (n, k), columns = self.shape, self.values.shape[2]
+        at = self.positions()
+        column = at.word.unsqueeze(-1) * columns + torch.arange(columns, device=at.word.device)
+        return (at.stored & (at.row < n)).unsqueeze(-1) & (column < k)
+
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix [N, K] that this weight stands for."""
         w = to_dense(self.values, self.positions(), *self.shape, self.chunk)
