@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import bigops
+from bigops.nn.atomic import MODES
 
 ROOT = str(Path(bigops.__file__).parent)
 
@@ -102,6 +103,7 @@ def check_every_line(
     untouched = state(done)
     count, _ = lines(lambda: verb(done))
     assert state(done) != untouched, "the verb changes nothing"
+    depths = [len(stack()) for stack in MODES]
     hit = 0
     for at in which(count):
         model = make()
@@ -111,4 +113,5 @@ def check_every_line(
             continue
         hit += 1
         assert state(model) == before, f"interrupted at {place} the model is changed"
+        assert [len(stack()) for stack in MODES] == depths, f"{place}: a mode of torch is left on"
     return hit

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import nn, overrides
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils import _python_dispatch as dispatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,6 +39,8 @@ class Before:
         self._flags: list[tuple[nn.Parameter, bool]] = []
         # Ctrl-C pressed where torch.no_grad() ends would leave gradients off for all that follows
         self._gradients = torch.is_grad_enabled()
+        # so of a mode that watches over the model while it runs, or of torch.device("meta")
+        self._depths = [(stack, pop, len(stack())) for stack, pop in MODES.items()]
         seen: set[int] = set()
         for model in models:
             for module in model.modules():
@@ -61,6 +64,12 @@ class Before:
     def restore(self) -> None:
         """Put all of it back; interrupted it may begin anew."""
         torch.set_grad_enabled(self._gradients)
+        for stack, pop, depth in self._depths:
+            while len(stack()) > depth:
+                try:
+                    stack()[-1].__exit__(None, None, None)
+                except IndexError:  # that was interrupted: only the stack has the mode still
+                    pop()
         for now, then in self._kept:
             _put_back(now, then)
         for parameter, flag in self._flags:
@@ -68,6 +77,11 @@ class Before:
                 parameter.requires_grad = flag
 
 
+# The stacks of modes that torch keeps for a thread, and what takes the last off.
+MODES: dict[Callable[[], list[Any]], Callable[[], Any]] = {
+    dispatch._get_current_dispatch_mode_stack: dispatch._pop_mode,
+    overrides._get_current_function_mode_stack: overrides._pop_mode,
+}
 CONTAINERS: tuple[type, ...] = (dict, list, set, OrderedDict, defaultdict, deque)
 
 

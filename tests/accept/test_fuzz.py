@@ -63,9 +63,12 @@ def laid_out(t: Tensor, random: Random) -> Tensor:
 
 
 def called(f: Callable[..., Tensor], case: Any, random: Random) -> None:
-    """Forward and, of a third, the gradients; inputs by strides of any kind."""
+    """Forward and, of a third, the gradients; inputs by strides of any kind.
+
+    Not those of relu: where z is 0 but for rounding, either slope is right.
+    """
     leaves = [None if t is None else laid_out(t, random) for t in case.leaves()]
-    if random.randrange(3):
+    if random.randrange(3) or case.name in ("relu", "reglu"):
         with torch.no_grad():
             y = f(*leaves)
         case.check_forward(y)
@@ -108,7 +111,7 @@ def compressed(random: Random) -> str:
 
 def low_rank(random: Random) -> str:
     n, k = width_of(random), width_of(random)
-    rank = random.randint(0, max(1, min(n, k, 40)))
+    rank = random.randint(0, min(n, k, 40))
     name, scale = random.choice(PLAIN), random.choice([1.0, 0.25])
     case = low_rank_cases.make(
         lead_of(random) or [1], n, k, rank, random.choice(FLOATS), name,
@@ -127,9 +130,11 @@ def loss(random: Random) -> str:
     options: dict[str, Any] = {"reduction": random.choice(["mean", "sum", "none"])}
     if random.random() < 0.5:
         options |= {"label_smoothing": 0.1, "z_loss": random.choice([0.0, 1e-3])}
+    tokens = random.randint(1, 40)
+    ignored = 0.3 if tokens > 15 else 0.0  # of no token at all the mean is NaN
     cross_entropy_cases.make(
-        random.randint(1, 40), random.randint(1, 300), random.randint(1, 70),
-        random.choice(FLOATS), ignored=random.choice([0, 0.3]), bias=random.random() < 0.5,
+        tokens, random.randint(1, 300), random.randint(1, 70),
+        random.choice(FLOATS), ignored=ignored, bias=random.random() < 0.5,
         **options,
     ).check()  # fmt: skip
     return "linear_cross_entropy"

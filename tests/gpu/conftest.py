@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 
 import bigops
 from bigops.ops import _triton, _triton_loss
+from bigops.ops._library import in_words
 from tests import triton_interpreter
 
 # op -> module of bigops.ops and the function that serves it on a GPU
@@ -109,8 +110,10 @@ def place(
     triton_interpreter.install()
     library = torch.library.Library("bigops", "IMPL")
     for op, (stem, name) in ROADS.items():
-        module = sys.modules[f"bigops.ops.{stem}"]
-        library.impl(op, getattr(module, name), "CPU", allow_override=True)
+        packet = getattr(torch.ops.bigops, op)
+        kernel = packet.code if "code" in packet.overloads() else packet.default
+        road = in_words(kernel, getattr(sys.modules[f"bigops.ops.{stem}"], name))
+        library.impl(kernel.name().removeprefix("bigops::"), road, "CPU", allow_override=True)
     adamw = sys.modules["bigops.ops.fused_adamw"]
     loss = sys.modules["bigops.ops.linear_cross_entropy"]
     monkeypatch.setattr(adamw, "step_adamw", adamw._cuda_adamw)
