@@ -17,7 +17,7 @@ import bigops
 from bigops.benches import rivals
 from bigops.benches.harness import DTYPES, OWN, Case, LeftOut, Side, copies, in_turn, optional_side
 from bigops.benches.limits import Cost
-from bigops.ops import _fp8_weight as fp8
+from bigops.formats import fp8
 from bigops.ops.fp8_linear import Fp8Weight, quantize_fp8
 
 ROWS = (1, 16, 256, 4096)

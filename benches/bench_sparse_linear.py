@@ -26,9 +26,9 @@ from bigops.benches.harness import (
     in_turn,
 )
 from bigops.benches.limits import Cost
-from bigops.ops._bitmap_linear import MAX_ROWS as BITMAP_ROWS
 from bigops.ops.quantized_linear import quantize_weight
 from bigops.ops.sparse_linear import Pattern, SparseWeight, bitmap_from_sparse, sparsify_weight
+from bigops.ops.sparse_linear.bitmap import MAX_ROWS as BITMAP_ROWS
 
 ROWS = (1, 4, 16, 64, 128, 256, 1024)
 SHAPES = ((768, 3072), (1024, 1024), (4096, 4096), (4096, 11008))

@@ -21,10 +21,11 @@ from bigops import backend
 from bigops.benches import rivals
 from bigops.benches.harness import DTYPES, OWN, Case, LeftOut, Side, compiled, optional_side
 from bigops.benches.limits import Cost
+from bigops.formats.sparse24 import Sparse24Weight
 from bigops.kernels.tiles import device_arch
-from bigops.ops import _sparse24_linear as op
-from bigops.ops._sparse24_weight import Sparse24Weight, pack24, prune24
+from bigops.ops.sparse_linear import sparse24 as op
 from bigops.ops.sparse_linear import transposable_mask
+from bigops.ops.sparse_linear.sparse24_pack import pack24, prune24
 
 PATTERN = "2:4t packed"
 SHAPES = ((1024, 1024), (4096, 4096), (4096, 11008))

@@ -26,9 +26,11 @@ _HOME = {
     "sparse_linear": "bigops.ops.sparse_linear",
     "explain": "bigops.backend",
     "report": "bigops.backend",
-    "fuse_": "bigops.nn.fuse",
-    "pack_": "bigops.nn.pack",
-    "unpack_": "bigops.nn.pack",
+    "add_lora_": "bigops.graph.add_lora",
+    "fuse_": "bigops.graph.fuse",
+    "pack_": "bigops.graph.pack",
+    "plain": "bigops.graph.plain",
+    "unpack_": "bigops.graph.pack",
     "Fp8": "bigops.compress.config",
     "Int4": "bigops.compress.config",
     "Int8": "bigops.compress.config",
@@ -43,7 +45,18 @@ _HOME = {
     "load": "bigops.compress.store",
     "save": "bigops.compress.store",
 }
-_ROOMS = ("backend", "compress", "nn", "ops", "parallel", "timing", "train")
+_ROOMS = (
+    "backend",
+    "compress",
+    "formats",
+    "graph",
+    "nn",
+    "ops",
+    "optim",
+    "parallel",
+    "timing",
+    "train",
+)
 
 __all__ = [
     "W4A8",
@@ -55,6 +68,7 @@ __all__ = [
     "LowRank",
     "Receipt",
     "Sparse",
+    "add_lora_",
     "compress",
     "compress_",
     "explain",
@@ -74,6 +88,7 @@ __all__ = [
     "pack_weight",
     "packed_linear",
     "parallel",
+    "plain",
     "quantize_fp8",
     "quantize_weight",
     "quantized_linear",
@@ -92,8 +107,10 @@ if TYPE_CHECKING:
     from bigops.compress.receipt import Floors, Receipt
     from bigops.compress.store import load, save
     from bigops.files import FormatError
-    from bigops.nn.fuse import fuse_
-    from bigops.nn.pack import pack_, unpack_
+    from bigops.graph.add_lora import add_lora_
+    from bigops.graph.fuse import fuse_
+    from bigops.graph.pack import pack_, unpack_
+    from bigops.graph.plain import plain
     from bigops.ops.fp8_linear import fp8_linear, quantize_fp8
     from bigops.ops.fused_adamw import fused_adamw, fused_grad_norm, fused_sgd
     from bigops.ops.fused_linear import fused_linear

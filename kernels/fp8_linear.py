@@ -87,7 +87,7 @@ def quantize_fp8(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Codes of BLOCK_M rows of x, to the bit as `bigops.ops._fp8_weight.quantize_rows` has them.
+    """Codes of BLOCK_M rows of x, to the bit as `bigops.formats.fp8.quantize_rows` has them.
 
     Two passes: the second reads from cache what the first saw. To be launched without fusion of
     products and sums.
@@ -251,7 +251,7 @@ def _codes(t: Tensor, units: str) -> Tensor:
 def quantize_activations(
     x: Tensor, block: bool = False, x_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rows of x as e4m3fn, to the bit those of `bigops.ops._fp8_weight.quantize_rows`.
+    """Rows of x as e4m3fn, to the bit those of `bigops.formats.fp8.quantize_rows`.
 
     Args:
         x: [M, K], float32, bfloat16 or float16, any strides.

@@ -63,7 +63,7 @@ def quantize_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Quantise BLOCK_M rows of x to the bit as `bigops.ops._quantize.quantize_rows` does.
+    """Quantise BLOCK_M rows of x to the bit as `bigops.formats.quantize.quantize_rows` does.
 
     Two passes: the second reads from cache what the first saw. To be launched without fusion of
     products and sums, which would round x * inverse otherwise than plain torch.
@@ -289,7 +289,7 @@ def _check(x: Tensor, **others: Tensor | None) -> None:
 def quantize_activations(
     x: Tensor, activations: str, grid: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of x as whole numbers, to the bit those of `bigops.ops._quantize.quantize_rows`.
+    """Rows of x as whole numbers, to the bit those of `bigops.formats.quantize.quantize_rows`.
 
     Args:
         x: [M, K], float32, bfloat16 or float16, any strides.

@@ -1,10 +1,10 @@
 """Triton kernels of `sparse_linear` for rows that share their pattern 16 by 16, on matrix units.
 
-The kernels read the values where `bigops.ops._sparse_weight` keeps them;
-`bigops.ops._sparse_blocks` says where the blocks lie. A block of HEIGHT rows and WIDTH columns is
-HEIGHT / 16 runs of [WIDTH / C, 16, C] values (C columns make a word of 4 bytes), each one stretch
-of memory, which a program permutes on chip into an operand of the product. Two kernels serve three
-products:
+The kernels read the values where `bigops.formats.sparse` keeps them;
+`bigops.ops.sparse_linear.blocks` says where the blocks lie. A block of HEIGHT rows and WIDTH
+columns is HEIGHT / 16 runs of [WIDTH / C, 16, C] values (C columns make a word of 4 bytes), each
+one stretch of memory, which a program permutes on chip into an operand of the product. Two kernels
+serve three products:
 
 - `block_product`: y = act(x W^T + bias) + residual, a line of blocks being HEIGHT rows of W; and
   gx = gz W, a line being WIDTH columns of W, whose blocks a second list gives. A program makes
@@ -54,7 +54,7 @@ class Lines(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Where the blocks of a weight lie; `bigops.ops._sparse_blocks.find` makes it."""
+    """Where the blocks of a weight lie; `bigops.ops.sparse_linear.blocks.find` makes it."""
 
     height: int  # 16 or 32
     rows: Lines

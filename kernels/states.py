@@ -1,6 +1,6 @@
 """What optimiser steps store in few bits, for Triton kernels: 8-bit states, stochastic rounding.
 
-The meaning is that of bigops/ops/_optimizer_states.py: the dynamic map of Dettmers et al. (2021,
+The meaning is that of bigops/ops/fused_adamw/states.py: the dynamic map of Dettmers et al. (2021,
 arXiv 2110.02861) with one absmax for 256 elements, and the random bits of Philox4x32-10 (Salmon et
 al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011).
 """

@@ -80,9 +80,9 @@ def built(op: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "cuda_error", "")
         patch.setattr(backend, "cuda_runs_on", lambda arch: True)
-        sparse24 = sys.modules["bigops.ops._sparse24_linear"]
+        sparse24 = sys.modules["bigops.ops.sparse_linear.sparse24"]
         patch.setattr(sparse24, "serves", lambda x, stored: sparse24._fits(x.shape[-1], stored))
-        steps = sys.modules["bigops.ops._cuda_adamw"]
+        steps = sys.modules["bigops.ops.fused_adamw.cuda"]
         patch.setattr(steps, "serves", lambda tensors: op in _STEPS and len(tensors) > 0)
         yield
 

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigops.ops import _fp8_weight as fp8
-from bigops.ops._quantize import quantize_rows, static_grid
+from bigops.formats import fp8
+from bigops.formats.quantize import quantize_rows, static_grid
 from bigops.ops.fp8_linear import Fp8Weight, fp8_linear, quantize_fp8
 from bigops.ops.packed_linear import PackedWeight, pack_weight, packed_linear
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear

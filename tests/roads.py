@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigops.ops._library import encoder
+from bigops.ops.library import encoder
 
 Op = Callable[..., Tensor]  # f(*tensors) -> y
 Grads = list[Tensor | None]

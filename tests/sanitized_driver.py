@@ -31,7 +31,7 @@ import torch  # noqa: E402  torch's libraries must be there before the extension
 load(sys.argv[1])
 
 from bigops import backend  # noqa: E402
-from bigops.ops._quantize import static_grid, to_grid  # noqa: E402
+from bigops.formats.quantize import static_grid, to_grid  # noqa: E402
 from bigops.ops.fused_linear import fused_linear  # noqa: E402
 from bigops.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from bigops.ops.packed_linear import pack_weight, packed_linear  # noqa: E402

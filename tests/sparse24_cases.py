@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigops.ops import _activation as act
-from bigops.ops._sparse24_weight import Sparse24Weight, from_sparse, prune24, sample
+from bigops.formats.sparse24 import Sparse24Weight, from_sparse, sample
+from bigops.ops import activation as act
 from bigops.ops.sparse_linear import sparse_linear
+from bigops.ops.sparse_linear.sparse24_pack import prune24
 from tests.compressed_cases import DTYPES, Case, make
 
 # Stored as, and x: int8 values take x of any dtype, others their own.

@@ -22,22 +22,23 @@ SOURCES = (".py", ".cpp", ".h", ".inl", ".cu", ".cuh")
 MAX_LINES = 500
 
 # Room -> rooms it may import. Not listed: every room may import itself and the leaves.
-LEAVES = {"backend", "crossover", "gpu_tiles", "timing", "files", "_C"}
-BELOW_RECIPES = {"nn", "ops", "kernels", "train", "compress", "parallel"}
+LEAVES = {"backend", "timing", "files", "_C"}
+BELOW_OPTIM = {"kernels", "formats", "ops", "nn", "graph"}
+BELOW_RECIPES = {*BELOW_OPTIM, "optim", "train", "compress", "parallel"}
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
-    "ops": {"kernels"},
-    "nn": {"ops", "kernels"},
-    "train": {"nn", "ops", "kernels"},
-    "compress": {"nn", "ops", "kernels"},
-    "parallel": {"nn", "ops", "kernels"},
+    "formats": {"kernels"},
+    "ops": {"kernels", "formats"},
+    "nn": {"kernels", "formats", "ops"},
+    "graph": {"kernels", "formats", "ops", "nn"},
+    "optim": BELOW_OPTIM,
+    "train": {*BELOW_OPTIM, "optim"},
+    "compress": {*BELOW_OPTIM, "optim"},
+    "parallel": {*BELOW_OPTIM, "optim"},
     "recipes": BELOW_RECIPES,
     "benches": BELOW_RECIPES,  # beside recipes: measures what stands below both
-    "doctor": set(),
-    "tune": {"ops"},  # measures them for this machine
-    "tune_gpu": {"ops", "kernels", "tune_problems"},
-    "tune_problems": {"ops", "kernels"},
-    "cli": {*BELOW_RECIPES, "recipes", "benches", "doctor", "tune", "tune_gpu"},
+    "tune": {"formats", "ops", "kernels"},  # measures them for this machine
+    "cli": {*BELOW_RECIPES, "recipes", "benches", "tune"},
     "__main__": {"cli"},
     "": BELOW_RECIPES,  # bigops/__init__.py re-exports
 }
@@ -178,14 +179,14 @@ def unplaced_tensors(root: Path) -> list[str]:
 
 
 def missing_stems(root: Path) -> list[str]:
-    """Ops without a test or a bench of their stem."""
+    """Ops, which are the folders of bigops/ops, without a test or a bench of their stem."""
     found = []
-    for file in sorted((root / "bigops" / "ops").iterdir()):
-        if file.name.startswith(("_", ".")):
+    for folder in sorted((root / "bigops" / "ops").iterdir()):
+        if not (folder / "__init__.py").exists():
             continue
-        for wanted in (f"tests/test_{file.stem}.py", f"benches/bench_{file.stem}.py"):
+        for wanted in (f"tests/test_{folder.name}.py", f"benches/bench_{folder.name}.py"):
             if not (root / wanted).exists() and not (root / wanted[:-3]).is_dir():
-                found.append(f"{file.stem}: {wanted} is missing")
+                found.append(f"{folder.name}: {wanted} is missing")
     return found
 
 
@@ -239,7 +240,7 @@ def test_the_tree_is_seen() -> None:
     rooms = {room_of(module) for module, _ in python_files(ROOT)}
     assert {"ops", "kernels", "benches", "cli", "backend"} <= rooms
     names = {str(file.relative_to(ROOT)) for file in tracked(ROOT)}
-    assert {"setup.py", "bigops/cli.py", "bigops/py.typed", "Makefile"} <= names
+    assert {"setup.py", "bigops/cli/__init__.py", "bigops/py.typed", "Makefile"} <= names
 
 
 def test_type_marker_and_symlinked_rooms() -> None:
@@ -256,7 +257,7 @@ PLANTED = {
     "imports up lazily": ("imports", "bigops/nn/a.py", "def f():\n    import bigops.compress\n"),
     "imports up relatively": ("imports", "bigops/nn/a.py", "from ..compress import plan\n"),
     "imports sideways": ("imports", "bigops/train/a.py", "import bigops.compress.plan\n"),
-    "leaf imports a room": ("imports", "bigops/backend.py", "import bigops.ops\n"),
+    "leaf imports a room": ("imports", "bigops/backend/a.py", "import bigops.ops\n"),
     "kernel imports the package": ("imports", "kernels/a.py", "from bigops.ops import one\n"),
     "kernel imports a leaf": ("imports", "kernels/a.py", "from bigops import backend\n"),
     "kernel imports numpy": ("imports", "kernels/a.py", "import numpy\n"),
@@ -271,7 +272,7 @@ PLANTED = {
         "import torch\ntorch.ones(2)\n",
     ),
     "a number on it": ("devices", "kernels/a.py", "import torch\nx = 2 * torch.tensor([1]).t()\n"),
-    "an op without test and bench": ("stems", "bigops/ops/two.py", "x = 1\n"),
+    "an op without test and bench": ("stems", "bigops/ops/two/__init__.py", "x = 1\n"),
     "an unlisted data file": ("data", "kernels/configs/h.toml", "x = 1\n"),
 }
 
@@ -281,12 +282,12 @@ def small_tree(root: Path) -> Path:
     good = {
         "pyproject.toml": '[tool.setuptools.package-data]\n"*" = ["*.json", "py.typed"]\n',
         "bigops/__init__.py": "from bigops.ops import one\n",
-        "bigops/backend.py": "def explain():\n    import bigops.ops\n",
+        "bigops/backend/__init__.py": "def explain():\n    import bigops.ops\n",
         "bigops/py.typed": "",
         "bigops/ops/__init__.py": "from bigops.ops import one\n",
-        "bigops/ops/one.py": "from bigops import backend\nfrom bigops.kernels import one as k\n",
+        "bigops/ops/one/__init__.py": "from bigops import backend\nfrom bigops.kernels import one as k\n",
         "bigops/nn/a.py": "from bigops import __version__\nfrom bigops.ops.one import k\n",
-        "bigops/cli.py": "def demo():\n    from bigops.recipes import demo\n",
+        "bigops/cli/__init__.py": "def demo():\n    from bigops.recipes import demo\n",
         "kernels/one.py": "import math\nimport torch\nfrom bigops.kernels import tiles\n",
         "kernels/configs/a.json": "{}\n",
         "benches/bench_one.py": "import bigops\nfrom bigops.benches import harness\n",
@@ -313,6 +314,6 @@ def test_a_planted_violation_is_found(fault: str, tmp_path: Path) -> None:
     root = small_tree(tmp_path)
     plant(root, file, text)
     found = CHECKS[check](root)
-    stem = Path(file).stem
+    stem = Path(file).parent.name if file.endswith("__init__.py") else Path(file).stem
     assert found, f"{fault}: not found"
     assert all(stem in line for line in found), found

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigops.ops._bitmap_weight import check_storage, tiles_of
+from bigops.formats.bitmap import check_storage, tiles_of
 from bigops.ops.sparse_linear import (
     BitmapWeight,
     bitmap_from_sparse,

@@ -17,8 +17,9 @@ import pytest
 from torch import nn
 
 import bigops
-from bigops import backend, cli, doctor, save
+from bigops import backend, cli, save
 from bigops.benches import harness, rows
+from bigops.cli import doctor
 from tests.kernels_ran import named
 from tests.test_bench_harness import COLUMNS, ROW
 

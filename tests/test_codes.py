@@ -16,8 +16,8 @@ from torch import Tensor
 
 import bigops.ops
 from bigops import backend
-from bigops.ops import _codes as codes
-from bigops.ops._library import encoder
+from bigops.ops import codes
+from bigops.ops.library import encoder
 from bigops.ops.sparse_linear import from_dense
 from tests.kernels_ran import needs_extension
 

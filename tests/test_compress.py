@@ -12,8 +12,8 @@ import bigops
 from bigops.compress import config as configs
 from bigops.compress.apply import compress_, freeze_
 from bigops.compress.config import W4A8, Int4, Int8, Sparse, SparseInt8
+from bigops.graph import sites as sites_module
 from bigops.nn import GatedMLP, Linear, QuantLinear, SparseLinear
-from bigops.nn import sites as sites_module
 from bigops.timing import Ratio
 
 

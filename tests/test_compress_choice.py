@@ -12,9 +12,9 @@ from torch import nn
 import bigops
 from bigops import Fp8, Int4, Int8, LowRank, Sparse, compress_, freeze_
 from bigops.compress import build, choose, measure
+from bigops.graph import sites as sites_module
+from bigops.graph.sites import Sites
 from bigops.nn import Fp8Linear, Linear, QuantLinear, QuantLowRankLinear
-from bigops.nn import sites as sites_module
-from bigops.nn.sites import Sites
 from bigops.timing import Ratio
 from tests.kernels_ran import needs_extension
 

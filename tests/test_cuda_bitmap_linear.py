@@ -20,15 +20,15 @@ from bigops import backend
 from bigops.benches import harness
 from bigops.benches.limits import Cost
 from bigops.nn import Linear, SparseLinear
-from bigops.ops import _activation as act
-from bigops.ops import _bitmap_linear as op
-from bigops.ops._library import in_words
+from bigops.ops import activation as act
+from bigops.ops.library import in_words
 from bigops.ops.sparse_linear import (
     BitmapWeight,
     bitmap_from_sparse,
     pack_bitmap,
     sparse_linear,
 )
+from bigops.ops.sparse_linear import bitmap as op
 from tests import hostrun, roads
 from tests.compressed_cases import DTYPES, Case, make
 from tests.kernels_ran import expect

@@ -19,10 +19,9 @@ from torch import Tensor
 import bigops
 from bigops import backend, fused_adamw, fused_grad_norm
 from bigops.benches import harness
-from bigops.ops import _cuda_adamw as road
-from bigops.ops import _optimizer_states as states
-from bigops.ops import _triton_loss
-from bigops.ops.fused_adamw import reference_adamw, reference_norm
+from bigops.ops.fused_adamw import cuda as road
+from bigops.ops.fused_adamw import reference_adamw, reference_norm, states
+from bigops.ops.linear_cross_entropy import triton as _triton_loss
 from tests import hostrun
 from tests.kernels_ran import expect
 from tests.optimizer_cases import Problem, round_roots, same

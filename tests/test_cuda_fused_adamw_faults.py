@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigops.ops import _triton_loss
 from bigops.ops.fused_adamw import reference_adamw, reference_norm
+from bigops.ops.linear_cross_entropy import triton as _triton_loss
 from tests import hostrun
 from tests.optimizer_cases import Problem, round_roots, same
 from tests.tolerance import check

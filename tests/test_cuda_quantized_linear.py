@@ -18,10 +18,10 @@ from torch import Tensor
 
 import bigops
 from bigops import backend
-from bigops.ops import _activation as act
-from bigops.ops import _cuda_quantized as road
-from bigops.ops._quantized_weight import pack
+from bigops.formats.quantized import pack
+from bigops.ops import activation as act
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
+from bigops.ops.quantized_linear import cuda as road
 from tests import hostrun
 from tests.compressed_cases import DTYPES, QUANTISED, Case, make
 from tests.kernels_ran import expect

@@ -16,11 +16,12 @@ from torch import Tensor
 
 import bigops
 from bigops import backend
-from bigops.ops import _sparse24_linear as op
-from bigops.ops import _sparse24_pack as kernels
-from bigops.ops._library import in_words
-from bigops.ops._sparse24_weight import Sparse24Weight, prune24, sample
+from bigops.formats.sparse24 import Sparse24Weight, sample
+from bigops.ops.library import in_words
+from bigops.ops.sparse_linear import sparse24 as op
+from bigops.ops.sparse_linear import sparse24_pack as kernels
 from bigops.ops.sparse_linear import sparse_linear
+from bigops.ops.sparse_linear.sparse24_pack import prune24
 from tests import hostrun, roads
 from tests.backends import covering
 from tests.compressed_cases import DTYPES

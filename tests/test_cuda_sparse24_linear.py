@@ -19,12 +19,13 @@ from torch import Tensor
 
 import bigops
 from bigops import backend
+from bigops.formats.sparse24 import Sparse24Weight, from_sparse, padded
 from bigops.nn import Linear, SparseLinear
-from bigops.ops import _activation as act
-from bigops.ops import _sparse24_linear as op
-from bigops.ops._library import in_words
-from bigops.ops._sparse24_weight import Sparse24Weight, from_sparse, pack24, padded
+from bigops.ops import activation as act
+from bigops.ops.library import in_words
+from bigops.ops.sparse_linear import sparse24 as op
 from bigops.ops.sparse_linear import sparse_linear
+from bigops.ops.sparse_linear.sparse24_pack import pack24
 from tests import hostrun
 from tests.compressed_cases import DTYPES, Case
 from tests.kernels_ran import expect, needs_extension

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import bigops
 from bigops import backend
-from bigops.ops import _activation as act
-from bigops.ops import _cuda_sparse as road
-from bigops.ops._sparse_weight import sizes
+from bigops.formats.sparse import sizes
+from bigops.ops import activation as act
+from bigops.ops.sparse_linear import cuda as road
 from bigops.ops.sparse_linear import sparsify_weight
 from tests import hostrun
 from tests.compressed_cases import DTYPES, SPARSE, Case, make, served

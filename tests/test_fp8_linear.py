@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bigops
+from bigops.formats.fp8 import Fp8Weight, quantize_fp8
 from bigops.ops import fp8_linear as function
-from bigops.ops._fp8_weight import Fp8Weight, quantize_fp8
 from tests import roads
 from tests.compressed_cases import DTYPES, FP8, Case, make
 from tests.linear_cases import PLAIN

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigops.ops import _fp8_weight as fp8
+from bigops.formats import fp8
 from bigops.ops.fp8_linear import Fp8Weight, fp8_linear, quantize_fp8
 from tests.compressed_cases import FP8
 from tests.tolerance import snr_db

@@ -1,6 +1,6 @@
 """quantized_linear and sparse_linear: gradients on every road, and the contract of a torch op.
 
-Both get their roads from bigops/ops/_frozen.py, so both are held to them here. The gradient of
+Both get their roads from bigops/ops/family.py, so both are held to them here. The gradient of
 sparse values travels them in test_sparse_values.py.
 """
 

@@ -23,11 +23,14 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import bigops
-from bigops import backend, doctor
+from bigops import backend
+from bigops.cli import doctor
 from bigops.kernels import form_tiles, quantized_tiles, tiles
-from bigops.ops import _triton, _triton_loss, _triton_sparse
+from bigops.ops import targets
+from bigops.ops.linear_cross_entropy import triton as _triton_loss
 from bigops.ops.quantized_linear import quantize_weight
 from bigops.ops.sparse_linear import block_mask, sparsify_weight
+from bigops.ops.sparse_linear import triton as _triton_sparse
 from tests import triton_interpreter
 from tests.optimizer_cases import Problem
 
@@ -129,7 +132,7 @@ def _afresh() -> Iterator[None]:
 
 
 def forget() -> None:
-    memos = (_triton.unserved, _triton_sparse._no_tile, backend._find_triton, tiles.tables,
+    memos = (targets.unserved, _triton_sparse._no_tile, backend._find_triton, tiles.tables,
              tiles.table_for, tiles.choose_config, form_tiles._tables, form_tiles.choose_config,
              quantized_tiles._tables, quantized_tiles.choose_config)  # fmt: skip
     for memo in memos:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bigops
-from bigops.ops._quantize import from_grid, to_grid
+from bigops.formats.quantize import from_grid, to_grid
 from bigops.ops.quantized_linear import quantize_weight, quantized_linear, static_grid
 from bigops.ops.sparse_linear import sparse_linear
 from tests import roads

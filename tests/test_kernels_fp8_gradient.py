@@ -19,8 +19,8 @@ from triton.runtime.errors import InterpreterError
 from bigops.kernels import fp8_gradient as kernels
 from bigops.kernels import fp8_tiles
 from bigops.kernels.tiles import TileConfig
-from bigops.ops import _triton_fp8 as road
 from bigops.ops.fp8_linear import quantize_fp8
+from bigops.ops.fp8_linear import triton as road
 from tests import triton_interpreter
 from tests.compressed_cases import DTYPES, FP8, Case, make
 from tests.guarded import guarded

@@ -15,13 +15,13 @@ pytest.importorskip("triton")
 from triton.runtime.errors import InterpreterError
 
 import bigops
+from bigops.formats import fp8
 from bigops.kernels import fp8_linear as kernels
 from bigops.kernels import fp8_tiles
 from bigops.kernels.tiles import TileConfig
-from bigops.ops import _activation as act
-from bigops.ops import _fp8_weight as fp8
-from bigops.ops import _triton_fp8 as road
+from bigops.ops import activation as act
 from bigops.ops.fp8_linear import Fp8Weight, quantize_fp8
+from bigops.ops.fp8_linear import triton as road
 from tests import triton_interpreter
 from tests.compressed_cases import DTYPES, FP8, Case, make
 from tests.kernels_ran import expect

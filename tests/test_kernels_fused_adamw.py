@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from bigops import fused_adamw
-from bigops.ops import _optimizer_states as states
+from bigops.ops.fused_adamw import states
 from tests import triton_interpreter
 from tests.kernels_ran import expect
 from tests.optimizer_cases import Problem

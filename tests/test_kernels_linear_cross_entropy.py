@@ -14,8 +14,8 @@ import torch
 pytest.importorskip("triton")
 
 from bigops.kernels import linear_cross_entropy as kernels
-from bigops.ops import _triton_loss
 from bigops.ops import linear_cross_entropy as op
+from bigops.ops.linear_cross_entropy import triton as _triton_loss
 from tests import triton_interpreter
 from tests.cross_entropy_cases import ALL, make
 from tests.planted import plant

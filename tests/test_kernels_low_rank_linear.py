@@ -23,7 +23,7 @@ from bigops.kernels import low_rank_linear as kernels
 from bigops.kernels import low_rank_model as model
 from bigops.kernels import tiles
 from bigops.kernels.tiles import TileConfig
-from bigops.ops import _triton_low_rank as road
+from bigops.ops.low_rank_linear import triton as road
 from tests import triton_interpreter
 from tests.guarded import guarded
 from tests.kernels_ran import expect

@@ -16,12 +16,12 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import InterpreterError
 
+from bigops.formats.quantized import pack
 from bigops.kernels import quantized_gradient as kernels
 from bigops.kernels import quantized_tiles
 from bigops.kernels.tiles import TileConfig
-from bigops.ops import _triton_quantized as road
-from bigops.ops._quantized_weight import pack
 from bigops.ops.quantized_linear import quantize_weight
+from bigops.ops.quantized_linear import triton as road
 from tests import triton_interpreter
 from tests.compressed_cases import DTYPES, Case, make
 from tests.guarded import guarded

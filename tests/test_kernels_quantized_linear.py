@@ -18,14 +18,14 @@ pytest.importorskip("triton")
 from triton.runtime.errors import InterpreterError
 
 import bigops
+from bigops.formats.quantize import quantize_rows, static_grid
+from bigops.formats.quantized import pack
 from bigops.kernels import quantized_linear as kernels
 from bigops.kernels import quantized_tiles
 from bigops.kernels.tiles import TileConfig
-from bigops.ops import _activation as act
-from bigops.ops import _triton_quantized as road
-from bigops.ops._quantize import quantize_rows, static_grid
-from bigops.ops._quantized_weight import pack
+from bigops.ops import activation as act
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
+from bigops.ops.quantized_linear import triton as road
 from tests import triton_interpreter
 from tests.compressed_cases import DTYPES, QUANTISED, Case, make
 from tests.guarded import guarded

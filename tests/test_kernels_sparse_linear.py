@@ -18,11 +18,11 @@ from triton.runtime.errors import InterpreterError
 
 import bigops
 from bigops import backend
+from bigops.formats import checks
 from bigops.kernels import form_tiles
 from bigops.kernels import sparse_linear as kernels
-from bigops.ops import _checks as checks
-from bigops.ops import _sparse_blocks
 from bigops.ops.sparse_linear import SparseWeight, sparsify_weight
+from bigops.ops.sparse_linear import blocks as _sparse_blocks
 from tests import triton_interpreter
 from tests.compressed_cases import Case, make
 from tests.guarded import guarded

@@ -26,10 +26,10 @@ from bigops.kernels import product as products
 from bigops.kernels import tiles
 from bigops.kernels.activation import NAMES
 from bigops.kernels.tiles import TileConfig
-from bigops.ops import _triton as linear_road
-from bigops.ops import _triton_fp8 as fp8_road
-from bigops.ops import _triton_low_rank as low_rank_road
-from bigops.ops import _triton_quantized as quantized_road
+from bigops.ops.fp8_linear import triton as fp8_road
+from bigops.ops.fused_linear import triton as linear_road
+from bigops.ops.low_rank_linear import triton as low_rank_road
+from bigops.ops.quantized_linear import triton as quantized_road
 from tests import compressed_cases, linear_cases, low_rank_cases, triton_interpreter
 from tests.kernels_ran import expect
 from tests.optimizer_cases import Problem

@@ -12,9 +12,8 @@ from torch import Tensor
 
 import bigops
 from bigops import backend
-from bigops.ops import _chunked_loss as chunked
-from bigops.ops._cross_entropy import serve_chunk
-from bigops.ops.linear_cross_entropy import linear_cross_entropy
+from bigops.ops.linear_cross_entropy import chunked, linear_cross_entropy
+from bigops.ops.linear_cross_entropy.reference import serve_chunk
 from tests.backends import CPU, REFERENCE, TRITON, Way
 from tests.cross_entropy_cases import ALL, Case, make
 from tests.kernels_ran import ISAS, expect, isa, needs_extension

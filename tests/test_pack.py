@@ -15,6 +15,8 @@ from torch.nn.utils import parametrize
 import bigops
 from bigops import backend
 from bigops.compress import measure
+from bigops.graph import pack
+from bigops.graph.sites import Contest
 from bigops.nn import (
     GatedMLP,
     Linear,
@@ -22,9 +24,7 @@ from bigops.nn import (
     PackedGatedMLP,
     PackedLinear,
     QuantLinear,
-    pack,
 )
-from bigops.nn.sites import Contest
 from bigops.ops.packed_linear import pack_weight
 from bigops.timing import Ratio
 from tests.kernels_ran import needs_extension

@@ -22,7 +22,7 @@ from bigops.nn import (
     PackedLowRankLinear,
     QuantLinear,
 )
-from bigops.ops import _activation as act
+from bigops.ops import activation as act
 from tests import tolerance
 from tests.kernels_ran import expect, needs_extension
 from tests.packed_cases import make, same_state, state_of

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import bigops
 from bigops import backend
+from bigops.formats.low_rank import QuantizedFactors, quantize_factors
 from bigops.nn import LowRankLinear, QuantLinear, QuantLowRankLinear
-from bigops.ops._quantized_factors import QuantizedFactors, quantize_factors
 from bigops.ops.low_rank_linear import low_rank_linear
 from bigops.ops.quantized_linear import quantize_weight, reference
 from tests import tolerance

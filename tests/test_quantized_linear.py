@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bigops.ops._codes import code_of
-from bigops.ops._library import encoder
-from bigops.ops._quantize import quantize_rows, static_grid
-from bigops.ops._quantized_weight import pack
+from bigops.formats.quantize import quantize_rows, static_grid
+from bigops.formats.quantized import pack
+from bigops.ops.codes import code_of
+from bigops.ops.library import encoder
 from bigops.ops.quantized_linear import (
     QuantizedWeight,
     quantize_weight,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import bigops
-from bigops.ops import _quantized_weight as storage
-from bigops.ops._quantize import static_grid
+from bigops.formats import quantized as storage
+from bigops.formats.quantize import static_grid
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
 from tests.compressed_cases import DTYPES, QUANTISED
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from bigops import backend
 from bigops.compress import Sparse, compress_
+from bigops.formats.sparse24 import from_sparse, to_dense
 from bigops.nn import Linear, SparseLinear
-from bigops.ops import _sparse24_linear as op
-from bigops.ops import _sparse24_pack as packing
-from bigops.ops._library import in_words
-from bigops.ops._sparse24_weight import from_sparse, to_dense
+from bigops.ops.library import in_words
 from bigops.ops.sparse_linear import Pattern, n_m_mask, transposable_mask
+from bigops.ops.sparse_linear import sparse24 as op
+from bigops.ops.sparse_linear import sparse24_pack as packing
 from tests import hostrun
 from tests.kernels_ran import expect, named
 from tests.sparse24_cases import Trained24

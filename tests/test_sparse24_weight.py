@@ -10,18 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigops.ops._sparse24_weight import (
-    _bits,
-    check_storage,
-    from_sparse,
-    pack24,
-    prune24,
-    sample,
-    to_dense,
-    turn,
-)
-from bigops.ops._sparse_convert import _BLOCKS
+from bigops.formats.sparse24 import _bits, check_storage, from_sparse, sample, to_dense, turn
+from bigops.formats.sparse_convert import _BLOCKS
 from bigops.ops.sparse_linear import n_m_mask, sparsify_weight, transposable_mask
+from bigops.ops.sparse_linear.sparse24_pack import pack24, prune24
 from tests import hostrun
 
 SOURCE = Path(__file__).parent / "hostrun_kernels.cu"

@@ -408,7 +408,7 @@ def test_a_slice_has_no_more_steps_than_a_panel_has_words() -> None:
 def test_what_is_wrong_is_found_in_any_part_that_is_looked_at(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigops.ops._sparse_weight.BLOCK", 7)  # many parts of a small weight
+    monkeypatch.setattr("bigops.formats.sparse.BLOCK", 7)  # many parts of a small weight
     w = torch.randn(150, 600)
     weight = sparsify_weight(w, torch.rand(150, 600) < 0.1, dtype, (1, 1))
     weight.validate()

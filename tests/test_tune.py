@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigops import backend, cli, crossover, tune
-from bigops.nn import Linear, pack_
+from bigops import backend, cli, tune
+from bigops.backend import crossover
+from bigops.graph import pack_
+from bigops.nn import Linear
 from tests.kernels_ran import expect, needs_extension
 
 pytestmark = needs_extension
@@ -157,7 +159,7 @@ def test_two_processes_lose_nothing_of_each_other() -> None:
     of = crossover.machine(backend.extension)
     path = tune.tune(["f32"], timer=Scripted(OWN_FIRST))
     code = (
-        "import sys, time; from pathlib import Path; from bigops import tune, crossover, backend\n"
+        "import sys, time; from pathlib import Path; from bigops import tune, backend; from bigops.backend import crossover\n"
         "of = crossover.machine(backend.extension); path = Path(sys.argv[1])\n"
         "(path.parent / f'{sys.argv[2]} is ready').touch()\n"
         "while len(list(path.parent.glob('* is ready'))) < 2: time.sleep(1e-3)\n"

@@ -18,12 +18,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from bigops import backend, cli, explain, gpu_tiles, timing, tune_gpu
+from bigops import backend, cli, explain, timing
+from bigops.backend import gpu_tiles
 from bigops.kernels import tuned
 from bigops.kernels.tiles import TileConfig
-from bigops.ops import _triton, _triton_tuned
-from bigops.tune_gpu import Target
-from bigops.tune_problems import PROBLEMS
+from bigops.ops import targets
+from bigops.ops import tuned as _triton_tuned
+from bigops.tune import gpu as tune_gpu
+from bigops.tune.gpu import Target
+from bigops.tune.problems import PROBLEMS
 from tests import triton_interpreter
 from tests.backends import covering
 from tests.kernels_ran import expect
@@ -50,7 +53,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def forget() -> None:
-    for memo in (_triton_tuned.tables, _triton_tuned.hand_over, _triton.unserved):
+    for memo in (_triton_tuned.tables, _triton_tuned.hand_over, targets.unserved):
         getattr(memo, "cache_clear", lambda: None)()
     tuned.clear()
 
@@ -220,7 +223,7 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped() -> None:
 def test_two_processes_lose_nothing_of_each_other() -> None:
     path = fill()
     code = (
-        "import json, sys, time; from pathlib import Path; from bigops import tune_gpu\n"
+        "import json, sys, time; from pathlib import Path; from bigops.tune import gpu as tune_gpu\n"
         "path, of, name = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]\n"
         "point = {'seconds': {'[32, 32, 32, 2, 4, 2, 2]': 1.0}, 'failed': {}}\n"
         "(path.parent / f'{name} is ready').touch()\n"

@@ -26,18 +26,18 @@ from torch import Tensor
 
 import bigops
 from bigops import backend
+from bigops.formats import checks
+from bigops.formats.quantize import quantize_rows
 from bigops.kernels import fused_linear as linear_kernels
 from bigops.kernels import quantized_linear as quantized_kernels
 from bigops.kernels.activation import NAMES
 from bigops.kernels.tiles import TileConfig
-from bigops.ops import _checks as checks
-from bigops.ops import _triton as linear_road
-from bigops.ops import _triton_fp8 as fp8_road
-from bigops.ops import _triton_loss as loss_road
-from bigops.ops import _triton_low_rank as low_rank_road
-from bigops.ops import _triton_quantized as quantized_road
-from bigops.ops._quantize import quantize_rows
+from bigops.ops.fp8_linear import triton as fp8_road
 from bigops.ops.fused_adamw import reference_norm, reference_sgd
+from bigops.ops.fused_linear import triton as linear_road
+from bigops.ops.linear_cross_entropy import triton as loss_road
+from bigops.ops.low_rank_linear import triton as low_rank_road
+from bigops.ops.quantized_linear import triton as quantized_road
 from tests import compressed_cases, cross_entropy_cases, linear_cases, low_rank_cases
 from tests.optimizer_cases import Problem
 from tests.planted import plant

@@ -13,13 +13,13 @@ from bigops import backend
 from bigops.compress import calibrate, choose, measure, plan
 from bigops.compress.build import Built, Choice, Stays, prepare
 from bigops.compress.config import Configs, activations_of
-from bigops.nn.atomic import atomic
+from bigops.graph.atomic import atomic
+from bigops.graph.record import Account, Done, Record, Skipped, account
+from bigops.graph.sites import Contest, Sites, capture, contest
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.low_rank_linear import LowRankLinear
 from bigops.nn.packed_linear import PackedBase
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
-from bigops.nn.record import Account, Done, Record, Skipped, account
-from bigops.nn.sites import Contest, Sites, capture, contest
 
 KEEP = ("faster", "all")
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from bigops.ops import _activation as act
+from bigops.ops import activation as act
 
 
 class Field(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bigops.compress.config import Config, LowRank, LowRankInt8, check_config
+from bigops.graph.sites import Sites
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.gated_mlp import GatedMLP
@@ -20,7 +21,6 @@ from bigops.nn.packed_linear import PackedBase, PackedLinear
 from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
 from bigops.nn.quant_linear import QuantLinear
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
-from bigops.nn.sites import Sites
 from bigops.nn.sparse_linear import SparseLinear
 
 _EXACT = (

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
+from bigops.formats.quantized import check_form
 from bigops.nn.fp8_linear import check_layer_form
 from bigops.nn.sparse_linear import check_sparsity
-from bigops.ops._quantized_weight import check_form
 from bigops.ops.sparse_linear import Pattern
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bigops import backend, timing
+from bigops.graph.sites import capture, contest, evaluating, run_example
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.gated_mlp import GatedMLP
@@ -24,7 +25,6 @@ from bigops.nn.packed_linear import PackedBase, PackedLinear
 from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
 from bigops.nn.quant_linear import QuantLinear
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
-from bigops.nn.sites import capture, contest, evaluating, run_example
 from bigops.nn.sparse_linear import SparseLinear
 
 _OPS = {

@@ -9,7 +9,7 @@ import torch
 
 from bigops.compress.build import Choice
 from bigops.compress.config import decode, encode
-from bigops.ops import _quantize as quantize
+from bigops.formats import quantize
 
 VERSION = 1
 _KEY = "bigops_plan"

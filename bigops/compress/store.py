@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from bigops.compress import file_format, structure
 from bigops.compress.file_format import Header
 from bigops.files import FormatError
-from bigops.nn.atomic import atomic
+from bigops.graph.atomic import atomic
+from bigops.graph.sites import Sites
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.low_rank_linear import LowRankLinear
-from bigops.nn.sites import Sites
 
 if TYPE_CHECKING:
     from bigops.compress.receipt import Receipt

@@ -25,6 +25,7 @@ from bigops.compress.arguments import (
     one_of,
     optional,
 )
+from bigops.graph.sites import hook_reason
 from bigops.nn.compressed_linear import RETIRED, CompressedLinear
 from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.gated_mlp import GatedMLP
@@ -35,7 +36,6 @@ from bigops.nn.packed_linear import PackedLinear
 from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
 from bigops.nn.quant_linear import QuantLinear
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
-from bigops.nn.sites import hook_reason
 from bigops.nn.sparse_linear import SparseLinear
 
 MAX_DEPTH = 64
@@ -167,7 +167,7 @@ KINDS: dict[str, Kind] = {
     ),
 }
 _NAMES = {kind.cls: name for name, kind in KINDS.items()}
-# What `fuse_` leaves where an activation was: see bigops/nn/fuse.py.
+# What `fuse_` leaves where an activation was: see bigops/graph/fuse.py.
 _FUSED_AWAY = (nn.Identity, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh)
 
 

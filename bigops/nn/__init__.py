@@ -1,18 +1,14 @@
 """Layers: parameters and one op call each."""
 
-from bigops.nn.add_lora import add_lora_
 from bigops.nn.fp8_linear import Fp8Linear
-from bigops.nn.fuse import fuse_
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.linear import Linear
 from bigops.nn.linear_cross_entropy import LinearCrossEntropy
 from bigops.nn.lora_linear import LoRALinear
 from bigops.nn.low_rank_linear import LowRankLinear
-from bigops.nn.pack import pack_, unpack_
 from bigops.nn.packed_gated_mlp import PackedGatedMLP
 from bigops.nn.packed_linear import PackedLinear
 from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
-from bigops.nn.plain import plain
 from bigops.nn.quant_linear import QuantLinear
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
 from bigops.nn.sparse_linear import SparseLinear
@@ -30,9 +26,4 @@ __all__ = [
     "QuantLinear",
     "QuantLowRankLinear",
     "SparseLinear",
-    "add_lora_",
-    "fuse_",
-    "pack_",
-    "plain",
-    "unpack_",
 ]

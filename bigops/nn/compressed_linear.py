@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from bigops.formats import quantize
 from bigops.nn.linear import check_size
-from bigops.ops import _activation as act
-from bigops.ops import _quantize as quantize
+from bigops.ops import activation as act
 from bigops.ops.fused_linear import fused_linear
 
 RETIRED = "y_grid"  # in files of older layers, which gave u8 to the next one: read past

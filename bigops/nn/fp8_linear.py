@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigops.formats import fp8
 from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source
-from bigops.ops import _fp8_weight as fp8
 from bigops.ops.fp8_linear import Fp8Weight, fp8_linear, quantize_fp8
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bigops.nn.linear import Linear, check_size
-from bigops.ops import _activation as act
+from bigops.ops import activation as act
 from bigops.ops.fused_linear import fused_linear
 
 HALVES = ("gate_proj", "up_proj")

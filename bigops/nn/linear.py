@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigops.ops import _activation as act
+from bigops.ops import activation as act
 from bigops.ops.fused_linear import fused_linear
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bigops.nn.linear import Linear, check_size
 from bigops.nn.truncated_svd import TruncatedSVD, truncated_svd
-from bigops.ops import _activation as act
+from bigops.ops import activation as act
 from bigops.ops.low_rank_linear import low_rank_linear
 
 Self = TypeVar("Self", bound="LowRankLinear")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bigops.nn.compressed_linear import wants_gradient
 from bigops.nn.gated_mlp import GatedMLP, check_gated
 from bigops.nn.packed_linear import PackedLinear
-from bigops.ops import _activation as act
+from bigops.ops import activation as act
 
 
 class PackedGatedMLP(nn.Module):

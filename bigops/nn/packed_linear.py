@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from bigops.formats import checks
 from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source
 from bigops.nn.linear import Linear
-from bigops.ops import _checks as checks
 from bigops.ops.packed_linear import SERVED, PackedWeight, pack_weight, packed_linear
 
 Self = TypeVar("Self", bound="PackedBase")

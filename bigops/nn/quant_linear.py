@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigops.formats import quantize
+from bigops.formats.quantized import check_form, sizes
 from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source
-from bigops.ops import _quantize as quantize
-from bigops.ops._quantized_weight import check_form, sizes
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigops.formats.low_rank import FORM, QuantizedFactors, quantize_factors
+from bigops.formats.quantized import sizes
 from bigops.nn.compressed_linear import STATES, CompressedLinear
 from bigops.nn.low_rank_linear import LowRankLinear, check_rank, density_of
 from bigops.nn.quant_linear import straight_through
-from bigops.ops._quantized_factors import FORM, QuantizedFactors, quantize_factors
-from bigops.ops._quantized_weight import sizes
 from bigops.ops.low_rank_linear import low_rank_linear
 
 

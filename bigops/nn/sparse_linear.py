@@ -8,26 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigops.formats import checks, quantize
+from bigops.formats.sparse import CHUNKS, COLUMNS, SLICE, TENSORS, chunk_rows, sizes
+from bigops.formats.sparse24 import check_blocks, uneven
 from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source, wants_gradient
 from bigops.nn.quant_linear import straight_through
-from bigops.nn.sparse_packs import Packed24, as_bitmap, compressed, uneven
-from bigops.ops import _bitmap_linear as bitmap
-from bigops.ops import _checks as checks
-from bigops.ops import _cuda_sparse as decode
-from bigops.ops import _quantize as quantize
-from bigops.ops import _sparse24_linear as sparse24
-from bigops.ops import _sparse24_pack as packing
-from bigops.ops._sparse24_weight import check_blocks
-from bigops.ops._sparse_weight import CHUNKS, COLUMNS, SLICE, TENSORS, chunk_rows, sizes
+from bigops.nn.sparse_packs import Packed24, as_bitmap, compressed
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.sparse_linear import (
     BitmapWeight,
     Pattern,
     Sparse24Weight,
     SparseWeight,
+    bitmap,
+    sparse24,
     sparse_linear,
     sparsify_weight,
 )
+from bigops.ops.sparse_linear import cuda as decode
+from bigops.ops.sparse_linear import sparse24_pack as packing
 
 VALUES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
 SPARSITY = 0.8  # where none is given and the pattern does not say it
@@ -47,7 +46,7 @@ class SparseLinear(CompressedLinear):
       where sparse tensor cores serve, the weight is packed anew in every step and forward and
       gradients run on it; N and K divide by 4.
     - Frozen (`freeze`): the buffers ``values``, ``index``, ``rows``, ``length``, ``ptr``,
-      ``scale`` and ``sums``, whose layout `bigops.ops._sparse_weight` describes. For inference,
+      ``scale`` and ``sums``, whose layout `bigops.formats.sparse` describes. For inference,
       and under adapters that are trained around it: x has a gradient, the weight has none. On a
       GPU a second form is made on first use and kept beside the buffers (`nbytes` counts it): of
       2:4 that of the sparse tensor cores, of other patterns with floating values a bitmap for up

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from bigops.ops import _sparse24_pack as packing
-from bigops.ops._sparse24_weight import to_dense
+from bigops.formats.sparse24 import to_dense
 from bigops.ops.sparse_linear import (
     BitmapWeight,
     Sparse24Weight,
@@ -14,6 +12,7 @@ from bigops.ops.sparse_linear import (
     bitmap_from_sparse,
     from_sparse,
 )
+from bigops.ops.sparse_linear import sparse24_pack as packing
 
 
 class Packed24(torch.autograd.Function):
@@ -34,11 +33,6 @@ class Packed24(torch.autograd.Function):
     def backward(ctx, grad, *rest):  # type: ignore[no-untyped-def]
         (meta,) = ctx.saved_tensors
         return to_dense(grad, meta, ctx.columns).to(ctx.dtype), None
-
-
-def uneven(weight: Tensor) -> bool:
-    """Whether 4 x 4 blocks do not tile a matrix."""
-    return weight.shape[0] % 4 != 0 or weight.shape[1] % 4 != 0
 
 
 def compressed(storage: SparseWeight) -> Sparse24Weight | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bigops.ops._fp8_weight import BLOCK
+from bigops.formats.fp8 import BLOCK
 from bigops.parallel._rule import Rule, Weight, _if, stored_linear, stored_linear_backward
 
 

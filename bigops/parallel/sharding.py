@@ -42,8 +42,8 @@ from typing import Any
 
 import torch
 
-from bigops.ops._activation import GATED  # importing bigops.ops defines the ops named below
-from bigops.ops._library import in_words
+from bigops.ops.activation import GATED  # importing bigops.ops defines the ops named below
+from bigops.ops.library import in_words
 from bigops.parallel import _fp8_rules, _loss_rules
 from bigops.parallel._rule import Rule, Weight, _if, stored_linear, stored_linear_backward
 

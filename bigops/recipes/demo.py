@@ -28,7 +28,7 @@ from bigops.compress.config import Config, Int8, Sparse
 from bigops.compress.receipt import Candidate, Floors, Receipt
 from bigops.compress.store import save
 from bigops.files import check_writable, replacing
-from bigops.nn.plain import plain
+from bigops.graph.plain import plain
 from bigops.recipes import mlp, reload
 from bigops.recipes.data import DataError, Dataset, load
 

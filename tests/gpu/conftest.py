@@ -19,8 +19,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import bigops
-from bigops.ops import _triton, _triton_loss
-from bigops.ops._library import in_words
+from bigops.ops import targets
+from bigops.ops.library import in_words
+from bigops.ops.linear_cross_entropy import triton as _triton_loss
 from tests import triton_interpreter
 
 # op -> module of bigops.ops and the function that serves it on a GPU
@@ -76,7 +77,7 @@ def why_no_gpu(*, devices: int = 1, memory: int = 0, cuda: bool = False) -> str:
         return "needs CUDA; this torch is built for ROCm"
     if memory and (free := torch.cuda.mem_get_info()[0]) < memory:
         return f"needs {memory >> 30} GiB of free GPU memory; {free >> 30} are there"
-    return _triton.why_not(torch.float32, "cuda", "fused_linear")
+    return targets.why_not(torch.float32, "cuda", "fused_linear")
 
 
 @pytest.fixture

@@ -1,0 +1,72 @@
+"""Which devices the Triton kernels serve, and the reason where they do not."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import torch
+
+from bigops import backend
+from bigops.ops import tuned
+
+LEAST_CAPABILITY = 80  # cp.async and mma of bf16, which the tiles are made for
+Target = torch.device | str
+"""A device, or "cuda", or an architecture such as "sm_90", which need not be present."""
+
+
+def present(target: Target) -> str:
+    """The architecture of a device, for "cuda" that of the current GPU; others as they are."""
+    if isinstance(target, str):
+        if target != "cuda":
+            return target
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "device: torch sees no GPU here; expected an architecture such as sm_90; got 'cuda'"
+            )
+        target = torch.device("cuda", torch.cuda.current_device())
+    return tuned.tiles.device_arch(target)
+
+
+def why_not(dtype: torch.dtype, target: Target, op: str) -> str:
+    """The reason why no Triton kernel of ``op`` serves a dtype on ``target``, or "".
+
+    ``op`` is the one whose config files are read, "fused_linear" for loss and optimiser steps.
+
+    Raises:
+        ValueError: "cuda" where torch sees no GPU, or a name of no architecture.
+    """
+    if backend.triton_error():
+        return backend.triton_error()
+    if dtype == torch.float64:
+        return "no Triton kernel for float64"
+    return unserved(op, present(target))
+
+
+def serves(dtype: torch.dtype, target: Target, op: str) -> bool:
+    """Whether the Triton kernels of ``op`` serve a dtype on ``target``."""
+    return not why_not(dtype, target, op)
+
+
+@functools.cache
+def unserved(op: str, arch: str) -> str:
+    """The reason why no config file of ``op`` serves ``arch``, or "".
+
+    Asked before the first call on a GPU, whose measured tiles are handed over on the way.
+
+    Raises:
+        ValueError: a name of no architecture.
+    """
+    old = re.fullmatch(r"sm_(\d+)", arch)
+    if old is not None and int(old.group(1)) < LEAST_CAPABILITY:
+        return f"no Triton kernel for {arch}: expected sm_{LEAST_CAPABILITY} or later"
+    tuned.hand_over(arch)
+    try:
+        tuned.entries(op, arch)
+    except ValueError as error:
+        if str(error).startswith("arch: "):
+            raise
+        return f"a config file cannot serve: {error}"
+    except KeyError as error:
+        return f"no config file of {op} for {error.args[0]}"
+    return ""
