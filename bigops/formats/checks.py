@@ -30,11 +30,11 @@ def tensors(**arguments: object) -> None:
             raise TypeError(f"{name}: expected a torch.Tensor; got {type(value).__name__}")
 
 
-def stored(weight: object, form: type, maker: str) -> None:
-    """Raise TypeError unless the weight is in the form that ``maker`` stores."""
-    if not isinstance(weight, form):
-        got = type(weight).__name__
-        raise TypeError(f"weight: expected {form.__name__}, as {maker} gives; got {got}")
+def stored(weight: object, *forms: type) -> None:
+    """Raise TypeError unless the weight is in one of the formats."""
+    if not isinstance(weight, forms):
+        names = " or ".join(form.__name__ for form in forms)
+        raise TypeError(f"weight: expected a {names}; got {type(weight).__name__}")
 
 
 def floating(name: str, t: Tensor, allowed: Sequence[torch.dtype] = FLOATING) -> None:
@@ -86,3 +86,15 @@ def like(name: str, t: Tensor, x: Tensor) -> None:
             f"{name}: expected dtype {short_name(x.dtype)}, that of x; got {short_name(t.dtype)}"
         )
     device(name, t, x)
+
+
+def beside_int8(name: str, row: Tensor | None, values: Tensor, of: torch.dtype, n: int) -> None:
+    """Raise unless ``row`` is a tensor [n] of dtype ``of`` with int8 values, None with others."""
+    if (row is None) == (values.dtype == torch.int8):
+        raise TypeError(
+            f"{name}: expected a tensor with int8 values and None with others; got "
+            f"{'None' if row is None else 'a tensor'} with {short_name(values.dtype)}"
+        )
+    if row is not None:
+        dtype(name, row, of)
+        shape(name, row, [n])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigops.formats import checks, quantize
+from bigops.formats.base import Format, storage
 
 SCALES = ("tensor", "row", "block")
 ACTIVATIONS = ("none", "dynamic", "static")
@@ -67,7 +68,8 @@ def quantize_rows(x: Tensor, block: bool = False, x_scale: Tensor | None = None)
     return Rows(q, torch.where(finite, scale, torch.nan))
 
 
-class Fp8Weight(NamedTuple):
+@storage
+class Fp8Weight(Format):
     """A weight [N, K] as it is stored and saved: e4m3fn numbers times their scales."""
 
     values: Tensor  # [N, K rounded up to 16] float8_e4m3fn, 0 beyond K
@@ -77,25 +79,122 @@ class Fp8Weight(NamedTuple):
     scales: str  # tensor, row or block
     activations: str  # none, dynamic or static
 
+    SCHEMA = "Tensor values, Tensor scale, Tensor? x_scale, int k, str scales, str activations"
+
     @property
-    def n(self) -> int:
-        """N, the number of output features."""
+    def n(self) -> int:  # type: ignore[override]
         return self.values.shape[0]
 
     @property
-    def shape(self) -> torch.Size:
-        """[N, K] of the matrix."""
-        return torch.Size([self.n, self.k])
-
-    @property
     def arguments(self) -> tuple[Any, ...]:
-        """The weight as the op takes it."""
-        return tuple(self)
+        return self.values, self.scale, self.x_scale, self.k, self.scales, self.activations
+
+    @classmethod
+    def of(
+        cls,
+        _: int,
+        values: Tensor,
+        scale: Tensor,
+        x_scale: Tensor | None,
+        k: int,
+        scales: str,
+        activations: str,
+    ) -> Fp8Weight:
+        return cls(values, scale, x_scale, k, scales, activations)
+
+    @classmethod
+    def from_dense(
+        cls, w: Tensor, scales: str = "row", activations: str = "dynamic", x_scale: Any = None
+    ) -> Fp8Weight:
+        """Round a matrix to float8_e4m3fn, the largest magnitude of what shares a scale to 448.
+
+        Args:
+            w: ``[N, K]``, any floating dtype.
+            scales: what of W shares a scale: "tensor", all of it; "row", a row; "block", 128 rows
+                by 128 columns (DeepSeek-V3, arXiv:2412.19437).
+            activations: what the product does with x. "none": it stays in floating point.
+                "dynamic": it becomes e4m3fn, each row with its own scale, or with "block" each 128
+                columns of a row. "static": all of x by ``x_scale``, not with "block".
+            x_scale: the scale of x for "static": the largest magnitude to represent, by 448.
+
+        Raises:
+            ValueError: w is no matrix, or holds NaN or inf; a form that is not there; an x_scale
+                that is not finite and above 0.
+            TypeError: w is no floating tensor.
+        """
+        quantize.check_weight(w)
+        check_form(scales, activations)
+        codes, scale = round_weight(w, scales)
+        return cls._of_codes(codes, scale, scales, activations, x_scale)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        scales: str = "row",
+        activations: str = "dynamic",
+        x_scale: Any = None,
+    ) -> Fp8Weight:
+        """Store numbers that somebody else chose, as they are.
+
+        Args:
+            codes: ``[N, K]`` float8_e4m3fn.
+            scale: float32 ``[N, 1]`` with scales "row", ``[1, 1]`` with "tensor",
+                ``[ceil(N / 128), ceil(K / 128)]`` with "block".
+            scales, activations, x_scale: as for `from_dense`.
+
+        Raises:
+            ValueError, TypeError: as `validate`.
+        """
+        check_form(scales, activations)
+        checks.dims("codes", codes, 2)
+        checks.dtype("codes", codes, _CODES)
+        made = cls._of_codes(codes, scale, scales, activations, x_scale)
+        made.validate()
+        return made
+
+    @classmethod
+    def _of_codes(
+        cls, codes: Tensor, scale: Tensor, scales: str, activations: str, x_scale: Any
+    ) -> Fp8Weight:
+        if (x_scale is not None) != (activations == "static"):
+            raise ValueError(
+                "x_scale: expected a scale with activations 'static', None with all others; got "
+                f"{x_scale!r} with {activations!r}"
+            )
+        k = codes.shape[1]
+        values = F.pad(codes.view(torch.uint8), (0, -k % PADDED)).view(_CODES)
+        if x_scale is not None:
+            x_scale = torch.as_tensor(x_scale, dtype=torch.float32, device=codes.device).detach()
+            x_scale = x_scale.reshape(1).clone()
+            _check_scale("x_scale", x_scale)
+        return cls(values, scale, x_scale, k, scales, activations)
+
+    @classmethod
+    def empty(cls, n: int, k: int, scales: str = "row", activations: str = "dynamic") -> Fp8Weight:
+        """The storage of a weight [N, K] on "meta", to be loaded."""
+        width = -(-k // PADDED) * PADDED
+        shape = scale_shape(n, k, scales)
+        return cls(
+            torch.empty((n, width), dtype=_CODES, device="meta"),
+            torch.empty(shape, dtype=torch.float32, device="meta"),
+            torch.empty(1, device="meta") if activations == "static" else None,
+            k,
+            scales,
+            activations,
+        )
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The tensors of the storage; None where this format has none."""
-        return tuple(self[:3])
+    def rounds(self) -> bool:
+        return self.activations != "none"
+
+    def row_dims(self) -> dict[str, int]:
+        return {"values": 0} if self.scales == "tensor" else {"values": 0, "scale": 0}
+
+    def splits(self, parts: int) -> bool:
+        """In blocks, whole blocks of 128 rows are a weight by themselves."""
+        return self.n % (parts * (BLOCK if self.scales == "block" else 1)) == 0
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix [N, K] that this weight stands for, float32 or float64 (rounds nothing)."""
@@ -106,23 +205,44 @@ class Fp8Weight(NamedTuple):
             scale = scale.repeat_interleave(BLOCK, 1)[:, : self.k]
         return q * scale
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the storage."""
-        return sum(t.nbytes for t in self.tensors if t is not None)
+    def check(self) -> None:
+        check_form(self.scales, self.activations)
+        values, scale, k = self.values, self.scale, self.k
+        if k < 0:
+            raise ValueError(f"k: expected at least 0; got {k}")
+        checks.dims("values", values, 2)
+        checks.dtype("values", values, _CODES)
+        checks.shape("values", values, [values.shape[0], -(-k // PADDED) * PADDED])
+        checks.dtype("scale", scale, torch.float32)
+        checks.shape("scale", scale, scale_shape(values.shape[0], k, self.scales))
+        checks.device("scale", scale, values)
+        wanted = self.activations == "static"
+        if (self.x_scale is not None) != wanted:
+            raise ValueError(
+                f"x_scale: expected {'a tensor' if wanted else 'None'} with activations "
+                f"{self.activations!r}; got {'None' if self.x_scale is None else 'a tensor'}"
+            )
+        if self.x_scale is not None:
+            checks.dtype("x_scale", self.x_scale, torch.float32)
+            checks.shape("x_scale", self.x_scale, [1])
+            checks.device("x_scale", self.x_scale, values)
 
     def validate(self) -> None:
-        """Raise ValueError or TypeError unless the storage is whole (asked when a file loads)."""
-        checks.tensors(**dict(zip(self._fields[:3], self.tensors, strict=True)))
-        check_storage(*self)
+        checks.tensors(**self.tensors())
+        self.check()
         codes = self.values.view(torch.uint8) & 127  # without the sign; 127 is NaN
         if bool((codes == 127).any()):
             raise ValueError("values: expected numbers; got NaN")
         if bool(codes[:, self.k :].any()):
             raise ValueError(f"values: expected zeros beyond column {self.k}")
         for name, scale in (("scale", self.scale), ("x_scale", self.x_scale)):
-            if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
-                raise ValueError(f"{name}: expected finite values above 0")
+            if scale is not None:
+                _check_scale(name, scale)
+
+
+def _check_scale(name: str, scale: Tensor) -> None:
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(f"{name}: expected finite values above 0")
 
 
 def scale_shape(n: int, k: int, scales: str) -> list[int]:
@@ -147,31 +267,6 @@ def check_form(scales: str, activations: str) -> None:
         )
 
 
-def check_storage(
-    values: Tensor, scale: Tensor, x_scale: Tensor | None, k: int, scales: str, activations: str
-) -> None:
-    """Raise ValueError or TypeError unless dtypes and shapes belong together."""
-    check_form(scales, activations)
-    if k < 0:
-        raise ValueError(f"k: expected at least 0; got {k}")
-    checks.dims("values", values, 2)
-    checks.dtype("values", values, _CODES)
-    checks.shape("values", values, [values.shape[0], -(-k // PADDED) * PADDED])
-    checks.dtype("scale", scale, torch.float32)
-    checks.shape("scale", scale, scale_shape(values.shape[0], k, scales))
-    checks.device("scale", scale, values)
-    wanted = activations == "static"
-    if (x_scale is not None) != wanted:
-        raise ValueError(
-            f"x_scale: expected {'a tensor' if wanted else 'None'} with activations "
-            f"{activations!r}; got {'None' if x_scale is None else 'a tensor'}"
-        )
-    if x_scale is not None:
-        checks.dtype("x_scale", x_scale, torch.float32)
-        checks.shape("x_scale", x_scale, [1])
-        checks.device("x_scale", x_scale, values)
-
-
 def round_weight(w: Tensor, scales: str) -> tuple[Tensor, Tensor]:
     """(codes [N, K] float8_e4m3fn, scale) of a finite matrix; a scale of zeros alone is 1."""
     w = w.detach().float()
@@ -190,41 +285,3 @@ def round_weight(w: Tensor, scales: str) -> tuple[Tensor, Tensor]:
     if scales == "block":
         by = scale.repeat_interleave(BLOCK, 0)[:n].repeat_interleave(BLOCK, 1)[:, :k]
     return to_codes(w / by), scale
-
-
-def quantize_fp8(
-    w: Tensor, scales: str = "row", activations: str = "dynamic", x_scale: Any = None
-) -> Fp8Weight:
-    """Round a matrix to float8_e4m3fn, the largest magnitude of what shares a scale to 448.
-
-    Args:
-        w: ``[N, K]``, any floating dtype.
-        scales: what of W shares a scale: "tensor", all of it; "row", a row; "block", 128 rows by
-            128 columns (DeepSeek-V3, arXiv:2412.19437).
-        activations: what the product does with x. "none": it stays in floating point. "dynamic":
-            it becomes e4m3fn, each row with its own scale, or with "block" each 128 columns of a
-            row. "static": all of x by ``x_scale``, not with "block".
-        x_scale: the scale of x for "static": the largest magnitude to represent, by 448.
-
-    Raises:
-        ValueError: w is no matrix, or holds NaN or inf; a form that is not there; an x_scale that
-            is not finite and above 0.
-        TypeError: w is no floating tensor.
-    """
-    quantize.check_weight(w)
-    check_form(scales, activations)
-    if (x_scale is not None) != (activations == "static"):
-        raise ValueError(
-            "x_scale: expected a scale with activations 'static', None with all others; got "
-            f"{x_scale!r} with {activations!r}"
-        )
-    codes, scale = round_weight(w, scales)
-    fill = -w.shape[1] % PADDED
-    values = F.pad(codes.view(torch.uint8), (0, fill)).view(_CODES)
-    if x_scale is not None:
-        x_scale = torch.as_tensor(x_scale, dtype=torch.float32, device=w.device).detach()
-        x_scale = x_scale.reshape(1).clone()
-    made = Fp8Weight(values, scale, x_scale, w.shape[1], scales, activations)
-    if x_scale is not None:
-        made.validate()
-    return made

@@ -1,97 +1,99 @@
-"""Both factors of a low-rank weight in int8, each stored as a weight of `quantized_linear`."""
+"""LowRankWeight: a weight as two factors, each of them stored in a format of its own."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bigops.formats.quantized import QuantizedWeight, quantize_weight
-
-FORM = (8, 0, "dynamic")  # bits, group, activations of both factors
+from bigops.formats.base import Format, storage
 
 
-class QuantizedFactors(NamedTuple):
-    """A weight [N, K] as ``u @ v``, each factor a `QuantizedWeight` of int8 rows, x dynamic."""
+@storage
+class LowRankWeight(Format):
+    """A weight [N, K] as ``u @ v``."""
 
-    u_values: Tensor  # of u [N, r]
-    u_scale: Tensor
-    u_row_sum: Tensor
-    v_values: Tensor  # of v [r, K]
-    v_scale: Tensor
-    v_row_sum: Tensor
-    n: int
-    k: int
-    rank: int
+    u: Format  # [N, r]
+    v: Format  # [r, K]
 
     @property
-    def u(self) -> QuantizedWeight:
-        """The factor [N, r]."""
-        return QuantizedWeight(
-            self.u_values, self.u_scale, None, self.u_row_sum, None, self.n, self.rank, *FORM
-        )
+    def n(self) -> int:  # type: ignore[override]
+        return self.u.n
 
     @property
-    def v(self) -> QuantizedWeight:
-        """The factor [r, K]."""
-        return QuantizedWeight(
-            self.v_values, self.v_scale, None, self.v_row_sum, None, self.rank, self.k, *FORM
-        )
+    def k(self) -> int:  # type: ignore[override]
+        return self.v.k
 
     @property
-    def shape(self) -> torch.Size:
-        """[N, K] of the product."""
-        return torch.Size([self.n, self.k])
+    def rank(self) -> int:
+        """r, the columns of u and rows of v."""
+        return self.v.n
+
+    @classmethod
+    def from_factors(cls, u: Tensor, v: Tensor, format: type[Format], **form: Any) -> LowRankWeight:
+        """Store the factors u [N, r] and v [r, K].
+
+        Raises:
+            ValueError: what ``format`` refuses, by the name of the factor, or factors that do not
+                belong together.
+            TypeError: no floating tensors.
+        """
+        stored = []
+        for name, factor in (("u", u), ("v", v)):
+            try:
+                stored.append(format.from_dense(factor, **form))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}{str(error).removeprefix('w')}") from None
+        made = cls(*stored)
+        check_ranks(made.u, made.v)
+        return made
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        return {
+            f"{name}_{leaf}": tensor
+            for name, factor in (("u", self.u), ("v", self.v))
+            for leaf, tensor in factor.tensors().items()
+        }
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of both factors."""
-        return self.u.nbytes + self.v.nbytes
+    def density(self) -> float:
+        n, k = self.n, self.k
+        return self.rank * (n + k) / (n * k) if n * k else 1.0
+
+    @property
+    def rounds(self) -> bool:
+        return self.v.rounds
+
+    @property
+    def x_dtypes(self) -> tuple[torch.dtype, ...]:
+        return self.v.x_dtypes
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix [N, K] that the factors stand for, rounded once."""
         return (self.u.to_dense(torch.float64) @ self.v.to_dense(torch.float64)).to(dtype)
 
+    def check(self) -> None:
+        self._each(Format.check)
+
     def validate(self) -> None:
-        """Raise ValueError or TypeError unless both factors are whole."""
+        self._each(lambda factor: factor.validate())
+        check_ranks(self.u, self.v)
+
+    def _each(self, function: Any) -> None:
         for name, factor in (("u", self.u), ("v", self.v)):
             try:
-                factor.validate()
+                function(factor)
             except (TypeError, ValueError) as error:  # it starts with the tensor's name
                 raise type(error)(f"{name}_{error}") from None
 
 
-def quantize_factors(u: Tensor, v: Tensor) -> QuantizedFactors:
-    """Round the factors u [N, r] and v [r, K] to int8, each row with its own scale.
-
-    Raises:
-        ValueError: NaN or inf, no matrices, or factors that do not belong together.
-        TypeError: no floating tensors.
-    """
-    made = []
-    for name, factor in (("u", u), ("v", v)):
-        try:
-            made.append(quantize_weight(factor))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}{str(error).removeprefix('w')}") from None
-    left, right = made
-    check_ranks(left, right)
-    assert left.row_sum is not None
-    assert right.row_sum is not None
-    return QuantizedFactors(
-        left.values, left.scale, left.row_sum, right.values, right.scale, right.row_sum,
-        left.n, right.k, left.k,
-    )  # fmt: skip
-
-
-def check_ranks(u: QuantizedWeight, v: QuantizedWeight) -> None:
+def check_ranks(u: Format, v: Format) -> None:
     """Raise TypeError or ValueError unless two stored factors belong together."""
-    for name, factor in (("u", u), ("v", v)):
-        if not isinstance(factor, QuantizedWeight):
+    for name, factor, other in (("u", u, v), ("v", v, u)):
+        if not isinstance(factor, Format) or type(factor) is not type(other):
+            wanted = type(other if isinstance(other, Format) else factor).__name__
             raise TypeError(
-                f"{name}: expected a QuantizedWeight, as the other factor is; got "
-                f"{type(factor).__name__}"
+                f"{name}: expected a {wanted}, as the other factor is; got {type(factor).__name__}"
             )
     if u.k != v.n:
         raise ValueError(f"v: expected {u.k} rows for u of {[u.n, u.k]}; got {[v.n, v.k]}")

@@ -8,12 +8,13 @@ first, are columns 0 2 4 6 1 3 5 7 (see csrc/cpu/simd/quantized_linear.h for the
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigops.formats import checks, quantize
+from bigops.formats.base import Format, storage
 
 TILE = 16  # weight rows
 GROUPS = (0, 32, 64, 128)  # columns that share a scale; 0: all of them
@@ -65,8 +66,9 @@ def lanes(t: Tensor) -> Tensor:
     return torch.nn.functional.pad(t.t(), (0, -n % TILE)).contiguous()
 
 
-class QuantizedWeight(NamedTuple):
-    """A weight [N, K] as it is stored and saved: ``scale * (q - zero_point)``, groups along K."""
+@storage
+class QuantizedWeight(Format):
+    """A weight [N, K] in int8 or int4: ``scale * (q - zero_point)``, groups along K."""
 
     values: Tensor  # q in tiles: int8 [ceil(N/16), ceil(K/4), 16, 4], uint8 [.., ceil(K/8), ..]
     scale: Tensor  # [groups, N16] float32, N16 = N rounded up to 16
@@ -79,30 +81,206 @@ class QuantizedWeight(NamedTuple):
     group: int  # 32, 64 or 128 columns; 0: one group
     activations: str  # none, dynamic, symmetric or static
 
+    # ``pad``, the rows that fill up the last tile, stands for N, so that whole tiles are a weight
+    # by themselves: DTensor splits a weight without knowing the op's numbers.
+    SCHEMA = (
+        "Tensor values, Tensor scale, Tensor? zero_point, Tensor? row_sum, Tensor? x_grid, "
+        "int pad, int k, int bits, int group, str activations"
+    )
+
     @property
-    def shape(self) -> torch.Size:
-        """[N, K] of the matrix."""
-        return torch.Size([self.n, self.k])
+    def pad(self) -> int:
+        """Rows that fill up the last tile."""
+        return -self.n % TILE
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """The weight as the op takes it.
-
-        ``pad``, the rows that fill up the last tile, stands for N, so that whole tiles are a weight
-        by themselves: DTensor splits a weight without knowing the op's numbers.
-        """
-        return (*self[:5], -self.n % TILE, *self[6:])
+        return (
+            self.values,
+            self.scale,
+            self.zero_point,
+            self.row_sum,
+            self.x_grid,
+            -self.n % TILE,
+            self.k,
+            self.bits,
+            self.group,
+            self.activations,
+        )
 
     @classmethod
-    def of(cls, *arguments: Any) -> QuantizedWeight:
-        """The weight of which these are the `arguments`."""
-        n = arguments[0].shape[0] * TILE - arguments[5]
-        return cls._make((*arguments[:5], n, *arguments[6:]))
+    def of(
+        cls,
+        _: int,
+        values: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        row_sum: Tensor | None,
+        x_grid: Tensor | None,
+        pad: int,
+        k: int,
+        bits: int,
+        group: int,
+        activations: str,
+    ) -> QuantizedWeight:
+        checks.dims("values", values, 4)
+        n = values.shape[0] * TILE - pad
+        if not (0 <= pad < TILE and n >= 0):
+            raise ValueError(
+                f"pad: expected the rows that fill up the last tile of {TILE}; got {pad}"
+            )
+        return cls(values, scale, zero_point, row_sum, x_grid, n, k, bits, group, activations)
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The tensors of the storage; None where this format has none."""
-        return tuple(self[:5])
+    def rounds(self) -> bool:
+        return self.activations != "none"
+
+    def row_dims(self) -> dict[str, int]:
+        return {"values": 0, "scale": 1, "zero_point": 1, "row_sum": 0}
+
+    def splits(self, parts: int) -> bool:
+        return self.n % (TILE * parts) == 0
+
+    @classmethod
+    def from_dense(
+        cls,
+        w: Tensor,
+        bits: int = 8,
+        group: int | None = None,
+        symmetric: bool = True,
+        activations: str | None = None,
+        x_grid: Any = None,
+    ) -> QuantizedWeight:
+        """Round a matrix to int8 or int4.
+
+        Args:
+            w: ``[N, K]``, any floating dtype.
+            bits: 8 or 4.
+            group: columns that share a scale: 32, 64 or 128, or None for one scale per row. None
+                with an int8 weight and quantised activations.
+            symmetric: no zero points; else each group has one, and its range takes the whole grid.
+            activations: what the product does with x. "none": it stays in floating point.
+                "dynamic": each row becomes u8 with its own scale and zero point; "symmetric": with
+                its own scale only; "static": with the scale and zero point of ``x_grid``. None:
+                "dynamic" for int8 with one scale per row, else "none".
+            x_grid: scale and zero point of x for "static" (`static_grid` makes them of a range).
+
+        Raises:
+            ValueError: w is no matrix, or holds NaN or inf; a form that is not there.
+            TypeError: w is no floating tensor.
+        """
+        quantize.check_weight(w)
+        columns = 0 if group is None else group
+        if activations is None:
+            activations = "dynamic" if bits == 8 and columns == 0 else "none"
+        check_form(bits, columns, activations)
+        grid = quantize.round_weight(w.detach(), bits, columns, symmetric)
+        return cls._of_grid(grid, bits, columns, activations, x_grid)
+
+    @classmethod
+    def from_codes(
+        cls,
+        q: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None = None,
+        *,
+        bits: int = 8,
+        group: int | None = None,
+        activations: str = "none",
+        x_grid: Any = None,
+    ) -> QuantizedWeight:
+        """Store numbers that somebody else chose, as they are: ``scale * (q - zero_point)``.
+
+        Args:
+            q: whole numbers ``[N, K]`` of any dtype: -128..127 with 8 bits, -8..7 with 4.
+            scale: ``[N, groups]``, finite and above 0; one group with ``group`` None.
+            zero_point: whole numbers ``[N, groups]`` in the range of q, or None.
+            bits, group, activations, x_grid: as for `from_dense`.
+
+        Raises:
+            ValueError: numbers that the format does not hold, or shapes that do not fit.
+        """
+        columns = 0 if group is None else group
+        check_form(bits, columns, activations)
+        checks.dims("q", q, 2)
+        n, k = q.shape
+        shape = [n, 1 if columns == 0 else -(-k // columns)]
+        checks.shape("scale", scale, shape)
+        low, high = (-128, 127) if bits == 8 else (-8, 7)
+        for name, t in (("q", q), ("zero_point", zero_point)):
+            if t is not None:
+                check_range(name, t, low, high)
+                if bool((t != t.round()).any() if t.is_floating_point() else False):
+                    raise ValueError(f"{name}: expected whole numbers; got others")
+        zero = None
+        if zero_point is not None:
+            checks.shape("zero_point", zero_point, shape)
+            zero = zero_point.float()
+        grid = quantize.Grid(q.float(), scale.float(), zero)
+        made = cls._of_grid(grid, bits, columns, activations, x_grid)
+        made.validate()
+        return made
+
+    @classmethod
+    def _of_grid(
+        cls, grid: quantize.Grid, bits: int, group: int, activations: str, x_grid: Any
+    ) -> QuantizedWeight:
+        if (x_grid is not None) != (activations == "static"):
+            raise ValueError(
+                "x_grid: expected a scale and a zero point with activations 'static', None with "
+                f"all others; got {x_grid!r} with {activations!r}"
+            )
+        n, k = grid.q.shape
+        zero = None if grid.zero_point is None else lanes(grid.zero_point).to(torch.int8)
+        sums = None
+        if activations != "none":
+            sums = lanes(row_sums(grid, bits, group).unsqueeze(1))[0]
+        if x_grid is not None:
+            x_grid = torch.as_tensor(x_grid, dtype=torch.float32, device=grid.q.device)
+            x_grid = x_grid.detach().clone()
+            quantize.check_grid("x_grid", x_grid)
+        return cls(
+            pack(grid.q, bits),
+            lanes(grid.scale),
+            zero,
+            sums,
+            x_grid,
+            n,
+            k,
+            bits,
+            group,
+            activations,
+        )
+
+    @classmethod
+    def empty(
+        cls,
+        n: int,
+        k: int,
+        bits: int = 8,
+        group: int | None = None,
+        symmetric: bool = True,
+        activations: str = "dynamic",
+    ) -> QuantizedWeight:
+        """The storage of a weight [N, K] on "meta", to be loaded."""
+        columns = group or 0
+        values, scale = sizes(n, k, bits, columns)
+
+        def tensor(shape: list[int], dtype: torch.dtype, there: bool = True) -> Any:
+            return torch.empty(shape, dtype=dtype, device="meta") if there else None
+
+        return cls(
+            tensor(values, torch.int8 if bits == 8 else torch.uint8),
+            tensor(scale, torch.float32),
+            tensor(scale, torch.int8, not symmetric),
+            tensor(scale[1:], torch.int32 if bits == 8 else torch.float32, activations != "none"),
+            tensor([2], torch.float32, activations == "static"),
+            n,
+            k,
+            bits,
+            columns,
+            activations,
+        )
 
     def grid(self) -> quantize.Grid:
         """The numbers by row: q [N, K], scale and zero point [N, groups]."""
@@ -120,15 +298,39 @@ class QuantizedWeight(NamedTuple):
             q, scale = q.double(), scale.double()
         return quantize.Grid(q, scale, zero).dense(self.group).to(dtype)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the storage."""
-        return sum(t.nbytes for t in self.tensors if t is not None)
+    def check(self) -> None:
+        n, k, bits, group, activations = self.n, self.k, self.bits, self.group, self.activations
+        check_form(bits, group, activations)
+        if n < 0 or k < 0:
+            raise ValueError(f"n, k: expected at least 0; got {n}, {k}")
+        values_shape, scale_shape = sizes(n, k, bits, group)
+        sums = torch.int32 if bits == 8 else torch.float32
+        has_zero, has_sums, static = (
+            self.zero_point is not None,
+            activations != "none",
+            activations == "static",
+        )
+        for name, dtype, shape, wanted in (
+            ("values", torch.int8 if bits == 8 else torch.uint8, values_shape, True),
+            ("scale", torch.float32, scale_shape, True),
+            ("zero_point", torch.int8, scale_shape, has_zero),
+            ("row_sum", sums, scale_shape[1:], has_sums),
+            ("x_grid", torch.float32, [2], static),
+        ):
+            t = getattr(self, name)
+            if (t is not None) != wanted:
+                raise ValueError(
+                    f"{name}: expected {'a tensor' if wanted else 'None'} with activations "
+                    f"{activations!r}; got {'None' if t is None else 'a tensor'}"
+                )
+            if t is not None:
+                checks.dtype(name, t, dtype)
+                checks.shape(name, t, shape)
+                checks.device(name, t, self.values)
 
     def validate(self) -> None:
-        """Raise ValueError or TypeError unless the storage is whole (asked when a file loads)."""
-        checks.tensors(**dict(zip(self._fields[:5], self.tensors, strict=True)))
-        check_storage(*self)
+        checks.tensors(**self.tensors())
+        self.check()
         scale = self.scale[:, : self.n]
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise ValueError("scale: expected finite values above 0")
@@ -203,43 +405,6 @@ def check_form(bits: int, group: int, activations: str) -> None:
         )
 
 
-def check_storage(
-    values: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    row_sum: Tensor | None,
-    x_grid: Tensor | None,
-    n: int,
-    k: int,
-    bits: int,
-    group: int,
-    activations: str,
-) -> None:
-    """Raise ValueError or TypeError unless dtypes and shapes belong together."""
-    check_form(bits, group, activations)
-    if n < 0 or k < 0:
-        raise ValueError(f"n, k: expected at least 0; got {n}, {k}")
-    values_shape, scale_shape = sizes(n, k, bits, group)
-    sums = torch.int32 if bits == 8 else torch.float32
-    expected: list[tuple[str, Tensor | None, torch.dtype, list[int], bool]] = [
-        ("values", values, torch.int8 if bits == 8 else torch.uint8, values_shape, True),
-        ("scale", scale, torch.float32, scale_shape, True),
-        ("zero_point", zero_point, torch.int8, scale_shape, zero_point is not None),
-        ("row_sum", row_sum, sums, scale_shape[1:], activations != "none"),
-        ("x_grid", x_grid, torch.float32, [2], activations == "static"),
-    ]
-    for name, t, dtype, shape, wanted in expected:
-        if (t is not None) != wanted:
-            raise ValueError(
-                f"{name}: expected {'a tensor' if wanted else 'None'} with activations "
-                f"{activations!r}; got {'None' if t is None else 'a tensor'}"
-            )
-        if t is not None:
-            checks.dtype(name, t, dtype)
-            checks.shape(name, t, shape)
-            checks.device(name, t, values)
-
-
 def row_sums(grid: quantize.Grid, bits: int, group: int) -> Tensor:
     """[N] sums over K: of q in int32, or in 4 bits of the dequantised rows in float32.
 
@@ -249,56 +414,3 @@ def row_sums(grid: quantize.Grid, bits: int, group: int) -> Tensor:
         return grid.q.sum(1, dtype=torch.float64).to(torch.int32)
     q, scale, zero = grid
     return quantize.Grid(q.double(), scale.double(), zero).dense(group).sum(1).float()
-
-
-def quantize_weight(
-    w: Tensor,
-    bits: int = 8,
-    group: int | None = None,
-    symmetric: bool = True,
-    activations: str | None = None,
-    x_grid: Any = None,
-) -> QuantizedWeight:
-    """Round a matrix to int8 or int4.
-
-    Args:
-        w: ``[N, K]``, any floating dtype.
-        bits: 8 or 4.
-        group: columns that share a scale: 32, 64 or 128, or None for one scale per row. None with
-            an int8 weight and quantised activations.
-        symmetric: no zero points; else each group has one, and its range takes the whole grid.
-        activations: what the product does with x. "none": it stays in floating point. "dynamic":
-            each row becomes u8 with its own scale and zero point; "symmetric": with its own scale
-            only; "static": with the scale and zero point of ``x_grid``. None: "dynamic" for int8
-            with one scale per row, else "none".
-        x_grid: scale and zero point of x for "static" (`static_grid` makes them of a range).
-
-    Raises:
-        ValueError: w is no matrix, or holds NaN or inf; a form that is not there.
-        TypeError: w is no floating tensor.
-    """
-    quantize.check_weight(w)
-    columns = 0 if group is None else group
-    if activations is None:
-        activations = "dynamic" if bits == 8 and columns == 0 else "none"
-    check_form(bits, columns, activations)
-    if (x_grid is not None) != (activations == "static"):
-        raise ValueError(
-            "x_grid: expected a scale and a zero point with activations 'static', None with all "
-            f"others; got {x_grid!r} with {activations!r}"
-        )
-    w = w.detach()
-    grid = quantize.round_weight(w, bits, columns, symmetric)
-    zero = None if grid.zero_point is None else lanes(grid.zero_point).to(torch.int8)
-    sums = None
-    if activations != "none":
-        sums = lanes(row_sums(grid, bits, columns).unsqueeze(1))[0]
-    if x_grid is not None:
-        x_grid = torch.as_tensor(x_grid, dtype=torch.float32, device=w.device).detach().clone()
-    made = QuantizedWeight(
-        pack(grid.q, bits), lanes(grid.scale), zero, sums, x_grid,
-        w.shape[0], w.shape[1], bits, columns, activations,
-    )  # fmt: skip
-    if x_grid is not None:
-        made.validate()
-    return made

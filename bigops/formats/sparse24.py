@@ -31,14 +31,15 @@ are made of those of W where they are needed (`turn`), so that they cannot be st
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bigops.formats import checks, quantize
-from bigops.formats import sparse as storage
+from bigops.formats import sparse_layout as layout
+from bigops.formats.base import FLOATS, Format, storage
 from bigops.formats.sparse import SparseWeight
 
 TILE = 16  # rows of an instruction
@@ -56,30 +57,129 @@ def meta_shape(n: int, k: int, dtype: torch.dtype) -> list[int]:
     return [-(-n // TILE), padded(k, dtype) // COLUMNS, 32]
 
 
-class Sparse24Weight(NamedTuple):
+@storage
+class Sparse24Weight(Format):
     """A 2:4 sparse weight, compressed (layout: the head of this file)."""
 
     values: Tensor
     meta: Tensor
     scale: Tensor | None
     sums: Tensor | None
-    shape: tuple[int, int]  # (N, K)
-    meta_t: Tensor | None = None  # of a transposable weight
+    meta_t: Tensor | None  # of a transposable weight
+    k: int
+
+    # K is that of x.
+    SCHEMA = "Tensor values, Tensor meta, Tensor? scale, Tensor? sums, Tensor? meta_t"
+    TRAINS = True
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """The storage, in the order in which the op takes it."""
-        return (*self[:4], self.meta_t)
+    def n(self) -> int:  # type: ignore[override]
+        return self.values.shape[0]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the storage."""
-        return sum(t.nbytes for t in self.tensors if t is not None)
+    def arguments(self) -> tuple[Any, ...]:
+        return self.values, self.meta, self.scale, self.sums, self.meta_t
+
+    @classmethod
+    def of(
+        cls,
+        k: int,
+        values: Tensor,
+        meta: Tensor,
+        scale: Tensor | None,
+        sums: Tensor | None,
+        meta_t: Tensor | None,
+    ) -> Sparse24Weight:
+        return cls(values, meta, scale, sums, meta_t, k)
+
+    @property
+    def rounds(self) -> bool:
+        return self.scale is not None
+
+    @classmethod
+    def from_mask(
+        cls, w: Tensor, mask: Tensor, dtype: torch.dtype, transposable: bool = False
+    ) -> Sparse24Weight:
+        """Keep the entries of ``w`` at which ``mask`` is True; no more than two of each four."""
+        kept = torch.where(mask, w.detach(), 0)
+        scale = sums = meta_t = None
+        if transposable:
+            check_blocks(mask)
+            _, meta_t = _compress(kept.to(dtype).t(), mask.t())
+        if dtype == torch.int8:
+            scale = quantize.row_scales(kept.float())
+            kept = quantize.to_int8(kept.float(), scale.unsqueeze(1))
+            sums = kept.sum(1, dtype=torch.int32)
+        values, meta = _compress(kept.to(dtype), mask)
+        return cls(values, meta, scale, sums, meta_t, w.shape[1])
+
+    @classmethod
+    def from_sparse(cls, weight: SparseWeight, dtype: torch.dtype | None = None) -> Sparse24Weight:
+        """Compress a weight of `sparse_linear` whose pattern is 2:4.
+
+        Args:
+            weight: the general storage. Its int8 values stay as they are.
+            dtype: bfloat16 or float16 for floating values; None takes bfloat16.
+
+        Raises:
+            ValueError: more than two of four neighbours are not 0.
+            TypeError: a dtype that does not fit the values.
+        """
+        whole = weight.values.dtype == torch.int8
+        if dtype is None:
+            dtype = torch.int8 if whole else torch.bfloat16
+        if dtype not in STEP or whole != (dtype == torch.int8):
+            raise TypeError(
+                f"dtype: expected {'int8' if whole else 'bfloat16 or float16'} for values of "
+                f"{checks.short(weight.values.dtype)}; got {dtype}"
+            )
+        w = layout.to_dense(
+            weight.values.detach(), weight.positions(), weight.n, weight.k, weight.chunk
+        )
+        values, meta = _compress(w.to(dtype), w != 0)
+        return cls(values, meta, weight.scale, weight.sums, None, weight.k)
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix [N, K] that this weight stands for."""
-        w = to_dense(self.values, self.meta, self.shape[1])
+        w = to_dense(self.values, self.meta, self.k)
         return (w if self.scale is None else w * self.scale.unsqueeze(1)).to(dtype)
+
+    @property
+    def density(self) -> float:
+        return 0.5
+
+    @property
+    def x_dtypes(self) -> tuple[torch.dtype, ...]:
+        return FLOATS if self.rounds else (self.values.dtype,)
+
+    def sample(self, grad: Tensor) -> Tensor:
+        if self.values.dtype == torch.int8:
+            raise TypeError("values: expected a floating-point dtype to have a gradient; got int8")
+        return sample(grad, self.meta, self.values.dtype).to(self.values.dtype)
+
+    def check(self) -> None:
+        values, k, meta_t = self.values, self.k, self.meta_t
+        if values.dtype not in STEP:
+            raise TypeError(
+                "values: expected dtype bfloat16, float16 or int8; got "
+                f"{checks.short_name(values.dtype)}"
+            )
+        half = padded(k, values.dtype) // 2
+        if values.dim() != 2 or values.shape[1] != half:
+            raise ValueError(f"values: expected shape [N, {half}]; got {list(values.shape)}")
+        n = values.shape[0]
+        checks.dtype("meta", self.meta, torch.int32)
+        checks.shape("meta", self.meta, meta_shape(n, k, values.dtype))
+        checks.beside_int8("scale", self.scale, values, torch.float32, n)
+        checks.beside_int8("sums", self.sums, values, torch.int32, n)
+        if meta_t is not None:
+            if values.dtype == torch.int8 or n % 4 or k % 4:
+                raise ValueError(
+                    "meta_t: expected None unless values are bfloat16 or float16 and N and K "
+                    f"divide by 4; got a tensor with {checks.short(values.dtype)} for [{n}, {k}]"
+                )
+            checks.dtype("meta_t", meta_t, torch.int32)
+            checks.shape("meta_t", meta_t, meta_shape(k, n, values.dtype))
 
 
 def check_pack(w: Tensor, dtype: torch.dtype | None, transposable: bool) -> torch.dtype:
@@ -99,21 +199,6 @@ def uneven(w: Tensor) -> bool:
     return w.shape[0] % 4 != 0 or w.shape[1] % 4 != 0
 
 
-def from_mask(w: Tensor, mask: Tensor, dtype: torch.dtype, transposable: bool) -> Sparse24Weight:
-    """Keep the entries of ``w`` at which ``mask`` is True; no more than two of each four."""
-    kept = torch.where(mask, w.detach(), 0)
-    scale = sums = meta_t = None
-    if transposable:
-        check_blocks(mask)
-        _, meta_t = _compress(kept.to(dtype).t(), mask.t())
-    if dtype == torch.int8:
-        scale = quantize.row_scales(kept.float())
-        kept = quantize.to_int8(kept.float(), scale.unsqueeze(1))
-        sums = kept.sum(1, dtype=torch.int32)
-    values, meta = _compress(kept.to(dtype), mask)
-    return Sparse24Weight(values, meta, scale, sums, (w.shape[0], w.shape[1]), meta_t)
-
-
 def check_blocks(mask: Tensor) -> None:
     """Raise ValueError unless each 4 x 4 block keeps two entries in every row and column."""
     n, k = mask.shape
@@ -130,30 +215,6 @@ def check_blocks(mask: Tensor) -> None:
                 f"mask: expected 2 of each 4 neighbours of rows and columns for the transposable "
                 f"form; got {int(counts[line, four])} in {of} {line} from {4 * four} on"
             )
-
-
-def from_sparse(weight: SparseWeight, dtype: torch.dtype | None = None) -> Sparse24Weight:
-    """Compress a weight of `sparse_linear` whose pattern is 2:4.
-
-    Args:
-        weight: the general storage. Its int8 values stay as they are.
-        dtype: bfloat16 or float16 for floating values; None takes bfloat16.
-
-    Raises:
-        ValueError: more than two of four neighbours are not 0.
-        TypeError: a dtype that does not fit the values.
-    """
-    whole = weight.values.dtype == torch.int8
-    if dtype is None:
-        dtype = torch.int8 if whole else torch.bfloat16
-    if dtype not in STEP or whole != (dtype == torch.int8):
-        raise TypeError(
-            f"dtype: expected {'int8' if whole else 'bfloat16 or float16'} for values of "
-            f"{checks.short(weight.values.dtype)}; got {dtype}"
-        )
-    w = storage.to_dense(weight.values.detach(), weight.positions(), *weight.shape, weight.chunk)
-    values, meta = _compress(w.to(dtype), w != 0)
-    return Sparse24Weight(values, meta, weight.scale, weight.sums, weight.shape)
 
 
 def _compress(w: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,42 +280,3 @@ def sample(g: Tensor, meta: Tensor, dtype: torch.dtype) -> Tensor:
 def turn(values: Tensor, meta: Tensor, meta_t: Tensor, k: int) -> Tensor:
     """The values [K, N' / 2] of the transpose of a transposable weight [N, k]."""
     return sample(to_dense(values, meta, k).t(), meta_t, values.dtype).to(values.dtype)
-
-
-def check_storage(
-    values: Tensor,
-    meta: Tensor,
-    scale: Tensor | None,
-    sums: Tensor | None,
-    k: int,
-    meta_t: Tensor | None = None,
-) -> None:
-    """Raise ValueError or TypeError unless dtypes and sizes fit k columns."""
-    if values.dtype not in STEP:
-        raise TypeError(
-            "values: expected dtype bfloat16, float16 or int8; got "
-            f"{checks.short_name(values.dtype)}"
-        )
-    half = padded(k, values.dtype) // 2
-    if values.dim() != 2 or values.shape[1] != half:
-        raise ValueError(f"values: expected shape [N, {half}]; got {list(values.shape)}")
-    n = values.shape[0]
-    checks.dtype("meta", meta, torch.int32)
-    checks.shape("meta", meta, meta_shape(n, k, values.dtype))
-    for name, row, dtype in (("scale", scale, torch.float32), ("sums", sums, torch.int32)):
-        if (row is None) == (values.dtype == torch.int8):
-            raise TypeError(
-                f"{name}: expected a tensor with int8 values and None with others; got "
-                f"{'None' if row is None else 'a tensor'} with {checks.short_name(values.dtype)}"
-            )
-        if row is not None:
-            checks.dtype(name, row, dtype)
-            checks.shape(name, row, [n])
-    if meta_t is not None:
-        if values.dtype == torch.int8 or n % 4 or k % 4:
-            raise ValueError(
-                "meta_t: expected None unless values are bfloat16 or float16 and N and K divide by "
-                f"4; got a tensor with {checks.short_name(values.dtype)} for [{n}, {k}]"
-            )
-        checks.dtype("meta_t", meta_t, torch.int32)
-        checks.shape("meta_t", meta_t, meta_shape(k, n, values.dtype))

@@ -28,6 +28,23 @@ def present(target: Target) -> str:
     return tuned.tiles.device_arch(target)
 
 
+def is_cpu(target: Target) -> bool:
+    """Whether a target is a CPU."""
+    return (target if isinstance(target, str) else target.type) == "cpu"
+
+
+def cuda_arch(target: Target) -> str | None:
+    """The architecture for which the CUDA C++ kernels were built on ``target``, or None.
+
+    A device, and "cuda", must be able to run them here; an architecture need not be present.
+    """
+    if not isinstance(target, str) or target == "cuda":
+        if backend.cuda_error or not torch.cuda.is_available():
+            return None
+        target = present(target)
+    return target if backend.cuda_runs_on(target) else None
+
+
 def why_not(dtype: torch.dtype, target: Target, op: str) -> str:
     """The reason why no Triton kernel of ``op`` serves a dtype on ``target``, or "".
 
@@ -70,3 +87,8 @@ def unserved(op: str, arch: str) -> str:
     except KeyError as error:
         return f"no config file of {op} for {error.args[0]}"
     return ""
+
+
+def named(device: str | None, x: torch.Tensor) -> Target:
+    """The target that ``explain`` means: the one that is named, else that of x; meta is the CPU."""
+    return device or ("cpu" if x.device.type == "meta" else x.device.type)

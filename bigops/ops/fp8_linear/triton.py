@@ -10,38 +10,33 @@ from torch import Tensor
 from bigops import backend
 from bigops.formats import checks
 from bigops.formats.fp8 import Fp8Weight
-from bigops.ops import activation as act
+from bigops.ops import targets
+from bigops.ops.family import Call
 from bigops.ops.library import rows
 
 
-def name(dtype: torch.dtype, activations: str) -> str:
+def name(call: Call, weight: Fp8Weight) -> str:
     """The kernel's name, as `backend.record` gives it."""
-    numbers = "f8" if activations == "none" else "f8a8"
-    return f"triton.fp8_linear.{checks.short(dtype)}.{numbers}"
+    return f"triton.fp8_linear.{checks.short(call.x.dtype)}.{'f8a8' if weight.rounds else 'f8'}"
 
 
-def forward(x: Tensor, *args: Any) -> Tensor:
-    """`kernels/fp8_linear.py` forward on x of any rank; the arguments of the op."""
+def _form(weight: Fp8Weight) -> tuple[Any, ...]:
+    return weight.values, weight.scale, weight.x_scale, weight.scales, weight.activations
+
+
+def forward(call: Call) -> Tensor:
+    """`kernels/fp8_linear.py` forward on x of any rank."""
     from bigops.kernels import fp8_linear as kernels
 
-    *fixed, bias, residual, activation = args
-    weight = Fp8Weight(*fixed)
-    y = kernels.forward(
-        rows(x),
-        weight.values,
-        weight.scale,
-        weight.x_scale,
-        weight.scales,
-        weight.activations,
-        bias,
-        None if residual is None else rows(residual),
-        act.CODES[activation],
-    )
-    backend.note(name(x.dtype, weight.activations))
+    x, weight, residual = call.x, call.weight, call.residual
+    assert isinstance(weight, Fp8Weight)
+    added = None if residual is None else rows(residual)
+    y = kernels.forward(rows(x), *_form(weight), call.bias, added, call.code)
+    backend.note(name(call, weight))
     return y.view(*x.shape[:-1], weight.n)
 
 
-def backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def backward(grad: Tensor, call: Call, need_x: bool, need_bias: bool) -> tuple[Tensor, ...]:
     """Gradients of x and bias by kernels; [0] for what is not needed.
 
     The pre-activation is computed anew, in float32 and as the forward saw it: where that rounds x,
@@ -50,13 +45,12 @@ def backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     from bigops.kernels import fp8_gradient, fp8_linear
     from bigops.kernels.fused_linear import preact_gradient
 
-    *fixed, bias, activation, need_x, need_bias = args
-    weight = Fp8Weight(*fixed)
+    x, weight = call.x, call.weight
+    assert isinstance(weight, Fp8Weight)
     flat, z = rows(grad), None
-    if activation != "none":
-        form = (weight.values, weight.scale, weight.x_scale, weight.scales, weight.activations)
-        z = fp8_linear.forward(rows(x), *form, bias, dtype=torch.float32)
-    gz, gb = preact_gradient(flat, z, act.CODES[activation], z is not None and need_x, need_bias)
+    if call.activation != "none":
+        z = fp8_linear.forward(rows(x), *_form(weight), call.bias, dtype=torch.float32)
+    gz, gb = preact_gradient(flat, z, call.code, z is not None and need_x, need_bias)
     gx = x.new_empty(0)
     if need_x:
         stored = (weight.values, weight.scale, weight.k, weight.scales)
@@ -65,11 +59,10 @@ def backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return gx, x.new_empty(0) if gb is None else gb
 
 
-def explain(
-    target: str, dtype: torch.dtype, m: int, weight: Fp8Weight
-) -> tuple[str, dict[str, Any], str]:
-    """(kernel, config, reason) on ``target`` ("cuda", "sm_90", "gfx942" ...)."""
+def said(call: Call, weight: Fp8Weight, target: targets.Target) -> tuple[str, dict[str, Any]]:
+    """(reason, config) on ``target``."""
     from bigops.kernels import fp8_linear as kernels
 
-    config, reason = kernels.explain(target, dtype, m, weight.n, weight.k, weight.activations)
-    return name(dtype, weight.activations), config, reason
+    form = (weight.n, weight.k, weight.activations)
+    config, reason = kernels.explain(targets.present(target), call.x.dtype, call.rows, *form)
+    return reason, config

@@ -10,8 +10,8 @@ from torch import Tensor
 from bigops import backend
 from bigops.formats import checks
 from bigops.formats.quantized import QuantizedWeight, columns_of
-from bigops.kernels.tiles import device_arch
-from bigops.ops import activation as act
+from bigops.ops import targets
+from bigops.ops.family import Call
 from bigops.ops.library import define, rows
 
 MAX_ROWS = 16  # of x: two products of 8 columns each
@@ -39,65 +39,49 @@ def splits_for(n: int, k: int, bits: int) -> int:
     return max(1, min(_BLOCKS // max(blocks, 1), stages // _LEAST_STAGES, _MOST_SPLITS))
 
 
-def serves(x: Tensor, activations: str) -> bool:
-    """Whether these kernels serve a call on x's device."""
+def serves(call: Call, weight: QuantizedWeight, target: targets.Target) -> bool:
+    """Whether these kernels serve a call on ``target``."""
     return (
-        not backend.cuda_error
-        and _fits(x.dtype, x.shape[:-1].numel(), activations)
-        and backend.cuda_runs_on(device_arch(x.device))
+        call.x.dtype in DTYPES
+        and 0 < call.rows <= MAX_ROWS
+        and weight.activations == "none"
+        and targets.cuda_arch(target) is not None
     )
 
 
-def serves_on(target: str, dtype: torch.dtype, m: int, activations: str) -> bool:
-    """Whether they serve such a call on ``target``: "cuda" or an architecture such as "sm_90"."""
-    if not _fits(dtype, m, activations):
-        return False
-    if target == "cuda":
-        if backend.cuda_error or not torch.cuda.is_available():
-            return False
-        target = device_arch(torch.device("cuda", torch.cuda.current_device()))
-    return backend.cuda_runs_on(target)
-
-
-def _fits(dtype: torch.dtype, m: int, activations: str) -> bool:
-    return dtype in DTYPES and 0 < m <= MAX_ROWS and activations == "none"
-
-
-def name(dtype: torch.dtype, bits: int) -> str:
+def name(call: Call, weight: QuantizedWeight) -> str:
     """The kernel's name, as `backend.record` gives it."""
-    return f"cuda.quantized_linear.{checks.short(dtype)}.w{bits}"
+    return f"cuda.quantized_linear.{checks.short(call.x.dtype)}.w{weight.bits}"
 
 
-def forward(x: Tensor, *args: Any) -> Tensor:
-    """`quantized_linear` on x of any rank, at most 16 rows; the arguments of the op."""
-    *fixed, bias, residual, activation = args
-    weight = QuantizedWeight.of(*fixed)
-    y = _decode(
+def forward(call: Call) -> Tensor:
+    """`quantized_linear` on x of any rank, at most 16 rows."""
+    x, weight, residual = call.x, call.weight, call.residual
+    assert isinstance(weight, QuantizedWeight)
+    y: Tensor = _decode(
         rows(x),
         weight.values,
         weight.scale,
         weight.zero_point,
-        -weight.n % 16,
+        weight.pad,
         weight.k,
         weight.bits,
         weight.group,
-        bias,
+        call.bias,
         None if residual is None else rows(residual),
-        act.CODES[activation],
+        call.code,
         splits_for(weight.n, weight.k, weight.bits),
     )
-    backend.note(name(x.dtype, weight.bits))
-    out: Tensor = y.view(*x.shape[:-1], weight.n)
-    return out
+    backend.note(name(call, weight))
+    return y.view(*x.shape[:-1], weight.n)
 
 
-def explain(dtype: torch.dtype, m: int, weight: QuantizedWeight) -> tuple[str, dict[str, Any], str]:
-    """(kernel, config, reason) of a call that these kernels serve."""
-    splits = splits_for(weight.n, weight.k, weight.bits)
+def said(call: Call, weight: QuantizedWeight) -> tuple[str, dict[str, Any]]:
+    """(reason, config) of a call that these kernels serve."""
     config = {
         "block_n": _BLOCK_ROWS,
         "block_k": _LINES * columns_of(weight.bits),
-        "splits": splits,
+        "splits": splits_for(weight.n, weight.k, weight.bits),
     }
-    reason = f"weight-only decode of {m} rows, at most {MAX_ROWS}: int{weight.bits} by mma.sync"
-    return name(dtype, weight.bits), config, reason
+    reason = f"weight-only decode of {call.rows} rows, at most {MAX_ROWS}: int{weight.bits}"
+    return f"{reason} by mma.sync", config

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from bigops.formats import sparse as storage
+from bigops.formats import sparse_layout as storage
+from bigops.formats.sparse import SparseWeight
 
 if TYPE_CHECKING:
     from bigops.kernels.sparse_linear import Blocks, Lines
@@ -30,22 +31,21 @@ def _state(*tensors: Tensor) -> tuple[Any, ...]:
     return tuple(0 if t.is_inference() else t._version for t in tensors)
 
 
-def find(
-    values: Tensor, index: Tensor, rows: Tensor, length: Tensor, ptr: Tensor, n: int, chunk: int,
-    k: int,
-) -> Blocks | None:  # fmt: skip
-    """The blocks of a weight [n, k], or None where its rows share no pattern 16 by 16.
+def find(weight: SparseWeight) -> Blocks | None:
+    """The blocks of a weight, or None where its rows share no pattern 16 by 16.
 
     Raises:
         ValueError, TypeError: storage whose structure is broken.
     """
-    key = (values.shape, values.dtype, n, chunk, k, _state(index, rows, length, ptr))
-    known = _found.get(index)
+    w = weight
+    state = _state(w.index, w.rows, w.length, w.ptr)
+    key = (w.values.shape, w.values.dtype, w.n, w.chunk, w.k, state)
+    known = _found.get(w.index)
     if known is not None and known[0] == key:
         return known[1]  # type: ignore[no-any-return]
-    storage.check_structure(values, index, rows, length, ptr, n, chunk, k)
-    blocks = _find(values, index, rows, ptr, n, chunk, k)
-    _found[index] = (key, blocks)
+    w.check_structure()
+    blocks = _find(w.values, w.index, w.rows, w.ptr, w.n, w.chunk, w.k)
+    _found[w.index] = (key, blocks)
     return blocks
 
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from bigops import backend
 from bigops.formats import checks
-from bigops.formats.sparse import COLUMNS, PANEL, SparseWeight, sizes
-from bigops.kernels.tiles import device_arch
-from bigops.ops import activation as act
+from bigops.formats.sparse import SparseWeight
+from bigops.formats.sparse_layout import COLUMNS, PANEL, sizes
+from bigops.ops import targets
+from bigops.ops.family import Call
 from bigops.ops.library import define, rows
 
 MAX_ROWS = 16  # of x
@@ -38,82 +39,69 @@ def splits_for(n: int, k: int, chunk: int, dtype: torch.dtype) -> int:
     return max(1, min(blocks, size.panels // _LEAST_PANELS, _MOST_SPLITS))
 
 
-def serves(x: Tensor, values: Tensor) -> bool:
-    """Whether these kernels serve a call on x's device."""
+def serves(call: Call, weight: SparseWeight, target: targets.Target) -> bool:
+    """Whether these kernels serve a call on ``target``."""
+    # Triton's kernel quantises the rows of x for int8 values.
+    whole = not weight.rounds or (weight.k < MAX_K and backend.has_triton())
     return (
-        not backend.cuda_error
-        and _fits(x.dtype, x.shape[:-1].numel(), x.shape[-1], values.dtype)
-        and backend.cuda_runs_on(device_arch(x.device))
+        call.x.dtype in DTYPES
+        and 0 < call.rows <= MAX_ROWS
+        and whole
+        and targets.cuda_arch(target) is not None
     )
 
 
-def serves_on(target: str, dtype: torch.dtype, m: int, k: int, stored: torch.dtype) -> bool:
-    """Whether they serve such a call on ``target``: "cuda" or an architecture such as "sm_90"."""
-    if not _fits(dtype, m, k, stored):
-        return False
-    if target == "cuda":
-        if backend.cuda_error or not torch.cuda.is_available():
-            return False
-        target = device_arch(torch.device("cuda", torch.cuda.current_device()))
-    return backend.cuda_runs_on(target)
-
-
-def _fits(dtype: torch.dtype, m: int, k: int, stored: torch.dtype) -> bool:
-    # Triton's kernel quantises the rows of x for int8 values.
-    whole = stored != torch.int8 or (k < MAX_K and backend.has_triton())
-    return dtype in DTYPES and 0 < m <= MAX_ROWS and whole
-
-
-def name(dtype: torch.dtype, stored: torch.dtype) -> str:
+def name(call: Call, weight: SparseWeight) -> str:
     """The kernel's name, as `backend.record` gives it."""
-    return f"cuda.sparse_linear.{checks.short(dtype)}.{checks.short(stored)}"
+    dtypes = f"{checks.short(call.x.dtype)}.{checks.short(weight.values.dtype)}"
+    return f"cuda.sparse_linear.{dtypes}"
 
 
-def forward(x: Tensor, *args: Any) -> Tensor:
-    """`sparse_linear` on x of any rank, at most 16 rows; the arguments of the op.
+def forward(call: Call) -> Tensor:
+    """`sparse_linear` on x of any rank, at most 16 rows.
 
     The contents of the storage are checked on the device as they are read: broken ones give NaN.
     """
-    values, index, rows_of, _, ptr, scale, sums, n, chunk, bias, residual, activation = args
-    flat, k = rows(x), x.shape[-1]
-    x_scale = x_zero = None
-    seen = flat
-    if scale is not None:
+    x, weight, residual = call.x, call.weight, call.residual
+    assert isinstance(weight, SparseWeight)
+    seen, x_scale, x_zero = rows(x), None, None
+    if weight.rounds:
         from bigops.kernels.quantized_linear import quantize_activations
 
-        seen, x_scale, x_zero, _ = quantize_activations(flat, "dynamic")
-    y = _decode(
+        seen, x_scale, x_zero, _ = quantize_activations(seen, "dynamic")
+    y: Tensor = _decode(
         seen,
         x_scale,
         x_zero,
         x,
-        values,
-        index,
-        rows_of,
-        ptr,
-        scale,
-        sums,
-        n,
-        k,
-        chunk,
-        bias,
+        weight.values,
+        weight.index,
+        weight.rows,
+        weight.ptr,
+        weight.scale,
+        weight.sums,
+        weight.n,
+        weight.k,
+        weight.chunk,
+        call.bias,
         None if residual is None else rows(residual),
-        act.CODES[activation],
-        splits_for(n, k, chunk, values.dtype),
+        call.code,
+        splits_for(weight.n, weight.k, weight.chunk, weight.values.dtype),
     )
-    backend.note(name(x.dtype, values.dtype))
-    out: Tensor = y.view(*x.shape[:-1], n)
-    return out
+    backend.note(name(call, weight))
+    return y.view(*x.shape[:-1], weight.n)
 
 
-def explain(dtype: torch.dtype, m: int, weight: SparseWeight) -> tuple[str, str, dict[str, Any]]:
-    """(kernel, reason, config) of a call that these kernels serve."""
-    (n, k), chunk, stored = weight.shape, weight.chunk, weight.values.dtype
+def said(call: Call, weight: SparseWeight) -> tuple[str, dict[str, Any]]:
+    """(reason, config) of a call that these kernels serve."""
+    stored = weight.values.dtype
     config = {
-        "block_n": chunk,
+        "block_n": weight.chunk,
         "block_k": PANEL * COLUMNS[stored],
-        "splits": splits_for(n, k, chunk, stored),
+        "splits": splits_for(weight.n, weight.k, weight.chunk, stored),
     }
-    kind = checks.short(stored)
-    reason = f"sparse decode of {m} rows, at most {MAX_ROWS}: {kind} words in slices of 16 rows"
-    return name(dtype, stored), reason, config
+    reason = (
+        f"sparse decode of {call.rows} rows, at most {MAX_ROWS}: {checks.short(stored)} words in "
+        "slices of 16 rows"
+    )
+    return reason, config

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bigops import backend
 from bigops.formats import checks
-from bigops.formats.sparse24 import Sparse24Weight, check_pack, from_mask, uneven
-from bigops.formats.sparse_convert import n_m_mask, transposable_mask
+from bigops.formats.patterns import n_m_mask, transposable_mask
+from bigops.formats.sparse24 import Sparse24Weight, check_pack, uneven
 from bigops.kernels.tiles import device_arch
 from bigops.ops.library import define, encoder
 
@@ -108,7 +108,7 @@ def pack24(
         packed = pack(w.detach(), mask, "given", dtype, transposable)
         if not bool(packed.broken.any()):  # else the road below names what is wrong
             return _of_kernel(packed, w, transposable)
-    return from_mask(w, w != 0 if mask is None else mask, dtype, transposable)
+    return Sparse24Weight.from_mask(w, w != 0 if mask is None else mask, dtype, transposable)
 
 
 def prune24(
@@ -129,10 +129,12 @@ def prune24(
     if serves(w, dtype) and not (transposable and uneven(w)):
         packed = pack(w.detach(), None, "largest", dtype, transposable)
         return _of_kernel(packed, w, transposable)
-    return from_mask(w, transposable_mask(w) if transposable else n_m_mask(w), dtype, transposable)
+    return Sparse24Weight.from_mask(
+        w, transposable_mask(w) if transposable else n_m_mask(w), dtype, transposable
+    )
 
 
 def _of_kernel(packed: Packed, w: Tensor, transposable: bool) -> Sparse24Weight:
-    n, k = w.shape
+    k = w.shape[1]
     meta_t = packed.meta_t if transposable else None
-    return Sparse24Weight(packed.values, packed.meta, None, None, (n, k), meta_t)
+    return Sparse24Weight(packed.values, packed.meta, None, None, meta_t, k)

@@ -11,37 +11,35 @@ from torch import Tensor
 
 from bigops import backend
 from bigops.formats import checks
-from bigops.formats import sparse as storage
-from bigops.ops import activation as act
+from bigops.formats.sparse import SparseWeight
 from bigops.ops import targets
+from bigops.ops.family import Call
 from bigops.ops.library import rows
-from bigops.ops.sparse_linear import blocks as _sparse_blocks
+from bigops.ops.sparse_linear import blocks
 from bigops.ops.targets import present
 
 if TYPE_CHECKING:
     from bigops.kernels.sparse_linear import Blocks
 
 
-def blocks_of(x: Tensor, target: targets.Target, *fixed: Any) -> tuple[Blocks | None, str]:
+def blocks_of(call: Call, target: targets.Target) -> tuple[Blocks | None, str]:
     """(where the blocks of the weight lie, the reason why no kernel serves it, or "")."""
-    values, index, given_rows, length, ptr, _, _, n, chunk = fixed
-    reason = targets.why_not(x.dtype, target, "sparse_linear")
-    if x.dtype == torch.uint8:
-        reason = "no GPU kernel for a uint8 x"
-    elif values.dtype == torch.int8:
+    weight = call.weight
+    assert isinstance(weight, SparseWeight)
+    reason = targets.why_not(call.x.dtype, target, "sparse_linear")
+    if weight.values.dtype == torch.int8:
         reason = "no GPU kernel for int8 values"
-    elif values.device.type == "meta":
+    elif weight.values.device.type == "meta":
         reason = "a weight on the meta device does not say whether it has blocks"
     if not reason:
-        reason = _no_tile(targets.present(target), values.dtype)
+        reason = _no_tile(targets.present(target), weight.values.dtype)
     if reason:
         return None, reason
-    found = _sparse_blocks.find(values, index, given_rows, length, ptr, n, chunk, x.shape[-1])
+    found = blocks.find(weight)
     if found is None:
-        group = storage.SLICE // index.shape[1]
         return None, (
             "no GPU kernel for this pattern: expected rows that share it 16 by 16, which fill a "
-            f"matrix unit (16x1, 16x16, 32x32); got {group} by {group}"
+            f"matrix unit (16x1, 16x16, 32x32); got {weight.group} by {weight.group}"
         )
     return found, ""
 
@@ -52,37 +50,43 @@ def _no_tile(arch: str, dtype: torch.dtype) -> str:
     from bigops.kernels import form_tiles
 
     for form in form_tiles.FORMS["sparse_linear"]:
-        for side, aligned in itertools.product(_sparse_blocks.SIDES, (True, False)):
+        for side, aligned in itertools.product(blocks.SIDES, (True, False)):
             given = (form, dtype, 1 << 31, side, aligned)
             if form_tiles.choose_config("sparse_linear", arch, *given) is None:
                 return f"no tile for {form} by blocks of {side} in the config file of {arch}"
     return ""
 
 
-def _name(op: str, x: Tensor, values: Tensor, blocks: Blocks) -> str:
-    pattern = f"{blocks.height}x{blocks.rows.width}"
-    return f"triton.{op}.{checks.short(x.dtype)}.{checks.short(values.dtype)}.{pattern}"
+def name(call: Call, found: Blocks, part: str = "") -> str:
+    """The kernel's name, as `backend.record` gives it."""
+    weight = call.weight
+    assert isinstance(weight, SparseWeight)
+    dtypes = f"{checks.short(call.x.dtype)}.{checks.short(weight.values.dtype)}"
+    return f"triton.sparse_linear{part}.{dtypes}.{found.height}x{found.rows.width}"
 
 
-def forward(x: Tensor, blocks: Blocks, *args: Any) -> Tensor:
-    """`kernels/sparse_linear.py` forward on x of any rank; the arguments of the op."""
+def forward(call: Call, found: Blocks) -> Tensor:
+    """`kernels/sparse_linear.py` forward on x of any rank."""
     from bigops.kernels import sparse_linear as kernels
 
-    values, n, bias, residual, activation = args[0], args[7], *args[9:]
+    x, weight, residual = call.x, call.weight, call.residual
+    assert isinstance(weight, SparseWeight)
     y = kernels.forward(
         rows(x),
-        values,
-        blocks,
-        n,
-        bias,
+        weight.values,
+        found,
+        weight.n,
+        call.bias,
         None if residual is None else rows(residual),
-        act.CODES[activation],
+        call.code,
     )
-    backend.note(_name("sparse_linear", x, values, blocks))
-    return y.view(*x.shape[:-1], n)
+    backend.note(name(call, found))
+    return y.view(*x.shape[:-1], weight.n)
 
 
-def backward(grad: Tensor, x: Tensor, blocks: Blocks, *args: Any) -> tuple[Tensor, ...]:
+def backward(
+    grad: Tensor, call: Call, found: Blocks, need_x: bool, need_values: bool, need_bias: bool
+) -> tuple[Tensor, ...]:
     """Gradients of x, values and bias by kernels; [0] for what is not needed.
 
     The pre-activation is computed anew, in float32: the forward keeps nothing.
@@ -90,29 +94,35 @@ def backward(grad: Tensor, x: Tensor, blocks: Blocks, *args: Any) -> tuple[Tenso
     from bigops.kernels import sparse_linear as kernels
     from bigops.kernels.fused_linear import preact_gradient
 
-    values, n, bias, activation, need_x, need_values, need_bias = args[0], args[7], *args[9:]
-    flat_grad, flat_x = rows(grad), rows(x)
+    x, weight = call.x, call.weight
+    assert isinstance(weight, SparseWeight)
+    values, flat_grad, flat_x = weight.values, rows(grad), rows(x)
     z = None
-    if activation != "none":
-        z = kernels.forward(flat_x, values, blocks, n, bias, dtype=torch.float32)
-    code = act.CODES[activation]
-    gz, gb = preact_gradient(flat_grad, z, code, z is not None, need_bias)
+    if call.activation != "none":
+        z = kernels.forward(flat_x, values, found, weight.n, call.bias, dtype=torch.float32)
+    gz, gb = preact_gradient(flat_grad, z, call.code, z is not None, need_bias)
     if gz is None:
         gz = flat_grad
     nothing = x.new_empty(0)
-    gx = kernels.transposed(gz, values, blocks, x.shape[-1]).view(x.shape) if need_x else nothing
-    gv = kernels.sampled(gz, flat_x, values, blocks) if need_values else nothing
-    backend.note(_name("sparse_linear_backward", x, values, blocks))
+    gx = kernels.transposed(gz, values, found, weight.k).view(x.shape) if need_x else nothing
+    gv = kernels.sampled(gz, flat_x, values, found) if need_values else nothing
+    backend.note(name(call, found, "_backward"))
     return gx, gv, nothing if gb is None else gb
 
 
-def explain(target: str, x: Tensor, blocks: Blocks, *fixed: Any) -> backend.Explanation:
-    """Kernel, config and reason on ``target`` ("cuda", "sm_90", "gfx942" ...)."""
+def said(call: Call, found: Blocks, target: targets.Target) -> tuple[str, dict[str, Any]]:
+    """(reason, config) on ``target``."""
     from bigops.kernels import sparse_linear as kernels
 
-    values, n = fixed[0], fixed[7]
-    m, k = x.shape[:-1].numel(), x.shape[-1]
-    sides = (blocks.height, blocks.rows.width)
-    config, reason = kernels.explain(present(target), values.dtype, m, n, k, *sides)
-    name = _name("sparse_linear", x, values, blocks)
-    return backend.Explanation("sparse_linear", name, reason, config)
+    weight = call.weight
+    assert isinstance(weight, SparseWeight)
+    config, reason = kernels.explain(
+        present(target),
+        weight.values.dtype,
+        call.rows,
+        weight.n,
+        weight.k,
+        found.height,
+        found.rows.width,
+    )
+    return reason, config

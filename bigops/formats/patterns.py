@@ -1,4 +1,4 @@
-"""From a dense matrix and a pattern to the storage of a sparse weight."""
+"""Patterns of pruning: what is pruned together, and which of it stays, by magnitude."""
 
 from __future__ import annotations
 
@@ -10,17 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigops.formats import checks, quantize
-from bigops.formats.sparse import (
-    COLUMNS,
-    GROUPS,
-    PANEL,
-    SLICE,
-    SparseWeight,
-    chunk_rows,
-    row_sums,
-    sizes,
-)
+from bigops.formats import quantize
 
 
 class Pattern(NamedTuple):
@@ -105,7 +95,7 @@ def block_mask(w: Tensor, sparsity: float, block: tuple[int, int] = (1, 4)) -> T
     quantize.check_weight(w)
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity: expected a number from 0 to 1; got {sparsity}")
-    rows, columns = _check_block(block)
+    rows, columns = check_block(block)
     n, k = w.shape
     parts = F.pad(w.detach().double(), (0, -k % columns, 0, -n % rows))
     parts = parts.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # [., rows, ., columns]
@@ -184,141 +174,9 @@ def transposable_mask(w: Tensor) -> Tensor:
     return masks.transpose(1, 2).flatten(2).flatten(0, 1)[:n, :k].contiguous()
 
 
-def sparsify_weight(
-    w: Tensor,
-    mask: Tensor,
-    dtype: torch.dtype = torch.int8,
-    block: tuple[int, int] = (1, 4),
-    chunk: int | None = None,
-) -> SparseWeight:
-    """Store the blocks of ``w`` that ``mask`` keeps.
-
-    Args:
-        w: ``[N, K]``, any floating dtype.
-        mask: bool ``[ceil(N / rows), ceil(K / columns)]``, as `block_mask` gives it.
-        dtype: of the stored values: int8 (one symmetric scale a row), bfloat16 or float32.
-        block: rows and columns of a block; (1, 1) for a mask of single entries.
-        chunk: rows of a chunk, 64, 128 or 256; None chooses by N.
-
-    Raises:
-        ValueError: mask of another shape, w no matrix, or NaN or inf in it.
-        TypeError: w is no floating tensor, mask no bool, or a dtype that is not stored.
-    """
-    quantize.check_weight(w)
-    if dtype not in COLUMNS:
-        raise TypeError(f"dtype: expected int8, bfloat16 or float32; got {dtype}")
-    n, k = w.shape
-    rows, columns = _check_block(block)
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: expected a torch.Tensor; got {type(mask).__name__}")
-    checks.dtype("mask", mask, torch.bool)
-    checks.shape("mask", mask, [-(-n // rows), -(-k // columns)])
-    full = Pattern(rows, columns).expand(mask, n, k)
-    kept = torch.where(full, w.detach().float(), 0)
-    scale = None
-    if dtype == torch.int8:
-        scale = quantize.row_scales(kept)
-        kept = quantize.to_int8(kept, scale.unsqueeze(1))
-    return _store(kept.to(dtype), full, scale, chunk_rows(n) if chunk is None else chunk)
-
-
-def from_dense(w: Tensor, dtype: torch.dtype | None = None) -> SparseWeight:
-    """Store a matrix by its zeros: what is exactly 0 is dropped.
-
-    Args:
-        w: ``[N, K]``, any floating dtype.
-        dtype: of the stored values; None keeps bfloat16 and takes float32 for the rest.
-    """
-    quantize.check_weight(w)
-    if dtype is None:
-        dtype = torch.bfloat16 if w.dtype == torch.bfloat16 else torch.float32
-    return sparsify_weight(w, w != 0, dtype, (1, 1))
-
-
-def _check_block(block: Any) -> tuple[int, int]:
+def check_block(block: Any) -> tuple[int, int]:
+    """Rows and columns of a block; raise ValueError for one of no size."""
     rows, columns = block
     if rows < 1 or columns < 1:
         raise ValueError(f"block: expected two sizes of at least 1; got {block}")
     return int(rows), int(columns)
-
-
-def _store(values: Tensor, mask: Tensor, scale: Tensor | None, chunk: int) -> SparseWeight:
-    n, k = values.shape
-    size = sizes(n, k, chunk, values.dtype)
-    right = size.panels * PANEL * size.columns - k
-    below = size.chunks * chunk - n
-    word_mask = F.pad(mask, (0, right)).unflatten(1, (-1, size.columns)).any(-1)  # [N, words]
-    word_mask = F.pad(word_mask, (0, 0, 0, below))
-    group = _group(word_mask, n)
-    padded = F.pad(values, (0, right, 0, below)).unflatten(1, (-1, size.columns))
-    parts = [
-        _store_chunk(
-            padded[c * chunk : (c + 1) * chunk], word_mask[c * chunk : (c + 1) * chunk], group
-        )
-        for c in range(size.chunks)
-    ]
-    per = SLICE // group
-
-    def joined(i: int, empty: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if not parts:
-            return torch.empty(empty, dtype=dtype, device=values.device)
-        return torch.cat([p[i] for p in parts])
-
-    steps = joined(4, (0,), torch.int64)
-    if int(steps.sum()) >= 2**31:
-        raise ValueError(f"mask: expected fewer than 2**31 steps of words; got {int(steps.sum())}")
-    weight = SparseWeight(
-        joined(0, (0, SLICE, size.columns), values.dtype),
-        joined(1, (0, per), torch.uint8),
-        joined(2, (0, per), torch.uint8),
-        joined(3, (0, per), torch.uint8),
-        F.pad(steps.cumsum(0), (1, 0)).to(torch.int32),
-        scale,
-        None,
-        (n, k),
-        chunk,
-    )
-    if scale is None:
-        return weight
-    return weight._replace(sums=row_sums(weight.values, weight.positions(), n, chunk))
-
-
-def _group(word_mask: Tensor, n: int) -> int:
-    """The most rows that share their pattern everywhere (rows past ``n`` go with any)."""
-    for group in GROUPS:
-        parts = word_mask.unflatten(0, (-1, group))
-        shared = parts.any(1, keepdim=True).expand_as(parts).reshape(word_mask.shape)
-        if torch.equal(shared[:n], word_mask[:n]):
-            return group
-    return 1
-
-
-def _store_chunk(values: Tensor, mask: Tensor, group: int) -> tuple[Tensor, ...]:
-    """values, index, rows, length and steps of each slice for one chunk.
-
-    values: [chunk, words, columns]; mask: [chunk, words].
-    """
-    per = SLICE // group
-    shared = mask.unflatten(0, (-1, group)).any(1)  # [groups, words]
-    parts = shared.unflatten(1, (-1, PANEL)).transpose(0, 1)  # [panels, groups, 64]
-    length, rows = parts.sum(-1).sort(dim=1, descending=True, stable=True)  # [panels, groups]
-    steps = length.unflatten(1, (-1, per)).amax(-1).flatten()  # [slices]
-    first = F.pad(steps.cumsum(0), (1, 0))
-    ordered = parts.gather(1, rows.unsqueeze(-1).expand_as(parts))
-    panel, place, word = ordered.nonzero(as_tuple=True)  # by panel, then place, words rising
-    rank = (ordered.cumsum(-1) - 1)[panel, place, word]
-    slices = parts.shape[1] // per
-    step = first[panel * slices + place // per] + rank
-    total = int(first[-1])
-    index = torch.zeros((total, per), dtype=torch.uint8, device=mask.device)
-    index[step, place % per] = word.to(torch.uint8)
-    out = values.new_zeros((total, per, group, values.shape[-1]))
-    grouped = values.unflatten(0, (-1, group)).transpose(1, 2)  # [groups, words, group, columns]
-    out[step, place % per] = grouped[rows[panel, place], panel * PANEL + word]
-    return (
-        out.flatten(1, 2),
-        index,
-        rows.to(torch.uint8).reshape(-1, per),
-        length.to(torch.uint8).reshape(-1, per),
-        steps,
-    )

@@ -1,0 +1,200 @@
+"""What every format says of itself: a weight [N, K] as it is stored.
+
+A format is one frozen dataclass: tensors first, then the plain data that says how they lie. It is
+the only place that knows its layout; ops, layers, files, receipts and sharding ask it by the names
+of its fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from typing_extensions import Self, dataclass_transform
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
+
+F = TypeVar("F", bound="Format")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Format:
+    """A weight [N, K] in some storage."""
+
+    SCHEMA: ClassVar[str]
+    """The arguments that stand for the weight in the schema of its op, as torch writes them."""
+    TENSORS: ClassVar[tuple[str, ...]]
+    """Names of the tensors, in the order of the schema."""
+    TRAINS: ClassVar[bool] = False
+    """Whether floating ``values`` have gradients."""
+
+    n: int
+    k: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """[N, K] of the matrix."""
+        return torch.Size([self.n, self.k])
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The storage by name; None where this weight has no such tensor."""
+        return {name: getattr(self, name) for name in self.TENSORS}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage."""
+        return sum(t.nbytes for t in self.tensors().values() if t is not None)
+
+    @property
+    def density(self) -> float:
+        """Share of the entries that are stored."""
+        return 1.0
+
+    @property
+    def rounds(self) -> bool:
+        """Whether a product with this weight quantises x."""
+        return False
+
+    @property
+    def x_dtypes(self) -> tuple[torch.dtype, ...]:
+        """The floating dtypes that x may have in a product with this weight."""
+        return FLOATS
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The weight as its op takes it: the arguments of `SCHEMA`."""
+        raise NotImplementedError
+
+    @classmethod
+    def of(cls, k: int, *arguments: Any) -> Self:
+        """The weight of ``k`` columns of which these are the `arguments`; not validated."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dense(cls, w: Tensor, **form: Any) -> Self:
+        """Store a matrix [N, K]; what else it takes is the format's own."""
+        raise NotImplementedError
+
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix [N, K] that this weight stands for; differentiable for floating values."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise ValueError or TypeError unless dtypes and shapes belong together.
+
+        Every call of the op asks it; it reads no contents.
+        """
+        raise NotImplementedError
+
+    def check_structure(self) -> None:
+        """Raise ValueError for contents that memory safety rests on; the C++ kernels ask it too."""
+
+    def validate(self) -> None:
+        """Raise ValueError or TypeError unless the storage is whole; asked when a file loads."""
+        self.check()
+        self.check_structure()
+
+    def sample(self, grad: Tensor) -> Tensor:
+        """Entries of a matrix [N, K] where ``values`` stores its own, in their shape and dtype."""
+        raise NotImplementedError
+
+    # --- parts of a weight: rows of W ----------------------------------------------------------
+
+    def row_dims(self) -> dict[str, int]:
+        """Along which dimension each tensor splits with the rows of W; the others are whole."""
+        return {}
+
+    def splits(self, parts: int) -> bool:
+        """Whether the rows of W split into ``parts`` weights of this format, of equal sizes."""
+        return bool(self.row_dims()) and self.n % parts == 0
+
+    def placements(self, split: bool) -> dict[str, Placement | None]:
+        """Where DTensor puts each tensor, with the rows of W split or whole; None for no tensor."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        dims = self.row_dims() if split else {}
+        return {
+            name: None if t is None else Shard(dims[name]) if name in dims else Replicate()
+            for name, t in self.tensors().items()
+        }
+
+    def shard(self, rank: int, parts: int) -> Self:
+        """The weight of the rows that are rank's of ``parts``.
+
+        Raises:
+            ValueError: the rows do not split so.
+        """
+        if not self.splits(parts):
+            raise ValueError(
+                f"parts: expected a number into which {self.n} rows of a {type(self).__name__} "
+                f"split; got {parts}"
+            )
+        dims = self.row_dims()
+        found = {
+            name: t if t is None or name not in dims else t.chunk(parts, dims[name])[rank]
+            for name, t in self.tensors().items()
+        }
+        return self._with_rows(self.n // parts, found)
+
+    @classmethod
+    def merge(cls, parts: Sequence[Self]) -> Self:
+        """The weight of which these are the parts in order; the inverse of `shard`.
+
+        Raises:
+            ValueError: several parts of a format that does not split.
+        """
+        whole, *others = parts
+        dims = whole.row_dims()
+        if others and not dims:
+            raise ValueError(f"parts: expected one, since a {cls.__name__} does not split")
+        found = {
+            name: torch.cat([getattr(part, name) for part in parts], dims[name])
+            if t is not None and name in dims
+            else t
+            for name, t in whole.tensors().items()
+        }
+        return whole._with_rows(sum(part.n for part in parts), found)
+
+    def _with_rows(self, n: int, tensors: dict[str, Tensor | None]) -> Self:
+        given: dict[str, Any] = dict(tensors)
+        names = {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        if "n" in names:
+            given["n"] = n
+        return dataclasses.replace(self, **given)  # type: ignore[type-var]
+
+
+@dataclass_transform(frozen_default=True, eq_default=False)
+def storage(cls: type[F]) -> type[F]:
+    """Make a class of annotated fields a format: a frozen dataclass, to torch a pytree."""
+    made = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    names = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
+    made.TENSORS = tuple(_tensors(made))
+
+    def flatten(weight: F) -> tuple[list[Any], None]:
+        return [getattr(weight, name) for name in names], None
+
+    def unflatten(parts: Any, _: None) -> F:
+        return made(*parts)
+
+    pytree.register_pytree_node(
+        made,
+        flatten,
+        unflatten,
+        serialized_type_name=f"bigops.{made.__name__}",
+        flatten_with_keys_fn=lambda weight: (
+            [(pytree.GetAttrKey(name), getattr(weight, name)) for name in names],
+            None,
+        ),
+    )
+    return made
+
+
+def _tensors(cls: type[Format]) -> Iterator[str]:
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if "Tensor" in str(field.type):
+            yield field.name
