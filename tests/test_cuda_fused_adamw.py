@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import bigops
-from bigops import backend, fused_adamw, fused_grad_norm
+from bigops import fused_adamw, fused_grad_norm
+from bigops.backend import machine
 from bigops.benches import harness
 from bigops.ops.fused_adamw import cuda as road
 from bigops.ops.fused_adamw import reference_adamw, reference_norm, states
@@ -289,10 +290,10 @@ def test_the_bench_clips_without_the_host() -> None:
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where bigops/_cuda was built."""
-    monkeypatch.setattr(backend, "cuda_archs", ("80", "90a"))
-    backend.cuda_runs_on.cache_clear()
+    monkeypatch.setattr(machine, "cuda_archs", ("80", "90a"))
+    machine.cuda_runs_on.cache_clear()
     yield
-    backend.cuda_runs_on.cache_clear()
+    machine.cuda_runs_on.cache_clear()
 
 
 @pytest.mark.usefixtures("built")
@@ -358,7 +359,7 @@ def test_bad_arguments_change_nothing() -> None:
 
 ON_GPU = [
     pytest.mark.gpu,
-    pytest.mark.skipif(bool(backend.cuda_error), reason=backend.cuda_error),
+    pytest.mark.skipif(bool(machine.cuda_error), reason=machine.cuda_error),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
 ]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import bigops
 from bigops import backend, fused_adamw, fused_grad_norm, fused_sgd
+from bigops.backend import machine
 from tests import tolerance
 from tests.kernels_ran import expect, needs_extension
 from tests.optimizer_cases import ADAMW, DTYPES, Problem
@@ -221,7 +222,7 @@ def test_explain_names_the_kernel_that_runs() -> None:
             problem.adamw(0)
         assert bigops.explain("fused_adamw", problem.params).kernel == names[0]
     said = bigops.explain("fused_sgd", [torch.ones(2)], device="sm_90")
-    if backend.has_triton():
+    if machine.has_triton():
         assert said.kernel == "triton.fused_sgd.f32.fused"
         if not torch.cuda.is_available():  # as of every op with Triton kernels
             with pytest.raises(ValueError, match="torch sees no GPU here"):

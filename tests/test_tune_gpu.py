@@ -18,7 +18,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from bigops import backend, cli, explain, timing
+import bigops
+from bigops import cli, explain, timing
 from bigops.backend import gpu_tiles
 from bigops.kernels import tuned
 from bigops.kernels.tiles import TileConfig
@@ -223,7 +224,8 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped() -> None:
 def test_two_processes_lose_nothing_of_each_other() -> None:
     path = fill()
     code = (
-        "import json, sys, time; from pathlib import Path; from bigops.tune import gpu as tune_gpu\n"
+        "import json, sys, time; from pathlib import Path\n"
+        "from bigops.tune import gpu as tune_gpu\n"
         "path, of, name = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]\n"
         "point = {'seconds': {'[32, 32, 32, 2, 4, 2, 2]': 1.0}, 'failed': {}}\n"
         "(path.parent / f'{name} is ready').touch()\n"
@@ -290,7 +292,7 @@ def test_a_file_that_cannot_serve_is_named_and_ignored(
             "fused_linear", torch.ones(20, 32), torch.ones(48, 32), device=MACHINE["arch"]
         )
     assert served.config["file"] == "interpreter.json"
-    assert backend.report()["tiles"][0]["ignored"] == table.ignored
+    assert bigops.report()["tiles"][0]["ignored"] == table.ignored
     fill()  # writes a sound one in its place
     assert serve(monkeypatch).source == str(path)
 
@@ -350,7 +352,7 @@ def test_what_was_measured_serves_from_the_next_start_on(monkeypatch: pytest.Mon
     case.check_forward(y)
     other = explain("fused_linear", torch.randn(200, 32), weight, device="interpreter")
     assert "kernels/configs" in other.reason  # another bucket
-    assert backend.report()["tiles"] == [
+    assert bigops.report()["tiles"] == [
         {"device": "Some GPU 80GB", "source": table.source, "tiles": 2, "ignored": ""}
     ]
 

@@ -62,10 +62,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from bigops import backend
+    import bigops
     from bigops.cli import doctor
 
-    report = backend.report()
+    report = bigops.report()
     if args.json:
         import json
 

@@ -10,7 +10,7 @@ _NONE = "none (needs the extension)"
 
 
 def text(report: Mapping[str, Any]) -> str:
-    """`bigops.backend.report()` for a reader; ends with what could be better and how."""
+    """`bigops.report()` for a reader; ends with what could be better and how."""
     cpu, cuda = report["cpu"], report["cuda"]
     lines = [
         f"bigops {report['bigops']}, Python {report['python']}, {report['platform']}",

@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigops import backend
+from bigops.backend import machine
 from bigops.formats import checks
 from bigops.ops import activation as act
+from bigops.ops.explain import Explanation
 from bigops.ops.library import autocast, define, encoder, in_words, register
 
 
@@ -396,12 +398,12 @@ def check_call(
 
 def explain(
     name: str, x: Tensor, device: str | None, choose: Callable[..., tuple[str, str]] | None
-) -> backend.Explanation:
+) -> Explanation:
     """Which kernel serves: `choose()` is the extension's own decision, None where it is absent."""
     target = device or ("cpu" if x.device.type == "meta" else x.device.type)
     if target != "cpu":
         reason = f"{name} has no GPU kernel yet; plain torch serves"
-        return backend.Explanation(name, f"reference.{name}", reason)
+        return Explanation(name, f"reference.{name}", reason)
     if choose is None:
-        return backend.Explanation(name, f"reference.{name}", backend.extension_error)
-    return backend.Explanation(name, *choose())
+        return Explanation(name, f"reference.{name}", machine.extension_error)
+    return Explanation(name, *choose())

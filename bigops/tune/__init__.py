@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigops import backend, timing
-from bigops.backend import crossover
+from bigops import timing
+from bigops.backend import crossover, machine
 from bigops.files import locked, replacing
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.packed_linear import PackedWeight, pack_weight, packed_linear
@@ -77,9 +77,9 @@ def tune(
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
-    extension = backend.extension
+    extension = machine.extension
     if extension is None:
-        raise RuntimeError(f"nothing to tune: {backend.extension_error}")
+        raise RuntimeError(f"nothing to tune: {machine.extension_error}")
     timer = timer or _medians
     of = crossover.machine(extension)
     path = crossover.tuned_file(of)
@@ -157,7 +157,7 @@ def _medians(sides: Mapping[str, Callable[[], object]]) -> dict[str, float]:
 
 def _float_product(timer: Timer) -> str:
     """Which library multiplies float32 matrices faster, over a layer's forward and gradients."""
-    if backend.usable("onednn") != "onednn":
+    if machine.usable("onednn") != "onednn":
         return "aten"
     onednn = torch.ops.mkldnn._linear_pointwise
     ratio = 0.0
@@ -212,7 +212,7 @@ def _restored(extension: ModuleType, library: str) -> Iterator[None]:
     try:
         yield
     finally:
-        backend.apply_crossovers()
+        machine.apply_crossovers()
 
 
 def _found(path: Path, of: Mapping[str, str | int]) -> dict[str, Any]:

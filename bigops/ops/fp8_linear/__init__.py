@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigops import backend
 from bigops.formats import checks, fp8
 from bigops.formats.fp8 import Fp8Weight, quantize_fp8
 from bigops.formats.quantize import SERVED
 from bigops.ops import activation as act
 from bigops.ops import family as _frozen
 from bigops.ops import targets
+from bigops.ops.explain import Explanation, serves
 from bigops.ops.fp8_linear import triton as _kernels
 from bigops.ops.library import register
 
@@ -119,7 +119,7 @@ register(_op.forward, cuda=_cuda)
 register(_op.backward, cuda=_cuda_backward)
 
 
-@backend.serves("fp8_linear")
+@serves("fp8_linear")
 def _explain(
     x: Tensor,
     weight: Fp8Weight,
@@ -127,7 +127,7 @@ def _explain(
     residual: Tensor | None = None,
     activation: str = "none",
     device: str | None = None,
-) -> backend.Explanation:
+) -> Explanation:
     checks.stored(weight, Fp8Weight, "quantize_fp8")
     _op.check(x, *weight.arguments, bias, residual, activation)
     target = device or ("cpu" if x.device.type == "meta" else x.device.type)
@@ -137,8 +137,8 @@ def _explain(
         if not reason:
             m = x.shape[:-1].numel()
             kernel, config, reason = _kernels.explain(target, x.dtype, m, weight)
-            return backend.Explanation("fp8_linear", kernel, reason, config)
-    return backend.Explanation("fp8_linear", "reference.fp8_linear", reason)
+            return Explanation("fp8_linear", kernel, reason, config)
+    return Explanation("fp8_linear", "reference.fp8_linear", reason)
 
 
 # --- public function -----------------------------------------------------------------------

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from bigops import backend
+from bigops.backend import machine
 from bigops.formats import checks
 from bigops.ops import targets
+from bigops.ops.explain import Explanation, serves
 from bigops.ops.fused_adamw import cuda as _cuda
 from bigops.ops.fused_adamw import lists, states
 from bigops.ops.library import LIB, define
@@ -300,10 +302,10 @@ LIB.impl("fused_sgd", _cuda_sgd, "CUDA")
 LIB.impl("fused_grad_norm", _cuda_norm, "CUDA")
 
 
-def _explainer(op: str) -> Callable[..., backend.Explanation]:
+def _explainer(op: str) -> Callable[..., Explanation]:
     def explain(
         params: Sequence[Tensor], *, eight_bit: bool = False, device: str | None = None
-    ) -> backend.Explanation:
+    ) -> Explanation:
         dtype = params[0].dtype if len(params) else torch.float32
         if len(params):
             checks.floating("params[0]", params[0])
@@ -313,26 +315,26 @@ def _explainer(op: str) -> Callable[..., backend.Explanation]:
             wide = op == "fused_adamw" and dtype == torch.float64
             if op != "fused_sgd" and not wide and _cuda.serves_on(target):
                 name = f"cuda.{op}.{checks.short(dtype)}.{form}"
-                return backend.Explanation(op, name, "one launch for 320 tensors of any dtypes")
+                return Explanation(op, name, "one launch for 320 tensors of any dtypes")
             why = _why_not(torch.float32 if op == "fused_grad_norm" else dtype, target)
             if why:
-                return backend.Explanation(op, f"reference.{op}", why)
+                return Explanation(op, f"reference.{op}", why)
             name = f"triton.{op}.{checks.short(dtype)}.{form}"
-            return backend.Explanation(op, name, "one launch for all tensors of the same dtypes")
-        if backend.extension is None:
-            return backend.Explanation(op, f"reference.{op}", backend.extension_error)
-        level = backend.extension.isa()
+            return Explanation(op, name, "one launch for all tensors of the same dtypes")
+        if machine.extension is None:
+            return Explanation(op, f"reference.{op}", machine.extension_error)
+        level = machine.extension.isa()
         level = "portable" if dtype == torch.float64 else level.removesuffix("vnni")
         level = level.removesuffix("bf16")
         form = "double" if op == "fused_grad_norm" else "8bit" if eight_bit else "fused"
         name = f"cpu.{level}.{op}.{checks.short(dtype)}.{form}"
-        return backend.Explanation(op, name, "one kernel for all sizes; memory binds")
+        return Explanation(op, name, "one kernel for all sizes; memory binds")
 
     return explain
 
 
 for _name in ("fused_adamw", "fused_sgd", "fused_grad_norm"):
-    backend.serves(_name)(_explainer(_name))
+    serves(_name)(_explainer(_name))
 
 
 # --- public function -----------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bigops import backend
+from bigops.backend import machine
 from bigops.formats import checks
 from bigops.kernels.tiles import device_arch
 from bigops.ops.library import LIB
@@ -33,8 +34,8 @@ def serves(tensors: Sequence[Tensor]) -> bool:
     return (
         len(tensors) > 0
         and tensors[0].is_cuda
-        and not backend.cuda_error
-        and backend.cuda_runs_on(device_arch(tensors[0].device))
+        and not machine.cuda_error
+        and machine.cuda_runs_on(device_arch(tensors[0].device))
     )
 
 
@@ -55,10 +56,10 @@ def counts(params: Sequence[Tensor], steps: Sequence[Tensor]) -> bool:
 def serves_on(target: str) -> bool:
     """Whether they are built for ``target``: "cuda" or an architecture such as "sm_90"."""
     if target == "cuda":
-        if backend.cuda_error or not torch.cuda.is_available():
+        if machine.cuda_error or not torch.cuda.is_available():
             return False
         target = device_arch(torch.device("cuda", torch.cuda.current_device()))
-    return backend.cuda_runs_on(target)
+    return machine.cuda_runs_on(target)
 
 
 def adamw(

@@ -12,6 +12,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.formats import checks
 from bigops.ops import targets
+from bigops.ops.explain import Explanation
 from bigops.ops.fused_adamw import states
 from bigops.ops.linear_cross_entropy import reference as _cross_entropy
 from bigops.ops.targets import present
@@ -41,7 +42,7 @@ def serve_chunk(logits: Tensor, *rest: Any) -> Tensor:
 
 def explain_chunk(
     target: str, dtype: torch.dtype, classes: int, config: dict[str, Any]
-) -> backend.Explanation:
+) -> Explanation:
     """Kernel, config and reason of the pass over logits on ``target`` ("cuda", "sm_90" ...)."""
     from bigops.kernels import linear_cross_entropy as kernels
 
@@ -49,7 +50,7 @@ def explain_chunk(
     block, warps = kernels.block_size(present(target), classes)
     name = f"triton.{op}.{checks.short(dtype)}.gradient"
     reason = f"own pass over chunks of {config['chunk']} tokens, one program a token"
-    return backend.Explanation(op, name, reason, {**config, "block": block, "num_warps": warps})
+    return Explanation(op, name, reason, {**config, "block": block, "num_warps": warps})
 
 
 # --- optimiser steps -----------------------------------------------------------------------

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigops import backend
+from bigops.backend import machine
 from bigops.formats import checks
 from bigops.ops import activation as act
 from bigops.ops import family as _frozen
+from bigops.ops.explain import Explanation, serves
 
 __all__ = ["PackedWeight", "pack_weight", "packed_linear", "reference"]
 
@@ -164,7 +165,7 @@ reference_backward = _op.reference_backward
 # --- dispatch ------------------------------------------------------------------------------
 
 
-@backend.serves("packed_linear")
+@serves("packed_linear")
 def _explain(
     x: Tensor,
     weight: PackedWeight,
@@ -172,10 +173,10 @@ def _explain(
     residual: Tensor | None = None,
     activation: str = "none",
     device: str | None = None,
-) -> backend.Explanation:
+) -> Explanation:
     checks.stored(weight, PackedWeight, "pack_weight")
     _op.check(x, *weight.arguments, bias, residual, activation)
-    extension = backend.extension
+    extension = machine.extension
 
     def choose() -> tuple[str, str]:
         return extension.choose_packed_linear(checks.short(x.dtype))  # type: ignore

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigops import backend
+from bigops.backend import machine
 from bigops.formats import checks, quantize
 from bigops.formats.quantize import static_grid
 from bigops.formats.quantized import TILE, QuantizedWeight, check_storage, quantize_weight
 from bigops.ops import activation as act
 from bigops.ops import family as _frozen
+from bigops.ops.explain import Explanation, serves
 from bigops.ops.grid import GridLinear
 from bigops.ops.library import register
 from bigops.ops.quantized_linear import cuda as _decode
@@ -167,7 +168,7 @@ register(_op.forward, cuda=_cuda)
 register(_op.backward, cuda=_cuda_backward)
 
 
-@backend.serves("quantized_linear")
+@serves("quantized_linear")
 def _explain(
     x: Tensor,
     weight: QuantizedWeight,
@@ -177,30 +178,28 @@ def _explain(
     device: str | None = None,
     *,
     y_grid: Tensor | None = None,
-) -> backend.Explanation:
+) -> Explanation:
     checks.stored(weight, QuantizedWeight, "quantize_weight")
     if y_grid is None and x.dtype != torch.uint8:
         _op.check(x, *weight.arguments, bias, residual, activation)
     else:
         _grid.check(x, *weight.arguments, y_grid, bias, residual, activation)
-    extension = backend.extension
+    extension = machine.extension
     target = device or ("cpu" if x.device.type == "meta" else x.device.type)
     if target != "cpu":
         m = x.shape[:-1].numel()
         if y_grid is None and _decode.serves_on(target, x.dtype, m, weight.activations):
             kernel, config, reason = _decode.explain(x.dtype, m, weight)
-            return backend.Explanation("quantized_linear", kernel, reason, config)
+            return Explanation("quantized_linear", kernel, reason, config)
         reason = _triton.why_not(x.dtype, weight.k, weight.activations, target)
         if y_grid is not None:
             reason = "no Triton kernel for a uint8 result"
         if reason:
             kernel = "reference.quantized_linear"
             grids = y_grid is not None or x.dtype == torch.uint8
-            return backend.Explanation(
-                "quantized_linear", f"{kernel}_grid" if grids else kernel, reason
-            )
+            return Explanation("quantized_linear", f"{kernel}_grid" if grids else kernel, reason)
         kernel, config, reason = _triton.explain(target, x.dtype, m, weight)
-        return backend.Explanation("quantized_linear", kernel, reason, config)
+        return Explanation("quantized_linear", kernel, reason, config)
 
     def choose() -> tuple[str, str]:
         return extension.choose_quantized_linear(  # type: ignore

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bigops import backend
+from bigops.backend import machine
 from bigops.formats import checks
 from bigops.formats.quantized import QuantizedWeight, columns_of
 from bigops.kernels.tiles import device_arch
@@ -42,9 +43,9 @@ def splits_for(n: int, k: int, bits: int) -> int:
 def serves(x: Tensor, activations: str) -> bool:
     """Whether these kernels serve a call on x's device."""
     return (
-        not backend.cuda_error
+        not machine.cuda_error
         and _fits(x.dtype, x.shape[:-1].numel(), activations)
-        and backend.cuda_runs_on(device_arch(x.device))
+        and machine.cuda_runs_on(device_arch(x.device))
     )
 
 
@@ -53,10 +54,10 @@ def serves_on(target: str, dtype: torch.dtype, m: int, activations: str) -> bool
     if not _fits(dtype, m, activations):
         return False
     if target == "cuda":
-        if backend.cuda_error or not torch.cuda.is_available():
+        if machine.cuda_error or not torch.cuda.is_available():
             return False
         target = device_arch(torch.device("cuda", torch.cuda.current_device()))
-    return backend.cuda_runs_on(target)
+    return machine.cuda_runs_on(target)
 
 
 def _fits(dtype: torch.dtype, m: int, activations: str) -> bool:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigops import backend
+from bigops.backend import machine
 from bigops.formats import checks, quantize
 from bigops.formats import sparse as storage
 from bigops.formats.bitmap import BitmapWeight, bitmap_from_sparse, pack_bitmap
@@ -31,6 +31,7 @@ from bigops.formats.sparse_convert import (
 )
 from bigops.ops import activation as act
 from bigops.ops import family as _frozen
+from bigops.ops.explain import Explanation, serves
 from bigops.ops.grid import GridLinear
 from bigops.ops.library import register
 from bigops.ops.sparse_linear import bitmap as _bitmap
@@ -227,7 +228,7 @@ def _check_no_grid(weight: Sparse24Weight | BitmapWeight, *grids: Tensor | None)
         raise ValueError(f"x_grid, y_grid: expected None with a weight {kind}")
 
 
-@backend.serves("sparse_linear")
+@serves("sparse_linear")
 def _explain(
     x: Tensor,
     weight: SparseWeight | Sparse24Weight | BitmapWeight,
@@ -238,7 +239,7 @@ def _explain(
     *,
     x_grid: Tensor | None = None,
     y_grid: Tensor | None = None,
-) -> backend.Explanation:
+) -> Explanation:
     if isinstance(weight, Sparse24Weight):
         _check_no_grid(weight, x_grid, y_grid)
         return _sparse24.explain(x, weight, bias, residual, activation, device)
@@ -257,7 +258,7 @@ def _explain(
     if target != "cpu":
         return _explain_gpu(target, m, x, weight, x_grid is not None or y_grid is not None)
     stored = checks.short(weight.values.dtype)
-    extension = backend.extension
+    extension = machine.extension
 
     def choose() -> tuple[str, str]:
         return extension.choose_sparse_linear(  # type: ignore
@@ -267,19 +268,17 @@ def _explain(
     return _frozen.explain("sparse_linear", x, device, choose if extension else None)
 
 
-def _explain_gpu(
-    target: str, m: int, x: Tensor, weight: SparseWeight, grids: bool
-) -> backend.Explanation:
+def _explain_gpu(target: str, m: int, x: Tensor, weight: SparseWeight, grids: bool) -> Explanation:
     fixed = (*weight.tensors, weight.shape[0], weight.chunk)
     if not grids and _decode.serves_on(target, x.dtype, m, weight.shape[1], weight.values.dtype):
-        return backend.Explanation("sparse_linear", *_decode.explain(x.dtype, m, weight))
+        return Explanation("sparse_linear", *_decode.explain(x.dtype, m, weight))
     blocks, reason = _triton.blocks_of(x, target, *fixed)
     if grids:
         reason = "no GPU kernel for a call with grids"
     elif blocks is not None:
         return _triton.explain(target, x, blocks, *fixed)
     kernel = f"reference.sparse_linear{'_grid' if grids else ''}"
-    return backend.Explanation("sparse_linear", kernel, f"{reason}; plain torch serves")
+    return Explanation("sparse_linear", kernel, f"{reason}; plain torch serves")
 
 
 # --- public function -----------------------------------------------------------------------

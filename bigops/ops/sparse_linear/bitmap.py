@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigops import backend
+from bigops.backend import machine
 from bigops.formats import bitmap as storage
 from bigops.formats import checks
 from bigops.formats.bitmap import BitmapWeight
 from bigops.kernels.tiles import device_arch
 from bigops.ops import activation as act
 from bigops.ops import family as _frozen
+from bigops.ops.explain import Explanation
 from bigops.ops.library import define, register, rows
 
 MAX_ROWS = 16  # of x
@@ -153,10 +155,10 @@ def serves(x: Tensor) -> bool:
     """Whether the kernel serves x on its device, with values of its dtype."""
     return (
         x.is_cuda
-        and not backend.cuda_error
+        and not machine.cuda_error
         and x.dtype in storage.DTYPES
         and 0 < x.shape[:-1].numel() <= MAX_ROWS
-        and backend.cuda_runs_on(device_arch(x.device))
+        and machine.cuda_runs_on(device_arch(x.device))
     )
 
 
@@ -187,26 +189,26 @@ def explain(
     residual: Tensor | None = None,
     activation: str = "none",
     device: str | None = None,
-) -> backend.Explanation:
+) -> Explanation:
     """Which kernel serves such a call of `sparse_linear`."""
     _check_weight_shape(x, weight)
     (n, k), m = weight.shape, x.shape[:-1].numel()
     _op.check(x, *weight.tensors, n, bias, residual, activation)
     target = device or ("cpu" if x.device.type == "meta" else x.device.type)
-    if target == "cuda" and torch.cuda.is_available() and not backend.cuda_error:
+    if target == "cuda" and torch.cuda.is_available() and not machine.cuda_error:
         target = device_arch(torch.device("cuda", torch.cuda.current_device()))
     plain = "the product with the unpacked weight by torch serves; gradients likewise"
-    if backend.cuda_runs_on(target) and 0 < m <= MAX_ROWS:
+    if machine.cuda_runs_on(target) and 0 < m <= MAX_ROWS:
         config = {"block_k": storage.COLUMNS, "splits": splits_for(n, k)}
         reason = f"bitmap decode of {m} rows, at most {MAX_ROWS}; gradients come from torch"
-        return backend.Explanation("sparse_linear", _name(x.dtype), reason, config)
+        return Explanation("sparse_linear", _name(x.dtype), reason, config)
     if target == "cpu":
         why = "made for GPUs, the general storage has CPU kernels"
     elif not 0 < m <= MAX_ROWS:
         why = f"{m} rows, 1 to {MAX_ROWS} have a kernel"
     else:
-        why = backend.cuda_error or f"the CUDA C++ kernels are not built for {target}"
-    return backend.Explanation("sparse_linear", "reference.bitmap_linear", f"{why}; {plain}")
+        why = machine.cuda_error or f"the CUDA C++ kernels are not built for {target}"
+    return Explanation("sparse_linear", "reference.bitmap_linear", f"{why}; {plain}")
 
 
 def apply(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bigops import backend
+from bigops.backend import machine
 from bigops.formats import checks
 from bigops.formats.sparse import COLUMNS, PANEL, SparseWeight, sizes
 from bigops.kernels.tiles import device_arch
@@ -41,9 +42,9 @@ def splits_for(n: int, k: int, chunk: int, dtype: torch.dtype) -> int:
 def serves(x: Tensor, values: Tensor) -> bool:
     """Whether these kernels serve a call on x's device."""
     return (
-        not backend.cuda_error
+        not machine.cuda_error
         and _fits(x.dtype, x.shape[:-1].numel(), x.shape[-1], values.dtype)
-        and backend.cuda_runs_on(device_arch(x.device))
+        and machine.cuda_runs_on(device_arch(x.device))
     )
 
 
@@ -52,15 +53,15 @@ def serves_on(target: str, dtype: torch.dtype, m: int, k: int, stored: torch.dty
     if not _fits(dtype, m, k, stored):
         return False
     if target == "cuda":
-        if backend.cuda_error or not torch.cuda.is_available():
+        if machine.cuda_error or not torch.cuda.is_available():
             return False
         target = device_arch(torch.device("cuda", torch.cuda.current_device()))
-    return backend.cuda_runs_on(target)
+    return machine.cuda_runs_on(target)
 
 
 def _fits(dtype: torch.dtype, m: int, k: int, stored: torch.dtype) -> bool:
     # Triton's kernel quantises the rows of x for int8 values.
-    whole = stored != torch.int8 or (k < MAX_K and backend.has_triton())
+    whole = stored != torch.int8 or (k < MAX_K and machine.has_triton())
     return dtype in DTYPES and 0 < m <= MAX_ROWS and whole
 
 

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigops import backend
+from bigops.backend import machine
 from bigops.formats import checks, quantize
 from bigops.formats import sparse24 as storage
 from bigops.formats.sparse24 import Sparse24Weight
 from bigops.kernels.tiles import device_arch
 from bigops.ops import activation as act
 from bigops.ops import family as _frozen
+from bigops.ops.explain import Explanation
 from bigops.ops.library import define, register, rows
 from bigops.ops.sparse_linear import sparse24_pack as kernels
 
@@ -203,7 +205,7 @@ def _preact_gradient(
 ) -> tuple[Tensor, Tensor]:
     """(gz [M, N] in grad's dtype, its column sums); z float32, None without an activation."""
     nothing = grad.new_empty(0)
-    if backend.has_triton():
+    if machine.has_triton():
         from bigops.kernels.fused_linear import preact_gradient
 
         code = act.CODES[activation]
@@ -222,18 +224,18 @@ def _name(dtype: torch.dtype, stored: torch.dtype, part: str = "") -> str:
 
 def _fits(k: int, stored: torch.dtype) -> bool:
     # Triton's kernel quantises the rows of x for int8 values.
-    return stored != torch.int8 or (k < MAX_K and backend.has_triton())
+    return stored != torch.int8 or (k < MAX_K and machine.has_triton())
 
 
 def _serves_on(arch: str, k: int, stored: torch.dtype) -> bool:
-    return arch in ARCHS and backend.cuda_runs_on(arch) and _fits(k, stored)
+    return arch in ARCHS and machine.cuda_runs_on(arch) and _fits(k, stored)
 
 
 def serves(x: Tensor, stored: torch.dtype) -> bool:
     """Whether the kernel serves x and values of ``stored`` on x's device."""
     return (
         x.is_cuda
-        and not backend.cuda_error
+        and not machine.cuda_error
         and _serves_on(device_arch(x.device), x.shape[-1], stored)
     )
 
@@ -283,13 +285,13 @@ def explain(
     residual: Tensor | None = None,
     activation: str = "none",
     device: str | None = None,
-) -> backend.Explanation:
+) -> Explanation:
     """Which kernel serves such a call of `sparse_linear`."""
     _check_weight_shape(x, weight)
     _op.check(x, *weight.tensors, bias, residual, activation)
     k, stored = weight.shape[1], weight.values.dtype
     target = device or ("cpu" if x.device.type == "meta" else x.device.type)
-    if target == "cuda" and torch.cuda.is_available() and not backend.cuda_error:
+    if target == "cuda" and torch.cuda.is_available() and not machine.cuda_error:
         target = device_arch(torch.device("cuda", torch.cuda.current_device()))
     plain = "the product with the unpacked weight by torch serves; gradients likewise"
     if _serves_on(target, k, stored):
@@ -297,15 +299,15 @@ def explain(
         step = storage.STEP[stored]
         config = {"block_n": BLOCK_N, "block_m": 32 if m <= 32 else 128, "block_k": step}
         reason = f"sparse tensor cores (mma.sp); {_gradients_by(weight)}"
-        return backend.Explanation("sparse_linear", _name(x.dtype, stored), reason, config)
+        return Explanation("sparse_linear", _name(x.dtype, stored), reason, config)
     if target == "cpu":
         reason = f"made for sparse tensor cores, the general storage has CPU kernels; {plain}"
     elif target in ARCHS:
-        why = backend.cuda_error or f"the CUDA C++ kernels are not built for {target}"
+        why = machine.cuda_error or f"the CUDA C++ kernels are not built for {target}"
         reason = f"{why if _fits(k, stored) else 'int8 needs Triton and K below 2^17'}; {plain}"
     else:
         reason = f"no default before hardware was measured, {ARCHS[0]} to {ARCHS[-1]} only; {plain}"
-    return backend.Explanation("sparse_linear", "reference.sparse24_linear", reason)
+    return Explanation("sparse_linear", "reference.sparse24_linear", reason)
 
 
 def apply(

@@ -14,6 +14,7 @@ from bigops.formats import checks
 from bigops.formats import sparse as storage
 from bigops.ops import activation as act
 from bigops.ops import targets
+from bigops.ops.explain import Explanation
 from bigops.ops.library import rows
 from bigops.ops.sparse_linear import blocks as _sparse_blocks
 from bigops.ops.targets import present
@@ -106,7 +107,7 @@ def backward(grad: Tensor, x: Tensor, blocks: Blocks, *args: Any) -> tuple[Tenso
     return gx, gv, nothing if gb is None else gb
 
 
-def explain(target: str, x: Tensor, blocks: Blocks, *fixed: Any) -> backend.Explanation:
+def explain(target: str, x: Tensor, blocks: Blocks, *fixed: Any) -> Explanation:
     """Kernel, config and reason on ``target`` ("cuda", "sm_90", "gfx942" ...)."""
     from bigops.kernels import sparse_linear as kernels
 
@@ -115,4 +116,4 @@ def explain(target: str, x: Tensor, blocks: Blocks, *fixed: Any) -> backend.Expl
     sides = (blocks.height, blocks.rows.width)
     config, reason = kernels.explain(present(target), values.dtype, m, n, k, *sides)
     name = _name("sparse_linear", x, values, blocks)
-    return backend.Explanation("sparse_linear", name, reason, config)
+    return Explanation("sparse_linear", name, reason, config)
