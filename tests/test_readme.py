@@ -162,7 +162,7 @@ def test_the_command_lines_of_the_readme_parse() -> None:
     commands = {"demo", "bench", "doctor", "explain", "show", "tune"}
     assert {line.split()[1] for line in LINES} == commands
     for line in LINES:
-        cli._parser().parse_args(shlex.split(line, comments=True)[1:])
+        cli.parser().parse_args(shlex.split(line, comments=True)[1:])
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith(CHEAP)])
