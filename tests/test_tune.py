@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import bigops
-from bigops import backend, cli, tune
+from bigops import backend, cli
 from bigops.backend import crossover, machine
 from bigops.graph import pack_
 from bigops.nn import Linear
+from bigops.tune import crossovers as tune
 from tests.kernels_ran import expect, needs_extension
 
 pytestmark = needs_extension
@@ -160,13 +161,16 @@ def test_two_processes_lose_nothing_of_each_other() -> None:
     of = crossover.machine(machine.extension)
     path = tune.tune(["f32"], timer=Scripted(OWN_FIRST))
     code = (
-        "import sys, time; from pathlib import Path; from bigops import tune; "
+        "import sys, time; from pathlib import Path; from bigops.tune import crossovers\n"
         "from bigops.backend import crossover, machine\n"
-        "of = crossover.machine(machine.extension); path = Path(sys.argv[1])\n"
+        "from bigops.tune.measured import TunedFile\n"
+        "of, path = crossover.machine(machine.extension), Path(sys.argv[1])\n"
+        "file = TunedFile(crossover, of, crossovers.SECTIONS)\n"
         "(path.parent / f'{sys.argv[2]} is ready').touch()\n"
         "while len(list(path.parent.glob('* is ready'))) < 2: time.sleep(1e-3)\n"
         "for i in range(15):\n"
-        "    tune._write(path, of, {'points': {sys.argv[2] + str(i): []}})"
+        "    with file.editing() as data:\n"
+        "        data['points'][sys.argv[2] + str(i)] = []"
     )
     running = [
         subprocess.Popen([sys.executable, "-c", code, str(path), name], env={**os.environ})

@@ -25,9 +25,10 @@ from bigops.kernels import tuned
 from bigops.kernels.tiles import TileConfig
 from bigops.ops import targets
 from bigops.ops import tuned as _triton_tuned
-from bigops.tune import gpu as tune_gpu
-from bigops.tune.gpu import Target
+from bigops.tune import tiles as tune_gpu
+from bigops.tune.measured import TunedFile
 from bigops.tune.problems import PROBLEMS
+from bigops.tune.tiles import Target
 from tests import triton_interpreter
 from tests.backends import covering
 from tests.kernels_ran import expect
@@ -38,6 +39,7 @@ module = sys.modules["bigops.ops.fused_linear"]
 
 MACHINE = gpu_tiles.machine("Some GPU 80GB", "interpreter", "3.9.0")
 TARGET = Target(torch.device("cpu"), MACHINE)
+FILE = TunedFile(gpu_tiles, MACHINE, tune_gpu.SECTIONS)
 TILES = [TileConfig(32, 32, 32, 2, 4, stages, 2) for stages in (2, 3, 4)]
 NAMES = [json.dumps(list(tile)) for tile in TILES]
 SHAPE = (20, 48, 32)
@@ -91,7 +93,7 @@ def fill() -> Path:
     """A file that holds what a run would write, without one."""
     path = gpu_tiles.tuned_file(MACHINE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tune_gpu._write(path, MACHINE, KEY, {"20x48x32": point(3, 2, 1)})
+    tune_gpu.keep(FILE, KEY, "20x48x32", point(3, 2, 1))
     return path
 
 
@@ -225,14 +227,17 @@ def test_two_processes_lose_nothing_of_each_other() -> None:
     path = fill()
     code = (
         "import json, sys, time; from pathlib import Path\n"
-        "from bigops.tune import gpu as tune_gpu\n"
+        "from bigops.backend import gpu_tiles\n"
+        "from bigops.tune import tiles\n"
+        "from bigops.tune.measured import TunedFile\n"
         "path, of, name = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]\n"
+        "file = TunedFile(gpu_tiles, of, tiles.SECTIONS)\n"
         "point = {'seconds': {'[32, 32, 32, 2, 4, 2, 2]': 1.0}, 'failed': {}}\n"
         "(path.parent / f'{name} is ready').touch()\n"
         "while len(list(path.parent.glob('* is ready'))) < 2: time.sleep(1e-3)\n"
         "for i in range(8):\n"
-        "    tune_gpu._write(path, of, f'fused_linear: {name}', {str(i): point})\n"
-        "    tune_gpu._write(path, of, 'fused_linear: both', {name + str(i): point})"
+        "    tiles.keep(file, f'fused_linear: {name}', str(i), point)\n"
+        "    tiles.keep(file, 'fused_linear: both', name + str(i), point)"
     )
     running = [
         subprocess.Popen(

@@ -20,28 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bigops import tune
+    from bigops.tune import tune
 
     set_threads(args)
-    if args.device != "cpu":
-        return _tune_gpu(args)
-    if args.op or args.shapes:
+    given = {"ops": args.op, "shapes": args.shapes}
+    if args.device == "cpu" and any(given.values()):
         raise ValueError("--op, --shapes: expected with --device cuda only; the device is cpu")
-    dtypes = [name.replace("fp", "f") for name in args.dtype or ("fp32", "bf16", "fp16")]
-    path = tune.tune(dtypes, again=args.again, report=lambda line: print(line, flush=True))
-    print(f"wrote {path}; it serves from the next start of Python on")
-    return 0
-
-
-def _tune_gpu(args: argparse.Namespace) -> int:
-    from bigops.tune import gpu as tune_gpu
-
-    target = tune_gpu.target_of(args.device)
-    path = tune_gpu.tune(
-        target,
-        args.op or tune_gpu.OPS,
-        args.shapes or tune_gpu.SHAPES,
-        [name.replace("fp", "f") for name in args.dtype or ("bf16", "fp16", "fp32")],
+    if args.dtype:
+        given["dtypes"] = [name.replace("fp", "f") for name in args.dtype]
+    path = tune(
+        args.device,
+        **{name: value for name, value in given.items() if value},
         again=args.again,
         report=lambda line: print(line, flush=True),
     )
