@@ -60,7 +60,7 @@ def _calls() -> dict[str, tuple[str, Run, Run]]:
     needs = (True, True, True)
 
     def step() -> None:
-        before, adamw.step_adamw = adamw.step_adamw, adamw._cuda_adamw
+        before, adamw.step_adamw = adamw.step_adamw, adamw.choose.adamw
         grads = problem.grads(0)
         problem.grads = lambda _: grads  # type: ignore[method-assign]
         try:
@@ -71,7 +71,7 @@ def _calls() -> dict[str, tuple[str, Run, Run]]:
 
     def norm() -> None:
         with triton_interpreter.reachable([x]):
-            adamw._cuda_norm([x])
+            adamw.choose.norm([x])
 
     def said(op: str, *args: Any) -> Callable[[], Any]:
         return lambda device="sm_90": bigops.explain(op, *args, device=device)
