@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bigops
-from bigops import backend
+from bigops.backend import machine
 from bigops.benches import rivals
 from bigops.benches.harness import DTYPES, OWN, Case, LeftOut, Side, compiled, optional_side
 from bigops.benches.limits import Cost
@@ -85,9 +85,9 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
 
 def _beside_default(x: Tensor, weight: Sparse24Weight) -> bool:
     """Whether the kernels run on this GPU without being its default."""
-    if not x.is_cuda or backend.cuda_error or op.serves(x, weight.values.dtype):
+    if not x.is_cuda or machine.cuda_error or op.serves(x, weight.values.dtype):
         return False
-    return backend.cuda_runs_on(device_arch(x.device))
+    return machine.cuda_runs_on(device_arch(x.device))
 
 
 def _backward(

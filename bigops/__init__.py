@@ -24,8 +24,8 @@ _HOME = {
     "quantize_weight": "bigops.ops.quantized_linear",
     "quantized_linear": "bigops.ops.quantized_linear",
     "sparse_linear": "bigops.ops.sparse_linear",
-    "explain": "bigops.backend",
-    "report": "bigops.backend",
+    "explain": "bigops.ops.explain",
+    "report": "bigops.ops.report",
     "add_lora_": "bigops.graph.add_lora",
     "fuse_": "bigops.graph.fuse",
     "pack_": "bigops.graph.pack",
@@ -101,7 +101,6 @@ __all__ = [
 
 if TYPE_CHECKING:
     from bigops import compress, nn, ops, parallel, train
-    from bigops.backend import explain, report
     from bigops.compress.apply import compress_, freeze_
     from bigops.compress.config import W4A8, Fp8, Int4, Int8, LowRank, Sparse
     from bigops.compress.receipt import Floors, Receipt
@@ -111,6 +110,7 @@ if TYPE_CHECKING:
     from bigops.graph.fuse import fuse_
     from bigops.graph.pack import pack_, unpack_
     from bigops.graph.plain import plain
+    from bigops.ops.explain import explain
     from bigops.ops.fp8_linear import fp8_linear, quantize_fp8
     from bigops.ops.fused_adamw import fused_adamw, fused_grad_norm, fused_sgd
     from bigops.ops.fused_linear import fused_linear
@@ -118,6 +118,7 @@ if TYPE_CHECKING:
     from bigops.ops.low_rank_linear import low_rank_linear
     from bigops.ops.packed_linear import pack_weight, packed_linear
     from bigops.ops.quantized_linear import quantize_weight, quantized_linear
+    from bigops.ops.report import report
     from bigops.ops.sparse_linear import sparse_linear
 
 

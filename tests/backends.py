@@ -21,6 +21,7 @@ import torch
 
 import bigops.ops  # noqa: F401  registers the ops
 from bigops import backend
+from bigops.backend import machine
 from tests import hostrun
 from tests.guarded import guarded
 from tests.kernels_ran import ISAS, isa
@@ -78,12 +79,12 @@ def built(op: str) -> Iterator[None]:
     """As where bigops/_cuda was built: what it serves goes there."""
     _load("fused_adamw" if op in _STEPS else op)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "cuda_error", "")
-        patch.setattr(backend, "cuda_runs_on", lambda arch: True)
+        patch.setattr(machine, "cuda_error", "")
+        patch.setattr(machine, "cuda_runs_on", lambda arch: True)
         sparse24 = sys.modules["bigops.ops.sparse_linear.sparse24"]
         patch.setattr(sparse24, "serves", lambda x, stored: sparse24._fits(x.shape[-1], stored))
         steps = sys.modules["bigops.ops.fused_adamw.cuda"]
-        patch.setattr(steps, "serves", lambda tensors: op in _STEPS and len(tensors) > 0)
+        patch.setattr(steps, "built_for", lambda target: op in _STEPS)
         yield
 
 

@@ -30,7 +30,7 @@ import torch  # noqa: E402  torch's libraries must be there before the extension
 
 load(sys.argv[1])
 
-from bigops import backend  # noqa: E402
+from bigops.backend import machine  # noqa: E402
 from bigops.formats.quantize import static_grid, to_grid  # noqa: E402
 from bigops.ops.fused_linear import fused_linear  # noqa: E402
 from bigops.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
@@ -39,8 +39,8 @@ from bigops.ops.quantized_linear import quantize_weight, quantized_linear  # noq
 from bigops.ops.sparse_linear import Pattern, sparse_linear, sparsify_weight  # noqa: E402
 from bigops.train import SGD, AdamW  # noqa: E402
 
-extension: Any = backend.extension
-assert extension is not None, backend.extension_error
+extension: Any = machine.extension
+assert extension is not None, machine.extension_error
 assert extension.__file__ == sys.argv[1]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 PLAIN = ("none", "relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import bigops.ops
-from bigops import backend
+from bigops.backend import machine
 from bigops.ops import codes
 from bigops.ops.library import encoder
 from bigops.ops.sparse_linear import from_dense
@@ -63,8 +63,8 @@ def test_tables_only_grow_at_their_ends() -> None:
 
 @needs_extension
 def test_kernels_have_the_same_tables() -> None:
-    assert backend.extension is not None
-    theirs = backend.extension.codes()
+    assert machine.extension is not None
+    theirs = machine.extension.codes()
     assert {"activation", "activations", "choice", "dtype"} == theirs.keys()
     assert not differs(codes.TABLES, theirs)
     assert not differs(theirs, {name: codes.TABLES[name] for name in theirs})

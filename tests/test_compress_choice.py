@@ -11,10 +11,12 @@ from torch import nn
 
 import bigops
 from bigops import Fp8, Int4, Int8, LowRank, Sparse, compress_, freeze_
+from bigops.backend import machine
 from bigops.compress import build, choose, measure
 from bigops.graph import sites as sites_module
 from bigops.graph.sites import Sites
 from bigops.nn import Fp8Linear, Linear, QuantLinear, QuantLowRankLinear
+from bigops.ops.explain import Explanation
 from bigops.timing import Ratio
 from tests.kernels_ran import needs_extension
 
@@ -204,14 +206,14 @@ def test_a_layer_that_no_kernel_serves_stays_unless_all_is_asked_for() -> None:
 @needs_extension
 @pytest.mark.parametrize("config", [Int8(), Sparse(0.9), LowRank(4), LowRank(4) + Int8()], ids=str)
 def test_the_chooser_of_the_op_is_asked(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, asked = bigops.backend.explain, []
+    real, asked = measure.explain, []
 
-    def explain(op: str, *args: Any, **kwargs: Any) -> bigops.backend.Explanation:
+    def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         asked.append(op)
         found = real(op, *args, **kwargs)
-        return bigops.backend.Explanation(op, f"reference.{op}", f"planted for {found.op}")
+        return Explanation(op, f"reference.{op}", f"planted for {found.op}")
 
-    monkeypatch.setattr(bigops.backend, "explain", explain)
+    monkeypatch.setattr(measure, "explain", explain)
     model = nn.Sequential(nn.Linear(64, 64))
     record = compress_(model, config)
     assert "no kernel serves it on cpu: planted for" in (record.reason("0") or "")
@@ -222,7 +224,7 @@ def test_an_installation_without_kernels_keeps_all_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(measure, "without_kernel", lambda module, x: "no kernel serves it: none")
-    monkeypatch.setattr(bigops.backend, "extension", None)
+    monkeypatch.setattr(machine, "extension", None)
     model = nn.Sequential(nn.Linear(64, 64))
     record = compress_(model, Int8())
     assert type(model[0]) is QuantLinear

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import bigops
 from bigops import backend
+from bigops.backend import machine
 from bigops.benches import harness
 from bigops.benches.limits import Cost
 from bigops.nn import Linear, SparseLinear
@@ -233,10 +234,10 @@ def test_opcheck() -> None:
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where bigops/_cuda was built."""
-    monkeypatch.setattr(backend, "cuda_archs", ("80", "90a"))
-    backend.cuda_runs_on.cache_clear()
+    monkeypatch.setattr(machine, "cuda_archs", ("80", "90a"))
+    machine.cuda_runs_on.cache_clear()
     yield
-    backend.cuda_runs_on.cache_clear()
+    machine.cuda_runs_on.cache_clear()
 
 
 @pytest.mark.usefixtures("built")
@@ -455,7 +456,7 @@ def test_thread_sanitizer(barrier: bool, early: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(backend.cuda_error), reason=backend.cuda_error)
+@pytest.mark.skipif(bool(machine.cuda_error), reason=machine.cuda_error)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("m", [1, 4, 16])
 @pytest.mark.parametrize("dtype", DTYPES)

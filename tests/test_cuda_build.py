@@ -115,12 +115,12 @@ if stub:
     ctypes.CDLL(stub, mode=ctypes.RTLD_GLOBAL)
 sys.modules["bigops._C"] = None
 import bigops
-from bigops import backend
+from bigops.backend import machine
 from bigops.ops.quantized_linear import quantize_weight
-print(backend.cuda_archs, backend.cuda_error)
+print(machine.cuda_archs, machine.cuda_error)
 decode = "bigops::quantized_linear_decode.code"
 print(torch._C._dispatch_has_kernel_for_dispatch_key(decode, "CUDA"))
-print(backend.report()["cuda"]["kernels"])
+print(bigops.report()["cuda"]["kernels"])
 x, w = torch.zeros(4, 64), quantize_weight(torch.ones(8, 64), 4, 32)
 print(bigops.explain("quantized_linear", x, w, device="sm_90").kernel)
 """

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import bigops
-from bigops import backend
+from bigops.backend import machine
 from bigops.formats.quantized import pack
 from bigops.ops import activation as act
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
@@ -196,17 +196,17 @@ def test_each_byte_is_read_once(library: Path) -> None:
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where bigops/_cuda was built, for other architectures than all."""
-    monkeypatch.setattr(backend, "cuda_archs", ("80", "90a", "120"))
-    backend.cuda_runs_on.cache_clear()
+    monkeypatch.setattr(machine, "cuda_archs", ("80", "90a", "120"))
+    machine.cuda_runs_on.cache_clear()
     yield
-    backend.cuda_runs_on.cache_clear()
+    machine.cuda_runs_on.cache_clear()
 
 
 @pytest.mark.usefixtures("built")
 def test_code_runs_on_later_devices_of_its_generation() -> None:
     on = {arch for arch in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103",
                             "sm_120", "sm_121", "gfx942", "interpreter")
-          if backend.cuda_runs_on(arch)}  # fmt: skip
+          if machine.cuda_runs_on(arch)}  # fmt: skip
     assert on == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_120", "sm_121"}
 
 
@@ -233,10 +233,10 @@ def test_explain_leaves_to_triton_what_these_do_not_serve() -> None:
 
 
 def test_without_the_library_triton_serves() -> None:
-    if backend.cuda_archs:
+    if machine.cuda_archs:
         pytest.skip("bigops/_cuda is built here")
     pytest.importorskip("triton")
-    assert "not built" in backend.cuda_error
+    assert "not built" in machine.cuda_error
     case = make("w4", 4, 48, 256, "bf16")
     said = bigops.explain("quantized_linear", case.x, case.weight, device="sm_90")
     assert said.kernel.startswith("triton.")
@@ -413,7 +413,7 @@ def test_thread_sanitizer(barrier: str, early: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(backend.cuda_error), reason=backend.cuda_error)
+@pytest.mark.skipif(bool(machine.cuda_error), reason=machine.cuda_error)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("m", [1, 8, 16])
 @pytest.mark.parametrize("dtype", DTYPES)

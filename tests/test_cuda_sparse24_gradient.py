@@ -16,6 +16,7 @@ from torch import Tensor
 
 import bigops
 from bigops import backend
+from bigops.backend import machine
 from bigops.formats.sparse24 import Sparse24Weight, sample
 from bigops.ops.library import in_words
 from bigops.ops.sparse_linear import sparse24 as op
@@ -246,7 +247,7 @@ def test_only_what_is_wanted_is_computed(wanted: tuple[int, ...]) -> None:
 def test_without_triton_plain_torch_makes_the_gradient_before_the_product(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backend, "has_triton", lambda: False)
+    monkeypatch.setattr(machine, "has_triton", lambda: False)
     for name in ("none", "gelu"):
         run(trained24(9, 20, 72, "bf16", name))
 
@@ -351,10 +352,10 @@ def test_opcheck() -> None:
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where bigops/_cuda was built."""
-    monkeypatch.setattr(backend, "cuda_archs", ("80", "89", "90a"))
-    backend.cuda_runs_on.cache_clear()
+    monkeypatch.setattr(machine, "cuda_archs", ("80", "89", "90a"))
+    machine.cuda_runs_on.cache_clear()
     yield
-    backend.cuda_runs_on.cache_clear()
+    machine.cuda_runs_on.cache_clear()
 
 
 @pytest.mark.usefixtures("built")
@@ -475,7 +476,7 @@ def test_thread_sanitizer(barrier: str, early: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(backend.cuda_error), reason=backend.cuda_error)
+@pytest.mark.skipif(bool(machine.cuda_error), reason=machine.cuda_error)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("m", [7, 3000])
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])

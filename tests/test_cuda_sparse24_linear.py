@@ -19,6 +19,7 @@ from torch import Tensor
 
 import bigops
 from bigops import backend
+from bigops.backend import machine
 from bigops.formats.sparse24 import Sparse24Weight, from_sparse, padded
 from bigops.nn import Linear, SparseLinear
 from bigops.ops import activation as act
@@ -181,10 +182,10 @@ def test_offsets_past_32_bits(tmp_path: Path) -> None:
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where bigops/_cuda was built."""
-    monkeypatch.setattr(backend, "cuda_archs", ("80", "89", "90a"))
-    backend.cuda_runs_on.cache_clear()
+    monkeypatch.setattr(machine, "cuda_archs", ("80", "89", "90a"))
+    machine.cuda_runs_on.cache_clear()
     yield
-    backend.cuda_runs_on.cache_clear()
+    machine.cuda_runs_on.cache_clear()
 
 
 @pytest.mark.usefixtures("built")
@@ -417,7 +418,7 @@ def test_thread_sanitizer(barrier: str, early: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(backend.cuda_error), reason=backend.cuda_error)
+@pytest.mark.skipif(bool(machine.cuda_error), reason=machine.cuda_error)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("m", [7, 300])
 @pytest.mark.parametrize(("stored", "dtype"), KINDS)

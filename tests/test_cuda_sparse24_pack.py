@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigops import backend
+from bigops.backend import machine
 from bigops.formats.sparse24 import Sparse24Weight, from_mask, meta_shape, padded, turn
 from bigops.ops.sparse_linear import n_m_mask, transposable_mask
 from bigops.ops.sparse_linear import sparse24_pack as kernels
@@ -369,7 +369,7 @@ def test_thread_sanitizer(fault: tuple[str, str] | None, tmp_path: Path) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(backend.cuda_error), reason=backend.cuda_error)
+@pytest.mark.skipif(bool(machine.cuda_error), reason=machine.cuda_error)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("source", SOURCES)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import bigops
-from bigops import backend
+from bigops.backend import machine
 from bigops.formats.sparse import sizes
 from bigops.ops import activation as act
 from bigops.ops.sparse_linear import cuda as road
@@ -157,10 +157,10 @@ def test_a_broken_storage_gives_nan_and_no_wild_access(name: str, value: int) ->
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where bigops/_cuda was built."""
-    monkeypatch.setattr(backend, "cuda_archs", ("80", "90a"))
-    backend.cuda_runs_on.cache_clear()
+    monkeypatch.setattr(machine, "cuda_archs", ("80", "90a"))
+    machine.cuda_runs_on.cache_clear()
     yield
-    backend.cuda_runs_on.cache_clear()
+    machine.cuda_runs_on.cache_clear()
 
 
 @pytest.mark.usefixtures("built")
@@ -303,7 +303,7 @@ def test_thread_sanitizer(whole: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(backend.cuda_error), reason=backend.cuda_error)
+@pytest.mark.skipif(bool(machine.cuda_error), reason=machine.cuda_error)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("m", [1, 4, 16])
 @pytest.mark.parametrize(

@@ -24,11 +24,13 @@ pytest.importorskip("triton")
 
 import bigops
 from bigops import backend
+from bigops.backend import machine
 from bigops.cli import doctor
 from bigops.kernels import form_tiles, quantized_tiles, tiles
 from bigops.ops import targets
 from bigops.ops.linear_cross_entropy import triton as _triton_loss
 from bigops.ops.quantized_linear import quantize_weight
+from bigops.ops.report import triton_limits
 from bigops.ops.sparse_linear import block_mask, sparsify_weight
 from bigops.ops.sparse_linear import triton as _triton_sparse
 from tests import triton_interpreter
@@ -58,7 +60,7 @@ def _calls() -> dict[str, tuple[str, Run, Run]]:
     needs = (True, True, True)
 
     def step() -> None:
-        before, adamw.step_adamw = adamw.step_adamw, adamw._cuda_adamw
+        before, adamw.step_adamw = adamw.step_adamw, adamw.choose.adamw
         grads = problem.grads(0)
         problem.grads = lambda _: grads  # type: ignore[method-assign]
         try:
@@ -69,7 +71,7 @@ def _calls() -> dict[str, tuple[str, Run, Run]]:
 
     def norm() -> None:
         with triton_interpreter.reachable([x]):
-            adamw._cuda_norm([x])
+            adamw.choose.norm([x])
 
     def said(op: str, *args: Any) -> Callable[[], Any]:
         return lambda device="sm_90": bigops.explain(op, *args, device=device)
@@ -132,7 +134,7 @@ def _afresh() -> Iterator[None]:
 
 
 def forget() -> None:
-    memos = (targets.unserved, _triton_sparse._no_tile, backend._find_triton, tiles.tables,
+    memos = (targets.unserved, _triton_sparse._no_tile, machine._find_triton, tiles.tables,
              tiles.table_for, tiles.choose_config, form_tiles._tables, form_tiles.choose_config,
              quantized_tiles._tables, quantized_tiles.choose_config)  # fmt: skip
     for memo in memos:
@@ -221,11 +223,11 @@ def test_without_a_triton_that_serves_torch_does(
     swap, why = BAD_TRITON[bad]
     swap(monkeypatch)
     torch_serves(op, why)
-    report = backend.report()
+    report = bigops.report()
     assert why in report["triton_error"]
     assert why in report["ops"]["fused_linear"]["gpu"]
     assert why in doctor.text(report)
-    assert report["triton_limits"] == backend.triton_limits(report["triton"])
+    assert report["triton_limits"] == triton_limits(report["triton"])
     report["cuda"]["available"] = True
     assert any(why in hint and "pip install -U triton" in hint for hint in doctor.advice(report))
 
@@ -233,8 +235,8 @@ def test_without_a_triton_that_serves_torch_does(
 @pytest.mark.parametrize("version", ["3.8.0", "3.9.0+rocm7", "3.10.1", "4.0.0"])
 def test_later_versions_of_triton_serve(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _triton_is(version)(monkeypatch)
-    assert backend.triton_error() == ""
-    assert backend.triton_version() == version
+    assert machine.triton_error() == ""
+    assert machine.triton_version() == version
 
 
 @pytest.mark.parametrize(
@@ -258,8 +260,8 @@ def test_doctor_says_what_a_triton_cannot_and_what_serves_instead(
     version: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _triton_is(version)(monkeypatch)
-    report = backend.report()
-    old = bool(backend.triton_error())
+    report = bigops.report()
+    old = bool(machine.triton_error())
     for kernels, instead in (
         ("loaded, for sm_90", "; torch serves what CUDA C++ kernels do not"),
         ("the CUDA C++ kernels are not built", "; torch serves every op on a GPU"),
@@ -274,7 +276,7 @@ def test_doctor_says_what_a_triton_cannot_and_what_serves_instead(
 
 @pytest.mark.parametrize("version", ["unknown", None])
 def test_no_limits_are_said_of_what_is_no_version(version: str | None) -> None:
-    assert backend.triton_limits(version) == ""
+    assert triton_limits(version) == ""
 
 
 # --- config files ----------------------

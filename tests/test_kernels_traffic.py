@@ -266,7 +266,7 @@ def test_the_loss_writes_its_gradient_over_the_logits(gradient: bool) -> None:
 def test_adamw_moves_each_number_once(eight_bit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read: parameter, gradient, both states; written: all but the gradient."""
     op = sys.modules["bigops.ops.fused_adamw"]
-    monkeypatch.setattr(op, "step_adamw", op._cuda_adamw)
+    monkeypatch.setattr(op, "step_adamw", op.choose.adamw)
     problem = Problem(torch.float32, shapes=[(257,), (7, 11, 13)], eight_bit=eight_bit)
     grads = problem.grads(0)
     monkeypatch.setattr(problem, "grads", lambda _: grads)
@@ -286,8 +286,8 @@ def test_adamw_moves_each_number_once(eight_bit: bool, monkeypatch: pytest.Monke
 
 def test_sgd_and_the_norm_move_each_number_once(monkeypatch: pytest.MonkeyPatch) -> None:
     op = sys.modules["bigops.ops.fused_adamw"]
-    monkeypatch.setattr(op, "step_sgd", op._cuda_sgd)
-    monkeypatch.setattr(op, "_norm", op._cuda_norm)
+    monkeypatch.setattr(op, "step_sgd", op.choose.sgd)
+    monkeypatch.setattr(op, "norm_op", op.choose.norm)
     problem = Problem(torch.float32, shapes=[(257,), (7, 11, 13)])
     grads = problem.grads(0)
     with triton_interpreter.reachable([*problem.all(), *grads]), counting() as traffic:

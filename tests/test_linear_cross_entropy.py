@@ -12,6 +12,7 @@ from torch import Tensor
 
 import bigops
 from bigops import backend
+from bigops.backend import machine
 from bigops.ops.linear_cross_entropy import chunked, linear_cross_entropy
 from bigops.ops.linear_cross_entropy.reference import serve_chunk
 from tests.backends import CPU, REFERENCE, TRITON, Way
@@ -279,7 +280,7 @@ def test_explain_names_the_kernel_that_runs() -> None:
         case.check()
     assert "chunks of 9 tokens" in explained.reason
     gpu = bigops.explain("linear_cross_entropy", case.x, case.weight, device="sm_90")
-    if backend.has_triton():
+    if machine.has_triton():
         assert gpu.kernel == "triton.linear_cross_entropy.bf16.gradient"
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import bigops
 from bigops import backend
+from bigops.backend import machine
 from bigops.formats.low_rank import QuantizedFactors, quantize_factors
 from bigops.nn import LowRankLinear, QuantLinear, QuantLowRankLinear
 from bigops.ops.low_rank_linear import low_rank_linear
@@ -58,7 +59,7 @@ def test_frozen_forward(dtype: str, activation: str) -> None:
     x, residual = _input(layer, 3, 4, dtype=dtype)
     with torch.no_grad(), backend.record() as names:
         y = layer(x, residual)
-    assert names == [kernel_of("int8", backend.extension.isa(), dtype)] * 2
+    assert names == [kernel_of("int8", machine.extension.isa(), dtype)] * 2
     _outer(layer, x, residual).check_forward(y)
 
 

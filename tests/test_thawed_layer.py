@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import bigops.backend as backend
+from bigops.backend import machine
 from bigops.nn import Linear, SparseLinear
 from tests import tolerance
 from tests.kernels_ran import named
@@ -51,7 +52,7 @@ def test_a_thawed_layer_trains_as_the_masked_dense_one(pattern: str) -> None:
             assert layer.values.grad is not None
             assert not layer.values.grad[padding].any()
             optimiser.step()
-    if backend.extension is not None:
+    if machine.extension is not None:
         assert not any(name.startswith("reference") for name in names), names
         assert any(name.endswith("f32_sample") for name in names), names
     assert not layer.values[padding].any()

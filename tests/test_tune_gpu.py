@@ -18,15 +18,17 @@ import torch
 
 pytest.importorskip("triton")
 
-from bigops import backend, cli, explain, timing
+import bigops
+from bigops import cli, explain, timing
 from bigops.backend import gpu_tiles
 from bigops.kernels import tuned
 from bigops.kernels.tiles import TileConfig
 from bigops.ops import targets
 from bigops.ops import tuned as _triton_tuned
-from bigops.tune import gpu as tune_gpu
-from bigops.tune.gpu import Target
+from bigops.tune import tiles as tune_gpu
+from bigops.tune.measured import TunedFile
 from bigops.tune.problems import PROBLEMS
+from bigops.tune.tiles import Target
 from tests import triton_interpreter
 from tests.backends import covering
 from tests.kernels_ran import expect
@@ -37,6 +39,7 @@ module = sys.modules["bigops.ops.fused_linear"]
 
 MACHINE = gpu_tiles.machine("Some GPU 80GB", "interpreter", "3.9.0")
 TARGET = Target(torch.device("cpu"), MACHINE)
+FILE = TunedFile(gpu_tiles, MACHINE, tune_gpu.SECTIONS)
 TILES = [TileConfig(32, 32, 32, 2, 4, stages, 2) for stages in (2, 3, 4)]
 NAMES = [json.dumps(list(tile)) for tile in TILES]
 SHAPE = (20, 48, 32)
@@ -90,7 +93,7 @@ def fill() -> Path:
     """A file that holds what a run would write, without one."""
     path = gpu_tiles.tuned_file(MACHINE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tune_gpu._write(path, MACHINE, KEY, {"20x48x32": point(3, 2, 1)})
+    tune_gpu.keep(FILE, KEY, "20x48x32", point(3, 2, 1))
     return path
 
 
@@ -223,14 +226,18 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped() -> None:
 def test_two_processes_lose_nothing_of_each_other() -> None:
     path = fill()
     code = (
-        "import json, sys, time; from pathlib import Path; from bigops.tune import gpu as tune_gpu\n"
+        "import json, sys, time; from pathlib import Path\n"
+        "from bigops.backend import gpu_tiles\n"
+        "from bigops.tune import tiles\n"
+        "from bigops.tune.measured import TunedFile\n"
         "path, of, name = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]\n"
+        "file = TunedFile(gpu_tiles, of, tiles.SECTIONS)\n"
         "point = {'seconds': {'[32, 32, 32, 2, 4, 2, 2]': 1.0}, 'failed': {}}\n"
         "(path.parent / f'{name} is ready').touch()\n"
         "while len(list(path.parent.glob('* is ready'))) < 2: time.sleep(1e-3)\n"
         "for i in range(8):\n"
-        "    tune_gpu._write(path, of, f'fused_linear: {name}', {str(i): point})\n"
-        "    tune_gpu._write(path, of, 'fused_linear: both', {name + str(i): point})"
+        "    tiles.keep(file, f'fused_linear: {name}', str(i), point)\n"
+        "    tiles.keep(file, 'fused_linear: both', name + str(i), point)"
     )
     running = [
         subprocess.Popen(
@@ -290,7 +297,7 @@ def test_a_file_that_cannot_serve_is_named_and_ignored(
             "fused_linear", torch.ones(20, 32), torch.ones(48, 32), device=MACHINE["arch"]
         )
     assert served.config["file"] == "interpreter.json"
-    assert backend.report()["tiles"][0]["ignored"] == table.ignored
+    assert bigops.report()["tiles"][0]["ignored"] == table.ignored
     fill()  # writes a sound one in its place
     assert serve(monkeypatch).source == str(path)
 
@@ -350,7 +357,7 @@ def test_what_was_measured_serves_from_the_next_start_on(monkeypatch: pytest.Mon
     case.check_forward(y)
     other = explain("fused_linear", torch.randn(200, 32), weight, device="interpreter")
     assert "kernels/configs" in other.reason  # another bucket
-    assert backend.report()["tiles"] == [
+    assert bigops.report()["tiles"] == [
         {"device": "Some GPU 80GB", "source": table.source, "tiles": 2, "ignored": ""}
     ]
 

@@ -146,7 +146,7 @@ def adamw(eight_bit: bool, streams: bool) -> None:
     random = {"streams": range(len(SHAPES)), "seed": 5, "rounding_step": 0} if streams else {}
     grads = ours.grads(0)
     ours.grads = lambda _: grads  # type: ignore[method-assign]
-    with reachable([*ours.all(), *grads]), _on_gpu("step_adamw", "_cuda_adamw"):
+    with reachable([*ours.all(), *grads]), _on_gpu("step_adamw", "adamw"):
         ours.adamw(0, **random)
     theirs.adamw_reference(0, streams)
     _same(ours, theirs)
@@ -156,7 +156,7 @@ def sgd(nesterov: bool) -> None:
     ours, theirs = (Problem(F32, BF16, F16, shapes=SHAPES) for _ in range(2))
     grads = ours.grads(0)
     how = (0.1, 0.9, 0.2, 0.1, nesterov, False)
-    with reachable([*ours.all(), *grads]), _on_gpu("step_sgd", "_cuda_sgd"):
+    with reachable([*ours.all(), *grads]), _on_gpu("step_sgd", "sgd"):
         bigops.fused_sgd(
             ours.params, grads, ours.first, lr=how[0], momentum=how[1], dampening=how[2],
             weight_decay=how[3], nesterov=nesterov, first_step=False,
@@ -169,7 +169,7 @@ def sgd(nesterov: bool) -> None:
 def norm() -> None:
     grads = [torch.randn(s).to((F32, BF16, F16)[i % 3]) for i, s in enumerate(SHAPES)]
     grads.append(torch.randn(300, dtype=torch.float64))
-    with reachable(grads), _on_gpu("_norm", "_cuda_norm"):
+    with reachable(grads), _on_gpu("norm_op", "norm"):
         found = bigops.fused_grad_norm(grads)
     truth = reference_norm(grads)
     check(found, truth, truth, truth)
@@ -180,7 +180,7 @@ def _on_gpu(name: str, served_by: str) -> Iterator[None]:
     """The optimiser step as a GPU takes it."""
     op = sys.modules["bigops.ops.fused_adamw"]
     before = getattr(op, name)
-    setattr(op, name, getattr(op, served_by))
+    setattr(op, name, getattr(op.choose, served_by))
     try:
         yield
     finally:

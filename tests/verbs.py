@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import bigops
-from bigops import Fp8, Int8, LowRank, Sparse, backend
+from bigops import Fp8, Int8, LowRank, Sparse
+from bigops.backend import machine
 from tests.kernels_ran import needs_extension
 
 X = torch.randn(3, 32)
@@ -24,7 +25,7 @@ def level(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is timed, nothing is faster, and panels pay on every CPU."""
     same = lambda sides, **_: {name: np.ones(30) for name in sides}  # noqa: E731
     monkeypatch.setattr("bigops.timing.interleave", same)
-    monkeypatch.setattr(backend, "packs", lambda dtype: True)
+    monkeypatch.setattr(machine, "packs", lambda dtype: True)
     monkeypatch.setattr("bigops.graph.pack._LEAST", 16)
 
 

@@ -1,16 +1,35 @@
-"""The text of `bigops doctor`: what this machine has and which kernel serves which op here."""
+"""`bigops doctor`: what this machine has and which kernel serves which op here."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+HELP = "what this machine has, which kernel serves what"
 _NONE = "none (needs the extension)"
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    import bigops
+
+    report = bigops.report()
+    if args.json:
+        import json
+
+        print(json.dumps(report, indent=2))
+    else:
+        print(text(report))
+    return 0
+
+
 def text(report: Mapping[str, Any]) -> str:
-    """`bigops.backend.report()` for a reader; ends with what could be better and how."""
+    """`bigops.report()` for a reader; ends with what could be better and how."""
     cpu, cuda = report["cpu"], report["cuda"]
     lines = [
         f"bigops {report['bigops']}, Python {report['python']}, {report['platform']}",

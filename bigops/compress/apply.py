@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigops import backend
+from bigops.backend import machine
 from bigops.compress import calibrate, choose, measure, plan
 from bigops.compress.build import Built, Choice, Stays, prepare
 from bigops.compress.config import Configs, activations_of
@@ -265,7 +265,7 @@ class _Work:
         timed = None if x is None else self._contest(old, made, x)
         slow = _slower(old, made, x, timed)
         # without an extension every CPU kernel is missing, whatever the layer
-        blind = x is None and backend.extension is None and _device(old).type == "cpu"
+        blind = x is None and machine.extension is None and _device(old).type == "cpu"
         if slow and self.keep == "faster" and not blind:
             self.left[name] = slow
             return None

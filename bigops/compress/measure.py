@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bigops import backend, timing
+from bigops import timing
 from bigops.graph.sites import capture, contest, evaluating, run_example
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.fp8_linear import Fp8Linear
@@ -26,6 +26,7 @@ from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
 from bigops.nn.quant_linear import QuantLinear
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
 from bigops.nn.sparse_linear import SparseLinear
+from bigops.ops.explain import Explanation, explain
 
 _OPS = {
     Fp8Linear: "fp8_linear",
@@ -147,7 +148,7 @@ def clear(ratio: timing.Ratio, floor: float | None) -> bool:
     return floor is None or ratio.low >= floor or ratio.high < floor
 
 
-def explained(module: nn.Module, x: Tensor) -> backend.Explanation | None:
+def explained(module: nn.Module, x: Tensor) -> Explanation | None:
     """What `bigops.explain` says of a call of ``module`` on x, of several products the last.
 
     None of a layer without an op.
@@ -158,11 +159,11 @@ def explained(module: nn.Module, x: Tensor) -> backend.Explanation | None:
         module = module.unpacked()
     if isinstance(module, PackedLowRankLinear):
         x, last = x.new_empty(*x.shape[:-1], module.rank), module.storage().u
-        return backend.explain("packed_linear", x, last, module.bias)
+        return explain("packed_linear", x, last, module.bias)
     if isinstance(module, LowRankLinear | QuantLowRankLinear):
         factors = module if isinstance(module, LowRankLinear) else module.storage()
         given = (x, factors.u, factors.v, module.bias)
-        return backend.explain("low_rank_linear", *given, activation=module.activation)
+        return explain("low_rank_linear", *given, activation=module.activation)
     op = _OPS.get(type(module))
     if op is None:
         return None
@@ -171,7 +172,7 @@ def explained(module: nn.Module, x: Tensor) -> backend.Explanation | None:
     bias = module.bias
     if isinstance(module, SparseLinear) and module.stored == "bf16":  # it casts x there and back
         x, bias = x.to(torch.bfloat16), None if bias is None else bias.to(torch.bfloat16)
-    return backend.explain(op, x, weight, bias, activation=module.activation)
+    return explain(op, x, weight, bias, activation=module.activation)
 
 
 def kernel_of(module: nn.Module, x: Tensor) -> str:

@@ -317,7 +317,7 @@ def machine() -> dict[str, Any]:
     """What the numbers were taken on."""
     return {
         "platform": f"{platform.system()} {platform.machine()}",
-        "isa": backend.extension.isa() if backend.extension is not None else "none",
+        "isa": backend.machine.extension.isa() if backend.machine.extension is not None else "none",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bigops import backend
+from bigops.backend import machine
 from bigops.graph.atomic import atomic
 from bigops.graph.record import Done, Record, Skipped, account
 from bigops.graph.sites import Contest, Sites, capture, contest, hook_reason
@@ -171,9 +171,9 @@ def _costs_more(weight: Tensor, rows: int) -> str | None:
         return f"it is on {weight.device}; panels are for the CPU"
     if weight.dtype not in SERVED:
         return f"no packed kernel takes {weight.dtype}"
-    if backend.extension is None:
-        return backend.extension_error
-    if not backend.packs(weight.dtype):
+    if machine.extension is None:
+        return machine.extension_error
+    if not machine.packs(weight.dtype):
         return f"panels do not pay for {weight.dtype} on this CPU, by the crossover table"
     if rows * weight.shape[1] < _LEAST or rows < PANEL:
         return (

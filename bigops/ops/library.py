@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -37,6 +38,11 @@ def define(schema: str, reference: Callable[..., Any] | None = None) -> torch._o
     if reference is not None:
         LIB.impl(_local(op), in_words(op, reference), "CompositeExplicitAutograd")
     return op
+
+
+def arguments(op: torch._ops.OpOverload) -> Any:
+    """A class of named tuples of the arguments of ``op``, by the names in its schema."""
+    return namedtuple(_local(op), [a.name for a in op._schema.arguments])  # type: ignore[misc]
 
 
 def _local(op: torch._ops.OpOverload) -> str:

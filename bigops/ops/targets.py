@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from bigops import backend
+from bigops.backend import machine
 from bigops.ops import tuned
 
 LEAST_CAPABILITY = 80  # cp.async and mma of bf16, which the tiles are made for
@@ -53,8 +53,8 @@ def why_not(dtype: torch.dtype, target: Target, op: str) -> str:
     Raises:
         ValueError: "cuda" where torch sees no GPU, or a name of no architecture.
     """
-    if backend.triton_error():
-        return backend.triton_error()
+    if machine.triton_error():
+        return machine.triton_error()
     if dtype == torch.float64:
         return "no Triton kernel for float64"
     return unserved(op, present(target))

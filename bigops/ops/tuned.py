@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from bigops import backend
-from bigops.backend import gpu_tiles
+from bigops.backend import gpu_tiles, machine
 from bigops.kernels import fp8_tiles, quantized_tiles, tiles, tuned
 from bigops.kernels.tiles import TileConfig
 
@@ -25,7 +24,7 @@ def machine_of(index: int) -> dict[str, str]:
     """The present GPU ``index`` as tuned files name it."""
     name = torch.cuda.get_device_name(index)
     arch = tiles.device_arch(torch.device("cuda", index))
-    return gpu_tiles.machine(name, arch, backend.triton_version() or "none")
+    return gpu_tiles.machine(name, arch, machine.triton_version() or "none")
 
 
 def entries(op: str, arch: str) -> list[tuple[str, tuple[str, ...], TileConfig]]:
@@ -78,7 +77,7 @@ def _split(form: str) -> tuple[str, int]:
 def tables() -> dict[str, gpu_tiles.Table]:
     """arch -> table of the present GPUs; those of one arch share the table of the first."""
     found: dict[str, gpu_tiles.Table] = {}
-    if torch.cuda.is_available() and backend.has_triton():
+    if torch.cuda.is_available() and machine.has_triton():
         for index in range(torch.cuda.device_count()):
             of = machine_of(index)
             if of["arch"] not in found:

@@ -117,9 +117,9 @@ def place(
         library.impl(kernel.name().removeprefix("bigops::"), road, "CPU", allow_override=True)
     adamw = sys.modules["bigops.ops.fused_adamw"]
     loss = sys.modules["bigops.ops.linear_cross_entropy"]
-    monkeypatch.setattr(adamw, "step_adamw", adamw._cuda_adamw)
-    monkeypatch.setattr(adamw, "step_sgd", adamw._cuda_sgd)
-    monkeypatch.setattr(adamw, "_norm", adamw._cuda_norm)
+    monkeypatch.setattr(adamw, "step_adamw", adamw.choose.adamw)
+    monkeypatch.setattr(adamw, "step_sgd", adamw.choose.sgd)
+    monkeypatch.setattr(adamw, "norm_op", adamw.choose.norm)
     monkeypatch.setattr(loss, "_chunk", _triton_loss.serve_chunk)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -19,7 +19,7 @@ from bigops.backend import gpu_tiles
 from bigops.kernels.tiles import device_arch
 from bigops.ops import tuned as _triton_tuned
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
-from bigops.tune import gpu as tune_gpu
+from bigops.tune import tiles as tune_gpu
 from tests import linear_cases
 from tests.gpu.conftest import Place
 from tests.kernels_ran import expect

@@ -3,99 +3,82 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigops import backend
+from bigops.backend import machine
 from bigops.formats import checks
-from bigops.kernels.tiles import device_arch
-from bigops.ops.library import LIB
-from bigops.ops.linear_cross_entropy import triton as _triton
+from bigops.ops import targets
+from bigops.ops.fused_adamw.triton import maps_of
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-LIB.define(
-    "fused_adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
-    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] exp_avg_scales, "
-    "Tensor(f!)[] exp_avg_sq_scales, Tensor(g!)[] copies, Tensor[] maps, bool steps_on_device, "
-    "Tensor? norm, float clip_norm, float lr, float beta1, float beta2, float eps, "
-    "float weight_decay, bool maximize, float grad_factor, int[] streams, int seed, "
-    "int rounding_step) -> ()"
-)  # the kernels by themselves, for a GPU only
-LIB.define("fused_grad_norm_step(Tensor[] grads) -> Tensor")
+OPS = ("fused_adamw", "fused_grad_norm")
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
-def serves(tensors: Sequence[Tensor]) -> bool:
-    """Whether the kernels run where these parameters or gradients are."""
-    return (
-        len(tensors) > 0
-        and tensors[0].is_cuda
-        and not backend.cuda_error
-        and backend.cuda_runs_on(device_arch(tensors[0].device))
-    )
+def built_for(target: targets.Target) -> bool:
+    """Whether they have code for a device, "cuda", or an architecture such as "sm_90"."""
+    if isinstance(target, torch.device):
+        here = target.type == "cuda"
+    elif target == "cuda":
+        here = torch.cuda.is_available()
+    else:
+        return machine.cuda_runs_on(target)
+    return here and not machine.cuda_error and machine.cuda_runs_on(targets.present(target))
 
 
-def serves_step(params: Sequence[Tensor], steps: Sequence[Tensor]) -> bool:
-    """Whether they serve a step; float64 takes plain torch, steps of two devices Triton."""
-    return (
-        serves(params)
-        and {p.dtype for p in params} <= set(DTYPES)
-        and len({step.device for step in steps}) == 1
-    )
+def serves(op: str, dtypes: Collection[torch.dtype], target: targets.Target) -> bool:
+    """Whether they serve ``op`` for parameters of these dtypes; float64 takes plain torch."""
+    return op in OPS and DTYPES.issuperset(dtypes) and built_for(target)
 
 
 def counts(params: Sequence[Tensor], steps: Sequence[Tensor]) -> bool:
     """Whether they read the norm and count the steps themselves, so that no host waits."""
-    return serves_step(params, steps) and steps[0].device == params[0].device
-
-
-def serves_on(target: str) -> bool:
-    """Whether they are built for ``target``: "cuda" or an architecture such as "sm_90"."""
-    if target == "cuda":
-        if backend.cuda_error or not torch.cuda.is_available():
-            return False
-        target = device_arch(torch.device("cuda", torch.cuda.current_device()))
-    return backend.cuda_runs_on(target)
-
-
-def adamw(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    exp_avg_scales: Sequence[Tensor],
-    exp_avg_sq_scales: Sequence[Tensor],
-    copies: Sequence[Tensor],
-    *rest: Any,
-    norm: Tensor | None = None,
-    clip_norm: float = math.inf,
-) -> None:
-    """One step by the arguments of the op `fused_adamw`; ``norm`` as in the public function."""
     device = params[0].device
-    coded = any(state.dtype == torch.uint8 for state in exp_avgs)
-    lists = (
-        params, grads, exp_avgs, exp_avg_sqs, steps, exp_avg_scales, exp_avg_sq_scales, copies
-    )  # fmt: skip
+    if any(step.device != device for step in steps):
+        return False
+    return serves("fused_adamw", {p.dtype for p in params}, device)
+
+
+def adamw(step: Any, norm: Tensor | None = None, clip_norm: float = math.inf) -> None:
+    """The op `fused_adamw`; ``norm`` and ``clip_norm`` as in the public function."""
+    device = step.params[0].device
+    coded = any(state.dtype == torch.uint8 for state in step.exp_avgs)
     torch.ops.bigops.fused_adamw_step(
-        *lists,
-        _triton.maps_of(device) if coded else (),
-        steps[0].device == device,
+        step.params,
+        step.grads,
+        step.exp_avgs,
+        step.exp_avg_sqs,
+        step.steps,
+        step.exp_avg_scales,
+        step.exp_avg_sq_scales,
+        step.copies,
+        maps_of(device) if coded else (),
+        step.steps[0].device == device,
         norm,
         clip_norm,
-        *rest,
+        step.lr,
+        step.beta1,
+        step.beta2,
+        step.eps,
+        step.weight_decay,
+        step.maximize,
+        step.grad_factor,
+        step.streams,
+        step.seed,
+        step.rounding_step,
     )
-    names = {(p.dtype, m.dtype) for p, m in zip(params, exp_avgs, strict=True) if p.numel()}
-    for dtype, state in sorted(names, key=str):
+    pairs = zip(step.params, step.exp_avgs, strict=True)
+    for dtype, state in sorted({(p.dtype, m.dtype) for p, m in pairs if p.numel()}, key=str):
         form = "8bit" if state == torch.uint8 else "fused"
         backend.note(f"cuda.fused_adamw.{checks.short(dtype)}.{form}")
 
 
 def norm(grads: Sequence[Tensor]) -> Tensor:
-    """`fused_grad_norm` of at least one gradient."""
+    """The op `fused_grad_norm` of at least one gradient."""
     result: Tensor = torch.ops.bigops.fused_grad_norm_step(grads)
     for dtype in sorted({grad.dtype for grad in grads}, key=str):
         backend.note(f"cuda.fused_grad_norm.{checks.short(dtype)}.double")

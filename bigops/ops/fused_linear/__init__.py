@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigops import backend
+from bigops.backend import machine
 from bigops.formats import checks
 from bigops.ops import activation as act
 from bigops.ops import targets
+from bigops.ops.explain import Explanation, serves
 from bigops.ops.fused_linear import triton as _triton
 from bigops.ops.library import autocast, define, register, rows
 
@@ -393,7 +395,7 @@ register(
 )
 
 
-@backend.serves("fused_linear")
+@serves("fused_linear")
 def _explain(
     x: Tensor,
     weight: Tensor,
@@ -401,23 +403,21 @@ def _explain(
     residual: Tensor | None = None,
     activation: str = "none",
     device: str | None = None,
-) -> backend.Explanation:
+) -> Explanation:
     check(x, weight, bias, residual, activation)
     n, k = weight.shape
     m = x.numel() // k if k else 0
     target = device or ("cpu" if x.device.type == "meta" else x.device.type)
     if target == "cpu":
-        if backend.extension is None:
-            return backend.Explanation(
-                "fused_linear", "reference.fused_linear", backend.extension_error
-            )
-        kernel, reason = backend.extension.choose_fused_linear(m, n, k, checks.short(x.dtype))
-        return backend.Explanation("fused_linear", kernel, reason)
+        if machine.extension is None:
+            return Explanation("fused_linear", "reference.fused_linear", machine.extension_error)
+        kernel, reason = machine.extension.choose_fused_linear(m, n, k, checks.short(x.dtype))
+        return Explanation("fused_linear", kernel, reason)
     why = targets.why_not(x.dtype, target, "fused_linear")
     if why:
-        return backend.Explanation("fused_linear", "reference.fused_linear", why)
+        return Explanation("fused_linear", "reference.fused_linear", why)
     kernel, config, reason = _triton.explain(target, x.dtype, m, n, k, activation)
-    return backend.Explanation("fused_linear", kernel, reason, config)
+    return Explanation("fused_linear", kernel, reason, config)
 
 
 # --- public function -----------------------------------------------------------------------

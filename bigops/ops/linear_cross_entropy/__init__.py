@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigops import backend
+from bigops.backend import machine
 from bigops.formats import checks
 from bigops.ops import codes
+from bigops.ops.explain import Explanation, serves
 from bigops.ops.library import autocast, define, encoder, loop, register, rows
 from bigops.ops.linear_cross_entropy import chunked
 from bigops.ops.linear_cross_entropy import triton as _triton_loss
@@ -398,7 +399,7 @@ register(
 register(_backward, fake=_fake_backward, backward=no_double_backward, vmap=_vmap_backward)
 
 
-@backend.serves("linear_cross_entropy")
+@serves("linear_cross_entropy")
 def _explain(
     x: Tensor,
     weight: Tensor,
@@ -407,7 +408,7 @@ def _explain(
     *,
     activation: str = "none",
     device: str | None = None,
-) -> backend.Explanation:
+) -> Explanation:
     op = "linear_cross_entropy"
     if target is None:
         target = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
@@ -415,14 +416,14 @@ def _explain(
     place = device or ("cpu" if x.device.type == "meta" else x.device.type)
     m, v = math.prod(x.shape[:-1]), weight.shape[0]
     config = {"chunk": min(m, chunked.chunk_rows(m, v, x.element_size()))}
-    if place == "cpu" and backend.extension is not None:
-        kernel = backend.extension.choose_linear_cross_entropy(checks.short(x.dtype))
+    if place == "cpu" and machine.extension is not None:
+        kernel = machine.extension.choose_linear_cross_entropy(checks.short(x.dtype))
         reason = f"own pass over chunks of {config['chunk']} tokens, torch's products"
-        return backend.Explanation(op, kernel, reason, config)
-    why = backend.extension_error if place == "cpu" else _triton_loss.why_not(x.dtype, place)
+        return Explanation(op, kernel, reason, config)
+    why = machine.extension_error if place == "cpu" else _triton_loss.why_not(x.dtype, place)
     if place != "cpu" and not why:
         return _triton_loss.explain_chunk(place, x.dtype, v, config)
-    return backend.Explanation(op, f"reference.{op}", why, config)
+    return Explanation(op, f"reference.{op}", why, config)
 
 
 # --- public function -----------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from bigops import backend
+from bigops.backend import machine
 from bigops.ops.linear_cross_entropy.reference import accumulation
 
 CHUNKS = 8  # of the tokens: each adds a pass over the accumulator of the weight's gradient
@@ -41,7 +41,7 @@ def _onednn(dtype: torch.dtype, x: Tensor, weight: Tensor) -> bool:
         dtype == torch.float32
         and x.device.type == "cpu"
         and min(*x.shape, *weight.shape) > 0
-        and backend.float_product() == "onednn"
+        and machine.float_product() == "onednn"
     )
 
 

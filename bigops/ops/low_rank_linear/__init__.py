@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigops import backend
+from bigops.backend import machine
 from bigops.formats import checks
 from bigops.formats.quantized import QuantizedWeight
 from bigops.ops import activation as act
+from bigops.ops.explain import Explanation, serves
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.library import autocast, define, loop, register, rows
 from bigops.ops.low_rank_linear import quantized as factors
@@ -376,7 +378,7 @@ register(
 )
 
 
-@backend.serves("low_rank_linear")
+@serves("low_rank_linear")
 def _explain(
     x: Tensor,
     u: Any,
@@ -388,7 +390,7 @@ def _explain(
     base: Tensor | None = None,
     scale: float = 1.0,
     device: str | None = None,
-) -> backend.Explanation:
+) -> Explanation:
     if isinstance(u, QuantizedWeight) or isinstance(v, QuantizedWeight):
         _check_form(base, scale)
         return factors.explain(x, u, v, bias, residual, activation, device)
@@ -396,17 +398,17 @@ def _explain(
     target = device or ("cpu" if x.device.type == "meta" else x.device.type)
     (n, rank), k = u.shape, v.shape[1]
     m, dtype = (x.numel() // k if k else 0), checks.short(x.dtype)
-    why = backend.extension_error if target == "cpu" else _triton.why_not(x.dtype, target)
+    why = machine.extension_error if target == "cpu" else _triton.why_not(x.dtype, target)
     if why:
-        return backend.Explanation("low_rank_linear", "reference.low_rank_linear", why)
+        return Explanation("low_rank_linear", "reference.low_rank_linear", why)
     if target != "cpu":
         kernel, config, reason = _triton.explain(target, x.dtype, m, n, k, rank, base is not None)
-        return backend.Explanation("low_rank_linear", kernel, reason, config)
-    assert backend.extension is not None
-    inner, _ = backend.extension.choose_fused_linear(m, rank, k, dtype)
-    outer, reason = backend.extension.choose_fused_linear(m, n, rank, dtype)
+        return Explanation("low_rank_linear", kernel, reason, config)
+    assert machine.extension is not None
+    inner, _ = machine.extension.choose_fused_linear(m, rank, k, dtype)
+    outer, reason = machine.extension.choose_fused_linear(m, n, rank, dtype)
     first, last = (name.rpartition(".")[2] for name in (inner, outer))
-    return backend.Explanation(
+    return Explanation(
         "low_rank_linear",
         outer.replace("fused_linear", "low_rank_linear"),
         f"x v^T by {first}, then u by {last}: {reason}",

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bigops import backend
 from bigops.formats.low_rank import check_ranks
 from bigops.formats.quantized import QuantizedWeight
+from bigops.ops import explain as explaining
+from bigops.ops.explain import Explanation
 from bigops.ops.quantized_linear import quantized_linear
 
 
@@ -36,12 +37,12 @@ def explain(
     residual: Tensor | None,
     activation: str,
     device: str | None,
-) -> backend.Explanation:
+) -> Explanation:
     """Which kernels serve the two products."""
     check_ranks(u, v)
-    inner = backend.explain("quantized_linear", x, v, device=device)
+    inner = explaining.explain("quantized_linear", x, v, device=device)
     h = x.new_empty((*x.shape[:-1], v.n))
-    outer = backend.explain("quantized_linear", h, u, bias, residual, activation, device)
+    outer = explaining.explain("quantized_linear", h, u, bias, residual, activation, device)
     both = outer.kernel if inner.kernel == outer.kernel else f"{inner.kernel}, {outer.kernel}"
     reason = f"x v^T, then u, both by quantized_linear: {outer.reason}"
-    return backend.Explanation("low_rank_linear", both, reason, outer.config)
+    return Explanation("low_rank_linear", both, reason, outer.config)

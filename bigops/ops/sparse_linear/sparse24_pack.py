@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bigops import backend
+from bigops.backend import machine
 from bigops.formats import checks
 from bigops.formats.patterns import n_m_mask, transposable_mask
 from bigops.formats.sparse24 import Sparse24Weight, check_pack, uneven
@@ -46,8 +47,8 @@ def serves(w: Tensor, stored: torch.dtype) -> bool:
         w.is_cuda
         and w.dtype in SOURCES
         and stored in STORED
-        and not backend.cuda_error
-        and backend.cuda_runs_on(device_arch(w.device))
+        and not machine.cuda_error
+        and machine.cuda_runs_on(device_arch(w.device))
     )
 
 

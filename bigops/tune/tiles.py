@@ -1,10 +1,8 @@
 """Measure which tiles of the config files are fastest on this GPU, and keep them.
 
 One step is one shape of one op in one form and dtype: all its candidate tiles side by side, written
-as soon as they are measured. A run that was cut off goes on where it stopped, and several processes
-may tune at a time (the last to measure a shape wins; nothing is half-written). Of the shapes that
-share an entry the tile with the least geometric mean of time serves, from the next start of Python
-on (`bigops.backend.gpu_tiles`). Nothing else times anything.
+as soon as they are measured. Of the shapes that share an entry the tile with the least geometric
+mean of time serves, from the next start of Python on (`bigops.backend.gpu_tiles`).
 """
 
 from __future__ import annotations
@@ -19,21 +17,18 @@ import torch
 
 from bigops import timing
 from bigops.backend import gpu_tiles
-from bigops.files import locked, replacing
 from bigops.kernels import tuned
 from bigops.kernels.tiles import DTYPES, TileConfig
 from bigops.ops import targets
-from bigops.ops import tuned as _triton_tuned
+from bigops.ops import tuned as committed
+from bigops.tune.measured import Calls, Report, Timer, TunedFile, check_dtypes
 from bigops.tune.problems import PROBLEMS, Call
 
-OPS = _triton_tuned.OPS
+OPS = committed.OPS
 SHAPES = tuple((m, n, k) for n, k in ((4096, 4096), (14336, 4096)) for m in (1, 16, 64, 256, 2048))
 """(M, N, K) of a transformer's layers: decode, small batches and a training step."""
 ROUNDS = 25
-
-Calls = Mapping[str, Callable[[], object]]
-Timer = Callable[[Calls], Mapping[str, float]]
-Report = Callable[[str], None]
+SECTIONS = ("tiles", "points")  # of the file, each by entry
 
 
 class Target(NamedTuple):
@@ -89,14 +84,14 @@ def target_of(device: str) -> Target:
     why = targets.why_not(torch.float32, torch.device("cuda", index), "fused_linear")
     if why:
         raise ValueError(f"device: nothing to tune on {device!r}: {why}")
-    return Target(torch.device("cuda", index), _triton_tuned.machine_of(index))
+    return Target(torch.device("cuda", index), committed.machine_of(index))
 
 
 def tune(
     target: Target,
     ops: Sequence[str] = OPS,
     shapes: Sequence[tuple[int, int, int]] = SHAPES,
-    dtypes: Sequence[str] = tuple(DTYPES.values()),
+    dtypes: Sequence[str] = ("bf16", "f16", "f32"),
     *,
     again: bool = False,
     report: Report = lambda line: None,
@@ -119,24 +114,23 @@ def tune(
     """
     _check(ops, shapes, dtypes)
     timer = timer or (lambda calls: _medians(calls, target.device))
-    path = gpu_tiles.tuned_file(target.machine)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, target.machine, None, {})  # before minutes are spent on measuring
+    file = TunedFile(gpu_tiles, target.machine, SECTIONS)
+    file.prepare()
     for step in steps(target, ops, shapes, dtypes):
         label = f"{step.key} at {step.size}"
-        known = _found(path, target.machine)["points"].get(step.key, {}).get(step.size)
+        known = file.content()["points"].get(step.key, {}).get(step.size)
         if known is not None and not again:
             report(f"{label}: already measured")
             continue
-        configs = _triton_tuned.candidates(step.op, target.arch, step.form, step.dtype)
+        configs = committed.candidates(step.op, target.arch, step.form, step.dtype)
         if not configs:
             report(f"{label}: no tile of the config files reaches it")
             continue
         with torch.inference_mode():
             point = measure(step.make(), configs, timer)
-        _write(path, target.machine, step.key, {step.size: point})
+        keep(file, step.key, step.size, point)
         report(f"{label}: {_said(point)}")
-    return path
+    return file.path
 
 
 def _check(
@@ -148,9 +142,7 @@ def _check(
     for shape in shapes:
         if len(shape) != 3 or min(shape) < 1:
             raise ValueError(f"shapes: expected M,N,K of at least 1 each; got {shape}")
-    for dtype in dtypes:
-        if dtype not in DTYPES.values():
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES.values())}; got {dtype!r}")
+    check_dtypes(dtypes, tuple(DTYPES.values()))
 
 
 def steps(
@@ -166,6 +158,17 @@ def steps(
             for dtype in dtypes:
                 for form, bucket, make in PROBLEMS[op](target.device, named[dtype], *shape):
                     yield Step(op, form, dtype, bucket, shape, make)
+
+
+def keep(file: TunedFile, key: str, size: str, point: Mapping[str, Any]) -> None:
+    """Write what one shape of an entry took, and choose the entry's tile anew."""
+    with file.editing() as data:
+        points = data["points"].setdefault(key, {})
+        points[size] = point
+        data["tiles"].pop(key, None)
+        tile = choose(points)
+        if tile is not None:
+            data["tiles"][key] = tile
 
 
 def measure(call: Call, configs: Sequence[TileConfig], timer: Timer) -> dict[str, Any]:
@@ -221,28 +224,3 @@ def _medians(calls: Calls, device: torch.device) -> dict[str, float]:
     with torch.cuda.device(device):
         samples = timing.interleave_events(calls, pairs=ROUNDS, device=device)
     return {name: timing.median(of) for name, of in samples.items()}
-
-
-def _found(path: Path, of: Mapping[str, str]) -> dict[str, Any]:
-    """The tuned file, or an empty one where it is missing or cannot serve."""
-    try:
-        return gpu_tiles.read(path, of)
-    except (FileNotFoundError, ValueError):
-        return {"format": gpu_tiles.FORMAT, "machine": dict(of), "tiles": {}, "points": {}}
-
-
-def _write(
-    path: Path, of: Mapping[str, str], key: str | None, points: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Merge points of one entry into the file and choose its tile anew, whole, alone."""
-    with locked(path):
-        data = _found(path, of)
-        if key is not None:
-            merged = {**data["points"].get(key, {}), **points}
-            data["points"][key] = merged
-            tile = choose(merged)
-            data["tiles"].pop(key, None)
-            if tile is not None:
-                data["tiles"][key] = tile
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(data, indent=1) + "\n")
