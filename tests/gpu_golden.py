@@ -2,12 +2,13 @@
 
 Each row carries two digests of what decides its machine code. ``digest`` is of what is written: the
 kernel's source with all that it calls, the types and constants of the compilation, the options, the
-device and triton's version; all rows take a second. ``ir`` is of what the compiler gets: the
-intermediate code that triton's front end makes of that, without places in files, and the options
-with their defaults; a row takes 40 ms. While either is that of its row, compiling again gives what
-the row says. So a source that moved (by a branch that this kernel does not take, or an option that
-was the default) costs a row its front end alone, and CI compiles a sample and the rows whose
-intermediate code has moved; all take half an hour of two cores.
+device and triton's version; all rows take a second. ``ir`` is of what the back end gets: the
+intermediate code after triton's first stage, without places in files, and the options with their
+defaults; a row takes 40 ms. That stage inlines what a kernel calls, so it is the same whichever
+function of which file holds a line. While either is that of its row, compiling again gives what the
+row says. So a source that moved (to a function of its own, by a branch that this kernel does not
+take, or an option that was the default) costs a row that stage alone, and CI compiles a sample and
+the rows whose intermediate code has moved; all take half an hour of two cores.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def digest(source: Any, target: Any, options: Mapping[str, Any]) -> str:
 
 
 def ir_digest(source: Any, target: Any, options: Mapping[str, Any]) -> str:
-    """Of what triton's compiler gets of the same arguments: intermediate code, resolved options."""
+    """Of what triton's first stage makes of the same arguments, and of the resolved options."""
     backend = make_backend(target)
     resolved = backend.parse_options(dict(options))
     context = ir.context()
@@ -66,6 +67,9 @@ def ir_digest(source: Any, target: Any, options: Mapping[str, Any]) -> str:
         backend.get_module_map(),
         context,
     )
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, resolved, source.language)
+    module = stages["ttir"](module, {})
     values = {name: value for name, value in vars(resolved).items() if name not in _PATHS}
     parts = [triton.__version__, str(target), repr(sorted(values.items())), module.str_nodebug()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
