@@ -22,7 +22,7 @@ from bigops.benches import rivals
 from bigops.benches.harness import DTYPES, OWN, Case, LeftOut, Side, compiled, optional_side
 from bigops.benches.limits import Cost
 from bigops.formats.sparse24 import Sparse24Weight
-from bigops.kernels.tiles import device_arch
+from bigops.kernels.common.tiles import device_arch
 from bigops.ops.sparse_linear import sparse24 as op
 from bigops.ops.sparse_linear import transposable_mask
 from bigops.ops.sparse_linear.sparse24_pack import pack24, prune24

@@ -72,7 +72,7 @@ def test_kernels_have_the_same_tables() -> None:
 
 def test_triton_kernels_have_the_same_activations() -> None:
     pytest.importorskip("triton")
-    from bigops.kernels import activation
+    from bigops.kernels.common import activation
 
     assert codes.TABLES["activation"] == activation.NAMES
 

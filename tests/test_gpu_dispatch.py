@@ -25,7 +25,8 @@ pytest.importorskip("triton")
 import bigops
 from bigops import backend
 from bigops.cli import doctor
-from bigops.kernels import form_tiles, quantized_tiles, tiles
+from bigops.kernels.common import form_tiles, tiles
+from bigops.kernels.quantized_linear import tiles as quantized_tiles
 from bigops.ops import targets
 from bigops.ops.linear_cross_entropy import triton as _triton_loss
 from bigops.ops.quantized_linear import quantize_weight

@@ -16,9 +16,9 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import InterpreterError
 
-from bigops.kernels import fp8_gradient as kernels
-from bigops.kernels import fp8_tiles
-from bigops.kernels.tiles import TileConfig
+from bigops.kernels.common.tiles import TileConfig
+from bigops.kernels.fp8_linear import gradient as kernels
+from bigops.kernels.fp8_linear import tiles as fp8_tiles
 from bigops.ops.fp8_linear import quantize_fp8
 from bigops.ops.fp8_linear import triton as road
 from tests import triton_interpreter

@@ -16,9 +16,9 @@ from triton.runtime.errors import InterpreterError
 
 import bigops
 from bigops.formats import fp8
-from bigops.kernels import fp8_linear as kernels
-from bigops.kernels import fp8_tiles
-from bigops.kernels.tiles import TileConfig
+from bigops.kernels.common.tiles import TileConfig
+from bigops.kernels.fp8_linear import forward as kernels
+from bigops.kernels.fp8_linear import tiles as fp8_tiles
 from bigops.ops import activation as act
 from bigops.ops.fp8_linear import Fp8Weight, quantize_fp8
 from bigops.ops.fp8_linear import triton as road
@@ -283,7 +283,7 @@ def test_explain_names_kernel_config_and_unit(form: str, arch: str, units: str) 
 
 
 def test_configs_of_every_device() -> None:
-    from bigops.kernels import tiles
+    from bigops.kernels.common import tiles
 
     assert {p.stem for p in fp8_tiles.CONFIG_DIR.glob("*.json")} == set(tiles.tables())
     for arch in ("sm_80", "sm_89", "sm_90a", "sm_120", "gfx90a", "interpreter"):

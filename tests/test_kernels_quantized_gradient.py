@@ -17,9 +17,9 @@ pytest.importorskip("triton")
 from triton.runtime.errors import InterpreterError
 
 from bigops.formats.quantized import pack
-from bigops.kernels import quantized_gradient as kernels
-from bigops.kernels import quantized_tiles
-from bigops.kernels.tiles import TileConfig
+from bigops.kernels.common.tiles import TileConfig
+from bigops.kernels.quantized_linear import gradient as kernels
+from bigops.kernels.quantized_linear import tiles as quantized_tiles
 from bigops.ops.quantized_linear import quantize_weight
 from bigops.ops.quantized_linear import triton as road
 from tests import triton_interpreter

@@ -20,9 +20,9 @@ from triton.runtime.errors import InterpreterError
 import bigops
 from bigops.formats.quantize import quantize_rows, static_grid
 from bigops.formats.quantized import pack
-from bigops.kernels import quantized_linear as kernels
-from bigops.kernels import quantized_tiles
-from bigops.kernels.tiles import TileConfig
+from bigops.kernels.common.tiles import TileConfig
+from bigops.kernels.quantized_linear import forward as kernels
+from bigops.kernels.quantized_linear import tiles as quantized_tiles
 from bigops.ops import activation as act
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
 from bigops.ops.quantized_linear import triton as road

@@ -19,8 +19,8 @@ from triton.runtime.errors import InterpreterError
 import bigops
 from bigops import backend
 from bigops.formats import checks
-from bigops.kernels import form_tiles
-from bigops.kernels import sparse_linear as kernels
+from bigops.kernels.common import form_tiles
+from bigops.kernels.sparse_linear import launch as kernels
 from bigops.ops.sparse_linear import SparseWeight, sparsify_weight
 from bigops.ops.sparse_linear import blocks as _sparse_blocks
 from tests import triton_interpreter

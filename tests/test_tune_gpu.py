@@ -20,8 +20,8 @@ pytest.importorskip("triton")
 
 from bigops import backend, cli, explain, timing
 from bigops.backend import gpu_tiles
-from bigops.kernels import tuned
-from bigops.kernels.tiles import TileConfig
+from bigops.kernels.common import tuned
+from bigops.kernels.common.tiles import TileConfig
 from bigops.ops import targets
 from bigops.ops import tuned as _triton_tuned
 from bigops.tune import gpu as tune_gpu

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import bigops
 from bigops.backend import gpu_tiles
-from bigops.kernels.tiles import device_arch
+from bigops.kernels.common.tiles import device_arch
 from bigops.ops import tuned as _triton_tuned
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
 from bigops.tune import gpu as tune_gpu

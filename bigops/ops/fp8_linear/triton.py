@@ -21,8 +21,8 @@ def name(dtype: torch.dtype, activations: str) -> str:
 
 
 def forward(x: Tensor, *args: Any) -> Tensor:
-    """`kernels/fp8_linear.py` forward on x of any rank; the arguments of the op."""
-    from bigops.kernels import fp8_linear as kernels
+    """`kernels/fp8_linear/forward.py` forward on x of any rank; the arguments of the op."""
+    from bigops.kernels.fp8_linear import forward as kernels
 
     *fixed, bias, residual, activation = args
     weight = Fp8Weight(*fixed)
@@ -47,7 +47,8 @@ def backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     The pre-activation is computed anew, in float32 and as the forward saw it: where that rounds x,
     the gradient is the straight-through one.
     """
-    from bigops.kernels import fp8_gradient, fp8_linear
+    from bigops.kernels.fp8_linear import forward as fp8_linear
+    from bigops.kernels.fp8_linear import gradient as fp8_gradient
     from bigops.kernels.fused_linear import preact_gradient
 
     *fixed, bias, activation, need_x, need_bias = args
@@ -69,7 +70,7 @@ def explain(
     target: str, dtype: torch.dtype, m: int, weight: Fp8Weight
 ) -> tuple[str, dict[str, Any], str]:
     """(kernel, config, reason) on ``target`` ("cuda", "sm_90", "gfx942" ...)."""
-    from bigops.kernels import fp8_linear as kernels
+    from bigops.kernels.fp8_linear import forward as kernels
 
     config, reason = kernels.explain(target, dtype, m, weight.n, weight.k, weight.activations)
     return name(dtype, weight.activations), config, reason

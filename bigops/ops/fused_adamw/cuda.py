@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bigops import backend
 from bigops.formats import checks
-from bigops.kernels.tiles import device_arch
+from bigops.kernels.common.tiles import device_arch
 from bigops.ops.library import LIB
 from bigops.ops.linear_cross_entropy import triton as _triton
 

@@ -84,8 +84,8 @@ def adamw(  # type: ignore[no-untyped-def]
     params, grads, exp_avgs, exp_avg_sqs, steps, exp_avg_scales, exp_avg_sq_scales, copies,
     lr, beta1, beta2, eps, weight_decay, maximize, grad_factor, streams, seed, rounding_step,
 ):  # fmt: skip
-    """`kernels/fused_adamw.py` by the arguments of the op `fused_adamw`."""
-    from bigops.kernels import optimizer_launch as launch
+    """`kernels/fused_adamw/kernels.py` by the arguments of the op `fused_adamw`."""
+    from bigops.kernels.fused_adamw import launch
 
     step = launch.Step(
         params, grads, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, copies,
@@ -102,8 +102,8 @@ def sgd(  # type: ignore[no-untyped-def]
     lr, momentum, dampening, weight_decay, nesterov, first_step, maximize, grad_factor,
     streams, seed, rounding_step,
 ):  # fmt: skip
-    """`kernels/fused_adamw.py` by the arguments of the op `fused_sgd`."""
-    from bigops.kernels import optimizer_launch as launch
+    """`kernels/fused_adamw/kernels.py` by the arguments of the op `fused_sgd`."""
+    from bigops.kernels.fused_adamw import launch
 
     step = launch.Step(
         params, grads, momentum_buffers, (), momentum_scales, (), copies,
@@ -116,8 +116,8 @@ def sgd(  # type: ignore[no-untyped-def]
 
 
 def norm(grads: Sequence[Tensor]) -> Tensor:
-    """`kernels/fused_adamw.py`: the norm of all gradients together."""
-    from bigops.kernels import optimizer_launch as launch
+    """`kernels/fused_adamw/kernels.py`: the norm of all gradients together."""
+    from bigops.kernels.fused_adamw import launch
 
     result = launch.norm(grads)
     for grad in grads:

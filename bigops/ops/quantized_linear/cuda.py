@@ -10,7 +10,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.formats import checks
 from bigops.formats.quantized import QuantizedWeight, columns_of
-from bigops.kernels.tiles import device_arch
+from bigops.kernels.common.tiles import device_arch
 from bigops.ops import activation as act
 from bigops.ops.library import define, rows
 

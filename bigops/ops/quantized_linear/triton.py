@@ -14,7 +14,7 @@ from bigops.ops import activation as act
 from bigops.ops import targets
 from bigops.ops.library import rows
 
-MAX_K = 2**17  # that of kernels/quantized_linear.py, which only a machine with triton can import
+MAX_K = 2**17  # that of kernels/quantized_linear, which only a machine with triton can import
 
 
 def why_not(dtype: torch.dtype, k: int, activations: str, target: targets.Target) -> str:
@@ -43,8 +43,8 @@ def _form(weight: QuantizedWeight) -> dict[str, Any]:
 
 
 def forward(x: Tensor, *args: Any) -> Tensor:
-    """`kernels/quantized_linear.py` forward on x of any rank; the arguments of the op."""
-    from bigops.kernels import quantized_linear as kernels
+    """`kernels/quantized_linear/forward.py` forward on x of any rank; the arguments of the op."""
+    from bigops.kernels.quantized_linear import forward as kernels
 
     *fixed, bias, residual, activation = args
     weight = QuantizedWeight.of(*fixed)
@@ -65,8 +65,9 @@ def backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     The pre-activation is computed anew, in float32 and as the forward saw it: where that rounds x,
     the gradient is the straight-through one.
     """
-    from bigops.kernels import quantized_gradient, quantized_linear
     from bigops.kernels.fused_linear import preact_gradient
+    from bigops.kernels.quantized_linear import forward as quantized_linear
+    from bigops.kernels.quantized_linear import gradient as quantized_gradient
 
     *fixed, bias, activation, need_x, need_bias = args
     weight = QuantizedWeight.of(*fixed)
@@ -89,7 +90,7 @@ def explain(
     target: str, dtype: torch.dtype, m: int, weight: QuantizedWeight
 ) -> tuple[str, dict[str, Any], str]:
     """(kernel, config, reason) on ``target`` ("cuda", "sm_90", "gfx942" ...)."""
-    from bigops.kernels import quantized_linear as kernels
+    from bigops.kernels.quantized_linear import forward as kernels
 
     form = (weight.bits, weight.group, weight.activations)
     config, reason = kernels.explain(target, dtype, m, weight.n, weight.k, *form)

@@ -18,7 +18,7 @@ from bigops import backend
 from bigops.formats import bitmap as storage
 from bigops.formats import checks
 from bigops.formats.bitmap import BitmapWeight
-from bigops.kernels.tiles import device_arch
+from bigops.kernels.common.tiles import device_arch
 from bigops.ops import activation as act
 from bigops.ops import family as _frozen
 from bigops.ops.library import define, register, rows

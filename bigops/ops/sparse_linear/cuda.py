@@ -10,7 +10,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.formats import checks
 from bigops.formats.sparse import COLUMNS, PANEL, SparseWeight, sizes
-from bigops.kernels.tiles import device_arch
+from bigops.kernels.common.tiles import device_arch
 from bigops.ops import activation as act
 from bigops.ops.library import define, rows
 
@@ -79,7 +79,7 @@ def forward(x: Tensor, *args: Any) -> Tensor:
     x_scale = x_zero = None
     seen = flat
     if scale is not None:
-        from bigops.kernels.quantized_linear import quantize_activations
+        from bigops.kernels.quantized_linear.forward import quantize_activations
 
         seen, x_scale, x_zero, _ = quantize_activations(flat, "dynamic")
     y = _decode(

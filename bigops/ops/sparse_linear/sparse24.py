@@ -20,7 +20,7 @@ from bigops import backend
 from bigops.formats import checks, quantize
 from bigops.formats import sparse24 as storage
 from bigops.formats.sparse24 import Sparse24Weight
-from bigops.kernels.tiles import device_arch
+from bigops.kernels.common.tiles import device_arch
 from bigops.ops import activation as act
 from bigops.ops import family as _frozen
 from bigops.ops.library import define, register, rows
@@ -162,7 +162,7 @@ def _forward(x: Tensor, *args: Any) -> Tensor:
     flat, k, n = rows(x), x.shape[-1], values.shape[0]
     seen, more = flat, {}
     if scale is not None:
-        from bigops.kernels.quantized_linear import quantize_activations
+        from bigops.kernels.quantized_linear.forward import quantize_activations
 
         seen, x_scale, x_zero, _ = quantize_activations(flat, "dynamic")
         more = {"x_scale": x_scale, "x_zero": x_zero, "scale": scale, "sums": sums}

@@ -15,7 +15,7 @@ from bigops import backend
 from bigops.formats import checks
 from bigops.formats.sparse24 import Sparse24Weight, check_pack, from_mask, uneven
 from bigops.formats.sparse_convert import n_m_mask, transposable_mask
-from bigops.kernels.tiles import device_arch
+from bigops.kernels.common.tiles import device_arch
 from bigops.ops.library import define, encoder
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)  # of a dense weight

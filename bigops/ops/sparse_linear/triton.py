@@ -19,7 +19,7 @@ from bigops.ops.sparse_linear import blocks as _sparse_blocks
 from bigops.ops.targets import present
 
 if TYPE_CHECKING:
-    from bigops.kernels.sparse_linear import Blocks
+    from bigops.kernels.sparse_linear.launch import Blocks
 
 
 def blocks_of(x: Tensor, target: targets.Target, *fixed: Any) -> tuple[Blocks | None, str]:
@@ -49,7 +49,7 @@ def blocks_of(x: Tensor, target: targets.Target, *fixed: Any) -> tuple[Blocks | 
 @functools.cache
 def _no_tile(arch: str, dtype: torch.dtype) -> str:
     """The reason why the config file cannot serve every block, or ""."""
-    from bigops.kernels import form_tiles
+    from bigops.kernels.common import form_tiles
 
     for form in form_tiles.FORMS["sparse_linear"]:
         for side, aligned in itertools.product(_sparse_blocks.SIDES, (True, False)):
@@ -65,8 +65,8 @@ def _name(op: str, x: Tensor, values: Tensor, blocks: Blocks) -> str:
 
 
 def forward(x: Tensor, blocks: Blocks, *args: Any) -> Tensor:
-    """`kernels/sparse_linear.py` forward on x of any rank; the arguments of the op."""
-    from bigops.kernels import sparse_linear as kernels
+    """`kernels/sparse_linear/launch.py` forward on x of any rank; the arguments of the op."""
+    from bigops.kernels.sparse_linear import launch as kernels
 
     values, n, bias, residual, activation = args[0], args[7], *args[9:]
     y = kernels.forward(
@@ -87,8 +87,8 @@ def backward(grad: Tensor, x: Tensor, blocks: Blocks, *args: Any) -> tuple[Tenso
 
     The pre-activation is computed anew, in float32: the forward keeps nothing.
     """
-    from bigops.kernels import sparse_linear as kernels
     from bigops.kernels.fused_linear import preact_gradient
+    from bigops.kernels.sparse_linear import launch as kernels
 
     values, n, bias, activation, need_x, need_values, need_bias = args[0], args[7], *args[9:]
     flat_grad, flat_x = rows(grad), rows(x)
@@ -108,7 +108,7 @@ def backward(grad: Tensor, x: Tensor, blocks: Blocks, *args: Any) -> tuple[Tenso
 
 def explain(target: str, x: Tensor, blocks: Blocks, *fixed: Any) -> backend.Explanation:
     """Kernel, config and reason on ``target`` ("cuda", "sm_90", "gfx942" ...)."""
-    from bigops.kernels import sparse_linear as kernels
+    from bigops.kernels.sparse_linear import launch as kernels
 
     values, n = fixed[0], fixed[7]
     m, k = x.shape[:-1].numel(), x.shape[-1]
