@@ -1,6 +1,6 @@
 """Triton kernels of `fused_linear`: y = act(x W^T + bias) + residual, forward and backward.
 
-One strided GEMM (gemm.py) serves all three products: x W^T with its epilogue, gz W and gz^T x. The
+One strided GEMM (common/gemm.py) serves all three products: x W^T with its epilogue, gz W and gz^T x. The
 gradient of the pre-activation and the column sum for the bias come from one elementwise kernel,
 with no atomics: the order of summation depends on the shape alone.
 """
@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuned
-from .activation import NONE, activate, derivative, split_code
-from .launch import launch_options, on_device
-from .product import product
-from .tiles import (
+from bigops.kernels.common import tuned
+from bigops.kernels.common.activation import NONE, activate, derivative, split_code
+from bigops.kernels.common.launch import launch_options, on_device
+from bigops.kernels.common.product import product
+from bigops.kernels.common.tiles import (
     DTYPES,
     FORMS,
     TileConfig,

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import TANH, activate
-from .launch import launch_options, on_device
-from .tiles import DTYPES, device_arch, pointwise_config
+from bigops.kernels.common.activation import TANH, activate
+from bigops.kernels.common.launch import launch_options, on_device
+from bigops.kernels.common.tiles import DTYPES, device_arch, pointwise_config
 
 _MAX_SIZE = 2**31 - 2**16  # column indices are 32 bit and may overhang the edge by one block
 

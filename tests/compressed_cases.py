@@ -20,11 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigops.formats import fp8
+from bigops.formats.fp8 import Fp8Weight
+from bigops.formats.packed import PackedWeight
+from bigops.formats.patterns import Pattern
 from bigops.formats.quantize import quantize_rows, static_grid
-from bigops.ops.fp8_linear import Fp8Weight, fp8_linear, quantize_fp8
-from bigops.ops.packed_linear import PackedWeight, pack_weight, packed_linear
-from bigops.ops.quantized_linear import quantize_weight, quantized_linear
-from bigops.ops.sparse_linear import Pattern, SparseWeight, sparse_linear, sparsify_weight
+from bigops.formats.quantized import QuantizedWeight
+from bigops.formats.sparse import SparseWeight
+from bigops.ops.fp8_linear import fp8_linear
+from bigops.ops.packed_linear import packed_linear
+from bigops.ops.quantized_linear import quantized_linear
+from bigops.ops.sparse_linear import sparse_linear
 from tests.kernels_ran import ISAS, threads
 from tests.linear_cases import act, curvature, offset, slope
 from tests.tolerance import check
@@ -135,7 +140,7 @@ class Case:
     def storage(self) -> tuple[Any, ...]:
         """The weight as the raw op takes it: its tensors, then its sizes."""
         if self.sparse:
-            return (*self.weight.tensors, self.weight.shape[0], self.weight.chunk)
+            return (*self.weight.tensors().values(), self.weight.shape[0], self.weight.chunk)
         arguments: tuple[Any, ...] = self.weight.arguments
         return arguments
 
@@ -150,7 +155,7 @@ class Case:
     def public(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         """The call by the public function: x, values where they are a leaf, bias, residual."""
         *values, bias, residual = rest
-        weight = self.weight._replace(values=values[0]) if values else self.weight
+        weight = self.weight.replace(values=values[0]) if values else self.weight
         y: Tensor = _PUBLIC[self.op](x, weight, bias, residual, self.name)
         return y
 
@@ -168,7 +173,7 @@ class Case:
 
     def with_values(self, values: Tensor) -> Case:
         """The same case with other stored values."""
-        weight = self.weight._replace(values=values)
+        weight = self.weight.replace(values=values)
         return replace(self, weight=weight, dense=weight.to_dense(torch.float64))
 
     def leaves(self) -> list[Tensor | None]:
@@ -352,15 +357,15 @@ def make(
         options = dict(QUANTISED[form])
         if options.get("activations") == "static":
             options["x_grid"] = static_grid(-2.0, 3.0)  # some of x lies outside
-        weight = quantize_weight(w, **options)
+        weight = QuantizedWeight.from_dense(w, **options)
     elif form in FP8:
-        weight = quantize_fp8(w, **FP8[form])
+        weight = Fp8Weight.from_dense(w, **FP8[form])
     elif form == "packed":
-        weight = pack_weight(w.to(DTYPES[dtype]))
+        weight = PackedWeight.from_dense(w.to(DTYPES[dtype]))
     else:
         how = Pattern.parse(pattern)
         stored = VALUES[SPARSE[form]]
-        weight = sparsify_weight(w, how.mask(w, sparsity), stored, (how.height, how.width))
+        weight = SparseWeight.from_mask(w, how.mask(w, sparsity), stored, (how.height, how.width))
     to = DTYPES[dtype]
     return Case(
         x.to(to),

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bigops.kernels import fp8_gradient as gradient
-from bigops.kernels import fp8_linear as kernels
-from bigops.kernels import fp8_tiles
-from bigops.kernels.activation import NAMES, split_code
+from bigops.kernels.common.activation import NAMES, split_code
+from bigops.kernels.fp8_linear import forward as kernels
+from bigops.kernels.fp8_linear import gradient
+from bigops.kernels.fp8_linear import tiles as fp8_tiles
 
 KERNELS = {
     "fp8_gemm": kernels.fp8_gemm,

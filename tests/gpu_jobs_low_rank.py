@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bigops.kernels import form_tiles
-from bigops.kernels import low_rank_linear as kernels
-from bigops.kernels.activation import NAMES, split_code
-from bigops.kernels.low_rank_model import LOOSE, OP
-from bigops.kernels.tiles import pointwise_config
+from bigops.kernels.common import form_tiles
+from bigops.kernels.common.activation import NAMES, split_code
+from bigops.kernels.common.tiles import pointwise_config
+from bigops.kernels.low_rank_linear import kernel as kernels
+from bigops.kernels.low_rank_linear.model import LOOSE, OP
 
 KERNELS = {
     "low_rank_product": kernels.low_rank_product,

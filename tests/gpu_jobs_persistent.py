@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bigops.kernels import tiles
-from bigops.kernels.activation import NAMES, split_code
-from bigops.kernels.gemm_persistent import gemm_persistent
+from bigops.kernels.common import tiles
+from bigops.kernels.common.activation import NAMES, split_code
+from bigops.kernels.common.gemm_persistent import gemm_persistent
 
 KERNELS = {"gemm_persistent": gemm_persistent}
 TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bigops.kernels import quantized_gradient as gradient
-from bigops.kernels import quantized_linear as kernels
-from bigops.kernels import quantized_tiles
-from bigops.kernels.activation import NAMES, split_code
+from bigops.kernels.common.activation import NAMES, split_code
+from bigops.kernels.quantized_linear import forward as kernels
+from bigops.kernels.quantized_linear import gradient
+from bigops.kernels.quantized_linear import tiles as quantized_tiles
 
 KERNELS = {
     "quantized_gemm": kernels.quantized_gemm,

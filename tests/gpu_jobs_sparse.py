@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bigops.kernels import form_tiles
-from bigops.kernels import sparse_linear as kernels
-from bigops.kernels.activation import NAMES, split_code
+from bigops.kernels.common import form_tiles
+from bigops.kernels.common.activation import NAMES, split_code
+from bigops.kernels.sparse_linear import launch as kernels
 
 KERNELS = {"block_product": kernels.block_product, "block_samples": kernels.block_samples}
 TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}

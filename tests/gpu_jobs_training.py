@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import triton.language as tl
 
-from bigops.kernels import fused_adamw
 from bigops.kernels import linear_cross_entropy as loss
-from bigops.kernels import optimizer_launch as launch
+from bigops.kernels.fused_adamw import kernels as fused_adamw
+from bigops.kernels.fused_adamw import launch
 
 KERNELS = {
     "cross_entropy_rows": loss.cross_entropy_rows,

@@ -43,9 +43,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from bigops.kernels import fused_linear, gemm, tiles
-from bigops.kernels.activation import NAMES, split_code
-from bigops.kernels.launch import launch_options
+from bigops.kernels import fused_linear
+from bigops.kernels.common import gemm, tiles
+from bigops.kernels.common.activation import NAMES, split_code
+from bigops.kernels.common.launch import launch_options
 from tests import gpu_golden, gpu_plot
 from tests import gpu_jobs_fp8 as fp8
 from tests import gpu_jobs_low_rank as low_rank

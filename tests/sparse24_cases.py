@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigops.formats.sparse24 import Sparse24Weight, from_sparse, sample
+from bigops.formats.sparse24 import Sparse24Weight, sample
 from bigops.ops import activation as act
 from bigops.ops.sparse_linear import sparse_linear
 from bigops.ops.sparse_linear.sparse24_pack import prune24
@@ -25,7 +25,7 @@ def make24(stored: str, lead: int | list[int], n: int, k: int, dtype: str, name:
            **more: Any) -> tuple[Case, Sparse24Weight]:  # fmt: skip
     """A case of `sparse_linear` with a 2:4 pattern, and its weight compressed."""
     case = make(FORM[stored], lead, n, k, dtype, name, pattern="2:4", **more)
-    weight = from_sparse(case.weight, STORED[stored])
+    weight = Sparse24Weight.from_sparse(case.weight, STORED[stored])
     return replace(case, dense=weight.to_dense(torch.float64)), weight
 
 
@@ -35,12 +35,12 @@ class Trained24(Case):
 
     def public(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         values, bias, residual = rest
-        weight = self.weight._replace(values=values)
+        weight = self.weight.replace(values=values)
         return sparse_linear(x, weight, bias, residual, self.name)
 
     def raw(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         values, bias, residual = rest
-        fixed = (values, *self.weight.tensors[1:])
+        fixed = (values, *self.weight.tensors().values()[1:])
         y: Tensor = torch.ops.bigops.sparse24_linear(x, *fixed, bias, residual, self.name)
         return y
 

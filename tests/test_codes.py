@@ -16,9 +16,9 @@ from torch import Tensor
 
 import bigops.ops
 from bigops.backend import machine
+from bigops.formats.sparse import SparseWeight
 from bigops.ops import codes
 from bigops.ops.library import encoder
-from bigops.ops.sparse_linear import from_dense
 from tests.kernels_ran import needs_extension
 
 ops = torch.ops.bigops
@@ -72,7 +72,7 @@ def test_kernels_have_the_same_tables() -> None:
 
 def test_triton_kernels_have_the_same_activations() -> None:
     pytest.importorskip("triton")
-    from bigops.kernels import activation
+    from bigops.kernels.common import activation
 
     assert codes.TABLES["activation"] == activation.NAMES
 
@@ -120,14 +120,18 @@ def case(name: str) -> tuple[Any, tuple[Any, ...]]:
     if name == "linear_cross_entropy":
         return ops.linear_cross_entropy, (x, w, target, None, None, "sum", -100, 0.1, 0.0, 0.0)
     if name == "packed_linear":
-        return ops.packed_linear, (x, *bigops.pack_weight(w).arguments, *tail)
+        return ops.packed_linear, (x, *bigops.formats.PackedWeight.from_dense(w).arguments, *tail)
     if name == "quantized_linear":
-        return ops.quantized_linear, (x, *bigops.quantize_weight(w).arguments, *tail)
+        return ops.quantized_linear, (
+            x,
+            *bigops.formats.QuantizedWeight.from_dense(w).arguments,
+            *tail,
+        )
     if name == "fp8_linear":
-        weight = bigops.quantize_fp8(w, scales="tensor")
+        weight = bigops.formats.Fp8Weight.from_dense(w, scales="tensor")
         return ops.fp8_linear, (x, *weight.arguments, *tail)
-    weight = from_dense(w)
-    return ops.sparse_linear, (x, *weight.tensors, 8, weight.chunk, *tail)
+    weight = SparseWeight.from_dense(w)
+    return ops.sparse_linear, (x, *weight.tensors().values(), 8, weight.chunk, *tail)
 
 
 FORMS = ("fused_linear", "low_rank_linear", "linear_cross_entropy", "packed_linear",

@@ -16,7 +16,7 @@ from bigops.compress import build, choose, measure
 from bigops.graph import sites as sites_module
 from bigops.graph.sites import Sites
 from bigops.nn import Fp8Linear, Linear, QuantLinear, QuantLowRankLinear
-from bigops.ops.explain import Explanation
+from bigops.ops.choice import Choice
 from bigops.timing import Ratio
 from tests.kernels_ran import needs_extension
 
@@ -208,10 +208,10 @@ def test_a_layer_that_no_kernel_serves_stays_unless_all_is_asked_for() -> None:
 def test_the_chooser_of_the_op_is_asked(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real, asked = measure.explain, []
 
-    def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    def explain(op: str, *args: Any, **kwargs: Any) -> Choice:
         asked.append(op)
         found = real(op, *args, **kwargs)
-        return Explanation(op, f"reference.{op}", f"planted for {found.op}")
+        return Choice.of(op, f"reference.{op}", f"planted for {found.op}")
 
     monkeypatch.setattr(measure, "explain", explain)
     model = nn.Sequential(nn.Linear(64, 64))

@@ -20,16 +20,12 @@ from bigops import backend
 from bigops.backend import machine
 from bigops.benches import harness
 from bigops.benches.limits import Cost
+from bigops.formats.bitmap import BitmapWeight
 from bigops.nn import Linear, SparseLinear
 from bigops.ops import activation as act
 from bigops.ops.library import in_words
-from bigops.ops.sparse_linear import (
-    BitmapWeight,
-    bitmap_from_sparse,
-    pack_bitmap,
-    sparse_linear,
-)
 from bigops.ops.sparse_linear import bitmap as op
+from bigops.ops.sparse_linear import sparse_linear
 from tests import hostrun, roads
 from tests.compressed_cases import DTYPES, Case, make
 from tests.kernels_ran import expect
@@ -57,7 +53,7 @@ def make_bitmap(
     """A case of `sparse_linear` with single entries, and its weight as a bitmap."""
     form = "sparse_bf16" if dtype == "bf16" else "sparse_float"
     case = make(form, lead, n, k, dtype, name, **{"pattern": "1x1", **more})
-    weight = bitmap_from_sparse(case.weight, DTYPES[dtype])
+    weight = BitmapWeight.from_sparse(case.weight, DTYPES[dtype])
     return replace(case, dense=weight.to_dense(torch.float64)), weight
 
 
@@ -76,7 +72,7 @@ def run(dtype: str, lead: int | list[int], n: int, k: int, name: str = "none", *
     """One case by the road that a GPU takes: values by the rule, the kernel by its name."""
     case, weight = make_bitmap(dtype, lead, n, k, name, **more)
     with expect(f"cuda.bitmap_linear.{dtype}"):
-        y = op._forward(case.x, *weight.tensors, n, case.bias, case.residual, name)
+        y = op._forward(case.x, *weight.tensors().values(), n, case.bias, case.residual, name)
     case.check_forward(y)
 
 
@@ -147,7 +143,7 @@ def test_every_schedule_gives_the_same_bits(library: Path, dtype: str, m: int) -
 def test_what_stands_at_zeros_of_w_is_not_read_into_a_sum() -> None:
     case, _ = make_bitmap("f16", 4, 20, 300)
     mask = torch.rand(300) < 0.5
-    packed = pack_bitmap(torch.randn(20, 300).half(), mask.expand(20, 300))
+    packed = BitmapWeight.from_mask(torch.randn(20, 300).half(), mask.expand(20, 300))
     x = torch.where(mask, case.x, math.nan)
     y = decode(case, packed, x=x)
     clean = torch.where(mask, x, 0)
@@ -228,7 +224,9 @@ def test_gradients_on_every_road(road: str) -> None:
 def test_opcheck() -> None:
     case, weight = make_bitmap("bf16", 5, 12, 33, "gelu")
     x, bias, residual = case.leaves()
-    roads.opcheck(torch.ops.bigops.bitmap_linear, (x, *weight.tensors, 12, bias, residual, "gelu"))
+    roads.opcheck(
+        torch.ops.bigops.bitmap_linear, (x, *weight.tensors().values(), 12, bias, residual, "gelu")
+    )
 
 
 @pytest.fixture
@@ -284,7 +282,7 @@ def test_a_frozen_layer_takes_the_kernel(values: str, monkeypatch: pytest.Monkey
     with torch.no_grad(), expect("cuda.bitmap_linear"):
         y = layer(x, residual)
     case.check_forward(y)
-    packed = bitmap_from_sparse(general)
+    packed = BitmapWeight.from_sparse(general)
     assert packed.nbytes < general.nbytes
     assert layer.nbytes == before + packed.nbytes
     with torch.no_grad(), backend.record() as many:
@@ -345,7 +343,7 @@ def test_bad_arguments() -> None:
     for args, error, message in (
         ((x.float(), weight), TypeError, "x: expected dtype bfloat16; got float32"),
         ((x[:, :60], weight), ValueError, r"x: expected shape \[.., 300\] for .*; got \[4, 60\]"),
-        ((x, weight._replace(ptr=weight.ptr + 1)), ValueError, "ptr: expected the sums of what"),
+        ((x, weight.replace(ptr=weight.ptr + 1)), ValueError, "ptr: expected the sums of what"),
         ((x, weight, None, None, "swiglu"), ValueError, "activation"),
     ):
         with pytest.raises(error, match=message):
@@ -362,7 +360,7 @@ def arguments(case: Case, weight: BitmapWeight, splits: int = 2) -> tuple[Tensor
     (n, k), m = weight.shape, case.x.shape[0]
     y = torch.full((m, n), math.nan, dtype=case.x.dtype)
     partial = torch.full((splits, m, n), math.nan)
-    tensors = (case.x, *weight.tensors, case.bias, case.residual, y, partial)
+    tensors = (case.x, *weight.tensors().values(), case.bias, case.residual, y, partial)
     total = weight.values.nbytes // 16
     types = list(DTYPES.values())
     last = (act.CODES[case.name], splits, types.index(case.x.dtype))

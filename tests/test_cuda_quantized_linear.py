@@ -18,9 +18,8 @@ from torch import Tensor
 
 import bigops
 from bigops.backend import machine
-from bigops.formats.quantized import pack
+from bigops.formats.quantized import QuantizedWeight, pack
 from bigops.ops import activation as act
-from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
 from bigops.ops.quantized_linear import cuda as road
 from tests import hostrun
 from tests.compressed_cases import DTYPES, QUANTISED, Case, make
@@ -49,7 +48,7 @@ def decode(case: Case, weight: QuantizedWeight | None = None, splits: int | None
     if splits is None:
         splits = road.splits_for(weight.n, weight.k, weight.bits)
     y: Tensor = torch.ops.bigops.quantized_linear_decode(
-        case.x, *weight.tensors[:3], -weight.n % 16, weight.k, weight.bits, weight.group,
+        case.x, *weight.tensors().values()[:3], -weight.n % 16, weight.k, weight.bits, weight.group,
         case.bias, case.residual, case.name, splits,
     )  # fmt: skip
     return y
@@ -95,7 +94,9 @@ def test_any_strides() -> None:
         return room[1:].view(t.shape).copy_(t)
 
     for move in (odd, moved):
-        weight = QuantizedWeight._make((*map(move, case.weight.tensors), *case.weight[5:]))
+        weight = QuantizedWeight._make(
+            (*map(move, case.weight.tensors().values()), *case.weight[5:])
+        )
         case.x, case.bias, case.residual = move(case.x), move(case.bias), move(case.residual)
         assert torch.equal(decode(case, weight), want)
 
@@ -106,9 +107,9 @@ def test_every_number_in_every_column_is_itself(dtype: str) -> None:
     for bits, low, high in ((8, -128, 127), (4, -8, 7)):
         count = high - low + 1
         q = (torch.arange(48).unsqueeze(1) * 7 + torch.arange(64)) % count + low
-        base = quantize_weight(torch.zeros(48, 64), bits, 32, False, "none")
+        base = QuantizedWeight.from_dense(torch.zeros(48, 64), bits, 32, False, "none")
         for zero in (low, 0, high):
-            weight = base._replace(
+            weight = base.replace(
                 values=pack(q.float(), bits),
                 scale=torch.ones_like(base.scale),
                 zero_point=torch.full_like(base.zero_point, zero),
@@ -116,7 +117,7 @@ def test_every_number_in_every_column_is_itself(dtype: str) -> None:
             x = torch.eye(64, dtype=DTYPES[dtype])
             for rows in x.split(16):
                 y = torch.ops.bigops.quantized_linear_decode(
-                    rows, *weight.tensors[:3], 0, 64, bits, 32, None, None, "none", 1
+                    rows, *weight.tensors().values()[:3], 0, 64, bits, 32, None, None, "none", 1
                 )
                 want = rows.float() @ (q - zero).float().t()
                 assert torch.equal(y, want.to(DTYPES[dtype]))
@@ -126,13 +127,13 @@ def test_float32_keeps_its_24_bits() -> None:
     """One weight of 1 a row: the product gives x back to the bit, the largest floats as well."""
     q = torch.zeros(64, 64)
     q[range(64), range(64)] = 1
-    weight = quantize_weight(torch.ones(64, 64), 8, None, True, "none")._replace(
+    weight = QuantizedWeight.from_dense(torch.ones(64, 64), 8, None, True, "none")._replace(
         values=pack(q, 8), scale=torch.ones(1, 64)
     )
     x = torch.randn(16, 64) * torch.logspace(-30, 30, 16).unsqueeze(1)
     x[0, :2] = torch.tensor([torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max])
     y = torch.ops.bigops.quantized_linear_decode(
-        x, *weight.tensors[:3], 0, 64, 8, 0, None, None, "none", 1
+        x, *weight.tensors().values()[:3], 0, 64, 8, 0, None, None, "none", 1
     )
     assert torch.equal(y, x)
 
@@ -162,7 +163,7 @@ def test_offsets_past_32_bits(tmp_path: Path) -> None:
             shape
         )
 
-    last = quantize_weight(torch.randn(16, 8), 4, None, True, "none")
+    last = QuantizedWeight.from_dense(torch.randn(16, 8), 4, None, True, "none")
     values = sparse("values", [tiles, 1, 16, 4], torch.uint8)
     scale = sparse("scale", [1, n], torch.float32)
     values[-1], scale[:, -16:] = last.values[0], last.scale
@@ -184,7 +185,7 @@ def test_each_byte_is_read_once(library: Path) -> None:
     case = make("w4_zero", 4, 128, 1024, "bf16")
     hostrun.counts(library)
     decode(case, splits=2)
-    values, scale, zero = case.weight.tensors[:3]
+    values, scale, zero = case.weight.tensors().values()[:3]
     copied, _ = hostrun.counts(library)
     blocks = 2  # of 64 rows: each reads x
     assert copied == values.nbytes + scale.nbytes + zero.nbytes + blocks * case.x.nbytes
@@ -259,7 +260,7 @@ def test_bad_arguments() -> None:
                  "residual", "activation", "splits")  # fmt: skip
         usual = (
             case.x,
-            *case.weight.tensors[:3],
+            *case.weight.tensors().values()[:3],
             12,
             64,
             4,
@@ -301,7 +302,7 @@ def arguments(case: Case, splits: int) -> tuple[Tensor, tuple[Any, ...]]:
     """(y, the arguments of `run_decode`) for a case with x [M, K]."""
     weight = case.weight
     m, n = case.x.shape[0], weight.n
-    values, scale, zero_point = weight.tensors[:3]
+    values, scale, zero_point = weight.tensors().values()[:3]
     y = torch.full((m, n), math.nan, dtype=case.x.dtype)
     partial = torch.full((splits, m, scale.shape[1]), math.nan) if splits > 1 else None
     tensors = (case.x, values, scale, zero_point, case.bias, case.residual, y, partial)

@@ -264,13 +264,13 @@ def test_training_keeps_the_pattern_of_both() -> None:
     for _ in range(8):
         optimizer.zero_grad()
         with expect("cuda.sparse24_gradient"):
-            y = sparse_linear(case.x, case.weight._replace(values=values))
+            y = sparse_linear(case.x, case.weight.replace(values=values))
             loss = (y - want).float().square().mean()
             loss.backward()
         losses.append(float(loss.detach()))
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0], losses
-    weight = case.weight._replace(values=values.detach())
+    weight = case.weight.replace(values=values.detach())
     before = case.weight.to_dense() != 0
     assert not (weight.to_dense() != 0)[~before].any()
     run(Trained24(case.x, weight, weight.to_dense(torch.float64), False, case.bias, None,
@@ -316,7 +316,7 @@ def test_double_backward_is_that_of_the_reference() -> None:
     case = trained24(4, 8, 12, "f16", "silu", residual=False)
     x, values, bias, _ = case.leaves()
     grad = case.grad.clone().requires_grad_()
-    fixed, wanted = case.weight.tensors[1:], [grad, x, values, bias]
+    fixed, wanted = case.weight.tensors().values()[1:], [grad, x, values, bias]
 
     def second(first: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         total = sum(g.float().square().sum() for g in first)
@@ -340,12 +340,12 @@ def test_opcheck() -> None:
     for transposable in (False, True):
         case = trained24(5, 12, 36, "bf16", "gelu", transposable=transposable)
         x, values, bias, residual = case.leaves()
-        rest = case.weight.tensors[1:]
+        rest = case.weight.tensors().values()[1:]
         roads.opcheck(torch.ops.bigops.sparse24_linear, (x, values, *rest, bias, residual, "gelu"))
         for wanted in ((True, True, True), (False, True, False)):
             roads.opcheck(
                 torch.ops.bigops.sparse24_linear_backward,
-                (case.grad, case.x, *case.weight.tensors, case.bias, "gelu", *wanted),
+                (case.grad, case.x, *case.weight.tensors().values(), case.bias, "gelu", *wanted),
             )
 
 
@@ -384,7 +384,7 @@ def test_int8_values_have_no_gradient() -> None:
           .expand(3, 64), weight.to_dense(torch.float64).abs().sum(0))  # fmt: skip
     with pytest.raises(TypeError, match="values: expected a floating-point dtype .*; got int8"):
         torch.ops.bigops.sparse24_linear_backward(
-            torch.randn(3, 8), x, *weight.tensors, None, "none", False, True, False
+            torch.randn(3, 8), x, *weight.tensors().values(), None, "none", False, True, False
         )
 
 
@@ -485,7 +485,7 @@ def test_on_a_gpu(dtype: str, m: int) -> None:
     for n, k in ((4096, 1024), (1000, 5000)):
         case = trained24(m, n, k, dtype, "gelu")
         x, grad, bias = case.x.cuda(), case.grad.cuda(), case.bias
-        tensors = [None if t is None else t.cuda() for t in case.weight.tensors]
+        tensors = [None if t is None else t.cuda() for t in case.weight.tensors().values()]
         assert bias is not None
         args = (grad, x, *tensors, bias.cuda(), "gelu", True, True, True)
         with expect("cuda.sparse24_linear_grad_x", "cuda.sparse24_gradient"):

@@ -20,7 +20,7 @@ from torch import Tensor
 import bigops
 from bigops import backend
 from bigops.backend import machine
-from bigops.formats.sparse24 import Sparse24Weight, from_sparse, padded
+from bigops.formats.sparse24 import Sparse24Weight, padded
 from bigops.nn import Linear, SparseLinear
 from bigops.ops import activation as act
 from bigops.ops.library import in_words
@@ -232,7 +232,7 @@ def test_a_frozen_2_4_layer_takes_the_kernel(stored: str, monkeypatch: pytest.Mo
     with torch.no_grad(), expect(f"cuda.sparse24_linear.bf16.{stored}"):
         y = layer(x, residual)
     case.check_forward(y)
-    packed = from_sparse(general)
+    packed = Sparse24Weight.from_sparse(general)
     assert layer.nbytes == before + packed.nbytes
     with torch.no_grad(), backend.record() as names:
         layer(x[:16])  # a decode step
@@ -292,7 +292,7 @@ def test_bad_arguments() -> None:
         ((x.float(), weight), TypeError, "x: expected dtype bfloat16; got float32"),
         ((x[:, :60], weight), ValueError, r"x: expected shape \[.., 64\] for .*; got \[4, 60\]"),
         ((x, whole, x), ValueError, r"bias: expected shape \[20\]; got \[4, 64\]"),
-        ((x, weight._replace(meta=weight.meta[:1])), ValueError, r"meta: expected shape \[2, 1"),
+        ((x, weight.replace(meta=weight.meta[:1])), ValueError, r"meta: expected shape \[2, 1"),
         ((x, weight, None, None, "swiglu"), ValueError, "activation"),
     ):
         with pytest.raises(error, match=message):
@@ -430,7 +430,7 @@ def test_on_a_gpu(stored: str, dtype: str, m: int) -> None:
         x, *rest = (None if t is None else t.cuda() for t in case.inputs)
         assert x is not None
         with expect(f"cuda.sparse24_linear.{dtype}.{stored}"):
-            y = op._forward(x, *weight.tensors, *rest, "gelu")
-            again = op._forward(x, *weight.tensors, *rest, "gelu")
+            y = op._forward(x, *weight.tensors().values(), *rest, "gelu")
+            again = op._forward(x, *weight.tensors().values(), *rest, "gelu")
         assert torch.equal(y, again)
         case.check_forward(y.cpu())

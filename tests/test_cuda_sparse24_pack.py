@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bigops.backend import machine
+from bigops.formats.patterns import n_m_mask, transposable_mask
 from bigops.formats.sparse24 import Sparse24Weight, from_mask, meta_shape, padded, turn
-from bigops.ops.sparse_linear import n_m_mask, transposable_mask
 from bigops.ops.sparse_linear import sparse24_pack as kernels
 from bigops.ops.sparse_linear.sparse24_pack import pack24, prune24
 from tests import hostrun

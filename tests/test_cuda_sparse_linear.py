@@ -13,10 +13,10 @@ from torch import Tensor
 
 import bigops
 from bigops.backend import machine
-from bigops.formats.sparse import sizes
+from bigops.formats.sparse import SparseWeight
+from bigops.formats.sparse_layout import sizes
 from bigops.ops import activation as act
 from bigops.ops.sparse_linear import cuda as road
-from bigops.ops.sparse_linear import sparsify_weight
 from tests import hostrun
 from tests.compressed_cases import DTYPES, SPARSE, Case, make, served
 from tests.kernels_ran import expect
@@ -42,7 +42,7 @@ def _schedule(library: Path) -> None:
 
 def decode(case: Case, splits: int = 1, **given: Any) -> Tensor:
     """The op on a case with floating values and x [M, K], as it is called on a GPU."""
-    values, index, rows, _, ptr, *_ = case.weight.tensors
+    values, index, rows, _, ptr, *_ = case.weight.tensors().values()
     n, k = case.weight.shape
     usual = {
         "x": case.x, "x_scale": None, "x_zero": None, "like": case.x, "values": values,
@@ -94,7 +94,7 @@ def test_any_strides() -> None:
         return t.repeat_interleave(2, -1)[..., ::2]
 
     names = ("values", "index", "rows", "length", "ptr")
-    spread = {n: odd(t) for n, t in zip(names, case.weight.tensors, strict=False)}
+    spread = {n: odd(t) for n, t in zip(names, case.weight.tensors().values(), strict=False)}
     del spread["length"]
     assert torch.equal(decode(case, x=odd(case.x), **spread), want)
 
@@ -119,7 +119,9 @@ def test_blocks_that_share_panels(splits: int) -> None:
 def test_whole_numbers_are_exact_in_every_split() -> None:
     """Products at their ends: x and W all -128, and a K whose sums need all of int32."""
     n, k, m = 16, 131068, 2
-    weight = sparsify_weight(torch.ones(n, k), torch.ones(n, k // 4).bool(), torch.int8, (1, 4))
+    weight = SparseWeight.from_mask(
+        torch.ones(n, k), torch.ones(n, k // 4).bool(), torch.int8, (1, 4)
+    )
     values = torch.full_like(weight.values, -128)
     x = torch.full((m, k), -128, dtype=torch.int8)
     one = torch.ones(m)
@@ -138,7 +140,11 @@ def test_a_broken_storage_gives_nan_and_no_wild_access(name: str, value: int) ->
     case = make("sparse_float", 3, 150, 70, "f32")
     want = decode(case)
     storage = dict(
-        zip(("values", "index", "rows", "length", "ptr"), case.weight.tensors, strict=False)
+        zip(
+            ("values", "index", "rows", "length", "ptr"),
+            case.weight.tensors().values(),
+            strict=False,
+        )
     )
     wrong = storage[name].clone()
     wrong[wrong.shape[0] // 2] = value
@@ -210,7 +216,7 @@ def test_bad_arguments() -> None:
 
 def arguments(case: Case, splits: int) -> tuple[Tensor, tuple[Any, ...]]:
     """(y, the arguments of `run_decode`) for a case with floating values and x [M, K]."""
-    values, index, rows, _, ptr, *_ = case.weight.tensors
+    values, index, rows, _, ptr, *_ = case.weight.tensors().values()
     (n, k), m, chunk = case.weight.shape, case.x.shape[0], case.weight.chunk
     size = sizes(n, k, chunk, values.dtype)
     y = torch.full((m, n), math.nan, dtype=case.x.dtype)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bigops
-from bigops.formats.fp8 import Fp8Weight, quantize_fp8
+from bigops.formats.fp8 import Fp8Weight
 from bigops.ops import fp8_linear as function
 from tests import roads
 from tests.compressed_cases import DTYPES, FP8, Case, make
@@ -130,12 +130,12 @@ def test_opcheck(form: str) -> None:
     utils = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     x, bias, residual = case.leaves()
     ops = torch.ops.bigops
-    before = [None if t is None else t.clone() for t in case.weight.tensors]
+    before = [None if t is None else t.clone() for t in case.weight.tensors().values()]
     forward = (x, *case.storage, bias, residual, "relu")
     backward = (case.grad, case.x, *case.storage, case.bias, "relu", True, True)
     roads.opcheck(ops.fp8_linear, forward, test_utils=utils)
     roads.opcheck(ops.fp8_linear_backward, backward, test_utils=utils)
-    for old, t in zip(before, case.weight.tensors, strict=True):
+    for old, t in zip(before, case.weight.tensors().values(), strict=True):
         assert t is old or torch.equal(t.float(), old.float())  # type: ignore[union-attr]
 
 
@@ -188,7 +188,7 @@ def test_explain_says_what_runs_on_this_cpu(form: str) -> None:
 
 
 def test_bad_arguments() -> None:
-    weight, x = quantize_fp8(torch.randn(5, 8)), torch.randn(4, 8)
+    weight, x = Fp8Weight.from_dense(torch.randn(5, 8)), torch.randn(4, 8)
     bad: list[tuple[tuple[Any, ...], type[Exception], str]] = [
         ((x[:, 1:], weight), ValueError, r"x: expected shape \[.., 8\] for a weight of \[5, 8\]"),
         ((x.double(), weight), TypeError, "x: expected dtype float32, bfloat16, float16"),
@@ -197,18 +197,18 @@ def test_bad_arguments() -> None:
         ((x, weight, torch.randn(5).half()), TypeError, "bias: expected dtype float32"),
         ((x, weight, None, torch.randn(4, 8)), ValueError, r"residual: expected shape \[4, 5\]"),
         ((x, weight, None, None, "swiglu"), ValueError, "activation: expected one of"),
-        ((x, weight._replace(scales="none")), ValueError, "scales: expected one of tensor"),
-        ((x, weight._replace(scale=weight.scale[:2])), ValueError, "scale: expected shape"),
+        ((x, weight.replace(scales="none")), ValueError, "scales: expected one of tensor"),
+        ((x, weight.replace(scale=weight.scale[:2])), ValueError, "scale: expected shape"),
     ]
     for args, error, message in bad:
         with pytest.raises(error, match=message):
             function(*args)
     scale = weight.scale.clone().requires_grad_()
     with pytest.raises(ValueError, match="scale: expected a tensor that needs no gradient"):
-        function(x, weight._replace(scale=scale))
+        function(x, weight.replace(scale=scale))
 
 
 def test_arguments_of_a_weight_make_it_again() -> None:
-    weight = quantize_fp8(torch.randn(5, 8), "block", "none")
+    weight = Fp8Weight.from_dense(torch.randn(5, 8), "block", "none")
     assert Fp8Weight(*weight.arguments) == weight
     assert weight.shape == (5, 8)

@@ -17,8 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bigops
-from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
-from bigops.ops.sparse_linear import block_mask, sparse_linear, sparsify_weight
+from bigops.formats.patterns import block_mask
+from bigops.formats.quantized import QuantizedWeight
+from bigops.formats.sparse import SparseWeight
+from bigops.ops.quantized_linear import quantized_linear
+from bigops.ops.sparse_linear import sparse_linear
 from tests import roads
 from tests.backends import covering
 from tests.compressed_cases import DTYPES, FORMATS, QUANTISED, Case, dtype_of, make, served
@@ -144,7 +147,7 @@ def test_a_scale_that_wants_a_gradient_is_refused(form: str, road: str) -> None:
     scale = case.weight.scale
 
     def call(scale: Tensor) -> Tensor:
-        changed = replace(case, weight=case.weight._replace(scale=scale))
+        changed = replace(case, weight=case.weight.replace(scale=scale))
         return (changed.raw if road == "raw" else changed.public)(*case.inputs)
 
     def refused() -> None:
@@ -180,7 +183,7 @@ def test_vmap_over_weights() -> None:
                for name in ("values", "scale", "row_sum")]  # fmt: skip
 
     def f(values: Tensor, scale: Tensor, row_sum: Tensor) -> Tensor:
-        changed = one.weight._replace(values=values, scale=scale, row_sum=row_sum)
+        changed = one.weight.replace(values=values, scale=scale, row_sum=row_sum)
         return quantized_linear(one.x, changed)
 
     got = torch.vmap(f)(*stacked)
@@ -279,7 +282,7 @@ def test_explain_says_that_no_gpu_kernel_serves(form: str) -> None:
 def test_small_networks_train_through_frozen_layers() -> None:
     """What the gradients are for: a trainable layer before a frozen one learns its target."""
     w = torch.randn(8, 16) / 4
-    for weight in (quantize_weight(w), sparsify_weight(w, block_mask(w, 0.25))):
+    for weight in (QuantizedWeight.from_dense(w), SparseWeight.from_mask(w, block_mask(w, 0.25))):
         torch.manual_seed(1)
         first = torch.nn.Linear(4, 16)
         x, target = torch.randn(32, 4), torch.randn(32, 8)

@@ -69,7 +69,7 @@ def test_a_sample_of_all_rows_passes_the_gate(
 DIGESTS = """
 import json
 import gpu_report as report
-from bigops.kernels import gemm
+from bigops.kernels.common import gemm
 from tests import gpu_golden as golden
 
 jobs, rows = report.all_jobs(), golden.read()
@@ -277,7 +277,7 @@ def test_the_persistent_form_takes_no_atomic_but_to_publish_its_maps() -> None:
 PLANTED = """
 import json
 import gpu_report as report
-from bigops.kernels.tiles import TileConfig
+from bigops.kernels.common.tiles import TileConfig
 
 spilling = report.Job("sm_80", "gemm", "nt", "bf16", TileConfig(128, 128, 32, 8, 4, 4, 1), "gelu")
 # by 16 bytes, and by none without --regAllocOptLevel=2, which triton gives ptxas

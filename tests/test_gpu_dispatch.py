@@ -26,12 +26,14 @@ import bigops
 from bigops import backend
 from bigops.backend import machine
 from bigops.cli import doctor
-from bigops.kernels import form_tiles, quantized_tiles, tiles
+from bigops.formats.patterns import block_mask
+from bigops.formats.quantized import QuantizedWeight
+from bigops.formats.sparse import SparseWeight
+from bigops.kernels.common import form_tiles, tiles
+from bigops.kernels.quantized_linear import tiles as quantized_tiles
 from bigops.ops import targets
 from bigops.ops.linear_cross_entropy import triton as _triton_loss
-from bigops.ops.quantized_linear import quantize_weight
 from bigops.ops.report import triton_limits
-from bigops.ops.sparse_linear import block_mask, sparsify_weight
 from bigops.ops.sparse_linear import triton as _triton_sparse
 from tests import triton_interpreter
 from tests.optimizer_cases import Problem
@@ -50,8 +52,8 @@ def _calls() -> dict[str, tuple[str, Run, Run]]:
     """Each op as a GPU takes it: (name that explain knows, call, explain of it on ``device``)."""
     x, w, bias = torch.randn(M, K), torch.randn(N, K), torch.randn(N)
     grad, u, v = torch.randn(M, N), torch.randn(N, 4), torch.randn(4, K)
-    quantised = quantize_weight(w)
-    sparse = sparsify_weight(w, block_mask(w, 0.5, (16, 16)), torch.float32, (16, 16))
+    quantised = QuantizedWeight.from_dense(w)
+    sparse = SparseWeight.from_mask(w, block_mask(w, 0.5, (16, 16)), torch.float32, (16, 16))
     stored = (*sparse.tensors, N, sparse.chunk)
     logits, target = torch.randn(M, N), torch.randint(N, (M,))
     loss = (target, None, None, None, float(N), -100, 0.0, 0.0, 0.0, True)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bigops
-from bigops.formats.quantize import from_grid, to_grid
-from bigops.ops.quantized_linear import quantize_weight, quantized_linear, static_grid
+from bigops.formats.quantize import from_grid, static_grid, to_grid
+from bigops.formats.quantized import QuantizedWeight
+from bigops.ops.quantized_linear import quantized_linear
 from bigops.ops.sparse_linear import sparse_linear
 from tests import roads
 from tests.backends import covering
@@ -151,7 +152,7 @@ def test_dtype_of_a_floating_result_of_u8(form: str) -> None:
 def test_static_grid_of_sparse_x_is_what_quantized_linear_does() -> None:
     """The same whole numbers, whoever multiplies them."""
     case = make("sparse_int8", 9, 20, 33, sparsity=0.0)
-    dense = quantize_weight(case.dense.float(), activations="static", x_grid=X_GRID)
+    dense = QuantizedWeight.from_dense(case.dense.float(), activations="static", x_grid=X_GRID)
     assert torch.equal(dense.to_dense(), case.weight.to_dense())
     with expect(".sparse_linear.f32.s8_columns", ".quantized_linear.f32.w8a8"):
         y = sparse_linear(case.x, case.weight, case.bias, x_grid=X_GRID)
@@ -172,10 +173,10 @@ def test_a_chain_of_u8_gives_the_numbers_of_a_chain_of_floats(level: str) -> Non
     x = torch.randn(30, 40)
     b1, b2 = torch.randn(96), torch.randn(50)
     grid = static_grid(-0.2, 4.0)
-    first = quantize_weight(
+    first = QuantizedWeight.from_dense(
         torch.randn(96, 40) / 6, activations="static", x_grid=static_grid(-3, 3)
     )
-    second = quantize_weight(torch.randn(50, 96) / 9, activations="static", x_grid=grid)
+    second = QuantizedWeight.from_dense(torch.randn(50, 96) / 9, activations="static", x_grid=grid)
     with isa(level), expect(".f32.w8a8_u8", ".u8.w8a8"):
         u8 = quantized_linear(x, first, b1, activation="gelu", y_grid=second.x_grid)
         y = quantized_linear(u8, second, b2)

@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from bigops.kernels import form_tiles, low_rank_model, tiles
+from bigops.kernels.common import form_tiles, tiles
+from bigops.kernels.low_rank_linear import model as low_rank_model
 
 SM_90 = tiles.CONFIG_DIR / "low_rank_linear" / "sm_90.json"
 OPS = tuple(form_tiles.FORMS)

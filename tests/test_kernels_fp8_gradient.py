@@ -16,10 +16,10 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import InterpreterError
 
-from bigops.kernels import fp8_gradient as kernels
-from bigops.kernels import fp8_tiles
-from bigops.kernels.tiles import TileConfig
-from bigops.ops.fp8_linear import quantize_fp8
+from bigops.formats.fp8 import Fp8Weight
+from bigops.kernels.common.tiles import TileConfig
+from bigops.kernels.fp8_linear import gradient as kernels
+from bigops.kernels.fp8_linear import tiles as fp8_tiles
 from bigops.ops.fp8_linear import triton as road
 from tests import triton_interpreter
 from tests.compressed_cases import DTYPES, FP8, Case, make
@@ -115,7 +115,7 @@ def test_any_strides(form: str) -> None:
 def far(form: str, power: int) -> Case:
     """W by 2^power, gz by most of the inverse: gx is in the range of float16, and W is not."""
     case = make(form, 20, 40, 70, "f16", residual=False)
-    case.weight = case.weight._replace(scale=case.weight.scale * 2.0**power)
+    case.weight = case.weight.replace(scale=case.weight.scale * 2.0**power)
     case.dense = case.weight.to_dense(torch.float64)
     case.grad = (case.grad * 2.0 ** (-power * 0.6)).half()
     return case
@@ -151,7 +151,7 @@ def test_bitwise_equal_from_run_to_run() -> None:
 
 
 def test_bad_arguments() -> None:
-    weight = quantize_fp8(torch.randn(5, 8))
+    weight = Fp8Weight.from_dense(torch.randn(5, 8))
     gz, stored = torch.randn(4, 5), (weight.values, weight.scale)
     with pytest.raises(TypeError, match=r"x: expected one of .*; got torch.float64"):
         kernels.gradient(gz.double(), *stored, 8, "row")

@@ -16,11 +16,11 @@ from triton.runtime.errors import InterpreterError
 
 import bigops
 from bigops.formats import fp8
-from bigops.kernels import fp8_linear as kernels
-from bigops.kernels import fp8_tiles
-from bigops.kernels.tiles import TileConfig
+from bigops.formats.fp8 import Fp8Weight
+from bigops.kernels.common.tiles import TileConfig
+from bigops.kernels.fp8_linear import forward as kernels
+from bigops.kernels.fp8_linear import tiles as fp8_tiles
 from bigops.ops import activation as act
-from bigops.ops.fp8_linear import Fp8Weight, quantize_fp8
 from bigops.ops.fp8_linear import triton as road
 from tests import triton_interpreter
 from tests.compressed_cases import DTYPES, FP8, Case, make
@@ -53,7 +53,7 @@ def call(case: Case, module: ModuleType = kernels, **given: Any) -> Tensor:
     form = (weight.scales, weight.activations)
     with guarded():
         y: Tensor = module.forward(
-            x, *weight.tensors, *form, bias, residual, act.CODES[case.name], **given
+            x, *weight.tensors().values(), *form, bias, residual, act.CODES[case.name], **given
         )
     return y
 
@@ -183,7 +183,7 @@ def test_any_strides(form: str) -> None:
         return None if t is None else t.repeat_interleave(2, -1)[..., ::2]
 
     values = case.weight.values.view(torch.uint8)
-    weight = case.weight._replace(
+    weight = case.weight.replace(
         values=odd(values).view(torch.float8_e4m3fn),
         scale=case.weight.scale.t().contiguous().t(),
         x_scale=odd(case.weight.x_scale),
@@ -214,7 +214,7 @@ def test_rows_of_zeros_and_scales_whose_product_is_none(form: str) -> None:
     case = make(form, 5, 20, 130, "f32", bias=False, residual=False)
     case.x[0] = 0
     case.x[1] *= 1e-36
-    weight = quantize_fp8(torch.randn(20, 130) * 1e-6, **FP8[form])
+    weight = Fp8Weight.from_dense(torch.randn(20, 130) * 1e-6, **FP8[form])
     case.weight, case.dense = weight, weight.to_dense(torch.float64)
     y = call(case)
     assert not y[0].any()
@@ -246,17 +246,17 @@ def test_bitwise_equal_from_run_to_run() -> None:
 
 
 def test_bad_arguments() -> None:
-    weight = quantize_fp8(torch.randn(5, 8))
+    weight = Fp8Weight.from_dense(torch.randn(5, 8))
     form = ("row", "dynamic")
     x = torch.randn(4, 8)
     with pytest.raises(TypeError, match=r"x: expected one of .*; got torch.float64"):
-        kernels.forward(x.double(), *weight.tensors, *form)
+        kernels.forward(x.double(), *weight.tensors().values(), *form)
     with pytest.raises(TypeError, match=r"bias: expected torch.float32, that of x; got .*float16"):
-        kernels.forward(x, *weight.tensors, *form, torch.zeros(5).half())
+        kernels.forward(x, *weight.tensors().values(), *form, torch.zeros(5).half())
     with pytest.raises(ValueError, match=r"values: expected device cpu, that of x; got meta"):
-        kernels.forward(x, weight.values.to("meta"), *weight.tensors[1:], *form)
+        kernels.forward(x, weight.values.to("meta"), *weight.tensors().values()[1:], *form)
     with pytest.raises(ValueError, match=r"activation: expected the code of no gated pair; got 8"):
-        kernels.forward(x, *weight.tensors, *form, activation=8)
+        kernels.forward(x, *weight.tensors().values(), *form, activation=8)
 
 
 # which kernel ------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_explain_names_kernel_config_and_unit(form: str, arch: str, units: str) 
 
 
 def test_configs_of_every_device() -> None:
-    from bigops.kernels import tiles
+    from bigops.kernels.common import tiles
 
     assert {p.stem for p in fp8_tiles.CONFIG_DIR.glob("*.json")} == set(tiles.tables())
     for arch in ("sm_80", "sm_89", "sm_90a", "sm_120", "gfx90a", "interpreter"):

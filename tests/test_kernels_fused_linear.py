@@ -5,7 +5,6 @@ Their values by the public function are in test_fused_linear.py, beside those of
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -20,12 +19,13 @@ pytest.importorskip("triton")
 from triton.runtime.errors import InterpreterError
 
 from bigops.kernels import fused_linear as kernels
-from bigops.kernels.activation import NAMES
-from bigops.kernels.tiles import TileConfig
+from bigops.kernels.common import activation, gemm, product
+from bigops.kernels.common.activation import NAMES
+from bigops.kernels.common.tiles import TileConfig
 from tests import triton_interpreter
 from tests.guarded import guarded
 from tests.linear_cases import GATED, act, slope
-from tests.planted import load
+from tests.planted import plant
 from tests.tolerance import check
 
 triton_interpreter.install()
@@ -272,20 +272,9 @@ def test_bad_arguments() -> None:
 # --- planted faults: the checks above must see each of them -----------------------------------
 
 
-STEMS = ("activation", "gemm", "product", "fused_linear")
-
-
-def planted(folder: Path, old: str, new: str, stems: tuple[str, ...] = STEMS) -> ModuleType:
-    """A copy of the kernels with ``old`` replaced by ``new``, as a module like fused_linear."""
-    found = 0
-    for stem in stems:
-        source = Path(kernels.__file__).with_name(f"{stem}.py").read_text()
-        found += source.count(old)
-        source = source.replace(old, new)
-        source = re.sub(rf"from \.({'|'.join(stems)}) ", r"from .planted_\1 ", source)
-        module = load(folder, f"planted_{stem}", source)
-    assert found, f"nothing to plant the fault on: {old!r}"
-    return module
+def planted(folder: Path, old: str, new: str) -> ModuleType:
+    """A copy of the kernels with ``old`` replaced by ``new``."""
+    return plant(kernels, folder, old, new, activation, gemm, product)
 
 
 FAULTS = {

@@ -22,19 +22,19 @@ from triton.runtime import _allocation
 from triton.runtime.errors import InterpreterError
 
 from bigops.kernels import fused_linear as kernels
-from bigops.kernels import gemm_persistent, tiles
-from bigops.kernels import product as products
-from bigops.kernels.activation import NAMES
-from bigops.kernels.tiles import TileConfig
+from bigops.kernels.common import gemm_persistent, tiles
+from bigops.kernels.common import product as products
+from bigops.kernels.common.activation import NAMES
+from bigops.kernels.common.tiles import TileConfig
 from tests import triton_interpreter
 from tests.backends import covering
 from tests.linear_cases import GATED
+from tests.planted import plant
 from tests.test_kernels_fused_linear import (
     Case,
     check_forward,
     guarded,
     make,
-    planted,
     run_and_check,
 )
 from tests.tolerance import check
@@ -259,8 +259,8 @@ def test_memory_is_asked_of_torch_at_every_launch(monkeypatch: pytest.MonkeyPatc
 ON_A_GPU = """
 import torch
 from bigops.kernels import fused_linear as kernels
-from bigops.kernels import product as products
-from bigops.kernels.tiles import TileConfig
+from bigops.kernels.common import product as products
+from bigops.kernels.common.tiles import TileConfig
 from tests.tolerance import check
 
 tile = TileConfig(128, 128, 64, 8, 8, 3, 4, persistent=True, programs=2)
@@ -310,7 +310,7 @@ FAULTS = {
 
 
 def _faulty(folder: Path, old: str, new: str) -> ModuleType:
-    return planted(folder, old, new, stems=("gemm_persistent", "product", "fused_linear"))
+    return plant(kernels, folder, old, new, gemm_persistent, products)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -19,10 +19,10 @@ from triton.runtime.errors import InterpreterError
 
 import bigops
 from bigops import backend
-from bigops.kernels import low_rank_linear as kernels
-from bigops.kernels import low_rank_model as model
-from bigops.kernels import tiles
-from bigops.kernels.tiles import TileConfig
+from bigops.kernels.common import tiles
+from bigops.kernels.common.tiles import TileConfig
+from bigops.kernels.low_rank_linear import kernel as kernels
+from bigops.kernels.low_rank_linear import model
 from bigops.ops.low_rank_linear import triton as road
 from tests import triton_interpreter
 from tests.guarded import guarded

@@ -16,11 +16,10 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import InterpreterError
 
-from bigops.formats.quantized import pack
-from bigops.kernels import quantized_gradient as kernels
-from bigops.kernels import quantized_tiles
-from bigops.kernels.tiles import TileConfig
-from bigops.ops.quantized_linear import quantize_weight
+from bigops.formats.quantized import QuantizedWeight, pack
+from bigops.kernels.common.tiles import TileConfig
+from bigops.kernels.quantized_linear import gradient as kernels
+from bigops.kernels.quantized_linear import tiles as quantized_tiles
 from bigops.ops.quantized_linear import triton as road
 from tests import triton_interpreter
 from tests.compressed_cases import DTYPES, Case, make
@@ -47,7 +46,7 @@ def call(
     form = (weight.k, weight.bits, weight.group)
     with guarded():
         gx: Tensor = module.gradient(
-            case.grad if gz is None else gz, *weight.tensors[:3], *form, config
+            case.grad if gz is None else gz, *weight.tensors().values()[:3], *form, config
         )
     return gx
 
@@ -98,7 +97,7 @@ def test_any_strides(form: str) -> None:
 def far(form: str, power: int) -> Case:
     """W by 2^power, gz by most of the inverse: gx is in the range of float16, and W is not."""
     case = make(form, 20, 40, 70, "f16", residual=False)
-    case.weight = case.weight._replace(scale=case.weight.scale * 2.0**power)
+    case.weight = case.weight.replace(scale=case.weight.scale * 2.0**power)
     case.dense = case.weight.to_dense(torch.float64)
     case.grad = (case.grad * 2.0 ** (-power * 0.6)).half()
     return case
@@ -121,9 +120,9 @@ def test_every_column_of_a_line_is_itself() -> None:
         for column in range(columns):
             q = torch.zeros(17, 40)
             q[3, 8 + column] = 5
-            weight = quantize_weight(torch.zeros(17, 40), bits, 32, True, "none")
-            weight = weight._replace(values=pack(q, bits), scale=torch.ones_like(weight.scale))
-            gx = kernels.gradient(torch.eye(17), *weight.tensors[:3], 40, bits, 32)
+            weight = QuantizedWeight.from_dense(torch.zeros(17, 40), bits, 32, True, "none")
+            weight = weight.replace(values=pack(q, bits), scale=torch.ones_like(weight.scale))
+            gx = kernels.gradient(torch.eye(17), *weight.tensors().values()[:3], 40, bits, 32)
             assert torch.equal(gx, q)
 
 
@@ -145,12 +144,12 @@ def test_bitwise_equal_from_run_to_run() -> None:
 
 
 def test_bad_arguments() -> None:
-    weight = quantize_weight(torch.randn(5, 8))
+    weight = QuantizedWeight.from_dense(torch.randn(5, 8))
     gz = torch.randn(4, 5)
     with pytest.raises(TypeError, match=r"x: expected one of .*; got torch.float64"):
-        kernels.gradient(gz.double(), *weight.tensors[:3], 8, 8, 0)
+        kernels.gradient(gz.double(), *weight.tensors().values()[:3], 8, 8, 0)
     with pytest.raises(ValueError, match=r"values: expected device cpu, that of x; got meta"):
-        kernels.gradient(gz, weight.values.to("meta"), *weight.tensors[1:3], 8, 8, 0)
+        kernels.gradient(gz, weight.values.to("meta"), *weight.tensors().values()[1:3], 8, 8, 0)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"])

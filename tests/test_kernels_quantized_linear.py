@@ -19,12 +19,11 @@ from triton.runtime.errors import InterpreterError
 
 import bigops
 from bigops.formats.quantize import quantize_rows, static_grid
-from bigops.formats.quantized import pack
-from bigops.kernels import quantized_linear as kernels
-from bigops.kernels import quantized_tiles
-from bigops.kernels.tiles import TileConfig
+from bigops.formats.quantized import QuantizedWeight, pack
+from bigops.kernels.common.tiles import TileConfig
+from bigops.kernels.quantized_linear import forward as kernels
+from bigops.kernels.quantized_linear import tiles as quantized_tiles
 from bigops.ops import activation as act
-from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
 from bigops.ops.quantized_linear import triton as road
 from tests import triton_interpreter
 from tests.compressed_cases import DTYPES, QUANTISED, Case, make
@@ -57,7 +56,7 @@ def call(
     form = (weight.n, weight.bits, weight.group, weight.activations)
     with guarded():
         y: Tensor = module.forward(
-            x, *weight.tensors, *form, bias, residual, act.CODES[case.name], config
+            x, *weight.tensors().values(), *form, bias, residual, act.CODES[case.name], config
         )
     return y
 
@@ -129,7 +128,7 @@ def test_any_strides(form: str) -> None:
     def odd(t: Tensor | None) -> Any:
         return None if t is None else t.repeat_interleave(2, -1)[..., ::2]
 
-    tensors = map(odd, case.weight.tensors)
+    tensors = map(odd, case.weight.tensors().values())
     weight = QuantizedWeight._make((*tensors, *case.weight[5:]))
     spread = Case(case.x.t().contiguous().t(), weight, *_rest(case, odd(case.bias)))
     case.check_forward(call(spread))
@@ -161,15 +160,21 @@ def test_integer_extremes(k: int) -> None:
     """All numbers at the ends; 255 * 255 * 33026 is past int32."""
     ends = ((127, -128), (-128, 127), (-128, None))
     for value, zero in ends if k < 2000 else ends[:1]:  # the long one takes seconds
-        weight = quantize_weight(torch.zeros(5, k), symmetric=zero is None)
+        weight = QuantizedWeight.from_dense(torch.zeros(5, k), symmetric=zero is None)
         points = None if zero is None else torch.full_like(weight.scale, zero).to(torch.int8)
         q = torch.full((5, k), float(value))
         sums = torch.nn.functional.pad(q.sum(1), (0, 11)).to(torch.int32)
-        weight = weight._replace(values=pack(q, 8), zero_point=points, row_sum=sums)
+        weight = weight.replace(values=pack(q, 8), zero_point=points, row_sum=sums)
         x = torch.full((3, k), 255.0)
         x[-1, 0] = 0
         y = kernels.forward(
-            x, *weight.tensors, 5, 8, 0, "dynamic", config=TileConfig(16, 16, 128, 8, 4, 2, 1)
+            x,
+            *weight.tensors().values(),
+            5,
+            8,
+            0,
+            "dynamic",
+            config=TileConfig(16, 16, 128, 8, 4, 2, 1),
         )
         want = x.double().sum(1, keepdim=True) * (value - (zero or 0))
         assert torch.equal(y, want.float().expand(3, 5))
@@ -178,14 +183,14 @@ def test_integer_extremes(k: int) -> None:
 def test_int4_extremes() -> None:
     """Every nibble at an end, zero points at the other: sums of a group stay exact."""
     for value, zero in ((7, -8), (-8, 7), (-8, -8)):
-        base = quantize_weight(torch.zeros(20, 300), 4, 128, False, "none")
-        weight = base._replace(
+        base = QuantizedWeight.from_dense(torch.zeros(20, 300), 4, 128, False, "none")
+        weight = base.replace(
             values=pack(torch.full((20, 300), float(value)), 4),
             zero_point=torch.full_like(base.zero_point, zero),
         )
         for dtype in DTYPES.values():
             x = torch.randint(-3, 4, (7, 300)).to(dtype)
-            y = kernels.forward(x, *weight.tensors, 20, 4, 128, "none")
+            y = kernels.forward(x, *weight.tensors().values(), 20, 4, 128, "none")
             want = (x.double().sum(1, keepdim=True) * (value - zero)).to(dtype)
             assert torch.equal(y, want.expand(7, 20))
 
@@ -196,9 +201,9 @@ def test_every_column_of_a_line_is_itself() -> None:
         for column in range(columns):
             q = torch.zeros(17, 40)
             q[3, 8 + column] = 5
-            base = quantize_weight(torch.zeros(17, 40), bits, 32, True, "none")
-            weight = base._replace(values=pack(q, bits))
-            y = kernels.forward(torch.eye(40), *weight.tensors, 17, bits, 32, "none")
+            base = QuantizedWeight.from_dense(torch.zeros(17, 40), bits, 32, True, "none")
+            weight = base.replace(values=pack(q, bits))
+            y = kernels.forward(torch.eye(40), *weight.tensors().values(), 17, bits, 32, "none")
             assert torch.equal(y, q.t())
 
 
@@ -222,20 +227,20 @@ def test_bitwise_equal_from_run_to_run() -> None:
 
 
 def test_bad_arguments() -> None:
-    weight = quantize_weight(torch.randn(5, 8))
+    weight = QuantizedWeight.from_dense(torch.randn(5, 8))
     form = (5, 8, 0, "dynamic")
     x = torch.randn(4, 8)
     with pytest.raises(TypeError, match=r"x: expected one of .*; got torch.float64"):
-        kernels.forward(x.double(), *weight.tensors, *form)
+        kernels.forward(x.double(), *weight.tensors().values(), *form)
     with pytest.raises(TypeError, match=r"bias: expected torch.float32, that of x; got .*float16"):
-        kernels.forward(x, *weight.tensors, *form, torch.zeros(5).half())
+        kernels.forward(x, *weight.tensors().values(), *form, torch.zeros(5).half())
     with pytest.raises(ValueError, match=r"values: expected device cpu, that of x; got meta"):
-        kernels.forward(x, weight.values.to("meta"), *weight.tensors[1:], *form)
+        kernels.forward(x, weight.values.to("meta"), *weight.tensors().values()[1:], *form)
     with pytest.raises(ValueError, match=r"activation: expected the code of no gated pair; got 8"):
-        kernels.forward(x, *weight.tensors, *form, activation=8)
+        kernels.forward(x, *weight.tensors().values(), *form, activation=8)
     wide = torch.zeros(1, 1).expand(1, kernels.MAX_K)
     with pytest.raises(ValueError, match=r"x: expected fewer than 131072 columns to quantise"):
-        kernels.forward(wide, *weight.tensors, *form)
+        kernels.forward(wide, *weight.tensors().values(), *form)
 
 
 # which kernel ------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from bigops.kernels import quantized_linear, quantized_tiles, tiles
+from bigops.kernels.common import tiles
+from bigops.kernels.quantized_linear import forward as quantized_linear
+from bigops.kernels.quantized_linear import tiles as quantized_tiles
 
 SM_90 = quantized_tiles.CONFIG_DIR / "sm_90.json"
 

@@ -19,9 +19,9 @@ from triton.runtime.errors import InterpreterError
 import bigops
 from bigops import backend
 from bigops.formats import checks
-from bigops.kernels import form_tiles
-from bigops.kernels import sparse_linear as kernels
-from bigops.ops.sparse_linear import SparseWeight, sparsify_weight
+from bigops.formats.sparse import SparseWeight
+from bigops.kernels.common import form_tiles
+from bigops.kernels.sparse_linear import launch as kernels
 from bigops.ops.sparse_linear import blocks as _sparse_blocks
 from tests import triton_interpreter
 from tests.compressed_cases import Case, make
@@ -88,7 +88,7 @@ def test_lines_of_very_different_length() -> None:
     mask = torch.zeros(6, 8, dtype=torch.bool)
     mask[3], mask[5, 2], mask[0, 2] = True, True, True
     for dtype in (torch.float32, torch.bfloat16):
-        weight = sparsify_weight(torch.randn(96, 128), mask, dtype, (16, 16))
+        weight = SparseWeight.from_mask(torch.randn(96, 128), mask, dtype, (16, 16))
         blocks = blocks_of(weight)
         assert blocks.rows.order.tolist() == [3, 0, 5, 1, 2, 4]
         assert blocks.columns.order.tolist()[0] == 2
@@ -139,18 +139,18 @@ def test_what_is_in_blocks_is_seen_whatever_made_it() -> None:
     mask[0, 1] = mask[1, 2] = True
     for side in (32, 16, 1):
         finer = mask.repeat_interleave(32 // side, 0).repeat_interleave(32 // side, 1)
-        weight = sparsify_weight(w, finer, torch.float32, (side, side))
+        weight = SparseWeight.from_mask(w, finer, torch.float32, (side, side))
         blocks = blocks_of(weight)
         assert (blocks.height, blocks.rows.width) == (32, 32)
         assert blocks.rows.across.tolist() == [1, 2]
         assert blocks.columns.first.tolist() == [0, 0, 1, 2]
     finer = mask.repeat_interleave(2, 0).repeat_interleave(2, 1)
     finer[0, 0] = True
-    blocks = blocks_of(sparsify_weight(w, finer, torch.float32, (16, 16)))
+    blocks = blocks_of(SparseWeight.from_mask(w, finer, torch.float32, (16, 16)))
     assert (blocks.height, blocks.rows.width, blocks.columns.width) == (16, 16, 16)
     single = torch.zeros(4, 96, dtype=torch.bool)
     single[0, 3], single[2, 3], single[2, 50], single[2, 51] = True, True, True, True
-    blocks = blocks_of(sparsify_weight(w, single, torch.float32, (16, 1)))
+    blocks = blocks_of(SparseWeight.from_mask(w, single, torch.float32, (16, 1)))
     assert (blocks.height, blocks.rows.width, blocks.columns.width) == (16, 1, 16)
     assert blocks.rows.across.tolist() == [3, 3, 50, 51]
     assert blocks.columns.first.tolist() == [0, 2, 2, 2, 3, 3, 3]
@@ -203,7 +203,7 @@ def test_explain_says_what_no_gpu_kernel_serves() -> None:
         said = bigops.explain("sparse_linear", x, case.weight, device="sm_90", **options)
         assert said.kernel == f"reference.{name}"
         assert why in said.reason
-    meta = case.weight._replace(
+    meta = case.weight.replace(
         values=torch.empty(case.weight.values.shape, device="meta"), scale=None, sums=None
     )
     fixed = (*meta.tensors, 32, meta.chunk)
@@ -218,7 +218,7 @@ def test_blocks_are_found_once_and_anew_when_the_storage_changes(
     monkeypatch.setattr(_sparse_blocks, "_find", lambda *a: calls.append(1) or inner(*a))
     weight = make("sparse_float", 4, 48, 64, pattern="16x16", sparsity=0.5).weight
     first = blocks_of(weight)
-    assert blocks_of(weight._replace(values=weight.values * 2)) is first
+    assert blocks_of(weight.replace(values=weight.values * 2)) is first
     assert len(calls) == 1
     with torch.inference_mode():
         assert blocks_of(weight) is first

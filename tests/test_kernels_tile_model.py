@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from bigops.kernels import tile_model, tiles
-from bigops.kernels.tiles import TileConfig
+from bigops.kernels.common import tile_model, tiles
+from bigops.kernels.common.tiles import TileConfig
 
 ARCHS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
 GOLDEN = Path(__file__).parent / "golden" / "gpu_report.csv"

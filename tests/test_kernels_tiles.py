@@ -11,7 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from bigops.kernels import fused_linear, gemm, tiles
+from bigops.kernels import fused_linear
+from bigops.kernels.common import gemm, tiles
 
 SM_90 = tiles.CONFIG_DIR / "sm_90.json"
 

@@ -19,13 +19,13 @@ pytest.importorskip("triton")
 
 import bigops
 from bigops.kernels import fused_linear as linear_kernels
-from bigops.kernels import gemm as gemm_kernels
 from bigops.kernels import linear_cross_entropy as loss_kernels
-from bigops.kernels import low_rank_linear as low_rank_kernels
-from bigops.kernels import product as products
-from bigops.kernels import tiles
-from bigops.kernels.activation import NAMES
-from bigops.kernels.tiles import TileConfig
+from bigops.kernels.common import gemm as gemm_kernels
+from bigops.kernels.common import product as products
+from bigops.kernels.common import tiles
+from bigops.kernels.common.activation import NAMES
+from bigops.kernels.common.tiles import TileConfig
+from bigops.kernels.low_rank_linear import kernel as low_rank_kernels
 from bigops.ops.fp8_linear import triton as fp8_road
 from bigops.ops.fused_linear import triton as linear_road
 from bigops.ops.low_rank_linear import triton as low_rank_road

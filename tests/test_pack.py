@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 import bigops
 from bigops.backend import machine
 from bigops.compress import measure
+from bigops.formats.packed import PackedWeight
 from bigops.graph import pack
 from bigops.graph.sites import Contest
 from bigops.nn import (
@@ -25,7 +26,6 @@ from bigops.nn import (
     PackedLinear,
     QuantLinear,
 )
-from bigops.ops.packed_linear import pack_weight
 from bigops.timing import Ratio
 from tests.kernels_ran import needs_extension
 from tests.packed_cases import make, same_state, state_of
@@ -238,7 +238,7 @@ def test_an_exception_leaves_the_model_as_it_was(
         monkeypatch.setattr(pack, "contest", second(pack.contest, error))
     else:
         target = "bigops.nn.packed_linear.pack_weight"
-        monkeypatch.setattr(target, second(pack_weight, error))
+        monkeypatch.setattr(target, second(PackedWeight.from_dense, error))
     with pytest.raises((type(error), RuntimeError)):
         bigops.pack_(model, example)
     assert all(dict(model.named_modules())[n] is m for n, m in modules.items())

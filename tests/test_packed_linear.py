@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import bigops
 from bigops import backend
-from bigops.ops.packed_linear import pack_weight, packed_linear, reference
+from bigops.formats.packed import PackedWeight
+from bigops.ops.packed_linear import packed_linear, reference
 from tests.compressed_cases import DTYPES, Case, make
 from tests.kernels_ran import ISAS, expect, isa, needs_extension, threads
 from tests.linear_cases import PLAIN
@@ -92,7 +93,7 @@ def test_layout(dtype: str) -> None:
     """Panels of 64 rows, word by word; what fills up is zero; unpacking gives the matrix back."""
     to = DTYPES[dtype]
     w = torch.arange(70.0 * 5).view(70, 5).remainder(200).to(to)
-    weight = pack_weight(w)
+    weight = PackedWeight.from_dense(w)
     per = 2 if dtype == "bf16" else 1
     assert weight.panels.shape == (2, -(-5 // per), 64, per)
     assert weight.panels.dtype == to
@@ -150,7 +151,7 @@ def test_explain_names_the_kernel() -> None:
 
 def test_autocast_keeps_the_dtype_of_the_weight() -> None:
     x, w = torch.randn(3, 8), torch.randn(5, 8)
-    weight = pack_weight(w.bfloat16())
+    weight = PackedWeight.from_dense(w.bfloat16())
     with torch.autocast("cpu", torch.float16):
         y = packed_linear(x, weight)
     assert torch.equal(y, packed_linear(x.bfloat16(), weight))
@@ -161,7 +162,7 @@ def test_a_word_left_out_is_seen() -> None:
     case = make("packed", 4, 20, 33, "bf16", residual=False)
     panels = case.weight.panels.clone()
     panels[:, -1] = 0
-    y = packed_linear(case.x, case.weight._replace(panels=panels), case.bias)
+    y = packed_linear(case.x, case.weight.replace(panels=panels), case.bias)
     with pytest.raises(AssertionError, match="float64 says"):
         case.check_forward(y)
 
@@ -179,7 +180,7 @@ def test_a_word_left_out_is_seen() -> None:
     ],
 )
 def test_errors_of_values(change: dict[str, object], message: str) -> None:
-    panels, pad, k = pack_weight(torch.zeros(10, 4)).arguments
+    panels, pad, k = PackedWeight.from_dense(torch.zeros(10, 4)).arguments
     given = {"x": torch.zeros(2, 4), "panels": panels, "pad": pad, "k": k, **change}
     arguments = [*given.values(), None, None, "none"]
     with pytest.raises(RuntimeError):
@@ -189,19 +190,21 @@ def test_errors_of_values(change: dict[str, object], message: str) -> None:
 
 
 def test_errors_of_types() -> None:
-    x, weight = torch.zeros(2, 4), pack_weight(torch.zeros(10, 4))
+    x, weight = torch.zeros(2, 4), PackedWeight.from_dense(torch.zeros(10, 4))
     with pytest.raises(TypeError, match="panels: expected the dtype of x"):
-        packed_linear(x.bfloat16(), pack_weight(torch.zeros(10, 4, dtype=torch.float16)))
+        packed_linear(
+            x.bfloat16(), PackedWeight.from_dense(torch.zeros(10, 4, dtype=torch.float16))
+        )
     with pytest.raises(TypeError, match="x: expected"):
         packed_linear(x.double(), weight)
     with pytest.raises(TypeError, match="w: expected"):
-        pack_weight(torch.zeros(3, 4, dtype=torch.float64))
+        PackedWeight.from_dense(torch.zeros(3, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match="w: expected 2 dimensions"):
-        pack_weight(torch.zeros(3))
+        PackedWeight.from_dense(torch.zeros(3))
     with pytest.raises(ValueError, match="activation: expected one of"):
         packed_linear(x, weight, activation="swiglu")
     with pytest.raises(ValueError, match="panels: expected a tensor that needs no gradient"):
-        packed_linear(x, weight._replace(panels=weight.panels.requires_grad_()))
+        packed_linear(x, weight.replace(panels=weight.panels.requires_grad_()))
 
 
 def test_reference_is_the_meaning() -> None:

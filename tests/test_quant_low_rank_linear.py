@@ -11,9 +11,10 @@ import bigops
 from bigops import backend
 from bigops.backend import machine
 from bigops.formats.low_rank import QuantizedFactors, quantize_factors
+from bigops.formats.quantized import QuantizedWeight
 from bigops.nn import LowRankLinear, QuantLinear, QuantLowRankLinear
 from bigops.ops.low_rank_linear import low_rank_linear
-from bigops.ops.quantized_linear import quantize_weight, reference
+from bigops.ops.quantized_linear import reference
 from tests import tolerance
 from tests.compressed_cases import DTYPES, LEVELS, Case, kernel_of
 from tests.kernels_ran import expect, isa, needs_extension
@@ -365,7 +366,7 @@ def test_errors_name_the_argument(call: Any, kind: type[Exception], message: str
 
 def test_the_op_refuses_factors_of_two_kinds() -> None:
     u, v = torch.randn(5, 2), torch.randn(2, 6)
-    x, q, w = torch.randn(3, 6), quantize_weight(u), quantize_weight(v)
+    x, q, w = torch.randn(3, 6), QuantizedWeight.from_dense(u), QuantizedWeight.from_dense(v)
     with pytest.raises(TypeError, match="v: expected a QuantizedWeight, as the other"):
         low_rank_linear(x, q, v)
     with pytest.raises(TypeError, match="u: expected a QuantizedWeight, as the other"):

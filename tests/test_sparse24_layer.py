@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from bigops import backend
 from bigops.compress import Sparse, compress_
-from bigops.formats.sparse24 import from_sparse, to_dense
+from bigops.formats.patterns import Pattern, n_m_mask, transposable_mask
+from bigops.formats.sparse24 import Sparse24Weight, to_dense
 from bigops.nn import Linear, SparseLinear
 from bigops.ops.library import in_words
-from bigops.ops.sparse_linear import Pattern, n_m_mask, transposable_mask
 from bigops.ops.sparse_linear import sparse24 as op
 from bigops.ops.sparse_linear import sparse24_pack as packing
 from tests import hostrun
@@ -123,7 +123,7 @@ def test_a_step_on_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         gx, gw, gb, gr = gradients(layer, x, residual, grad)
     assert gw.dtype == torch.float32
     assert not gw[~layer.mask].any()
-    weight = from_sparse(layer.storage())
+    weight = Sparse24Weight.from_sparse(layer.storage())
     bias = layer.bias.detach().bfloat16()
     case = Trained24(x, weight, weight.to_dense(torch.float64), False, bias, residual.detach(),
                      grad, "gelu", True)  # fmt: skip

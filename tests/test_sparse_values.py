@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigops.ops.sparse_linear import block_mask, sparse_linear, sparsify_weight
+from bigops.formats.patterns import block_mask
+from bigops.formats.sparse import SparseWeight
+from bigops.ops.sparse_linear import sparse_linear
 from tests import roads
 from tests.backends import covering
 from tests.compressed_cases import Case, dtype_of, make, served
@@ -202,19 +204,19 @@ def test_training_the_values_keeps_the_pattern(form: str, pattern: str) -> None:
     target = x @ w.t()
     mask = block_mask(w, 0.5, (height, 1))
     dtype = torch.bfloat16 if form == "sparse_bf16" else torch.float32
-    weight = sparsify_weight(w, mask, dtype, (height, 1))
+    weight = SparseWeight.from_mask(w, mask, dtype, (height, 1))
     kept = weight.pattern()
     values = weight.values.requires_grad_()
     optimizer = torch.optim.SGD([values], lr=2.0, momentum=0.9)
     losses = []
     for _ in range(30):
-        y = sparse_linear(x.to(dtype), weight._replace(values=values))
+        y = sparse_linear(x.to(dtype), weight.replace(values=values))
         loss = F.mse_loss(y.float(), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
-    after = weight._replace(values=values.detach())
+    after = weight.replace(values=values.detach())
     after.validate()
     assert not after.to_dense()[~kept].any()

@@ -165,7 +165,7 @@ def test_a_planted_gradient_in_the_padding_moves_no_weight_and_no_file_may_hold_
     assert torch.equal(layer.dense_weight(), before)
     layer.storage().validate()
     with pytest.raises(ValueError, match="values: expected 0 in the padding"):
-        layer.storage()._replace(values=layer.values).validate()
+        layer.storage().replace(values=layer.values).validate()
 
 
 def test_freezing_a_thawed_layer_refuses_nan_and_leaves_it() -> None:

@@ -21,8 +21,8 @@ pytest.importorskip("triton")
 import bigops
 from bigops import cli, explain, timing
 from bigops.backend import gpu_tiles
-from bigops.kernels import tuned
-from bigops.kernels.tiles import TileConfig
+from bigops.kernels.common import tuned
+from bigops.kernels.common.tiles import TileConfig
 from bigops.ops import targets
 from bigops.ops import tuned as _triton_tuned
 from bigops.tune import tiles as tune_gpu
@@ -366,15 +366,16 @@ def test_what_was_measured_serves_from_the_next_start_on(monkeypatch: pytest.Mon
 def test_explain_of_the_other_ops_names_the_tuned_file(
     op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bigops.ops.quantized_linear import quantize_weight
-    from bigops.ops.sparse_linear import block_mask, sparsify_weight
+    from bigops.formats.patterns import block_mask
+    from bigops.formats.quantized import QuantizedWeight
+    from bigops.formats.sparse import SparseWeight
 
     x, w = torch.randn(20, 64), torch.randn(64, 64)
     given: tuple[Any, ...] = (w[:, :16], w[:16])
     if op == "sparse_linear":
-        given = (sparsify_weight(w, block_mask(w, 0.5, (16, 16)), torch.float32, (16, 16)),)
+        given = (SparseWeight.from_mask(w, block_mask(w, 0.5, (16, 16)), torch.float32, (16, 16)),)
     elif op == "quantized_linear":
-        given = (quantize_weight(w),)
+        given = (QuantizedWeight.from_dense(w),)
     before = explain(op, x, *given, device="interpreter")
     run(Scripted(), ops=[op], shapes=[(20, 64, 64)])
     table = serve(monkeypatch)

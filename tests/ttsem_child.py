@@ -29,9 +29,9 @@ from bigops import backend
 from bigops.formats import checks
 from bigops.formats.quantize import quantize_rows
 from bigops.kernels import fused_linear as linear_kernels
-from bigops.kernels import quantized_linear as quantized_kernels
-from bigops.kernels.activation import NAMES
-from bigops.kernels.tiles import TileConfig
+from bigops.kernels.common.activation import NAMES
+from bigops.kernels.common.tiles import TileConfig
+from bigops.kernels.quantized_linear import forward as quantized_kernels
 from bigops.ops.fp8_linear import triton as fp8_road
 from bigops.ops.fused_adamw import reference_norm, reference_sgd
 from bigops.ops.fused_linear import triton as linear_road
@@ -249,8 +249,8 @@ def leaves_some_out() -> None:
 
 def planted(old: str, new: str) -> None:
     """fused_linear with a fault in the epilogue of its GEMM."""
-    from bigops.kernels import gemm
-    from bigops.kernels import product as products
+    from bigops.kernels.common import gemm
+    from bigops.kernels.common import product as products
 
     with tempfile.TemporaryDirectory() as folder:
         copy: ModuleType = plant(gemm, Path(folder), old, new)

@@ -1,8 +1,8 @@
 """Files of tiles that `bigops tune --device cuda` measured: where they lie, when they serve.
 
 A file in the user's cache belongs to one kind of GPU, architecture, triton and torch. It holds one
-tile for each op, form of the product, dtype and bucket of shapes (kernels/tuned.py names these),
-and the measured points that the tile was chosen from. Nothing here measures anything.
+tile for each op, form of the product, dtype and bucket of shapes (kernels/common/tuned.py names
+these), and the measured points that the tile was chosen from. Nothing here measures anything.
 """
 
 from __future__ import annotations

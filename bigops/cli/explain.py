@@ -57,11 +57,11 @@ def _stored(args: argparse.Namespace, weight: Tensor) -> tuple[Any, ...]:
     import bigops
 
     if args.op == "packed_linear":
-        return (bigops.pack_weight(weight),)
+        return (bigops.formats.PackedWeight.from_dense(weight),)
     if args.op == "quantized_linear":
-        return (bigops.quantize_weight(weight),)
+        return (bigops.formats.QuantizedWeight.from_dense(weight),)
     if args.op == "fp8_linear":
-        return (bigops.quantize_fp8(weight),)
+        return (bigops.formats.Fp8Weight.from_dense(weight),)
     if args.op == "low_rank_linear":
         rank = min(args.rank or -(-min(args.n, args.k) // 4), args.n, args.k)
         factors = weight.new_zeros(args.n, rank), weight.new_zeros(rank, args.k)
@@ -69,13 +69,18 @@ def _stored(args: argparse.Namespace, weight: Tensor) -> tuple[Any, ...]:
             raise ValueError(
                 f"--values: expected int8, or none for factors of --dtype; got {args.values!r}"
             )
-        return tuple(map(bigops.quantize_weight, factors)) if args.values else factors
+        return (
+            tuple(map(bigops.formats.QuantizedWeight.from_dense, factors))
+            if args.values
+            else factors
+        )
     if args.op == "sparse_linear":
+        from bigops.formats.patterns import Pattern
+        from bigops.formats.sparse import SparseWeight
         from bigops.nn.sparse_linear import VALUES, check_sparsity, check_values
-        from bigops.ops.sparse_linear import Pattern, sparsify_weight
 
         pattern = Pattern.parse(args.pattern)
         values = VALUES[check_values(args.values or "int8")]
         mask = pattern.mask(weight, check_sparsity(args.sparsity, pattern))
-        return (sparsify_weight(weight, mask, values, (pattern.height, pattern.width)),)
+        return (SparseWeight.from_mask(weight, mask, values, (pattern.height, pattern.width)),)
     return (weight,)

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
+from bigops.formats.patterns import Pattern
 from bigops.formats.quantized import check_form
 from bigops.nn.fp8_linear import check_layer_form
 from bigops.nn.sparse_linear import check_sparsity
-from bigops.ops.sparse_linear import Pattern
 
 
 @dataclass(frozen=True)

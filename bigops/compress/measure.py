@@ -26,7 +26,8 @@ from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
 from bigops.nn.quant_linear import QuantLinear
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
 from bigops.nn.sparse_linear import SparseLinear
-from bigops.ops.explain import Explanation, explain
+from bigops.ops.choice import Choice
+from bigops.ops.explain import explain
 
 _OPS = {
     Fp8Linear: "fp8_linear",
@@ -148,7 +149,7 @@ def clear(ratio: timing.Ratio, floor: float | None) -> bool:
     return floor is None or ratio.low >= floor or ratio.high < floor
 
 
-def explained(module: nn.Module, x: Tensor) -> Explanation | None:
+def explained(module: nn.Module, x: Tensor) -> Choice | None:
     """What `bigops.explain` says of a call of ``module`` on x, of several products the last.
 
     None of a layer without an op.

@@ -8,7 +8,7 @@ of its fields.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -70,17 +70,14 @@ class Format:
         """The weight as its op takes it: the arguments of `SCHEMA`."""
         raise NotImplementedError
 
-    @classmethod
-    def of(cls, k: int, *arguments: Any) -> Self:
-        """The weight of ``k`` columns of which these are the `arguments`; not validated."""
-        raise NotImplementedError
+    of: ClassVar[Callable[..., Any]]
+    """``of(k, *arguments)``: the weight of ``k`` columns that these are; not validated."""
+    from_dense: ClassVar[Callable[..., Any]]
+    """``from_dense(w, **form)``: store a matrix [N, K]; the form is the format's own."""
+    empty: ClassVar[Callable[..., Any]]
+    """``empty(n, k, **form)``: the storage of a weight [N, K] on "meta", to be loaded."""
 
-    @classmethod
-    def from_dense(cls, w: Tensor, **form: Any) -> Self:
-        """Store a matrix [N, K]; what else it takes is the format's own."""
-        raise NotImplementedError
-
-    def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def to_dense(self, dtype: Any = torch.float32) -> Tensor:
         """The matrix [N, K] that this weight stands for; differentiable for floating values."""
         raise NotImplementedError
 
@@ -102,6 +99,15 @@ class Format:
     def sample(self, grad: Tensor) -> Tensor:
         """Entries of a matrix [N, K] where ``values`` stores its own, in their shape and dtype."""
         raise NotImplementedError
+
+    def replace(self, **fields: Any) -> Self:
+        """The same weight but for some fields; not validated."""
+        return dataclasses.replace(self, **fields)  # type: ignore[type-var]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same weight with ``function`` of each of its tensors."""
+        found = {name: None if t is None else function(t) for name, t in self.tensors().items()}
+        return self.replace(**found)
 
     # --- parts of a weight: rows of W ----------------------------------------------------------
 
@@ -165,7 +171,7 @@ class Format:
         names = {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         if "n" in names:
             given["n"] = n
-        return dataclasses.replace(self, **given)  # type: ignore[type-var]
+        return self.replace(**given)
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)

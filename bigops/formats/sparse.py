@@ -260,14 +260,14 @@ class SparseWeight(Format):
         missing = [n for n in needed if n not in arrays]
         if missing:
             raise ValueError(f"arrays: expected {', '.join(cls.TENSORS)}; {missing[0]} is missing")
-        found: list[Any] = []
+        found: dict[str, Any] = {}
         for name in cls.TENSORS:
             given = arrays.get(name)
             t = None if given is None else torch.tensor(given, device="cpu")
             bits = name == "values" and t is not None and t.dtype == torch.uint16
-            found.append(t.view(torch.bfloat16) if bits and t is not None else t)
+            found[name] = t.view(torch.bfloat16) if bits and t is not None else t
         n, k = arrays["shape"]
-        weight = cls(*found, int(n), int(k), int(arrays["chunk"]))
+        weight = cls(**found, n=int(n), k=int(k), chunk=int(arrays["chunk"]))
         weight.validate()
         return weight
 

@@ -229,7 +229,7 @@ class Stored(NamedTuple):
     """What `store` lays out."""
 
     values: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is not missed
     rows: Tensor
     length: Tensor
     ptr: Tensor

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bigops.backend import machine
+from bigops.formats.packed import PANEL, SERVED
 from bigops.graph.atomic import atomic
 from bigops.graph.record import Done, Record, Skipped, account
 from bigops.graph.sites import Contest, Sites, capture, contest, hook_reason
@@ -18,7 +19,6 @@ from bigops.nn.low_rank_linear import LowRankLinear
 from bigops.nn.packed_gated_mlp import PackedGatedMLP
 from bigops.nn.packed_linear import PackedBase, PackedLinear
 from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
-from bigops.ops.packed_linear import PANEL, SERVED
 
 _LEAST = 64 * 64  # entries of a weight whose panels pay: a smaller one lies in the nearest cache
 _UNTIMED = "not timed: the crossover table says that panels pay for {dtype} on this CPU"

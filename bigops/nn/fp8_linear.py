@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from bigops.formats import fp8
+from bigops.formats.fp8 import Fp8Weight
 from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source
-from bigops.ops.fp8_linear import Fp8Weight, fp8_linear, quantize_fp8
+from bigops.ops.fp8_linear import fp8_linear
 
 
 class Fp8Linear(CompressedLinear):
@@ -82,17 +83,12 @@ class Fp8Linear(CompressedLinear):
         frozen = arguments["frozen"]
         new = cls(**{k: v for k, v in arguments.items() if k not in STATES}, device="meta")
         if frozen:
-            n, k = new.out_features, new.in_features
-            width = -(-k // fp8.PADDED) * fp8.PADDED
-            values = torch.empty(n, width, dtype=torch.float8_e4m3fn, device="meta")
-            scale = torch.empty(
-                fp8.scale_shape(n, k, new.scales), dtype=torch.float32, device="meta"
-            )
-            new.set_storage(new.make_frozen({"values": values, "scale": scale}))
+            form = (new.scales, new.activations)
+            new.set_storage(Fp8Weight.empty(new.out_features, new.in_features, *form))
         return new
 
     def make_storage(self) -> Fp8Weight:
-        return quantize_fp8(self.weight, self.scales, self.activations)
+        return Fp8Weight.from_dense(self.weight, self.scales, self.activations)
 
     def make_frozen(self, tensors: dict[str, Any]) -> Fp8Weight:
         form = (self.in_features, self.scales, self.activations)

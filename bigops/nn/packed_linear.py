@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from bigops.formats import checks
+from bigops.formats.packed import SERVED, PackedWeight
 from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source
 from bigops.nn.linear import Linear
-from bigops.ops.packed_linear import SERVED, PackedWeight, pack_weight, packed_linear
+from bigops.ops.packed_linear import packed_linear
 
 Self = TypeVar("Self", bound="PackedBase")
 
@@ -135,7 +136,7 @@ class PackedBase(CompressedLinear):
                         f"{', '.join(map(checks.short, SERVED))}; got {dtype} (thaw() the layer)"
                     )
                 if dtype != pack.panels.dtype:
-                    changed[buffer] = pack_weight(pack.to_dense().to(dtype)).panels
+                    changed[buffer] = PackedWeight.from_dense(pack.to_dense().to(dtype)).panels
             self._buffers.update(changed)
         return super()._apply(fn, recurse)
 
@@ -187,11 +188,11 @@ def _packed_as(old: PackedWeight, name: str, value: Any, assign: bool) -> Tensor
         value = value.detach()
         if not assign:
             value = value.to(old.panels.device, old.panels.dtype)
-        return pack_weight(value).panels
+        return PackedWeight.from_dense(value).panels
 
 
 class PackedLinear(PackedBase):
-    """``act(x @ weight.T + bias) + residual``, the weight in the panels of `bigops.pack_weight`.
+    """``act(x @ weight.T + bias) + residual``, the weight in the panels of `bigops.formats.PackedWeight.from_dense`.
 
     For inference on the CPU. Two states:
 
@@ -258,7 +259,7 @@ class PackedLinear(PackedBase):
         return {"weight": (self.out_features, self.in_features)}
 
     def make_storage(self) -> PackedWeight:
-        return pack_weight(self.weight)
+        return PackedWeight.from_dense(self.weight)
 
     def make_frozen(self, tensors: dict[str, Any]) -> PackedWeight:
         return PackedWeight(tensors["panels"], self.out_features, self.in_features)

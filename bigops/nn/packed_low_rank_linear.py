@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bigops.formats.packed import PackedWeight
 from bigops.nn.low_rank_linear import LowRankLinear, check_rank, density_of
 from bigops.nn.packed_linear import PackedBase
 from bigops.ops.low_rank_linear import low_rank_linear
-from bigops.ops.packed_linear import PackedWeight, pack_weight, packed_linear
+from bigops.ops.packed_linear import packed_linear
 
 
 class _PackedFactors(NamedTuple):
@@ -100,7 +101,7 @@ class PackedLowRankLinear(PackedBase):
         return {"u": (self.out_features, self.rank), "v": (self.rank, self.in_features)}
 
     def make_storage(self) -> _PackedFactors:
-        return _PackedFactors(pack_weight(self.u), pack_weight(self.v))
+        return _PackedFactors(PackedWeight.from_dense(self.u), PackedWeight.from_dense(self.v))
 
     def make_frozen(self, tensors: dict[str, Any]) -> _PackedFactors:
         shapes = zip(self.storage_names, self._shapes().values(), strict=True)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from bigops.formats import quantize
-from bigops.formats.quantized import check_form, sizes
+from bigops.formats.quantized import QuantizedWeight, check_form
 from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source
-from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
+from bigops.ops.quantized_linear import quantized_linear
 
 
 class QuantLinear(CompressedLinear):
@@ -93,38 +93,25 @@ class QuantLinear(CompressedLinear):
         frozen = arguments["frozen"]
         new = cls(**{k: v for k, v in arguments.items() if k not in STATES}, device="meta")
         if frozen:
-            n, k, bits = new.out_features, new.in_features, new.bits
-            values, scale = sizes(n, k, bits, new.group or 0)
-            integer = new.activations != "none"
-
-            def empty(shape: list[int], dtype: torch.dtype, there: bool = True) -> Tensor | None:
-                return torch.empty(shape, dtype=dtype, device="meta") if there else None
-
-            new.set_storage(
-                new.make_frozen(
-                    {
-                        "values": empty(values, torch.int8 if bits == 8 else torch.uint8),
-                        "scale": empty(scale, torch.float32),
-                        "zero_point": empty(scale, torch.int8, not new.symmetric),
-                        "row_sum": empty(
-                            scale[1:], torch.int32 if bits == 8 else torch.float32, integer
-                        ),
-                        "x_grid": empty([2], torch.float32, new.activations == "static"),
-                    }
-                )
-            )
+            form = (new.bits, new.group, new.symmetric, new.activations)
+            new.set_storage(QuantizedWeight.empty(new.out_features, new.in_features, *form))
         return new
 
     def make_storage(self) -> QuantizedWeight:
         self.check_calibrated()
-        return quantize_weight(
+        return QuantizedWeight.from_dense(
             self.weight, self.bits, self.group, self.symmetric, self.activations, self.x_grid
         )
 
     def make_frozen(self, tensors: dict[str, Any]) -> QuantizedWeight:
-        kept = (tensors[name] for name in self.storage_names)
-        form = (self.bits, self.group or 0, self.activations)
-        return QuantizedWeight._make((*kept, self.out_features, self.in_features, *form))
+        return QuantizedWeight(
+            **tensors,
+            n=self.out_features,
+            k=self.in_features,
+            bits=self.bits,
+            group=self.group or 0,
+            activations=self.activations,
+        )
 
     def trained_weight(self) -> Tensor:
         return straight_through(self.weight, self.bits, self.group, self.symmetric)

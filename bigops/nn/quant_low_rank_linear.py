@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigops.formats.low_rank import FORM, QuantizedFactors, quantize_factors
-from bigops.formats.quantized import sizes
+from bigops.formats.low_rank import LowRankWeight
+from bigops.formats.quantized import QuantizedWeight
 from bigops.nn.compressed_linear import STATES, CompressedLinear
 from bigops.nn.low_rank_linear import LowRankLinear, check_rank, density_of
 from bigops.nn.quant_linear import straight_through
@@ -91,25 +91,24 @@ class QuantLowRankLinear(CompressedLinear):
         frozen = arguments["frozen"]
         new = cls(**{k: v for k, v in arguments.items() if k not in STATES}, device="meta")
         if frozen:
-            tensors: dict[str, Any] = {}
             n, k, rank = new.out_features, new.in_features, new.rank
-            for name, (rows, columns) in (("u", (n, rank)), ("v", (rank, k))):
-                values, scale = sizes(rows, columns, *FORM[:2])
-                for leaf, shape, dtype in (
-                    ("values", values, torch.int8),
-                    ("scale", scale, torch.float32),
-                    ("row_sum", scale[1:], torch.int32),
-                ):
-                    tensors[f"{name}_{leaf}"] = torch.empty(shape, dtype=dtype, device="meta")
-            new.set_storage(new.make_frozen(tensors))
+            new.set_storage(
+                LowRankWeight(QuantizedWeight.empty(n, rank), QuantizedWeight.empty(rank, k))
+            )
         return new
 
-    def make_storage(self) -> QuantizedFactors:
-        return quantize_factors(self.u, self.v)
+    def make_storage(self) -> LowRankWeight:
+        return LowRankWeight.from_factors(self.u, self.v, QuantizedWeight)
 
-    def make_frozen(self, tensors: dict[str, Any]) -> QuantizedFactors:
-        kept = (tensors[name] for name in self.storage_names)
-        return QuantizedFactors._make((*kept, self.out_features, self.in_features, self.rank))
+    def make_frozen(self, tensors: dict[str, Any]) -> LowRankWeight:
+        def factor(name: str, n: int, k: int) -> QuantizedWeight:
+            values, scale, row_sum = (
+                tensors[f"{name}_{t}"] for t in ("values", "scale", "row_sum")
+            )
+            return QuantizedWeight(values, scale, None, row_sum, None, n, k, 8, 0, "dynamic")
+
+        n, k, rank = self.out_features, self.in_features, self.rank
+        return LowRankWeight(factor("u", n, rank), factor("v", rank, k))
 
     def trained_weight(self) -> Tensor:
         return straight_through(self.u) @ straight_through(self.v)

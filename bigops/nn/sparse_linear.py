@@ -9,22 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from bigops.formats import checks, quantize
-from bigops.formats.sparse import CHUNKS, COLUMNS, SLICE, TENSORS, chunk_rows, sizes
-from bigops.formats.sparse24 import check_blocks, uneven
+from bigops.formats.bitmap import BitmapWeight
+from bigops.formats.patterns import Pattern
+from bigops.formats.sparse import SparseWeight
+from bigops.formats.sparse24 import Sparse24Weight, check_blocks, uneven
+from bigops.formats.sparse_layout import CHUNKS, chunk_rows
 from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source, wants_gradient
 from bigops.nn.quant_linear import straight_through
 from bigops.nn.sparse_packs import Packed24, as_bitmap, compressed
 from bigops.ops.fused_linear import fused_linear
-from bigops.ops.sparse_linear import (
-    BitmapWeight,
-    Pattern,
-    Sparse24Weight,
-    SparseWeight,
-    bitmap,
-    sparse24,
-    sparse_linear,
-    sparsify_weight,
-)
+from bigops.ops.sparse_linear import bitmap, sparse24, sparse_linear
 from bigops.ops.sparse_linear import cuda as decode
 from bigops.ops.sparse_linear import sparse24_pack as packing
 
@@ -80,7 +74,7 @@ class SparseLinear(CompressedLinear):
             or activations that the values do not take.
     """
 
-    storage_names = TENSORS
+    storage_names = SparseWeight.TENSORS
     mask: Tensor
     values: Tensor  # once frozen
 
@@ -175,27 +169,8 @@ class SparseLinear(CompressedLinear):
         frozen, thawed = arguments["frozen"], arguments["thawed"]
         new = cls(**{k: v for k, v in arguments.items() if k not in STATES}, device="meta")
         if frozen:
-            n, k = new.out_features, new.in_features
-            dtype = VALUES[new.stored]
-            count = sizes(n, k, new.chunk, dtype).total
-            int8 = dtype == torch.int8
-
-            def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-                return torch.empty(shape, dtype=dtype, device="meta")
-
-            new.set_storage(
-                SparseWeight(
-                    empty((0, SLICE, COLUMNS[dtype]), dtype),
-                    empty((0, SLICE), torch.uint8),
-                    empty((count, SLICE), torch.uint8),
-                    empty((count, SLICE), torch.uint8),
-                    empty((count + 1,), torch.int32),
-                    empty((n,), torch.float32) if int8 else None,
-                    empty((n,), torch.int32) if int8 else None,
-                    (n, k),
-                    new.chunk,
-                )
-            )
+            shape = (new.out_features, new.in_features)
+            new.set_storage(SparseWeight.empty(*shape, VALUES[new.stored], new.chunk))
         return new.thaw() if thawed else new
 
     def make_storage(self) -> SparseWeight:
@@ -206,11 +181,12 @@ class SparseLinear(CompressedLinear):
             return storage
         self.check_calibrated()
         block = (self.pattern.height, self.pattern.width)
-        return sparsify_weight(self.weight, self.mask, VALUES[self.stored], block, self.chunk)
+        return SparseWeight.from_mask(
+            self.weight, self.mask, VALUES[self.stored], block, self.chunk
+        )
 
     def make_frozen(self, tensors: dict[str, Any]) -> SparseWeight:
-        shape = (self.out_features, self.in_features)
-        return SparseWeight(*(tensors[name] for name in TENSORS), shape, self.chunk)  # type: ignore[call-arg]
+        return SparseWeight(**tensors, n=self.out_features, k=self.in_features, chunk=self.chunk)
 
     def check_storage(self, storage: Any) -> None:
         if storage.values is not None and storage.values.dtype != VALUES[self.stored]:
@@ -241,8 +217,7 @@ class SparseLinear(CompressedLinear):
         if not self._trains_on_sparse_tensor_cores(x):
             return super().run_trained(x, residual)
         values, meta, meta_t = Packed24.apply(self.weight, self.mask)
-        n, k = self.weight.shape
-        weight = Sparse24Weight(values, meta, None, None, (n, k), meta_t)
+        weight = Sparse24Weight(values, meta, None, None, meta_t, self.in_features)
         return sparse_linear(x, weight, self.bias, residual, self.activation)
 
     def _trains_on_sparse_tensor_cores(self, x: Tensor) -> bool:
@@ -257,7 +232,7 @@ class SparseLinear(CompressedLinear):
             dtype == low
             and not uneven(self.weight)
             and x.shape[-1:] == self.weight.shape[1:]  # else the other road says what is wrong
-            and sparse24.serves(x, low)
+            and sparse24.serves(low, self.in_features, x.device)
             and packing.serves(self.weight, low)
         )
 
@@ -296,7 +271,7 @@ class SparseLinear(CompressedLinear):
             and x.shape[:-1].numel() > decode.MAX_ROWS
             and not torch.compiler.is_compiling()
             and not wants_gradient(x, self.bias, residual)
-            and sparse24.serves(x, storage.values.dtype)
+            and sparse24.serves(storage.values.dtype, self.in_features, x.device)
         )
 
     def _decodes_bitmaps(self, x: Tensor, storage: Any, residual: Tensor | None) -> bool:
@@ -313,7 +288,7 @@ class SparseLinear(CompressedLinear):
             and not torch.is_autocast_enabled(x.device.type)
             and not torch.compiler.is_compiling()
             and not wants_gradient(x, self.bias, residual)
-            and bitmap.serves(x)
+            and bitmap.serves(x.shape[:-1].numel(), x.device)
         )
 
     def _static_with_gradient(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
@@ -376,7 +351,7 @@ class SparseLinear(CompressedLinear):
                 inside = storage.inside()
             if not torch.compiler.is_compiling():
                 self._inside = inside
-        return storage._replace(values=storage.values.where(inside, 0))
+        return storage.replace(values=storage.values.where(inside, 0))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from bigops.formats.sparse24 import to_dense
-from bigops.ops.sparse_linear import (
-    BitmapWeight,
-    Sparse24Weight,
-    SparseWeight,
-    bitmap_from_sparse,
-    from_sparse,
-)
+from bigops.formats.bitmap import BitmapWeight
+from bigops.formats.sparse import SparseWeight
+from bigops.formats.sparse24 import Sparse24Weight, to_dense
 from bigops.ops.sparse_linear import sparse24_pack as packing
 
 
@@ -40,12 +35,12 @@ def compressed(storage: SparseWeight) -> Sparse24Weight | None:
     the entries that the pattern 2:4 dropped among them.
     """
     try:
-        return from_sparse(storage)
+        return Sparse24Weight.from_sparse(storage)
     except ValueError:
         return None
 
 
 def as_bitmap(storage: SparseWeight) -> BitmapWeight | None:
     """The form of a bitmap, or None where it takes no fewer bytes: then it would not be faster."""
-    packed = bitmap_from_sparse(storage)
+    packed = BitmapWeight.from_sparse(storage)
     return packed if packed.nbytes < storage.nbytes else None

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The position is the code that kernels see (csrc/common, kernels/activation.py) and saved programs
-# hold: append only.
+# The position is the code that kernels see (csrc/common, kernels/common/activation.py) and saved
+# programs hold: append only.
 NAMES = ("none", "relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh",
          "swiglu", "geglu", "geglu_tanh", "reglu")  # fmt: skip
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bigops import backend
+from bigops.backend import machine
 
 Said = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What ``choose(call, target)`` of an op answers.
+    """What ``choose(call, target)`` of an op answers, and `bigops.explain` gives.
 
     Reason and config are made where they are asked for: dispatch needs neither.
     """
@@ -22,6 +22,11 @@ class Choice:
     kernel: str
     said: Callable[[], Said]
     run: Callable[..., Any] | None = None  # on a checked call; None: torch's dispatcher knows it
+
+    @classmethod
+    def of(cls, op: str, kernel: str, reason: str, config: dict[str, Any] | None = None) -> Choice:
+        """A choice whose reason and config are known."""
+        return cls(op, kernel, lambda: (reason, config or {}))
 
     @property
     def reason(self) -> str:
@@ -41,12 +46,11 @@ class Choice:
 
 def reference(op: str, reason: str, kernel: str | None = None) -> Choice:
     """Plain torch serves; ``kernel``: the name of the reference, of a twin another one."""
-    return Choice(op, f"reference.{kernel or op}", lambda: (reason, {}))
+    return Choice.of(op, f"reference.{kernel or op}", reason)
 
 
 def on_cpu(op: str, ask: Callable[[Any], tuple[str, str]]) -> Choice:
     """What the C++ extension itself chooses: ``ask(extension)`` gives its kernel and reason."""
-    if backend.extension is None:
-        return reference(op, backend.extension_error)
-    kernel, reason = ask(backend.extension)
-    return Choice(op, kernel, lambda: (reason, {}))
+    if machine.extension is None:
+        return reference(op, machine.extension_error)
+    return Choice.of(op, *ask(machine.extension))

@@ -5,7 +5,7 @@ torch's stable ABI never frees the copy that it makes of a string (`ToImpl<std::
 gives an op that is defined with words an overload with their codes, for all but direct callers.
 
 The tables are append-only: a saved program holds codes. csrc/common/codes.h has those that C++
-kernels read, kernels/activation.py the activations.
+kernels read, kernels/common/activation.py the activations.
 """
 
 from __future__ import annotations

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from bigops.ops.choice import Choice
 
-@dataclass(frozen=True)
-class Explanation:
-    """Which kernel serves a call, with which config, and why."""
-
-    op: str
-    kernel: str
-    reason: str
-    config: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        config = ", ".join(f"{k}={v}" for k, v in self.config.items())
-        return f"{self.op}: {self.kernel}" + (f" [{config}]" if config else "") + f"; {self.reason}"
+choosers: dict[str, Callable[..., Choice]] = {}
 
 
-choosers: dict[str, Callable[..., Explanation]] = {}
-
-
-def serves(op: str) -> Callable[[Callable[..., Explanation]], Callable[..., Explanation]]:
+def serves(op: str) -> Callable[[Callable[..., Choice]], Callable[..., Choice]]:
     """Register the function that answers `explain` for ``op`` (each op's file has one)."""
 
-    def register(chooser: Callable[..., Explanation]) -> Callable[..., Explanation]:
+    def register(chooser: Callable[..., Choice]) -> Callable[..., Choice]:
         choosers[op] = chooser
         return chooser
 
@@ -51,7 +37,7 @@ def _of_shape(value: Any, dtype: torch.dtype | None) -> Any:
     return torch.empty(value, dtype=dtype, device="meta")
 
 
-def explain(op: str, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Explanation:
+def explain(op: str, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Choice:
     """Say which kernel a call of ``op`` with these arguments takes, its config and the reason.
 
     Args:

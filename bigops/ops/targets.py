@@ -39,10 +39,10 @@ def cuda_arch(target: Target) -> str | None:
     A device, and "cuda", must be able to run them here; an architecture need not be present.
     """
     if not isinstance(target, str) or target == "cuda":
-        if backend.cuda_error or not torch.cuda.is_available():
+        if machine.cuda_error or not torch.cuda.is_available():
             return None
         target = present(target)
-    return target if backend.cuda_runs_on(target) else None
+    return target if machine.cuda_runs_on(target) else None
 
 
 def why_not(dtype: torch.dtype, target: Target, op: str) -> str:

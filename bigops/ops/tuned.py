@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from bigops.backend import gpu_tiles, machine
-from bigops.kernels import fp8_tiles, quantized_tiles, tiles, tuned
-from bigops.kernels.tiles import TileConfig
+from bigops.kernels.common import tiles, tuned
+from bigops.kernels.common.tiles import TileConfig
+from bigops.kernels.fp8_linear import tiles as fp8_tiles
+from bigops.kernels.quantized_linear import tiles as quantized_tiles
 
 OPS = ("fused_linear", "low_rank_linear", "sparse_linear", "quantized_linear")
 """Ops whose kernels take tiles from config files."""
@@ -45,7 +47,7 @@ def entries(op: str, arch: str) -> list[tuple[str, tuple[str, ...], TileConfig]]
             for e in of.table_for(arch).entries
             for kind in e.kinds
         ]
-    from bigops.kernels import form_tiles
+    from bigops.kernels.common import form_tiles
 
     return [
         (tuned.form_of(e.form, e.aligned, e.width), e.dtypes, e.config)

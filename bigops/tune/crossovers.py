@@ -19,8 +19,9 @@ from torch import Tensor
 
 from bigops import timing
 from bigops.backend import crossover, machine
+from bigops.formats.packed import PackedWeight
 from bigops.ops.fused_linear import fused_linear
-from bigops.ops.packed_linear import PackedWeight, pack_weight, packed_linear
+from bigops.ops.packed_linear import packed_linear
 from bigops.tune.measured import Calls, Report, Timer, TunedFile, check_dtypes
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -169,7 +170,7 @@ def _float_product(timer: Timer) -> str:
 def _measure(extension: ModuleType, dtype: str, library: str, timer: Timer) -> Iterator[Point]:
     for k, n in LAYERS:
         weight = (torch.randn(n, k, device="cpu") * k**-0.5).to(DTYPES[dtype])
-        pack, bias = pack_weight(weight), torch.randn(n, device="cpu").to(DTYPES[dtype])
+        pack, bias = PackedWeight.from_dense(weight), torch.randn(n, device="cpu").to(DTYPES[dtype])
         for m in ROWS:
             if 2 * m * k * n > MOST_FLOPS:
                 continue

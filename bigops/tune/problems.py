@@ -1,7 +1,7 @@
 """What `bigops tune --device cuda` runs: each form of each op's kernel on random data of a shape.
 
-A maker gives (form and bucket, as kernels/tuned.py names them, and a function that makes the data
-and gives the call of one tile on it). Forms that a shape cannot have are left out.
+A maker gives (form and bucket, as kernels/common/tuned.py names them, and a function that makes the
+data and gives the call of one tile on it). Forms that a shape cannot have are left out.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bigops.kernels import tuned
-from bigops.kernels.tiles import TileConfig
+from bigops.kernels.common import tuned
+from bigops.kernels.common.tiles import TileConfig
 
 Call = Callable[[TileConfig | None], object]  # None: the tile that serves
 Problem = tuple[str, str, Callable[[], Call]]
@@ -43,7 +43,7 @@ def _aligned(*sizes: int) -> bool:
 def dense(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) -> Iterator[Problem]:
     """fused_linear: x [m, k] times W [n, k] or [2n, k]."""
     from bigops.kernels import fused_linear as kernels
-    from bigops.kernels.activation import NAMES
+    from bigops.kernels.common.activation import NAMES
 
     def make(rows: int, activation: str) -> Call:
         x, weight = _tensor(device, dtype, m, k), _tensor(device, dtype, rows, k)
@@ -57,10 +57,10 @@ def dense(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) -> I
 
 def low_rank(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) -> Iterator[Problem]:
     """low_rank_linear: factors of each rank of `RANKS`, alone and beside a base."""
-    from bigops.kernels import low_rank_linear as kernels
-    from bigops.kernels import low_rank_model as model
-    from bigops.kernels.form_tiles import table_for
-    from bigops.kernels.tiles import device_arch
+    from bigops.kernels.common.form_tiles import table_for
+    from bigops.kernels.common.tiles import device_arch
+    from bigops.kernels.low_rank_linear import kernel as kernels
+    from bigops.kernels.low_rank_linear import model
 
     room = table_for(model.OP, device_arch(device)).shared_memory
 
@@ -87,8 +87,10 @@ def low_rank(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) -
 
 def sparse(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) -> Iterator[Problem]:
     """sparse_linear: blocks of each side of `BLOCKS`, forward and both gradients."""
-    from bigops.kernels import sparse_linear as kernels
-    from bigops.ops.sparse_linear import block_mask, sparsify_weight
+    from bigops.formats.patterns import block_mask
+    from bigops.formats.sparse import SparseWeight
+    from bigops.kernels.sparse_linear import launch as kernels
+    from bigops.ops.family import Call as LinearCall
     from bigops.ops.sparse_linear.triton import blocks_of
 
     if dtype == torch.float16:  # values are float32 then, whose tiles serve
@@ -97,9 +99,9 @@ def sparse(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) -> 
     def make(side: int, form: str) -> Call:
         weight = _tensor(device, torch.float32, n, k)
         mask = block_mask(weight, 1 - BLOCKS_KEPT, (side, side))
-        stored = sparsify_weight(weight, mask, dtype, (side, side))
+        stored = SparseWeight.from_mask(weight, mask, dtype, (side, side))
         x, gz = _tensor(device, dtype, m, k), _tensor(device, dtype, m, n)
-        blocks, why = blocks_of(x, x.device, *stored.tensors, n, stored.chunk)
+        blocks, why = blocks_of(LinearCall(x, stored), x.device)
         if blocks is None:
             raise ValueError(why)
         values = stored.values
@@ -120,12 +122,12 @@ def quantized(
     device: torch.device, dtype: torch.dtype, m: int, n: int, k: int
 ) -> Iterator[Problem]:
     """quantized_linear: int8 and int4 weights, activations quantised or as they are."""
-    from bigops.kernels import quantized_linear as kernels
-    from bigops.ops.quantized_linear import quantize_weight
+    from bigops.formats.quantized import QuantizedWeight
+    from bigops.kernels.quantized_linear import forward as kernels
 
     def make(kind: str) -> Call:
         x, bias = _tensor(device, dtype, m, k), _tensor(device, dtype, n)
-        w = quantize_weight(_tensor(device, torch.float32, n, k), **KINDS[kind])  # type: ignore[arg-type]
+        w = QuantizedWeight.from_dense(_tensor(device, torch.float32, n, k), **KINDS[kind])  # type: ignore[arg-type]
         stored = (w.values, w.scale, w.zero_point, w.row_sum, w.x_grid)
         form = (w.n, w.bits, w.group, w.activations)
         return lambda config: kernels.forward(x, *stored, *form, bias, config=config)

@@ -17,8 +17,8 @@ import torch
 
 from bigops import timing
 from bigops.backend import gpu_tiles
-from bigops.kernels import tuned
-from bigops.kernels.tiles import DTYPES, TileConfig
+from bigops.kernels.common import tuned
+from bigops.kernels.common.tiles import DTYPES, TileConfig
 from bigops.ops import targets
 from bigops.ops import tuned as committed
 from bigops.tune.measured import Calls, Report, Timer, TunedFile, check_dtypes
@@ -46,7 +46,7 @@ class Step(NamedTuple):
     """One shape of one op in one form and dtype."""
 
     op: str
-    form: str  # as kernels/tuned.py names it
+    form: str  # as kernels/common/tuned.py names it
     dtype: str
     bucket: str
     shape: tuple[int, int, int]  # M, N, K

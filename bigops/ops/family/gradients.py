@@ -52,6 +52,14 @@ class Gradients:
         self._twice = ("grad", "x", *tensors, "bias")
         self.eager, self.functorch = self._functions()
 
+        def node(*args: Any) -> Tensor:
+            # Runs when a graph is lowered, below the transforms of torch.func that it was traced in
+            if torch._C._are_functorch_transforms_active():
+                return self.functorch(*args)
+            return op.forward(*op._encoded(args))  # type: ignore[no-any-return]
+
+        self.node = _NODES[op.name] = node
+
     # reference, fake ------------------------------------------------------------------------
 
     def call(self, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Call, dict[str, bool]]:
@@ -251,7 +259,25 @@ class Gradients:
 
     def traced(self, *args: Any) -> Tensor:
         """The op in a graph that torch.compile or torch.export makes."""
-        return self.op.forward(*self.op._encoded(args))  # type: ignore[no-any-return]
+        _allow_in_graph(self.op.name)
+        return self.node(*args)  # type: ignore[no-any-return]
+
+
+_NODES: dict[str, Callable[..., Tensor]] = {}
+
+
+def _allow_in_graph(name: str) -> bool:
+    """Let dynamo put calls of a node into its graphs as they are.
+
+    Dynamo runs this while it traces (`torch._dynamo.assume_constant_result`, whose mark is set
+    below): to ask earlier would import dynamo with bigops, which takes as long as torch itself. The
+    node goes by its name, since what dynamo has looked at before would stay as it was.
+    """
+    torch.compiler.allow_in_graph(_NODES[name])
+    return True
+
+
+_allow_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _picker(

@@ -146,6 +146,7 @@ class LinearOp:
         y_grid: Tensor | None = None,
     ) -> Choice:
         """What `choose` answers for a call, which is checked first; ``device`` as of a `Target`."""
+        checks.stored(weight, self.form)
         call = Call(x, weight, bias, residual, activation)
         target = targets.named(device, x)
         if x_grid is None and y_grid is None and x.dtype != torch.uint8:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bigops.formats import checks, fp8
 from bigops.formats.fp8 import Fp8Weight
+from bigops.ops.explain import serves
 from bigops.ops.family import Call, LinearOp
 from bigops.ops.fp8_linear.choose import backward, choose
 
@@ -26,6 +27,7 @@ def _product(call: Call, x_grid: Tensor | None) -> Tensor:
 
 
 op = LinearOp("fp8_linear", Fp8Weight, _product, choose, backward)
+serves("fp8_linear")(op.explain)
 
 
 def fp8_linear(

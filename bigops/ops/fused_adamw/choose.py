@@ -17,7 +17,8 @@ from torch import Tensor
 from bigops.backend import machine
 from bigops.formats import checks
 from bigops.ops import targets
-from bigops.ops.explain import Explanation, serves
+from bigops.ops.choice import Choice
+from bigops.ops.explain import serves
 from bigops.ops.fused_adamw import cuda, reference, triton
 from bigops.ops.fused_adamw.schema import AdamWStep, SGDStep
 from bigops.ops.library import LIB
@@ -76,7 +77,7 @@ def norm(grads: Sequence[Tensor]) -> Tensor:
 
 def _explain(
     op: str, params: Sequence[Tensor], *, eight_bit: bool = False, device: str | None = None
-) -> Explanation:
+) -> Choice:
     dtype = params[0].dtype if len(params) else torch.float32
     if len(params):
         checks.floating("params[0]", params[0])
@@ -86,15 +87,15 @@ def _explain(
     if target not in ("cpu", "meta"):
         kernels, reason = choose(op, _NORM_DTYPES if form == "double" else (dtype,), target)
         if kernels is reference:
-            return Explanation(op, f"reference.{op}", reason)
+            return Choice.of(op, f"reference.{op}", reason)
         language = "cuda" if kernels is cuda else "triton"
-        return Explanation(op, f"{language}.{name}", reason)
+        return Choice.of(op, f"{language}.{name}", reason)
     if machine.extension is None:
-        return Explanation(op, f"reference.{op}", machine.extension_error)
+        return Choice.of(op, f"reference.{op}", machine.extension_error)
     level = machine.extension.isa()
     level = "portable" if dtype == torch.float64 else level.removesuffix("vnni")
     level = level.removesuffix("bf16")
-    return Explanation(op, f"cpu.{level}.{name}", "one kernel for all sizes; memory binds")
+    return Choice.of(op, f"cpu.{level}.{name}", "one kernel for all sizes; memory binds")
 
 
 for _op, _gpu in (("fused_adamw", adamw), ("fused_sgd", sgd), ("fused_grad_norm", norm)):

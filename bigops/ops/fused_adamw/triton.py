@@ -35,7 +35,7 @@ def _names(op: str, params: Sequence[Tensor], first: Sequence[Tensor]) -> None:
 
 def adamw(step: Any) -> None:
     """The op `fused_adamw`."""
-    from bigops.kernels import optimizer_launch as launch
+    from bigops.kernels.fused_adamw import launch
 
     launch.adamw(
         launch.Step(
@@ -64,7 +64,7 @@ def adamw(step: Any) -> None:
 
 def sgd(step: Any) -> None:
     """The op `fused_sgd`."""
-    from bigops.kernels import optimizer_launch as launch
+    from bigops.kernels.fused_adamw import launch
 
     launch.sgd(
         launch.Step(
@@ -93,7 +93,7 @@ def sgd(step: Any) -> None:
 
 def norm(grads: Sequence[Tensor]) -> Tensor:
     """The op `fused_grad_norm`."""
-    from bigops.kernels import optimizer_launch as launch
+    from bigops.kernels.fused_adamw import launch
 
     result = launch.norm(grads)
     for grad in grads:

@@ -16,7 +16,8 @@ from bigops.backend import machine
 from bigops.formats import checks
 from bigops.ops import activation as act
 from bigops.ops import targets
-from bigops.ops.explain import Explanation, serves
+from bigops.ops.choice import Choice
+from bigops.ops.explain import serves
 from bigops.ops.fused_linear import triton as _triton
 from bigops.ops.library import autocast, define, register, rows
 
@@ -403,21 +404,21 @@ def _explain(
     residual: Tensor | None = None,
     activation: str = "none",
     device: str | None = None,
-) -> Explanation:
+) -> Choice:
     check(x, weight, bias, residual, activation)
     n, k = weight.shape
     m = x.numel() // k if k else 0
     target = device or ("cpu" if x.device.type == "meta" else x.device.type)
     if target == "cpu":
         if machine.extension is None:
-            return Explanation("fused_linear", "reference.fused_linear", machine.extension_error)
+            return Choice.of("fused_linear", "reference.fused_linear", machine.extension_error)
         kernel, reason = machine.extension.choose_fused_linear(m, n, k, checks.short(x.dtype))
-        return Explanation("fused_linear", kernel, reason)
+        return Choice.of("fused_linear", kernel, reason)
     why = targets.why_not(x.dtype, target, "fused_linear")
     if why:
-        return Explanation("fused_linear", "reference.fused_linear", why)
+        return Choice.of("fused_linear", "reference.fused_linear", why)
     kernel, config, reason = _triton.explain(target, x.dtype, m, n, k, activation)
-    return Explanation("fused_linear", kernel, reason, config)
+    return Choice.of("fused_linear", kernel, reason, config)
 
 
 # --- public function -----------------------------------------------------------------------

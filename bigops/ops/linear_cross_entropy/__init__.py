@@ -18,7 +18,8 @@ from torch import Tensor
 from bigops.backend import machine
 from bigops.formats import checks
 from bigops.ops import codes
-from bigops.ops.explain import Explanation, serves
+from bigops.ops.choice import Choice
+from bigops.ops.explain import serves
 from bigops.ops.library import autocast, define, encoder, loop, register, rows
 from bigops.ops.linear_cross_entropy import chunked
 from bigops.ops.linear_cross_entropy import triton as _triton_loss
@@ -408,7 +409,7 @@ def _explain(
     *,
     activation: str = "none",
     device: str | None = None,
-) -> Explanation:
+) -> Choice:
     op = "linear_cross_entropy"
     if target is None:
         target = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
@@ -419,11 +420,11 @@ def _explain(
     if place == "cpu" and machine.extension is not None:
         kernel = machine.extension.choose_linear_cross_entropy(checks.short(x.dtype))
         reason = f"own pass over chunks of {config['chunk']} tokens, torch's products"
-        return Explanation(op, kernel, reason, config)
+        return Choice.of(op, kernel, reason, config)
     why = machine.extension_error if place == "cpu" else _triton_loss.why_not(x.dtype, place)
     if place != "cpu" and not why:
         return _triton_loss.explain_chunk(place, x.dtype, v, config)
-    return Explanation(op, f"reference.{op}", why, config)
+    return Choice.of(op, f"reference.{op}", why, config)
 
 
 # --- public function -----------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.formats import checks
 from bigops.ops import targets
-from bigops.ops.explain import Explanation
+from bigops.ops.choice import Choice
 from bigops.ops.linear_cross_entropy import reference as _cross_entropy
 from bigops.ops.targets import present
 
@@ -37,9 +37,7 @@ def serve_chunk(logits: Tensor, *rest: Any) -> Tensor:
     return chunk(logits, *rest)
 
 
-def explain_chunk(
-    target: str, dtype: torch.dtype, classes: int, config: dict[str, Any]
-) -> Explanation:
+def explain_chunk(target: str, dtype: torch.dtype, classes: int, config: dict[str, Any]) -> Choice:
     """Kernel, config and reason of the pass over logits on ``target`` ("cuda", "sm_90" ...)."""
     from bigops.kernels import linear_cross_entropy as kernels
 
@@ -47,4 +45,4 @@ def explain_chunk(
     block, warps = kernels.block_size(present(target), classes)
     name = f"triton.{op}.{checks.short(dtype)}.gradient"
     reason = f"own pass over chunks of {config['chunk']} tokens, one program a token"
-    return Explanation(op, name, reason, {**config, "block": block, "num_warps": warps})
+    return Choice.of(op, name, reason, {**config, "block": block, "num_warps": warps})

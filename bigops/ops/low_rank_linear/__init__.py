@@ -16,7 +16,8 @@ from bigops.backend import machine
 from bigops.formats import checks
 from bigops.formats.quantized import QuantizedWeight
 from bigops.ops import activation as act
-from bigops.ops.explain import Explanation, serves
+from bigops.ops.choice import Choice
+from bigops.ops.explain import serves
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.library import autocast, define, loop, register, rows
 from bigops.ops.low_rank_linear import quantized as factors
@@ -390,7 +391,7 @@ def _explain(
     base: Tensor | None = None,
     scale: float = 1.0,
     device: str | None = None,
-) -> Explanation:
+) -> Choice:
     if isinstance(u, QuantizedWeight) or isinstance(v, QuantizedWeight):
         _check_form(base, scale)
         return factors.explain(x, u, v, bias, residual, activation, device)
@@ -400,15 +401,15 @@ def _explain(
     m, dtype = (x.numel() // k if k else 0), checks.short(x.dtype)
     why = machine.extension_error if target == "cpu" else _triton.why_not(x.dtype, target)
     if why:
-        return Explanation("low_rank_linear", "reference.low_rank_linear", why)
+        return Choice.of("low_rank_linear", "reference.low_rank_linear", why)
     if target != "cpu":
         kernel, config, reason = _triton.explain(target, x.dtype, m, n, k, rank, base is not None)
-        return Explanation("low_rank_linear", kernel, reason, config)
+        return Choice.of("low_rank_linear", kernel, reason, config)
     assert machine.extension is not None
     inner, _ = machine.extension.choose_fused_linear(m, rank, k, dtype)
     outer, reason = machine.extension.choose_fused_linear(m, n, rank, dtype)
     first, last = (name.rpartition(".")[2] for name in (inner, outer))
-    return Explanation(
+    return Choice.of(
         "low_rank_linear",
         outer.replace("fused_linear", "low_rank_linear"),
         f"x v^T by {first}, then u by {last}: {reason}",

@@ -12,7 +12,7 @@ from torch import Tensor
 from bigops.formats.low_rank import check_ranks
 from bigops.formats.quantized import QuantizedWeight
 from bigops.ops import explain as explaining
-from bigops.ops.explain import Explanation
+from bigops.ops.choice import Choice
 from bigops.ops.quantized_linear import quantized_linear
 
 
@@ -37,7 +37,7 @@ def explain(
     residual: Tensor | None,
     activation: str,
     device: str | None,
-) -> Explanation:
+) -> Choice:
     """Which kernels serve the two products."""
     check_ranks(u, v)
     inner = explaining.explain("quantized_linear", x, v, device=device)
@@ -45,4 +45,4 @@ def explain(
     outer = explaining.explain("quantized_linear", h, u, bias, residual, activation, device)
     both = outer.kernel if inner.kernel == outer.kernel else f"{inner.kernel}, {outer.kernel}"
     reason = f"x v^T, then u, both by quantized_linear: {outer.reason}"
-    return Explanation("low_rank_linear", both, reason, outer.config)
+    return Choice.of("low_rank_linear", both, reason, outer.config)

@@ -40,11 +40,11 @@ def forward(
     scale: float,
     with_parts: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`kernels/low_rank_linear.py` forward on x of any rank: (y, t, z), t and z None if not asked.
+    """`kernels/low_rank_linear/kernel.py` forward on x of any rank: (y, t, z), None if not asked.
 
     The name ends in "fused", or in "composed" where t went through memory.
     """
-    from bigops.kernels import low_rank_linear as kernels
+    from bigops.kernels.low_rank_linear import kernel as kernels
 
     y, t, z, form = kernels.forward(
         rows(x),
@@ -82,8 +82,8 @@ def backward(
     need_bias: bool,
     need_base: bool,
 ) -> tuple[Tensor, ...]:
-    """`kernels/low_rank_linear.py` backward on x of any rank; [0] for what is not needed."""
-    from bigops.kernels import low_rank_linear as kernels
+    """`kernels/low_rank_linear/kernel.py` backward on x of any rank; [0] for what is not needed."""
+    from bigops.kernels.low_rank_linear import kernel as kernels
 
     gx, *others, form = kernels.backward(
         rows(grad),
@@ -109,7 +109,7 @@ def explain(
     target: str, dtype: torch.dtype, m: int, n: int, k: int, rank: int, based: bool
 ) -> tuple[str, dict[str, Any], str]:
     """(kernel, config, reason) on ``target`` ("cuda", "sm_90", "gfx942" ...)."""
-    from bigops.kernels import low_rank_model as model
+    from bigops.kernels.low_rank_linear import model
 
     form, config, reason = model.explain(present(target), dtype, m, n, k, rank, based)
     return _name("low_rank_linear", dtype, form), config, reason

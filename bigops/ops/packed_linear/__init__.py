@@ -12,6 +12,7 @@ from bigops.formats import checks
 from bigops.formats.packed import PackedWeight
 from bigops.ops import targets
 from bigops.ops.choice import Choice, on_cpu, reference
+from bigops.ops.explain import serves
 from bigops.ops.family import Call, LinearOp
 from bigops.ops.targets import Target
 
@@ -27,6 +28,7 @@ def choose(call: Call, target: Target) -> Choice:
 
 
 op = LinearOp("packed_linear", PackedWeight, choose=choose)
+serves("packed_linear")(op.explain)
 
 
 def packed_linear(
@@ -59,7 +61,7 @@ def packed_linear(
     checks.stored(weight, PackedWeight)
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         dtype = weight.panels.dtype
-        low = [t if t is None else t.to(dtype) for t in (bias, residual)]
+        bias, residual = (t if t is None else t.to(dtype) for t in (bias, residual))
         with torch.autocast(x.device.type, enabled=False):
-            return op(x.to(dtype), weight.arguments, weight.k, *low, activation)
+            return op(x.to(dtype), weight.arguments, weight.k, bias, residual, activation)
     return op(x, weight.arguments, weight.k, bias, residual, activation)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bigops.formats import checks, quantize
 from bigops.formats.quantized import QuantizedWeight
+from bigops.ops.explain import serves
 from bigops.ops.family import Call, GridOp, LinearOp
 from bigops.ops.quantized_linear.choose import backward, choose, choose_with_grids
 
@@ -31,6 +32,7 @@ def _product(call: Call, x_grid: Tensor | None) -> Tensor:
 
 op = LinearOp("quantized_linear", QuantizedWeight, _product, choose, backward)
 grid_op = GridOp(op, ("y_grid",), choose_with_grids)
+serves("quantized_linear")(op.explain)
 
 
 def quantized_linear(

@@ -40,7 +40,7 @@ def _form(weight: QuantizedWeight) -> dict[str, Any]:
 
 def forward(call: Call) -> Tensor:
     """`kernels/quantized_linear.py` forward on x of any rank."""
-    from bigops.kernels import quantized_linear as kernels
+    from bigops.kernels.quantized_linear import forward as kernels
 
     x, weight, residual = call.x, call.weight, call.residual
     assert isinstance(weight, QuantizedWeight)
@@ -61,8 +61,9 @@ def backward(grad: Tensor, call: Call, need_x: bool, need_bias: bool) -> tuple[T
     The pre-activation is computed anew, in float32 and as the forward saw it: where that rounds x,
     the gradient is the straight-through one.
     """
-    from bigops.kernels import quantized_gradient, quantized_linear
     from bigops.kernels.fused_linear import preact_gradient
+    from bigops.kernels.quantized_linear import forward as quantized_linear
+    from bigops.kernels.quantized_linear import gradient as quantized_gradient
 
     x, weight = call.x, call.weight
     assert isinstance(weight, QuantizedWeight)
@@ -82,7 +83,7 @@ def backward(grad: Tensor, call: Call, need_x: bool, need_bias: bool) -> tuple[T
 
 def said(call: Call, weight: QuantizedWeight, target: targets.Target) -> tuple[str, dict[str, Any]]:
     """(reason, config) on ``target``."""
-    from bigops.kernels import quantized_linear as kernels
+    from bigops.kernels.quantized_linear import forward as kernels
 
     form = (weight.bits, weight.group, weight.activations)
     arch = target if isinstance(target, str) else targets.present(target)

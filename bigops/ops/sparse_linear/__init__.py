@@ -7,6 +7,8 @@ one of fewer bytes for decode steps on a GPU (`BitmapWeight`, op in `bitmap`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,8 @@ from bigops.formats.bitmap import BitmapWeight
 from bigops.formats.sparse import SparseWeight
 from bigops.formats.sparse24 import Sparse24Weight
 from bigops.formats.sparse_layout import to_dense
+from bigops.ops.choice import Choice
+from bigops.ops.explain import serves
 from bigops.ops.family import Call, GridOp, LinearOp
 from bigops.ops.sparse_linear import bitmap, sparse24
 from bigops.ops.sparse_linear.choose import backward, choose, choose_with_grids
@@ -43,6 +47,12 @@ OPS: dict[type[Format], LinearOp] = {
     Sparse24Weight: sparse24.op,
     BitmapWeight: bitmap.op,
 }
+
+
+@serves("sparse_linear")
+def _explain(x: Tensor, weight: Format, *args: Any, **kwargs: Any) -> Choice:
+    checks.stored(weight, *OPS)
+    return OPS[type(weight)].explain(x, weight, *args, **kwargs)
 
 
 def sparse_linear(

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from bigops import backend
+from bigops.backend import machine
 from bigops.formats import bitmap as storage
 from bigops.formats import checks
 from bigops.formats.bitmap import BitmapWeight
@@ -44,21 +45,21 @@ def splits_for(n: int, k: int) -> int:
     return max(1, min(blocks, panels // _LEAST_PANELS, _MOST_SPLITS))
 
 
-def serves(call: Call, target: Target) -> bool:
-    """Whether the kernel serves a call on ``target``."""
-    return 0 < call.rows <= MAX_ROWS and targets.cuda_arch(target) is not None
+def serves(rows: int, target: Target) -> bool:
+    """Whether the kernel serves a call with so many rows of x on ``target``."""
+    return 0 < rows <= MAX_ROWS and targets.cuda_arch(target) is not None
 
 
 def choose(call: Call, target: Target) -> Choice:
     """The kernel that serves a call on ``target``."""
-    if serves(call, target):
+    if serves(call.rows, target):
         return Choice("sparse_linear", _name(call), lambda: _said(call), _forward)
     if targets.is_cpu(target):
         why = "made for GPUs, the general storage has CPU kernels"
     elif not 0 < call.rows <= MAX_ROWS:
         why = f"{call.rows} rows, 1 to {MAX_ROWS} have a kernel"
     else:
-        why = backend.cuda_error or f"the CUDA C++ kernels are not built for {target}"
+        why = machine.cuda_error or f"the CUDA C++ kernels are not built for {target}"
     plain = "the product with the unpacked weight by torch serves; gradients likewise"
     return reference("sparse_linear", f"{why}; {plain}", "bitmap_linear")
 

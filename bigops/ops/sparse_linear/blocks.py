@@ -19,7 +19,7 @@ from bigops.formats import sparse_layout as storage
 from bigops.formats.sparse import SparseWeight
 
 if TYPE_CHECKING:
-    from bigops.kernels.sparse_linear import Blocks, Lines
+    from bigops.kernels.sparse_linear.launch import Blocks, Lines
 
 SIDES = (32, 16)
 
@@ -116,7 +116,7 @@ def _of_side(
 
 
 def _with_tasks(height: int, rows_of: Lines, columns_of: Lines) -> Blocks:
-    from bigops.kernels.sparse_linear import TASK, Blocks
+    from bigops.kernels.sparse_linear.launch import TASK, Blocks
 
     entries = TASK // rows_of.width
     count = (rows_of.first.diff().long() + entries - 1) // entries
@@ -129,7 +129,7 @@ def _with_tasks(height: int, rows_of: Lines, columns_of: Lines) -> Blocks:
 def _lines(
     width: int, by_word: bool, line: Tensor, across: Tensor, step: Tensor, lines: int
 ) -> Lines:
-    from bigops.kernels.sparse_linear import Lines
+    from bigops.kernels.sparse_linear.launch import Lines
 
     length = torch.bincount(line, minlength=lines)
     return Lines(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bigops import backend
+from bigops.backend import machine
 from bigops.formats import checks
 from bigops.formats.sparse import SparseWeight
 from bigops.formats.sparse_layout import COLUMNS, PANEL, sizes
@@ -42,7 +43,7 @@ def splits_for(n: int, k: int, chunk: int, dtype: torch.dtype) -> int:
 def serves(call: Call, weight: SparseWeight, target: targets.Target) -> bool:
     """Whether these kernels serve a call on ``target``."""
     # Triton's kernel quantises the rows of x for int8 values.
-    whole = not weight.rounds or (weight.k < MAX_K and backend.has_triton())
+    whole = not weight.rounds or (weight.k < MAX_K and machine.has_triton())
     return (
         call.x.dtype in DTYPES
         and 0 < call.rows <= MAX_ROWS
@@ -66,7 +67,7 @@ def forward(call: Call) -> Tensor:
     assert isinstance(weight, SparseWeight)
     seen, x_scale, x_zero = rows(x), None, None
     if weight.rounds:
-        from bigops.kernels.quantized_linear import quantize_activations
+        from bigops.kernels.quantized_linear.forward import quantize_activations
 
         seen, x_scale, x_zero, _ = quantize_activations(seen, "dynamic")
     y: Tensor = _decode(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigops import backend
+from bigops.backend import machine
 from bigops.formats import checks, quantize
 from bigops.formats import sparse24 as storage
 from bigops.formats.sparse24 import Sparse24Weight
@@ -62,7 +63,7 @@ def serves(stored: torch.dtype, k: int, target: Target) -> bool:
 
 def _fits(k: int, stored: torch.dtype) -> bool:
     # Triton's kernel quantises the rows of x for int8 values.
-    return stored != torch.int8 or (k < MAX_K and backend.has_triton())
+    return stored != torch.int8 or (k < MAX_K and machine.has_triton())
 
 
 def choose(call: Call, target: Target) -> Choice:
@@ -71,13 +72,13 @@ def choose(call: Call, target: Target) -> Choice:
     assert isinstance(weight, Sparse24Weight)
     stored = weight.values.dtype
     if serves(stored, weight.k, target):
-        return Choice("sparse_linear", _name(call), lambda: _said(call, weight), _forward)
+        return Choice("sparse_linear", _name(call), lambda: _said(call, weight), product)
     plain = "the product with the unpacked weight by torch serves; gradients likewise"
     arch = target if targets.is_cpu(target) or target == "cuda" else targets.present(target)
     if targets.is_cpu(target):
         reason = f"made for sparse tensor cores, the general storage has CPU kernels; {plain}"
     elif arch in ARCHS:
-        why = backend.cuda_error or f"the CUDA C++ kernels are not built for {arch}"
+        why = machine.cuda_error or f"the CUDA C++ kernels are not built for {arch}"
         reason = (
             f"{why if _fits(weight.k, stored) else 'int8 needs Triton and K below 2^17'}; {plain}"
         )
@@ -130,13 +131,14 @@ def _multiply(
     return y
 
 
-def _forward(call: Call) -> Tensor:
+def product(call: Call) -> Tensor:
     """The op by the kernel; x of any rank."""
     x, weight, residual = call.x, call.weight, call.residual
     assert isinstance(weight, Sparse24Weight)
-    seen, more = rows(x), {}
+    seen = rows(x)
+    more: dict[str, Any] = {}
     if weight.rounds:
-        from bigops.kernels.quantized_linear import quantize_activations
+        from bigops.kernels.quantized_linear.forward import quantize_activations
 
         seen, x_scale, x_zero, _ = quantize_activations(seen, "dynamic")
         more = {"x_scale": x_scale, "x_zero": x_zero, "scale": weight.scale, "sums": weight.sums}
@@ -147,18 +149,16 @@ def _forward(call: Call) -> Tensor:
     return y.view(*x.shape[:-1], weight.n)
 
 
-def _backward(
+def gradients(
     grad: Tensor, call: Call, need_x: bool, need_values: bool, need_bias: bool
-) -> tuple[Tensor, ...] | None:
-    """Gradients of x, 16-bit values and bias by kernels, [0] for what is not needed; or None.
+) -> tuple[Tensor, ...]:
+    """Gradients of x, 16-bit values and bias by kernels; [0] for what is not needed.
 
     The pre-activation is computed anew, in float32: the forward keeps nothing.
     """
     x, weight, bias = call.x, call.weight, call.bias
     assert isinstance(weight, Sparse24Weight)
     values, meta, k = weight.values, weight.meta, weight.k
-    if weight.rounds or not serves(values.dtype, k, x.device):
-        return None
     z = None
     if call.activation != "none":
         wide = None if bias is None else bias.float()
@@ -179,12 +179,21 @@ def _backward(
     return gx, gv, gb
 
 
+def backward(grad: Tensor, call: Call, **needs: bool) -> tuple[Tensor, ...] | None:
+    """The gradients of a call by kernels on x's device, or None."""
+    weight = call.weight
+    assert isinstance(weight, Sparse24Weight)
+    if weight.rounds or not serves(weight.values.dtype, weight.k, call.x.device):
+        return None
+    return gradients(grad, call, **needs)
+
+
 def _preact_gradient(
     grad: Tensor, z: Tensor | None, activation: str, need_gz: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """(gz [M, N] in grad's dtype, its column sums); z float32, None without an activation."""
     nothing = grad.new_empty(0)
-    if backend.has_triton():
+    if machine.has_triton():
         from bigops.kernels.fused_linear import preact_gradient
 
         code = act.CODES[activation]
@@ -197,4 +206,4 @@ def _preact_gradient(
     return wide.to(grad.dtype), gb
 
 
-op = LinearOp("sparse24_linear", Sparse24Weight, _product, choose, _backward)
+op = LinearOp("sparse24_linear", Sparse24Weight, _product, choose, backward)

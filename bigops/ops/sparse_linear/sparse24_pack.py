@@ -16,7 +16,7 @@ from bigops.backend import machine
 from bigops.formats import checks
 from bigops.formats.patterns import n_m_mask, transposable_mask
 from bigops.formats.sparse24 import Sparse24Weight, check_pack, uneven
-from bigops.kernels.tiles import device_arch
+from bigops.kernels.common.tiles import device_arch
 from bigops.ops.library import define, encoder
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)  # of a dense weight

@@ -19,7 +19,7 @@ from bigops.ops.sparse_linear import blocks
 from bigops.ops.targets import present
 
 if TYPE_CHECKING:
-    from bigops.kernels.sparse_linear import Blocks
+    from bigops.kernels.sparse_linear.launch import Blocks
 
 
 def blocks_of(call: Call, target: targets.Target) -> tuple[Blocks | None, str]:
@@ -47,7 +47,7 @@ def blocks_of(call: Call, target: targets.Target) -> tuple[Blocks | None, str]:
 @functools.cache
 def _no_tile(arch: str, dtype: torch.dtype) -> str:
     """The reason why the config file cannot serve every block, or ""."""
-    from bigops.kernels import form_tiles
+    from bigops.kernels.common import form_tiles
 
     for form in form_tiles.FORMS["sparse_linear"]:
         for side, aligned in itertools.product(blocks.SIDES, (True, False)):
@@ -67,7 +67,7 @@ def name(call: Call, found: Blocks, part: str = "") -> str:
 
 def forward(call: Call, found: Blocks) -> Tensor:
     """`kernels/sparse_linear.py` forward on x of any rank."""
-    from bigops.kernels import sparse_linear as kernels
+    from bigops.kernels.sparse_linear import launch as kernels
 
     x, weight, residual = call.x, call.weight, call.residual
     assert isinstance(weight, SparseWeight)
@@ -91,8 +91,8 @@ def backward(
 
     The pre-activation is computed anew, in float32: the forward keeps nothing.
     """
-    from bigops.kernels import sparse_linear as kernels
     from bigops.kernels.fused_linear import preact_gradient
+    from bigops.kernels.sparse_linear import launch as kernels
 
     x, weight = call.x, call.weight
     assert isinstance(weight, SparseWeight)
@@ -112,7 +112,7 @@ def backward(
 
 def said(call: Call, found: Blocks, target: targets.Target) -> tuple[str, dict[str, Any]]:
     """(reason, config) on ``target``."""
-    from bigops.kernels import sparse_linear as kernels
+    from bigops.kernels.sparse_linear import launch as kernels
 
     weight = call.weight
     assert isinstance(weight, SparseWeight)

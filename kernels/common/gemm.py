@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate
+from bigops.kernels.common.activation import activate
 
 
 @triton.jit

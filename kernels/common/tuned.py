@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from .tile_model import bucket
+from bigops.kernels.common.tile_model import bucket
 
 __all__ = ["bucket", "cached", "cite", "clear", "form_of", "key_of", "lookup", "use"]
 

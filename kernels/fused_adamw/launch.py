@@ -12,9 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused_adamw import BLOCK, adamw_step, norm_of_sums, sgd_step, square_sums
-from .launch import launch_options, on_device
-from .tiles import device_arch, pointwise_config
+from bigops.kernels.common.launch import launch_options, on_device
+from bigops.kernels.common.tiles import device_arch, pointwise_config
+from bigops.kernels.fused_adamw.kernels import (
+    BLOCK,
+    adamw_step,
+    norm_of_sums,
+    sgd_step,
+    square_sums,
+)
 
 TILES = 8  # tiles of one program: 16384 elements, as in the chunks of the CPU kernels (coded: 8192)
 NORM_WIDTH = 1024
@@ -25,7 +31,7 @@ TYPES = {
     torch.float64: tl.float64,
 }
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_ROWS = 12  # of the table, see fused_adamw.py
+_ROWS = 12  # of the table, see kernels.py
 
 Lists = Sequence[Tensor]
 Maps = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -18,9 +18,9 @@ multiprocessor is idle, this costs no time.
 import torch
 import triton
 
-from . import tuned
-from .form_tiles import Table, choose_config, table_for
-from .tiles import DTYPES, TileConfig
+from bigops.kernels.common import tuned
+from bigops.kernels.common.form_tiles import Table, choose_config, table_for
+from bigops.kernels.common.tiles import DTYPES, TileConfig
 
 OP = "low_rank_linear"
 FUSED, COMPOSED = "fused", "composed"
@@ -67,7 +67,7 @@ def fits(
         m: rows of x.
         rank: of the factors.
         based: whether there is a base.
-        aligned: whether x, base and residual are, as defined at the head of tiles.py.
+        aligned: whether x, base and residual are, as defined at the head of common/tiles.py.
         even: whether the factors are.
     """
     if padded_rank(rank) > LOOSE and not even:

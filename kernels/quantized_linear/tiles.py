@@ -1,8 +1,8 @@
 """Tile configs of the kernels of `quantized_linear`: data in configs/quantized_linear/*.json.
 
-The rule is that of tiles.py, and so are the devices and what "aligned" means; a file holds tiles by
-kind of product instead of form. Kinds: "w8a8" and "w4a8" multiply whole numbers, "w8" and "w4" x in
-floating point; BLOCK_K is cut to the columns that share a scale where those are fewer.
+The rule is that of common/tiles.py, and so are the devices and what "aligned" means; a file holds
+tiles by kind of product instead of form. Kinds: "w8a8" and "w4a8" multiply whole numbers, "w8" and
+"w4" x in floating point; BLOCK_K is cut to the columns that share a scale where those are fewer.
 "w8_gradient" and "w4_gradient" are gz W, whose columns are those of W: there BLOCK_N is cut so.
 """
 
@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import tiles, tuned
-from .tiles import DTYPES, TileConfig, _fields, _power_of_two
+from bigops.kernels.common import tiles, tuned
+from bigops.kernels.common.tiles import DTYPES, TileConfig, _fields, _power_of_two
 
 CONFIG_DIR = tiles.CONFIG_DIR / "quantized_linear"
 FORMAT = "bigops-quantized-tiles-1"
@@ -152,7 +152,7 @@ def choose_config(
         kind: one of `KINDS`.
         dtype: of x, torch.float32, torch.bfloat16 or torch.float16.
         m: rows of x.
-        aligned: as defined at the head of tiles.py.
+        aligned: as defined at the head of common/tiles.py.
 
     Raises:
         TypeError: another dtype.

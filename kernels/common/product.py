@@ -9,11 +9,17 @@ import torch
 import triton
 from torch import Tensor
 
-from .activation import NONE
-from .gemm import _is_aligned, dot_precision, gemm
-from .gemm_persistent import described, gemm_persistent, row_step, rows_are_rows, with_scratch
-from .launch import launch_options, on_device
-from .tiles import TileConfig, choose_config, device_arch, multiprocessors
+from bigops.kernels.common.activation import NONE
+from bigops.kernels.common.gemm import _is_aligned, dot_precision, gemm
+from bigops.kernels.common.gemm_persistent import (
+    described,
+    gemm_persistent,
+    row_step,
+    rows_are_rows,
+    with_scratch,
+)
+from bigops.kernels.common.launch import launch_options, on_device
+from bigops.kernels.common.tiles import TileConfig, choose_config, device_arch, multiprocessors
 
 
 def product(

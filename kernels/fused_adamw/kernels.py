@@ -3,13 +3,13 @@
 A program finds its tensor in a table of addresses, so that the number of launches does not grow
 with the number of tensors. Elements are taken in blocks of 256, which share the absmax of an 8-bit
 state and 32 counters of the random generator. Sums go through one partial sum a program and a
-second launch that adds those up in order: no atomics. The launches are in optimizer_launch.py.
+second launch that adds those up in order: no atomics. The launches are in launch.py.
 """
 
 import triton
 import triton.language as tl
 
-from .states import decode, encode, random_bits, round_stochastic
+from bigops.kernels.fused_adamw.states import decode, encode, random_bits, round_stochastic
 
 BLOCK = tl.constexpr(256)
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemm import _finish
+from bigops.kernels.common.gemm import _finish
 
 _BLOCKS = 512  # bytes to which torch's caching allocator aligns
 _MAX_STRIDE = 2**40  # bytes, past which a tensor map has no stride

@@ -29,12 +29,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuned
-from .activation import NONE, split_code
-from .form_tiles import choose_config, table_for
-from .gemm import _finish_tile, _is_aligned, dot_precision
-from .launch import launch_options, on_device
-from .tiles import DTYPES, TileConfig, device_arch
+from bigops.kernels.common import tuned
+from bigops.kernels.common.activation import NONE, split_code
+from bigops.kernels.common.form_tiles import choose_config, table_for
+from bigops.kernels.common.gemm import _finish_tile, _is_aligned, dot_precision
+from bigops.kernels.common.launch import launch_options, on_device
+from bigops.kernels.common.tiles import DTYPES, TileConfig, device_arch
 
 OP = "sparse_linear"
 TASK = 64  # columns of a program of `block_samples`: the rows that wgmma and tcgen05 ask for

@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import split_code
-from .fp8_tiles import BLOCK, choose_config, row_config, table_for, units_of
-from .gemm import _finish, _is_aligned, dot_precision
-from .launch import launch_options, on_device
-from .quantized_linear import _check
-from .tiles import DTYPES, TileConfig, device_arch
+from bigops.kernels.common.activation import split_code
+from bigops.kernels.common.gemm import _finish, _is_aligned, dot_precision
+from bigops.kernels.common.launch import launch_options, on_device
+from bigops.kernels.common.tiles import DTYPES, TileConfig, device_arch
+from bigops.kernels.fp8_linear.tiles import BLOCK, choose_config, row_config, table_for, units_of
+from bigops.kernels.quantized_linear.forward import _check
 
 SCALES = {"tensor": 0, "row": 1, "block": 2}
 ROW = tl.constexpr(1)

@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuned
-from .activation import split_code
-from .gemm import _finish, _is_aligned, dot_precision
-from .launch import launch_options, on_device
-from .quantized_tiles import choose_config, row_config, table_for
-from .tiles import DTYPES, TileConfig, device_arch
+from bigops.kernels.common import tuned
+from bigops.kernels.common.activation import split_code
+from bigops.kernels.common.gemm import _finish, _is_aligned, dot_precision
+from bigops.kernels.common.launch import launch_options, on_device
+from bigops.kernels.common.tiles import DTYPES, TileConfig, device_arch
+from bigops.kernels.quantized_linear.tiles import choose_config, row_config, table_for
 
 TILE = 16  # weight rows of a tile of the storage
 LINE = tl.constexpr(64)  # bytes of a line of a tile

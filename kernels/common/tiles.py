@@ -29,9 +29,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import tile_model, tuned
+from bigops.kernels.common import tile_model, tuned
 
-CONFIG_DIR = Path(__file__).parent / "configs"
+CONFIG_DIR = Path(__file__).parent.parent / "configs"
 FORMAT = "bigops-tiles-2"
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 FORMS = ("plain", "gated")

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fp8_linear import _TINY, BLOCKS, ROW, SCALES, SPAN, _codes, _widen
-from .fp8_tiles import BLOCK, choose_config, units_of
-from .gemm import _is_aligned, dot_precision
-from .launch import launch_options, on_device
-from .quantized_linear import _check
-from .tiles import TileConfig, device_arch
+from bigops.kernels.common.gemm import _is_aligned, dot_precision
+from bigops.kernels.common.launch import launch_options, on_device
+from bigops.kernels.common.tiles import TileConfig, device_arch
+from bigops.kernels.fp8_linear.forward import _TINY, BLOCKS, ROW, SCALES, SPAN, _codes, _widen
+from bigops.kernels.fp8_linear.tiles import BLOCK, choose_config, units_of
+from bigops.kernels.quantized_linear.forward import _check
 
 KIND = "f8_gradient"
 

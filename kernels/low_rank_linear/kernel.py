@@ -7,7 +7,7 @@ written only where the backward pass is to keep it. Sums run in float32 in a fix
 The backward pass is the same kernel with the factors swapped: gx = scale (gz u) v + gz base, whose
 inner product gz u is what the gradient of v needs. The other gradients are plain products.
 
-What rank fits on chip, and how columns are split among programs: low_rank_model.py.
+What rank fits on chip, and how columns are split among programs: model.py.
 """
 
 from typing import NamedTuple
@@ -17,13 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import NONE, activate, split_code
-from .fused_linear import _check, preact_gradient
-from .gemm import _finish, _is_aligned, dot_precision
-from .launch import launch_options, on_device
-from .low_rank_model import COMPOSED, FUSED, fits, padded_rank, span_of
-from .product import product
-from .tiles import TileConfig, device_arch, pointwise_config
+from bigops.kernels.common.activation import NONE, activate, split_code
+from bigops.kernels.common.gemm import _finish, _is_aligned, dot_precision
+from bigops.kernels.common.launch import launch_options, on_device
+from bigops.kernels.common.product import product
+from bigops.kernels.common.tiles import TileConfig, device_arch, pointwise_config
+from bigops.kernels.fused_linear import _check, preact_gradient
+from bigops.kernels.low_rank_linear.model import COMPOSED, FUSED, fits, padded_rank, span_of
 
 
 class Parts(NamedTuple):

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import tiles, tuned
-from .tiles import CONFIG_DIR, DTYPES, TileConfig, _fields, _power_of_two
+from bigops.kernels.common import tiles, tuned
+from bigops.kernels.common.tiles import CONFIG_DIR, DTYPES, TileConfig, _fields, _power_of_two
 
 FORMAT = "bigops-form-tiles-1"
 FORMS = {

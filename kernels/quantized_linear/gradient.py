@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemm import _is_aligned, dot_precision
-from .launch import launch_options, on_device
-from .quantized_linear import LINE, _check, _numbers
-from .quantized_tiles import choose_config
-from .tiles import TileConfig, device_arch
+from bigops.kernels.common.gemm import _is_aligned, dot_precision
+from bigops.kernels.common.launch import launch_options, on_device
+from bigops.kernels.common.tiles import TileConfig, device_arch
+from bigops.kernels.quantized_linear.forward import LINE, _check, _numbers
+from bigops.kernels.quantized_linear.tiles import choose_config
 
 _TINY = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32
 

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from .tiles import TileConfig
+    from bigops.kernels.common.tiles import TileConfig
 
 LEAST, MOST = 16, 65536  # sizes below and above share a bucket
 LOAD = 48  # bytes a clock: the L2 cache of an A100 gives 5120 to 108 multiprocessors (whitepaper)

@@ -1,6 +1,6 @@
 """Tile configs of the kernels of `fp8_linear`: data in configs/fp8_linear/*.json, and the rule.
 
-Both are those of quantized_tiles.py. Kinds: "f8" multiplies x in floating point by the widened
+Both are those of quantized_linear/tiles.py. Kinds: "f8" multiplies x in floating point by the widened
 weight, "f8a8" the codes of both, "f8_gradient" gz by the widened weight. What takes codes is the
 device's (`units_of`), not the table's.
 """
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from . import quantized_tiles, tiles
-from .quantized_tiles import RowConfig, Table
-from .tiles import TileConfig
+from bigops.kernels.common import tiles
+from bigops.kernels.common.tiles import TileConfig
+from bigops.kernels.quantized_linear import tiles as quantized_tiles
+from bigops.kernels.quantized_linear.tiles import RowConfig, Table
 
 CONFIG_DIR = tiles.CONFIG_DIR / "fp8_linear"
 FORMAT = "bigops-fp8-tiles-1"
