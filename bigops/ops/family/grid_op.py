@@ -223,10 +223,10 @@ class GridOp:
             # The kernel checks its arguments; only a refused call pays for naming what is wrong.
             act.check_name(activation, gated=False)
             if not torch.compiler.is_compiling():
-                checks.tensors(x=x, bias=bias, residual=residual)
+                named = dict(zip(self.grids, grids, strict=True))
+                checks.tensors(x=x, bias=bias, residual=residual, **named)
                 weight = self.op.form.of(k, *arguments)
                 call = Call(x, weight, bias, residual, activation)
-                named = dict(zip(self.grids, grids, strict=True))
                 own = getattr(weight, "x_grid", None)
                 given = GridCall(call, named.get("x_grid", own), named["y_grid"])
                 self.check(given)
