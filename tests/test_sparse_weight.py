@@ -197,7 +197,7 @@ def test_numpy_round_trip(dtype: torch.dtype) -> None:
     again = SparseWeight.from_numpy(arrays)
     assert again.shape == weight.shape
     assert again.chunk == weight.chunk
-    for a, b in zip(again.tensors, weight.tensors().values(), strict=True):
+    for a, b in zip(again.tensors().values(), weight.tensors().values(), strict=True):
         assert (a is None) == (b is None)
         assert a is None or b is None or torch.equal(a, b)
     del arrays["length"]
@@ -269,8 +269,9 @@ def test_patterns_are_read_and_written() -> None:
          TypeError, "dtype: expected int8, bfloat16 or float32; got torch.float16"),
         (lambda: SparseWeight.from_mask(torch.ones(2, 8), torch.ones(2, 2).bool(), block=(1, -4)),
          ValueError, "block: expected two sizes of at least 1"),
-        (lambda: SparseWeight.from_dense(torch.full((2, 2), float("nan"))), ValueError, "w: expected finite"),
-        (lambda: SparseWeight.from_dense([[1.0]]), TypeError, "w: expected a torch.Tensor; got list"),  # type: ignore[arg-type]
+        (lambda: SparseWeight.from_dense(torch.full((2, 2), float("nan"))),
+         ValueError, "w: expected finite"),
+        (lambda: SparseWeight.from_dense([[1.0]]), TypeError, "w: expected a torch.Tensor; got list"),
     ],
 )  # fmt: skip
 def test_conversions_refuse(call: Any, kind: type[Exception], message: str) -> None:
