@@ -271,7 +271,8 @@ def test_patterns_are_read_and_written() -> None:
          ValueError, "block: expected two sizes of at least 1"),
         (lambda: SparseWeight.from_dense(torch.full((2, 2), float("nan"))),
          ValueError, "w: expected finite"),
-        (lambda: SparseWeight.from_dense([[1.0]]), TypeError, "w: expected a torch.Tensor; got list"),
+        (lambda: SparseWeight.from_dense([[1.0]]),
+         TypeError, "w: expected a torch.Tensor; got list"),
     ],
 )  # fmt: skip
 def test_conversions_refuse(call: Any, kind: type[Exception], message: str) -> None:

@@ -32,12 +32,14 @@ from bigops.kernels import fused_linear as linear_kernels
 from bigops.kernels.common.activation import NAMES
 from bigops.kernels.common.tiles import TileConfig
 from bigops.kernels.quantized_linear import forward as quantized_kernels
+from bigops.ops.family import Call
 from bigops.ops.fp8_linear import triton as fp8_road
 from bigops.ops.fused_adamw import reference_norm, reference_sgd
 from bigops.ops.fused_linear import triton as linear_road
 from bigops.ops.linear_cross_entropy import triton as loss_road
 from bigops.ops.low_rank_linear import triton as low_rank_road
 from bigops.ops.quantized_linear import triton as quantized_road
+from bigops.ops.sparse_linear import triton as sparse_road
 from tests import compressed_cases, cross_entropy_cases, linear_cases, low_rank_cases
 from tests.optimizer_cases import Problem
 from tests.planted import plant
@@ -77,28 +79,30 @@ def low_rank(dtype: torch.dtype, base: bool, rank: int = 9) -> None:
     case.check_gradients([gx, gu, gv, gb, case.grad, gbase if base else None])
 
 
+def _call(case: compressed_cases.Case) -> Call:
+    return Call(case.x, case.weight, case.bias, case.residual, case.name)
+
+
 def quantized(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    y = quantized_road.forward(case.x, *case.storage, case.bias, case.residual, "gelu")
-    case.check_forward(y)
+    case.check_forward(quantized_road.forward(_call(case)))
 
 
 def fp8(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    y = fp8_road.forward(case.x, *case.storage, case.bias, case.residual, "gelu")
-    case.check_forward(y)
+    case.check_forward(fp8_road.forward(_call(case)))
 
 
 def fp8_backward(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    back = (case.grad, case.x, *case.storage, case.bias, "gelu")
-    case.check_gradients([*fp8_road.backward(*back, True, True), case.grad], stored=True)
+    grads = fp8_road.backward(case.grad, _call(case), True, True)
+    case.check_gradients([*grads, case.grad], stored=True)
 
 
 def quantized_backward(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    back = (case.grad, case.x, *case.storage, case.bias, "gelu")
-    case.check_gradients([*quantized_road.backward(*back, True, True), case.grad], stored=True)
+    grads = quantized_road.backward(case.grad, _call(case), True, True)
+    case.check_gradients([*grads, case.grad], stored=True)
 
 
 def rows_as_integers(activations: str) -> None:
@@ -112,12 +116,12 @@ def rows_as_integers(activations: str) -> None:
 
 
 def sparse(form: str, pattern: str, dtype: str, m: int = 35) -> None:
-    op = sys.modules["bigops.ops.sparse_linear"]
     case = compressed_cases.make(form, m, 48, 70, dtype, "gelu", pattern=pattern, values=True)
-    y = op._cuda(case.x, *case.storage, case.bias, case.residual, "gelu")
-    case.check_forward(y)
-    found = op._cuda_backward(case.grad, case.x, *case.storage, case.bias, "gelu", True, True, True)
-    case.check_gradients([*found, case.grad], stored=True)
+    blocks, why = sparse_road.blocks_of(_call(case), "interpreter")
+    assert blocks is not None, why
+    case.check_forward(sparse_road.forward(_call(case), blocks))
+    grads = sparse_road.backward(case.grad, _call(case), blocks, True, True, True)
+    case.check_gradients([*grads, case.grad], stored=True)
 
 
 def loss(dtype: torch.dtype, options: str) -> None:

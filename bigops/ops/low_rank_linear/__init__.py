@@ -438,7 +438,7 @@ def low_rank_linear(
     Args:
         x: ``[.., K]``; float32, bfloat16, float16 or float64, any strides.
         u: ``[N, r]``; r from 0 (the product is zero) to min(N, K). Or both factors by
-            `quantize_weight`: two calls of `quantized_linear`, without ``base`` and ``scale``.
+            `QuantizedWeight`: two calls of `quantized_linear`, without ``base`` and ``scale``.
         v: ``[r, K]``.
         bias: ``[N]`` or None.
         residual: ``[.., N]``, the shape of the result, or None.
