@@ -1,7 +1,7 @@
 """Training aids that leave the loop to the caller: precision, optimisers, checkpoints."""
 
+from bigops.optim.checkpoint import load_checkpoint, save_checkpoint
 from bigops.optim.optimizers import SGD, AdamW
-from bigops.train.checkpoint import load_checkpoint, save_checkpoint
 from bigops.train.precision import PRECISIONS, MixedPrecision
 
 __all__ = [
