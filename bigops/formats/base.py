@@ -70,6 +70,11 @@ class Format:
         """The weight as its op takes it: the arguments of `SCHEMA`."""
         raise NotImplementedError
 
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        """What `arguments` has after the tensors."""
+        return tuple(a for a in self.arguments if a is not None and not isinstance(a, Tensor))
+
     of: ClassVar[Callable[..., Any]]
     """``of(k, *arguments)``: the weight of ``k`` columns that these are; not validated."""
     from_dense: ClassVar[Callable[..., Any]]
@@ -78,20 +83,20 @@ class Format:
     """``empty(n, k, **form)``: the storage of a weight [N, K] on "meta", to be loaded."""
 
     @classmethod
-    def form(cls, **given: Any) -> dict[str, Any]:
+    def form(cls, *args: Any, **given: Any) -> dict[str, Any]:
         """Keyword arguments of `from_dense` and `empty`, defaults filled in, as plain data.
 
         Raises:
             ValueError, TypeError: a form that is not there.
         """
-        if given:
-            raise TypeError(f"{cls.__name__}: expected no {', '.join(given)}")
+        if args or given:
+            raise TypeError(f"{cls.__name__}: expected no arguments; got {args}, {given}")
         return given
 
     @classmethod
-    def rounded(cls, w: Tensor, **form: Any) -> Tensor:
+    def rounded(cls, w: Tensor, *args: Any, **form: Any) -> Tensor:
         """The matrix [N, K], float32, that ``w`` is stored as."""
-        stored: Tensor = cls.from_dense(w, **form).to_dense()
+        stored: Tensor = cls.from_dense(w, *args, **form).to_dense()
         return stored
 
     def to_dense(self, dtype: Any = torch.float32) -> Tensor:

@@ -57,6 +57,11 @@ class LowRankWeight(Format):
             for leaf, tensor in factor.tensors().items()
         }
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of u and those of v; an op takes either, not both."""
+        return self.u.arguments, self.v.arguments
+
     def with_tensors(self, tensors: Mapping[str, Tensor | None]) -> LowRankWeight:
         u, v = (
             factor.with_tensors({leaf: tensors[f"{name}_{leaf}"] for leaf in factor.TENSORS})
