@@ -126,12 +126,12 @@ def sparse(form: str, pattern: str, dtype: str, m: int = 35) -> None:
 
 def loss(dtype: torch.dtype, options: str) -> None:
     """Rows of more than one block; the public function, with the pass over logits of a GPU."""
-    op = sys.modules["bigops.ops.linear_cross_entropy"]
-    before, op._chunk = op._chunk, loss_road.serve_chunk  # type: ignore[attr-defined]
+    op = sys.modules["bigops.ops.linear_cross_entropy.schema"]
+    before, op.chunk_op = op.chunk_op, loss_road.serve_chunk  # type: ignore[attr-defined]
     try:
         cross_entropy_cases.make(5, 700, 9, dtype, **cross_entropy_cases.ALL[options]).check()
     finally:
-        op._chunk = before  # type: ignore[attr-defined]
+        op.chunk_op = before  # type: ignore[attr-defined]
 
 
 SHAPES = [(1,), (), (255,), (257,), (7, 11, 13)]

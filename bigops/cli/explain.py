@@ -76,11 +76,11 @@ def _stored(args: argparse.Namespace, weight: Tensor) -> tuple[Any, ...]:
         )
     if args.op == "sparse_linear":
         from bigops.formats.patterns import Pattern
-        from bigops.formats.sparse import SparseWeight
-        from bigops.nn.sparse_linear import VALUES, check_sparsity, check_values
+        from bigops.formats.sparse import VALUES, SparseWeight
+        from bigops.nn.sparse_linear import check_sparsity
 
         pattern = Pattern.parse(args.pattern)
-        values = VALUES[check_values(args.values or "int8")]
+        values = VALUES[SparseWeight.form(args.values or "int8")["values"]]
         mask = pattern.mask(weight, check_sparsity(args.sparsity, pattern))
         return (SparseWeight.from_mask(weight, mask, values, (pattern.height, pattern.width)),)
     return (weight,)

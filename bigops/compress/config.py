@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
+from bigops.formats.fp8 import Fp8Weight
 from bigops.formats.patterns import Pattern
 from bigops.formats.quantized import check_form
-from bigops.nn.fp8_linear import check_layer_form
 from bigops.nn.sparse_linear import check_sparsity
 
 
@@ -164,7 +164,7 @@ class Fp8:
     activations: str = "dynamic"
 
     def __post_init__(self) -> None:
-        check_layer_form(self.scales, self.activations)
+        Fp8Weight.form(self.scales, self.activations)
 
     def __add__(self, other: object) -> SparseInt8:
         raise _no_sum(self, other)

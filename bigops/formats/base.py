@@ -8,7 +8,7 @@ of its fields.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -70,12 +70,34 @@ class Format:
         """The weight as its op takes it: the arguments of `SCHEMA`."""
         raise NotImplementedError
 
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        """What `arguments` has after the tensors."""
+        return tuple(a for a in self.arguments if a is not None and not isinstance(a, Tensor))
+
     of: ClassVar[Callable[..., Any]]
     """``of(k, *arguments)``: the weight of ``k`` columns that these are; not validated."""
     from_dense: ClassVar[Callable[..., Any]]
     """``from_dense(w, **form)``: store a matrix [N, K]; the form is the format's own."""
     empty: ClassVar[Callable[..., Any]]
     """``empty(n, k, **form)``: the storage of a weight [N, K] on "meta", to be loaded."""
+
+    @classmethod
+    def form(cls, *args: Any, **given: Any) -> dict[str, Any]:
+        """Keyword arguments of `from_dense` and `empty`, defaults filled in, as plain data.
+
+        Raises:
+            ValueError, TypeError: a form that is not there.
+        """
+        if args or given:
+            raise TypeError(f"{cls.__name__}: expected no arguments; got {args}, {given}")
+        return given
+
+    @classmethod
+    def rounded(cls, w: Tensor, *args: Any, **form: Any) -> Tensor:
+        """The matrix [N, K], float32, that ``w`` is stored as."""
+        stored: Tensor = cls.from_dense(w, *args, **form).to_dense()
+        return stored
 
     def to_dense(self, dtype: Any = torch.float32) -> Tensor:
         """The matrix [N, K] that this weight stands for; differentiable for floating values."""
@@ -104,10 +126,14 @@ class Format:
         """The same weight but for some fields; not validated."""
         return dataclasses.replace(self, **fields)  # type: ignore[type-var]
 
+    def with_tensors(self, tensors: Mapping[str, Tensor | None]) -> Self:
+        """The same weight with other tensors, all of them by name; not validated."""
+        return self.replace(**tensors)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same weight with ``function`` of each of its tensors."""
-        found = {name: None if t is None else function(t) for name, t in self.tensors().items()}
-        return self.replace(**found)
+        given = self.tensors().items()
+        return self.with_tensors({name: t if t is None else function(t) for name, t in given})
 
     # --- parts of a weight: rows of W ----------------------------------------------------------
 

@@ -103,6 +103,19 @@ class Fp8Weight(Format):
         return cls(values, scale, x_scale, k, scales, activations)
 
     @classmethod
+    def form(cls, scales: str = "row", activations: str = "dynamic") -> dict[str, Any]:
+        """Keyword arguments of `from_dense`; a static scale of x is for the op alone."""
+        check_form(scales, activations)
+        if activations == "static":
+            raise ValueError("activations: expected 'none' or 'dynamic'; got 'static'")
+        return {"scales": scales, "activations": activations}
+
+    @classmethod
+    def rounded(cls, w: Tensor, scales: str = "row", **_: Any) -> Tensor:
+        codes, scale = round_weight(w, scales)
+        return cls(codes, scale, None, w.shape[1], scales, "none").to_dense()
+
+    @classmethod
     def from_dense(
         cls, w: Tensor, scales: str = "row", activations: str = "dynamic", x_scale: Any = None
     ) -> Fp8Weight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,6 +56,18 @@ class LowRankWeight(Format):
             for name, factor in (("u", self.u), ("v", self.v))
             for leaf, tensor in factor.tensors().items()
         }
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of u and those of v; an op takes either, not both."""
+        return self.u.arguments, self.v.arguments
+
+    def with_tensors(self, tensors: Mapping[str, Tensor | None]) -> LowRankWeight:
+        u, v = (
+            factor.with_tensors({leaf: tensors[f"{name}_{leaf}"] for leaf in factor.TENSORS})
+            for name, factor in (("u", self.u), ("v", self.v))
+        )
+        return LowRankWeight(u, v)
 
     @property
     def density(self) -> float:

@@ -142,6 +142,27 @@ class QuantizedWeight(Format):
         return self.n % (TILE * parts) == 0
 
     @classmethod
+    def form(
+        cls,
+        bits: int = 8,
+        group: int | None = None,
+        symmetric: bool = True,
+        activations: str | None = None,
+    ) -> dict[str, Any]:
+        """Keyword arguments of `from_dense`; activations None: "dynamic" for int8 rows."""
+        if activations is None:
+            activations = "dynamic" if bits == 8 and group is None else "none"
+        check_form(bits, group or 0, activations)
+        return {"bits": bits, "group": group, "symmetric": symmetric, "activations": activations}
+
+    @classmethod
+    def rounded(
+        cls, w: Tensor, bits: int = 8, group: int | None = None, symmetric: bool = True, **_: Any
+    ) -> Tensor:
+        columns = group or 0
+        return quantize.round_weight(w, bits, columns, symmetric).dense(columns)
+
+    @classmethod
     def from_dense(
         cls,
         w: Tensor,
@@ -170,10 +191,8 @@ class QuantizedWeight(Format):
             TypeError: w is no floating tensor.
         """
         quantize.check_weight(w)
-        columns = 0 if group is None else group
-        if activations is None:
-            activations = "dynamic" if bits == 8 and columns == 0 else "none"
-        check_form(bits, columns, activations)
+        columns, form = group or 0, cls.form(bits, group, symmetric, activations)
+        activations = form["activations"]
         grid = quantize.round_weight(w.detach(), bits, columns, symmetric)
         return cls._of_grid(grid, bits, columns, activations, x_grid)
 

@@ -26,6 +26,9 @@ from bigops.formats.sparse_layout import (
     to_dense,
 )
 
+# Words by which layers and configs name the dtypes of stored values.
+VALUES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 @storage
 class SparseWeight(Format):
@@ -83,6 +86,30 @@ class SparseWeight(Format):
     @property
     def rounds(self) -> bool:
         return self.scale is not None
+
+    @classmethod
+    def form(
+        cls, values: str = "int8", chunk: int | None = None, activations: str = "dynamic"
+    ) -> dict[str, Any]:
+        """How a layer stores the weight and, with int8 values, what the product does with x."""
+        if not isinstance(values, str) or values not in VALUES:
+            raise ValueError(f"values: expected {', '.join(VALUES)}; got {values!r}")
+        if activations not in ("dynamic", "static"):
+            raise ValueError(f"activations: expected dynamic or static; got {activations!r}")
+        if activations == "static" and values != "int8":
+            raise ValueError(
+                f"activations: expected 'dynamic' with values {values!r}; got 'static'"
+            )
+        if chunk is not None and chunk not in CHUNKS:
+            raise ValueError(f"chunk: expected 64, 128 or 256; got {chunk}")
+        return {"values": values, "chunk": chunk, "activations": activations}
+
+    @classmethod
+    def rounded(cls, w: Tensor, values: str = "int8", **_: Any) -> Tensor:
+        if values == "int8":
+            scale = quantize.row_scales(w).unsqueeze(1)
+            return quantize.to_int8(w, scale).float() * scale
+        return w.to(VALUES[values]).float()
 
     @classmethod
     def from_mask(

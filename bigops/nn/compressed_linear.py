@@ -1,6 +1,6 @@
-"""What the compressed layers share: a trainable state and a frozen one.
+"""CompressedLinear: a linear layer whose weight is stored in one of the formats.
 
-Recovery: a float ``weight`` Parameter is trained in the form it will be stored in. In `eval` with
+Recovery: the float ``weight`` Parameter is trained in the form it will be stored in. In `eval` with
 gradients off the real kernel runs, on storage that is made of the weight anew in each call: the
 numbers are those after `freeze`, whatever wrote the weight; the speed comes with `freeze`.
 
@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from bigops.formats import quantize
+from bigops.formats.base import Format
 from bigops.nn.linear import check_size
 from bigops.ops import activation as act
+from bigops.ops.choice import Choice
+from bigops.ops.family import LinearOp, op_of
 from bigops.ops.fused_linear import fused_linear
 
 RETIRED = "y_grid"  # in files of older layers, which gave u8 to the next one: read past
@@ -28,11 +31,30 @@ Self = TypeVar("Self", bound="CompressedLinear")
 
 
 class CompressedLinear(nn.Module):
-    """Base of `QuantLinear`, `SparseLinear`, `QuantLowRankLinear` and `Fp8Linear`."""
+    """``act(x @ weight.T + bias) + residual`` with the weight stored in a format.
 
-    storage_names: tuple[str, ...]  # buffers of the frozen state, fields of the storage
+    Recovery state: a float ``weight`` [N, K], rounded in the forward pass to what will be stored,
+    with a straight-through gradient (arXiv 1308.3432). Frozen (`freeze`): the tensors of the format
+    as buffers.
+
+    Args:
+        format: a class of `bigops.formats`.
+        in_features: K.
+        out_features: N.
+        bias: whether the layer has a bias [N].
+        activation: none, relu, relu2, gelu, gelu_tanh, silu, sigmoid or tanh.
+        form: what ``format.from_dense`` takes besides the matrix.
+
+    Shapes: x [.., K] in a dtype that the format takes; residual [.., N] or None; result [.., N].
+
+    Raises:
+        ValueError: unknown activation, a size below 0, or a form that is not there.
+    """
+
     storage_in_state = True  # whether the frozen state_dict has the buffers as they are
     trained_names: tuple[str, ...] = ("weight",)  # Parameters of the recovery state
+    format: type[Format]
+    form: dict[str, Any]
     in_features: int
     out_features: int
     activation: str
@@ -42,40 +64,131 @@ class CompressedLinear(nn.Module):
     weight: Tensor  # a Parameter; absent once frozen
     bias: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, activation: str) -> None:
+    def __init__(
+        self,
+        format: type[Format],
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **form: Any,
+    ) -> None:
         act.check_name(activation, gated=False)
         check_size("in_features", in_features)
         check_size("out_features", out_features)
         super().__init__()
+        self.format, self.form = format, format.form(**form)
+        self.activations = self.form.get("activations", "none")
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
         self.frozen = False
-        for name in self.trained_names:  # before the bias: the order that optimisers see
-            self.register_parameter(name, None)
-        self.register_parameter("bias", None)
+        self._empty: Format | None = None  # frozen: the storage without its tensors
+        self._sizes: tuple[Any, ...] = ()  # and what its op takes after them
+        for name, parameter in self._trainable(bias, device, dtype).items():
+            self.register_parameter(name, parameter)
+        # A scale of 0 says that nothing was seen yet; make_storage refuses it.
+        static = self.activations == "static"
+        self.register_buffer("x_grid", torch.zeros(2, device=device) if static else None)
 
-    # --- what a subclass says ---------------------------------------------------------------
+    @classmethod
+    def from_linear(
+        cls, format: type[Format], linear: nn.Module, activation: str | None = None, **form: Any
+    ) -> CompressedLinear:
+        """A layer in recovery state that shares the Parameter objects of ``linear``.
 
-    def make_storage(self) -> Any:
+        Args:
+            format, form: as for the constructor.
+            linear: an `nn.Linear` or a compressed layer that is not frozen.
+            activation: None: that of ``linear``.
+
+        Raises:
+            TypeError: ``linear`` is no `nn.Linear` and no compressed layer.
+            ValueError: ``linear`` is frozen.
+        """
+        return cls._beside(linear, activation, format=format, **form)
+
+    @classmethod
+    def _beside(cls: type[Self], linear: nn.Module, activation: str | None, **form: Any) -> Self:
+        """A layer of this class that shares the Parameter objects of ``linear``."""
+        source = check_source(linear)
+        form["in_features"], form["out_features"] = source.in_features, source.out_features
+        name = source.activation if activation is None else activation
+        new = cls(**form, bias=False, activation=name, device="meta")
+        new.weight, new.bias = source.weight, source.bias
+        if new.x_grid is not None:
+            new.x_grid = torch.zeros(2, device=source.weight.device)
+        return new.train(linear.training)
+
+    @classmethod
+    def from_arguments(cls: type[Self], arguments: dict[str, Any]) -> Self:
+        """An empty layer on "meta" as `arguments()` describes it, to be loaded."""
+        new = cls(**{k: v for k, v in arguments.items() if k not in STATES}, device="meta")
+        if arguments["frozen"]:
+            new.set_storage(new.empty_storage())
+        return new
+
+    # --- what a subclass may say otherwise ---------------------------------------------------
+
+    def _trainable(
+        self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> dict[str, Any]:
+        """The Parameters of the recovery state, initialised as `nn.Linear` is."""
+        sizes = (self.in_features, self.out_features)
+        source = nn.Linear(*sizes, bias, device=device, dtype=dtype)
+        return {"weight": source.weight, "bias": source.bias}
+
+    def make_storage(self) -> Format:
         """Convert the float weight to compressed storage (recovery state only)."""
-        raise AssertionError("each compressed layer converts its own weight")
+        self.check_calibrated()
+        grid = {} if self.x_grid is None else {"x_grid": self.x_grid}
+        stored: Format = self.format.from_dense(self.weight, **self.form, **grid)
+        return stored
 
-    def make_frozen(self, tensors: dict[str, Tensor | None]) -> Any:
-        """The storage made of the buffers of the frozen state; not validated."""
-        raise AssertionError("each compressed layer knows its own storage")
+    def empty_storage(self) -> Format:
+        """Storage on "meta" of a layer that is to be loaded."""
+        empty: Format = self.format.empty(self.out_features, self.in_features, **self.form)
+        return empty
 
-    def check_storage(self, storage: Any) -> None:
+    def check_storage(self, storage: Format) -> None:
         """Raise ValueError or TypeError unless the storage is whole and fits this layer."""
         storage.validate()
+        if storage.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"{self.format.TENSORS[0]}: expected a weight of "
+                f"{[self.out_features, self.in_features]}; got {list(storage.shape)}"
+            )
 
     def trained_weight(self) -> Tensor:
         """[N, K] as it will be stored, differentiable for ``weight`` (recovery state only)."""
-        raise AssertionError("each compressed layer shapes its own weight")
+        return self._straight_through(self.weight)
 
-    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
-        """Call the op."""
-        raise AssertionError("each compressed layer calls its own op")
+    def _straight_through(self, weight: Tensor) -> Tensor:
+        """``weight`` rounded to what is stored; the gradient passes as if it were not."""
+        with torch.no_grad():
+            rounded = self.format.rounded(weight, **self.form).to(weight.dtype)
+        # weight - weight is 0 exactly, so the value is that of `rounded` to the last bit.
+        return rounded + (weight - weight.detach())
+
+    def run(self, x: Tensor, arguments: tuple[Any, ...], residual: Tensor | None) -> Tensor:
+        """Call the op with `Format.arguments` of the storage."""
+        return self.op(x, arguments, self.in_features, self.bias, residual, self.activation)
+
+    @property
+    def op(self) -> LinearOp:
+        """The op that serves the format."""
+        return op_of(self.format)
+
+    def explain(self, x: Tensor) -> Choice:
+        """Which kernel serves the layer on x, of several products the last."""
+        return self.op.explain(x, self.storage(), self.bias, activation=self.activation)
+
+    @property
+    def density(self) -> float:
+        """Share of the entries that are stored."""
+        return 1.0
 
     @property
     def thawed(self) -> bool:
@@ -91,7 +204,7 @@ class CompressedLinear(nn.Module):
             # u8 has no gradient: the floats that it stands for take its place.
             x = self._floating(x, residual)
         if self.frozen:
-            return self.run(x, self.storage(), residual)
+            return self.run(x, self._arguments(), residual)
         # Making storage asks for values, which a traced weight and one of torch.func does not have:
         # these take the float road.
         if not (
@@ -100,7 +213,7 @@ class CompressedLinear(nn.Module):
             or torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
         ):
-            return self.run(x, self._convert(), residual)
+            return self.run(x, self._convert().arguments, residual)
         return self.run_trained(x, residual)
 
     def run_trained(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -123,19 +236,24 @@ class CompressedLinear(nn.Module):
         given = self.bias if self.bias is not None else residual
         return quantize.from_grid(x, self.x_grid, torch.float32 if given is None else given.dtype)
 
+    @property
+    def storage_names(self) -> tuple[str, ...]:
+        """Names of the buffers of the frozen state."""
+        return self.format.TENSORS
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """`Format.arguments` of the frozen storage, without the way by a `Format`."""
+        buffers = self._buffers  # getattr would take a microsecond for each
+        return (*[buffers[name] for name in self.format.TENSORS], *self._sizes)
+
     def storage(self) -> Any:
         """The compressed weight: the buffers when frozen, else made of the float weight now."""
-        if self.frozen:
-            buffers = self._buffers  # getattr would take a microsecond for each
-            return self.make_frozen(
-                {
-                    name: buffers[name] if name in buffers else getattr(self, name)
-                    for name in self.storage_names
-                }
-            )
-        return self._convert()
+        if not self.frozen:
+            return self._convert()
+        assert self._empty is not None
+        return self._empty.with_tensors({name: self._stored(name) for name in self.storage_names})
 
-    def _convert(self) -> Any:
+    def _convert(self) -> Format:
         # Storage made under inference_mode could never take part in autograd later.
         with torch.inference_mode(False), torch.no_grad():
             return self.make_storage()
@@ -183,27 +301,31 @@ class CompressedLinear(nn.Module):
             self.set_storage(self._convert())
         return self
 
-    def set_storage(self, storage: Any) -> None:
+    def set_storage(self, storage: Format) -> None:
         """Become frozen with this storage, at once: no half of it is ever seen, nor left behind."""
-        gone = {*self.trained_names, "mask", *self.storage_names}
+        tensors = storage.tensors()
+        gone = {*self.trained_names, "mask", *tensors}
         buffers = {n: t for n, t in self._buffers.items() if n not in gone}
-        for name in self.storage_names:
-            value = getattr(storage, name)
+        for name, value in tensors.items():
             buffers[name] = None if value is None else value.detach()
         loose = self._non_persistent_buffers_set - gone
         vars(self).update(
             _parameters={n: p for n, p in self._parameters.items() if n not in gone},
             _buffers=buffers,
-            _non_persistent_buffers_set=loose.union(
-                () if self.storage_in_state else self.storage_names
-            ),
+            _non_persistent_buffers_set=loose.union(() if self.storage_in_state else tensors),
+            _empty=storage.with_tensors(dict.fromkeys(tensors)),
+            _sizes=self._sizes_of(storage),
             frozen=True,
         )
+
+    def _sizes_of(self, storage: Format) -> tuple[Any, ...]:
+        return storage.sizes
 
     def dense_weight(self) -> Tensor:
         """The matrix [N, K] that the layer stands for, float32."""
         with torch.no_grad():
-            return self.storage().to_dense().float()
+            weight: Tensor = self.storage().to_dense()
+            return weight.float()
 
     @property
     def nbytes(self) -> int:
@@ -214,7 +336,8 @@ class CompressedLinear(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name in self.trained_names and self.__dict__.get("frozen", False):
             raise AttributeError(f"{type(self).__name__}.{name}: {self._where_it_went}")
-        return super().__getattr__(name)
+        form = self.__dict__.get("form", {})
+        return form[name] if name in form else super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._check_trained(name)
@@ -325,8 +448,8 @@ class CompressedLinear(nn.Module):
         found: dict[str, Tensor | None] = dict.fromkeys(self.storage_names)
         found.update({name: state_dict[prefix + name].contiguous() for name in names})
         try:
-            storage = self.make_frozen(found)
-            self.check_storage(storage)
+            assert self._empty is not None
+            self.check_storage(self._empty.with_tensors(found))
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
             found = {name: self._stored(name) for name in self.storage_names}
@@ -348,7 +471,8 @@ class CompressedLinear(nn.Module):
         )
         if self.activation != "none":
             text += f", activation={self.activation}"
-        return text + (", thawed" if self.thawed else ", frozen" if self.frozen else "")
+        text += ", thawed" if self.thawed else ", frozen" if self.frozen else ""
+        return "".join([text, *(f", {k}={v}" for k, v in self.form.items())])
 
     def arguments(self) -> dict[str, Any]:
         """What `from_arguments` needs to make this layer again, as plain data."""
@@ -358,6 +482,7 @@ class CompressedLinear(nn.Module):
             "bias": self.bias is not None,
             "activation": self.activation,
             "frozen": self.frozen,
+            **self.form,
         }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bigops.nn.linear import Linear, check_size
 from bigops.ops import activation as act
+from bigops.ops.choice import Choice
 from bigops.ops.fused_linear import fused_linear
 
 HALVES = ("gate_proj", "up_proj")
@@ -129,6 +130,10 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         hidden = fused_linear(x, self.gate_up_weight, self.gate_up_bias, None, self.activation)
         return self.down_proj(hidden, residual)
+
+    def explain(self, x: Tensor) -> Choice:
+        """Which kernel serves the down projection of the block on x."""
+        return self.down_proj.explain(x.new_empty((*x.shape[:-1], self.hidden_features)))
 
     def extra_repr(self) -> str:
         return (

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bigops.ops import activation as act
+from bigops.ops.choice import Choice
+from bigops.ops.explain import explain
 from bigops.ops.fused_linear import fused_linear
 
 
@@ -68,6 +70,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return fused_linear(x, self.weight, self.bias, residual, self.activation)
+
+    def explain(self, x: Tensor) -> Choice:
+        """Which kernel serves the layer on x."""
+        return explain("fused_linear", x, self.weight, self.bias, activation=self.activation)
 
     def extra_repr(self) -> str:
         suffix = "" if self.activation == "none" else f", activation={self.activation}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bigops.nn.linear import check_size
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.linear_cross_entropy import linear_cross_entropy
-from bigops.ops.linear_cross_entropy.reference import check_options
+from bigops.ops.linear_cross_entropy.check import check_options
 
 
 class LinearCrossEntropy(nn.Linear):

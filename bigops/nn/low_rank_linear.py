@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from bigops.nn.linear import Linear, check_size
 from bigops.nn.truncated_svd import TruncatedSVD, truncated_svd
 from bigops.ops import activation as act
+from bigops.ops.choice import Choice
+from bigops.ops.explain import explain
 from bigops.ops.low_rank_linear import low_rank_linear
 
 Self = TypeVar("Self", bound="LowRankLinear")
@@ -133,6 +135,11 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return low_rank_linear(x, self.u, self.v, self.bias, residual, self.activation)
+
+    def explain(self, x: Tensor) -> Choice:
+        """Which kernel serves the layer on x."""
+        given = (x, self.u, self.v, self.bias)
+        return explain("low_rank_linear", *given, activation=self.activation)
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] that the factors stand for, in their dtype."""

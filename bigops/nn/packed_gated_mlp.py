@@ -11,6 +11,7 @@ from bigops.nn.compressed_linear import wants_gradient
 from bigops.nn.gated_mlp import GatedMLP, check_gated
 from bigops.nn.packed_linear import PackedLinear
 from bigops.ops import activation as act
+from bigops.ops.choice import Choice
 
 
 class PackedGatedMLP(nn.Module):
@@ -114,6 +115,10 @@ class PackedGatedMLP(nn.Module):
     def nbytes(self) -> int:
         """Bytes of the three projections."""
         return sum(layer.nbytes for layer in self._projections())
+
+    def explain(self, x: Tensor) -> Choice:
+        """Which kernel serves the down projection of the block on x."""
+        return self.down_proj.explain(x.new_empty((*x.shape[:-1], self.hidden_features)))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

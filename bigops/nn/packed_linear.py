@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from bigops.formats import checks
 from bigops.formats.packed import SERVED, PackedWeight
-from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source
+from bigops.nn.compressed_linear import STATES, CompressedLinear
 from bigops.nn.linear import Linear
-from bigops.ops.packed_linear import packed_linear
+from bigops.ops.choice import Choice
 
 Self = TypeVar("Self", bound="PackedBase")
 
@@ -30,23 +30,22 @@ class PackedBase(CompressedLinear):
     """
 
     storage_in_state = False
-    activations = "none"
+    _trained: dict[str, bool]  # requires_grad of each Parameter that is packed
 
-    def __init__(self, in_features: int, out_features: int, activation: str) -> None:
-        super().__init__(in_features, out_features, activation)
-        self.register_buffer("x_grid", None)
-        self._trained: dict[str, bool] = {}  # requires_grad of each Parameter that is packed
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._trained = {}
 
     @classmethod
     def from_arguments(cls: type[Self], arguments: dict[str, Any]) -> Self:
         """An empty layer on "meta" as `arguments()` describes it, to be loaded."""
         given = {k: v for k, v in arguments.items() if k not in STATES}
-        new = cls(**given, device="meta")  # type: ignore[call-arg]  # of the subclasses
+        new = cls(**given, device="meta")
         return new.freeze() if arguments["frozen"] else new
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         """Shape of each float matrix by name, in the order of `storage_names`."""
-        raise AssertionError("each packed layer knows its own matrices")
+        return {"weight": (self.out_features, self.in_features)}
 
     def _packs(self) -> Iterator[tuple[str, str, PackedWeight]]:
         """Name of the float matrix, name of its buffer, its pack."""
@@ -57,7 +56,7 @@ class PackedBase(CompressedLinear):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.frozen:
-            return self.run(x, self.storage(), residual)
+            return self.run(x, self._arguments(), residual)
         return self.run_trained(x, residual)  # thawed, it is the layer that it was
 
     # --- packing and unpacking --------------------------------------------------------------
@@ -105,6 +104,11 @@ class PackedBase(CompressedLinear):
     def unpacked(self) -> nn.Module:
         """The drop-in layer that this one stands for, beside it."""
         raise AssertionError("each packed layer has a drop-in of its own")
+
+    def explain(self, x: Tensor) -> Choice:
+        if not self.frozen:
+            return self.unpacked().explain(x)  # type: ignore[no-any-return, operator]
+        return super().explain(x)
 
     def _float(self, name: str) -> nn.Parameter:
         """A float Parameter: that of the layer where it is thawed, else a new one."""
@@ -192,7 +196,7 @@ def _packed_as(old: PackedWeight, name: str, value: Any, assign: bool) -> Tensor
 
 
 class PackedLinear(PackedBase):
-    """``act(x @ weight.T + bias) + residual``, the weight in the panels of `bigops.formats.PackedWeight.from_dense`.
+    """``act(x @ weight.T + bias) + residual``, the weight in panels (`PackedWeight`).
 
     For inference on the CPU. Two states:
 
@@ -215,8 +219,6 @@ class PackedLinear(PackedBase):
         ValueError: unknown activation, or a size below 0.
     """
 
-    storage_names = ("panels",)
-
     def __init__(
         self,
         in_features: int,
@@ -226,27 +228,15 @@ class PackedLinear(PackedBase):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, activation)
-        source = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self.weight, self.bias = source.weight, source.bias
+        sizes = (in_features, out_features, bias, activation, device, dtype)
+        super().__init__(PackedWeight, *sizes)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, activation: str | None = None) -> PackedLinear:
-        """A layer, not packed yet, that shares the Parameter objects of ``linear``.
-
-        Args:
-            linear: an `nn.Linear` or a compressed layer with a float weight.
-            activation: None: that of ``linear``.
-
-        Raises:
-            TypeError: ``linear`` is no `nn.Linear` and no compressed layer.
-            ValueError: ``linear`` is frozen.
-        """
-        source = check_source(linear)
-        name = source.activation if activation is None else activation
-        new = cls(source.in_features, source.out_features, False, name, device="meta")
-        new.weight, new.bias = source.weight, source.bias
-        return new.train(linear.training)
+    def from_linear(  # type: ignore[override]
+        cls, linear: nn.Module, activation: str | None = None
+    ) -> PackedLinear:
+        """`CompressedLinear.from_linear` in this format; the layer is not packed yet."""
+        return cls._beside(linear, activation)
 
     def unpacked(self) -> Linear:
         """A `bigops.nn.Linear` with the bias of this layer, and its weight, unpacked if need be."""
@@ -255,17 +245,5 @@ class PackedLinear(PackedBase):
         new.register_parameter("bias", self._parameters["bias"])
         return new.train(self.training)
 
-    def _shapes(self) -> dict[str, tuple[int, int]]:
-        return {"weight": (self.out_features, self.in_features)}
-
-    def make_storage(self) -> PackedWeight:
-        return PackedWeight.from_dense(self.weight)
-
-    def make_frozen(self, tensors: dict[str, Any]) -> PackedWeight:
-        return PackedWeight(tensors["panels"], self.out_features, self.in_features)
-
     def trained_weight(self) -> Tensor:
         return self.weight
-
-    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
-        return packed_linear(x, storage, self.bias, residual, self.activation)

@@ -9,20 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from bigops.formats import checks, quantize
-from bigops.formats.bitmap import BitmapWeight
+from bigops.formats.base import Format
 from bigops.formats.patterns import Pattern
-from bigops.formats.sparse import SparseWeight
-from bigops.formats.sparse24 import Sparse24Weight, check_blocks, uneven
-from bigops.formats.sparse_layout import CHUNKS, chunk_rows
-from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source, wants_gradient
-from bigops.nn.quant_linear import straight_through
-from bigops.nn.sparse_packs import Packed24, as_bitmap, compressed
+from bigops.formats.sparse import VALUES, SparseWeight
+from bigops.formats.sparse24 import check_blocks, uneven
+from bigops.formats.sparse_layout import chunk_rows
+from bigops.nn.compressed_linear import CompressedLinear, wants_gradient
+from bigops.ops.choice import Choice
+from bigops.ops.family import op_of
 from bigops.ops.fused_linear import fused_linear
-from bigops.ops.sparse_linear import bitmap, sparse24, sparse_linear
-from bigops.ops.sparse_linear import cuda as decode
-from bigops.ops.sparse_linear import sparse24_pack as packing
+from bigops.ops.sparse_linear import forms, sparse_linear
 
-VALUES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
 SPARSITY = 0.8  # where none is given and the pattern does not say it
 
 
@@ -74,7 +71,6 @@ class SparseLinear(CompressedLinear):
             or activations that the values do not take.
     """
 
-    storage_names = SparseWeight.TENSORS
     mask: Tensor
     values: Tensor  # once frozen
 
@@ -92,29 +88,23 @@ class SparseLinear(CompressedLinear):
         chunk: int | None = None,
         activations: str = "dynamic",
     ) -> None:
-        super().__init__(in_features, out_features, activation)
         self.pattern = Pattern.parse(pattern)
         sparsity = check_sparsity(sparsity, self.pattern)
-        self.stored = check_values(values)
-        self.activations = check_activations(activations, values)
-        self._gpu_form: SparseWeight | Sparse24Weight | BitmapWeight | None = None
+        sizes = (in_features, out_features, bias, activation, device, dtype)
+        super().__init__(SparseWeight, *sizes, values=values, chunk=chunk, activations=activations)
+        self.stored = values
+        self.chunk: int = self.form["chunk"] or chunk_rows(out_features)
+        self._gpu_form: Format | None = None
         self._inside: Tensor | None = None  # thawed: which values stand for an entry
-        self.chunk = chunk_rows(out_features) if chunk is None else chunk
-        if self.chunk not in CHUNKS:
-            raise ValueError(f"chunk: expected 64, 128 or 256; got {chunk}")
-        source = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self.weight, self.bias = source.weight, source.bias
         if self.weight.is_meta:
             shape = self.pattern.mask_shape(out_features, in_features)
             mask = torch.empty(shape, dtype=torch.bool, device="meta")
         else:
             mask = self.pattern.mask(self.weight, sparsity)
         self.register_buffer("mask", mask)
-        empty = torch.zeros(2, device=device) if activations == "static" else None
-        self.register_buffer("x_grid", empty)
 
     @classmethod
-    def from_linear(
+    def from_linear(  # type: ignore[override]
         cls,
         linear: nn.Module,
         sparsity: float | None = None,
@@ -138,20 +128,20 @@ class SparseLinear(CompressedLinear):
                 shape, NaN or inf in the weight, or a pattern whose blocks would bring back entries
                 that the pattern of ``linear`` dropped.
         """
-        source = check_source(linear)
-        name = source.activation if activation is None else activation
-        new = cls(
-            source.in_features, source.out_features, sparsity, pattern, values, False, name, "meta",
+        new = cls._beside(
+            linear,
+            activation,
+            sparsity=sparsity,
+            pattern=pattern,
+            values=values,
             activations=activations,
-        )  # fmt: skip
-        if new.x_grid is not None:
-            new.x_grid = torch.zeros(2, device=source.weight.device)
+        )
         if mask is None:
             sparsity = check_sparsity(sparsity, new.pattern)
             if isinstance(linear, SparseLinear):
                 mask = _narrowed(linear, new.pattern, sparsity)
             else:
-                mask = new.pattern.mask(source.weight, sparsity)
+                mask = new.pattern.mask(new.weight, sparsity)
         elif mask.dtype != torch.bool or mask.shape != new.mask.shape:
             raise ValueError(
                 f"mask: expected bool of shape {list(new.mask.shape)}; got {mask.dtype} of "
@@ -159,19 +149,18 @@ class SparseLinear(CompressedLinear):
             )
         if new.pattern.transposable and not uneven(mask):
             check_blocks(mask)
-        new.weight, new.bias = source.weight, source.bias
         new.mask = mask
-        return new.train(linear.training)
+        return new
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> SparseLinear:
         """An empty layer on "meta" as `arguments()` describes it, to be loaded."""
-        frozen, thawed = arguments["frozen"], arguments["thawed"]
-        new = cls(**{k: v for k, v in arguments.items() if k not in STATES}, device="meta")
-        if frozen:
-            shape = (new.out_features, new.in_features)
-            new.set_storage(SparseWeight.empty(*shape, VALUES[new.stored], new.chunk))
-        return new.thaw() if thawed else new
+        new = super().from_arguments(arguments)
+        return new.thaw() if arguments["thawed"] else new
+
+    def empty_storage(self) -> SparseWeight:
+        shape = (self.out_features, self.in_features)
+        return SparseWeight.empty(*shape, VALUES[self.stored], self.chunk)
 
     def make_storage(self) -> SparseWeight:
         if self.thawed:
@@ -185,13 +174,11 @@ class SparseLinear(CompressedLinear):
             self.weight, self.mask, VALUES[self.stored], block, self.chunk
         )
 
-    def make_frozen(self, tensors: dict[str, Any]) -> SparseWeight:
-        return SparseWeight(**tensors, n=self.out_features, k=self.in_features, chunk=self.chunk)
-
-    def check_storage(self, storage: Any) -> None:
-        if storage.values is not None and storage.values.dtype != VALUES[self.stored]:
+    def check_storage(self, storage: Format) -> None:
+        values = storage.tensors()["values"]
+        if values is not None and values.dtype != VALUES[self.stored]:
             raise TypeError(
-                f"values: expected dtype {self.stored} as the layer has; got {storage.values.dtype}"
+                f"values: expected dtype {self.stored} as the layer has; got {values.dtype}"
             )
         super().check_storage(storage)
 
@@ -206,90 +193,61 @@ class SparseLinear(CompressedLinear):
 
     def trained_weight(self) -> Tensor:
         weight = self.masked_weight()
-        if self.stored == "int8":
-            return straight_through(weight)
-        if self.stored == "bf16" and weight.dtype != torch.bfloat16:
-            rounded = weight.detach().to(torch.bfloat16).to(weight.dtype)
-            return rounded + (weight - weight.detach())
-        return weight
+        if self.stored == "fp32" or weight.dtype == VALUES[self.stored]:
+            return weight
+        return self._straight_through(weight)
 
     def run_trained(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if not self._trains_on_sparse_tensor_cores(x):
+        if not (
+            self.pattern.transposable
+            and self.stored == "bf16"
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+            and forms.trains_packed(x, self.weight)
+        ):
             return super().run_trained(x, residual)
-        values, meta, meta_t = Packed24.apply(self.weight, self.mask)
-        weight = Sparse24Weight(values, meta, None, None, meta_t, self.in_features)
+        weight = forms.packed(self.weight, self.mask)
         return sparse_linear(x, weight, self.bias, residual, self.activation)
 
-    def _trains_on_sparse_tensor_cores(self, x: Tensor) -> bool:
-        """Whether forward and backward run on a pack of the masked weight."""
-        if not (self.pattern.transposable and self.stored == "bf16" and x.is_floating_point()):
-            return False
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return False
-        kind, low = x.device.type, torch.bfloat16
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return (
-            dtype == low
-            and not uneven(self.weight)
-            and x.shape[-1:] == self.weight.shape[1:]  # else the other road says what is wrong
-            and sparse24.serves(low, self.in_features, x.device)
-            and packing.serves(self.weight, low)
-        )
-
-    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
-        if self._on_sparse_tensor_cores(x, storage, residual):
-            storage = self._gpu_form = self._gpu_form or compressed(storage) or storage
-        elif self._decodes_bitmaps(x, storage, residual):
-            storage = self._gpu_form = self._gpu_form or as_bitmap(storage) or storage
+    def run(self, x: Tensor, arguments: tuple[Any, ...], residual: Tensor | None) -> Tensor:
+        if x.is_cuda and (form := self._second_form(x, residual)) is not None:
+            return op_of(type(form))(
+                x, form.arguments, form.k, self.bias, residual, self.activation
+            )
         bias, low = self.bias, torch.bfloat16
         if self.x_grid is not None:
             if wants_gradient(x, bias, residual):
-                return self._static_with_gradient(x, storage, residual)
-            return sparse_linear(x, storage, bias, residual, self.activation, x_grid=self.x_grid)
-        served = storage.values.dtype != low or x.dtype == low
+                return self._static_with_gradient(x, self.storage(), residual)
+            weight = SparseWeight.of(self.in_features, *arguments)
+            return sparse_linear(x, weight, bias, residual, self.activation, x_grid=self.x_grid)
+        served = self.stored != "bf16" or x.dtype == low
         if served or torch.is_autocast_enabled(x.device.type):  # autocast casts by itself
-            return sparse_linear(x, storage, bias, residual, self.activation)
+            return super().run(x, arguments, residual)
         bias = None if bias is None else bias.to(low)
-        y = sparse_linear(x.to(low), storage, bias, None, self.activation).to(x.dtype)
+        y = self.op(x.to(low), arguments, self.in_features, bias, None, self.activation).to(x.dtype)
         if residual is None:
             return y
         checks.shape("residual", residual, list(y.shape))
         checks.like("residual", residual, x)
         return y + residual  # in x's dtype: a residual stream keeps its precision
 
-    def _on_sparse_tensor_cores(self, x: Tensor, storage: Any, residual: Tensor | None) -> bool:
-        """Whether a frozen 2:4 weight is packed for the sparse tensor cores of x's device.
+    def explain(self, x: Tensor) -> Choice:
+        bias = self.bias
+        if self.stored == "bf16":  # the layer casts x there and back
+            x, bias = x.to(torch.bfloat16), None if bias is None else bias.to(torch.bfloat16)
+        return self.op.explain(x, self.storage(), bias, activation=self.activation)
 
-        The few rows of a decode step stay with the kernel for them, which divides K among blocks.
-        """
-        return (
-            (self.pattern.n, self.pattern.m) == (2, 4)
-            and self.frozen
-            and not self.thawed
-            and self.stored != "fp32"
-            and self.x_grid is None
-            and x.shape[:-1].numel() > decode.MAX_ROWS
-            and not torch.compiler.is_compiling()
-            and not wants_gradient(x, self.bias, residual)
-            and sparse24.serves(storage.values.dtype, self.in_features, x.device)
-        )
-
-    def _decodes_bitmaps(self, x: Tensor, storage: Any, residual: Tensor | None) -> bool:
-        """Whether a frozen floating weight may be kept as a bitmap for a decode step on a GPU.
-
-        Of 2:4 the form that is kept is the one for sparse tensor cores.
-        """
-        return (
-            (self.pattern.n, self.pattern.m) != (2, 4)
-            and self.frozen
-            and not self.thawed
-            and self.x_grid is None
-            and x.dtype == storage.values.dtype
-            and not torch.is_autocast_enabled(x.device.type)
-            and not torch.compiler.is_compiling()
-            and not wants_gradient(x, self.bias, residual)
-            and bitmap.serves(x.shape[:-1].numel(), x.device)
-        )
+    def _second_form(self, x: Tensor, residual: Tensor | None) -> Format | None:
+        """The frozen weight in the form that the op wants for a call on x, made once."""
+        fits = self.frozen and not self.thawed and self.x_grid is None
+        if not fits or torch.compiler.is_compiling() or wants_gradient(x, self.bias, residual):
+            return None
+        pattern, stored = self.pattern, VALUES[self.stored]
+        form = forms.wanted(x, stored, (pattern.n, pattern.m) == (2, 4))
+        if form is None:
+            return None
+        self._gpu_form = self._gpu_form or forms.converted(self.storage(), form)
+        return self._gpu_form
 
     def _static_with_gradient(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
         """The numbers of the static kernel by a dense product, straight through its rounding."""
@@ -398,14 +356,14 @@ class SparseLinear(CompressedLinear):
         return float(self.mask.float().mean()) if self.mask.numel() else 1.0
 
     def arguments(self) -> dict[str, Any]:
-        static = {"activations": "static"} if self.activations == "static" else {}
+        given = super().arguments()
+        if self.activations == "dynamic":
+            del given["activations"]  # left out, older files and versions read each other
         return {
-            **super().arguments(),
+            **given,
             "pattern": str(self.pattern),
-            "values": self.stored,
             "chunk": self.chunk,
             "thawed": self.thawed,
-            **static,  # left out, older files and versions read each other
         }
 
     def extra_repr(self) -> str:
@@ -454,19 +412,3 @@ def check_sparsity(sparsity: float | None, pattern: Pattern) -> float:
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity: expected 0 <= sparsity < 1; got {sparsity}")
     return sparsity
-
-
-def check_values(values: str) -> str:
-    """Raise ValueError unless ``values`` names a dtype that can be stored."""
-    if not isinstance(values, str) or values not in VALUES:
-        raise ValueError(f"values: expected {', '.join(VALUES)}; got {values!r}")
-    return values
-
-
-def check_activations(activations: str, values: str) -> str:
-    """Raise ValueError unless the product can do this with x."""
-    if activations not in ("dynamic", "static"):
-        raise ValueError(f"activations: expected dynamic or static; got {activations!r}")
-    if activations == "static" and values != "int8":
-        raise ValueError(f"activations: expected 'dynamic' with values {values!r}; got 'static'")
-    return activations

@@ -42,7 +42,8 @@ def define(schema: str, reference: Callable[..., Any] | None = None) -> torch._o
 
 def arguments(op: torch._ops.OpOverload) -> Any:
     """A class of named tuples of the arguments of ``op``, by the names in its schema."""
-    return namedtuple(_local(op), [a.name for a in op._schema.arguments])  # type: ignore[misc]
+    name = op._schema.name.removeprefix("bigops::")
+    return namedtuple(name, [a.name for a in op._schema.arguments])  # type: ignore[misc]
 
 
 def _local(op: torch._ops.OpOverload) -> str:

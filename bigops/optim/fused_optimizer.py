@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
@@ -24,6 +24,16 @@ _LARGEST = torch.finfo(torch.float32).max
 _ZERO = {True: 127, False: 0}  # code of 0 in the signed and the unsigned map
 
 
+class Shared(TypedDict, total=False):
+    """Options of every optimiser here; `AdamW` says what they mean."""
+
+    maximize: bool
+    eight_bit: bool
+    stochastic_rounding: bool
+    master_weights: bool
+    seed: int
+
+
 class FusedOptimizer(Optimizer):
     """Base of the optimisers here; a subclass gives its options and its kernel call."""
 
@@ -32,14 +42,38 @@ class FusedOptimizer(Optimizer):
     # What a saved state has all of, if any.
     _WHOLE: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        maximize: bool = False,
+        eight_bit: bool = False,
+        stochastic_rounding: bool = True,
+        master_weights: bool = False,
+        seed: int = 0,
+    ) -> None:
+        defaults |= {
+            "maximize": maximize,
+            "eight_bit": eight_bit,
+            "stochastic_rounding": stochastic_rounding,
+            "master_weights": master_weights,
+            "seed": seed,
+            "rounding_step": 0,
+        }
         self._check_options(defaults)
         super().__init__(params, defaults)
 
     # --- what the subclasses give ------------------------------------------------------------
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        raise AssertionError("each optimiser checks its own options")
+        """Raise ValueError for an option out of range; the subclasses go on with their own."""
+        lr, seed = group["lr"], group["seed"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"lr: expected one element; got shape {list(lr.shape)}")
+        check_number("lr", float(lr), 0)
+        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed: expected an integer of 64 bits; got {seed!r}")
 
     def _update(self, group: dict[str, Any], batch: Batch, grad_factor: float) -> None:
         raise AssertionError("each optimiser calls its own kernel")
@@ -315,9 +349,8 @@ class Batch:
             p.dtype == torch.bfloat16 for p in self.params
         )
         streams = [stream for stream, _ in items] if rounds else []
-        self.rounding: tuple[list[int], int, int] = (
-            streams, group["seed"], group["rounding_step"],
-        )  # fmt: skip
+        rounding = streams, group["seed"], group["rounding_step"]
+        self.rounding: tuple[list[int], int, int] = rounding
 
     def lists(self, name: str) -> tuple[list[Tensor], list[Tensor]]:
         """The states of a name and their scales ([] where none is in 8 bits)."""
@@ -337,6 +370,13 @@ class Batch:
         streams, seed, step = self.rounding
         part.rounding = (list(itertools.compress(streams, chosen)), seed, step)
         return part
+
+
+def check_number(name: str, value: float, low: float, below: float = math.inf) -> None:
+    """Raise ValueError unless ``low <= value < below``."""
+    if not low <= value < below:
+        limit = "" if below == math.inf else f" and below {below:g}"
+        raise ValueError(f"{name}: expected at least {low:g}{limit}; got {value}")
 
 
 def _check_fits(name: str, held: Tensor, param: Tensor, dtype_fits: bool) -> None:

@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from bigops.ops.fused_adamw import step_adamw, step_sgd
-from bigops.optim.fused_optimizer import Batch, FusedOptimizer
+from bigops.optim.fused_optimizer import Batch, FusedOptimizer, Shared, check_number
 
-
-def _check_lr(lr: Any) -> None:
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr: expected one element; got shape {list(lr.shape)}")
-    _check_number("lr", float(lr), 0)
-
-
-def _check_number(name: str, value: float, low: float, below: float = math.inf) -> None:
-    if not low <= value < below:
-        limit = "" if below == math.inf else f" and below {below:g}"
-        raise ValueError(f"{name}: expected at least {low:g}{limit}; got {value}")
-
-
-def _check_seed(seed: Any) -> None:
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected an integer of 64 bits; got {seed!r}")
-
-
-def _common(maximize: bool, eight_bit: bool, stochastic: bool, masters: bool, seed: int) -> dict:
-    return {
-        "maximize": maximize,
-        "eight_bit": eight_bit,
-        "stochastic_rounding": stochastic,
-        "master_weights": masters,
-        "seed": seed,
-        "rounding_step": 0,
-    }
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class AdamW(FusedOptimizer):
@@ -86,12 +60,7 @@ class AdamW(FusedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        eight_bit: bool = False,
-        stochastic_rounding: bool = True,
-        master_weights: bool = False,
-        seed: int = 0,
+        **shared: Unpack[Shared],
     ) -> None:
         own = {
             "lr": lr,
@@ -100,16 +69,14 @@ class AdamW(FusedOptimizer):
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
         }
-        rest = _common(maximize, eight_bit, stochastic_rounding, master_weights, seed)
-        super().__init__(params, {**own, **rest})
+        super().__init__(params, own, **shared)
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        _check_lr(group["lr"])
-        _check_seed(group["seed"])
+        super()._check_options(group)
         for i, beta in enumerate(group["betas"]):
-            _check_number(f"betas[{i}]", float(beta), 0, 1)
-        _check_number("eps", group["eps"], 0)
-        _check_number("weight_decay", group["weight_decay"], 0)
+            check_number(f"betas[{i}]", float(beta), 0, 1)
+        check_number("eps", group["eps"], 0)
+        check_number("weight_decay", group["weight_decay"], 0)
         if group["amsgrad"]:
             raise ValueError("amsgrad: expected False, torch.optim.AdamW has it; got True")
         if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0:
@@ -124,11 +91,22 @@ class AdamW(FusedOptimizer):
         first, first_scales = batch.lists("exp_avg")
         second, second_scales = batch.lists("exp_avg_sq")
         step_adamw(  # the states are ours: the kernel's own checks do
-            batch.params, batch.grads, first, second, [s["step"] for s in batch.states],
-            first_scales, second_scales, batch.copies, float(group["lr"]),
-            float(group["betas"][0]), float(group["betas"][1]), float(group["eps"]),
-            float(group["weight_decay"]), group["maximize"], grad_factor, *batch.rounding,
-        )  # fmt: skip
+            batch.params,
+            batch.grads,
+            first,
+            second,
+            [s["step"] for s in batch.states],
+            first_scales,
+            second_scales,
+            batch.copies,
+            float(group["lr"]),
+            *map(float, group["betas"]),
+            float(group["eps"]),
+            float(group["weight_decay"]),
+            group["maximize"],
+            grad_factor,
+            *batch.rounding,
+        )
 
 
 class SGD(FusedOptimizer):
@@ -157,12 +135,7 @@ class SGD(FusedOptimizer):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        eight_bit: bool = False,
-        stochastic_rounding: bool = True,
-        master_weights: bool = False,
-        seed: int = 0,
+        **shared: Unpack[Shared],
     ) -> None:
         own = {
             "lr": lr,
@@ -171,14 +144,12 @@ class SGD(FusedOptimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
         }
-        rest = _common(maximize, eight_bit, stochastic_rounding, master_weights, seed)
-        super().__init__(params, {**own, **rest})
+        super().__init__(params, own, **shared)
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        _check_lr(group["lr"])
-        _check_seed(group["seed"])
-        _check_number("momentum", group["momentum"], 0)
-        _check_number("weight_decay", group["weight_decay"], 0)
+        super()._check_options(group)
+        check_number("momentum", group["momentum"], 0)
+        check_number("weight_decay", group["weight_decay"], 0)
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
             raise ValueError(
                 "nesterov: expected a momentum above 0 and no dampening; got momentum "
@@ -206,10 +177,20 @@ class SGD(FusedOptimizer):
                 if group["momentum"] != 0:
                     buffers, scales = part.lists("momentum_buffer")
                 step_sgd(
-                    part.params, part.grads, buffers, scales, part.copies, float(group["lr"]),
-                    float(group["momentum"]), float(group["dampening"]),
-                    float(group["weight_decay"]), group["nesterov"], first_step,
-                    group["maximize"], grad_factor, *part.rounding,
-                )  # fmt: skip
+                    part.params,
+                    part.grads,
+                    buffers,
+                    scales,
+                    part.copies,
+                    float(group["lr"]),
+                    float(group["momentum"]),
+                    float(group["dampening"]),
+                    float(group["weight_decay"]),
+                    group["nesterov"],
+                    first_step,
+                    group["maximize"],
+                    grad_factor,
+                    *part.rounding,
+                )
         for state in batch.states:
             state.pop("fresh", None)

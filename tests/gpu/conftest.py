@@ -118,11 +118,11 @@ def place(
         road = in_words(kernel, attrgetter(name)(sys.modules[f"bigops.ops.{stem}"]))
         library.impl(kernel.name().removeprefix("bigops::"), road, "CPU", allow_override=True)
     adamw = sys.modules["bigops.ops.fused_adamw"]
-    loss = sys.modules["bigops.ops.linear_cross_entropy"]
+    loss = sys.modules["bigops.ops.linear_cross_entropy.schema"]
     monkeypatch.setattr(adamw, "step_adamw", adamw.choose.adamw)
     monkeypatch.setattr(adamw, "step_sgd", adamw.choose.sgd)
     monkeypatch.setattr(adamw, "norm_op", adamw.choose.norm)
-    monkeypatch.setattr(loss, "_chunk", _triton_loss.serve_chunk)
+    monkeypatch.setattr(loss, "chunk_op", _triton_loss.serve_chunk)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -37,6 +37,21 @@ def fields_of(schema: str) -> tuple[str, ...]:
     return tuple(part.split()[-1] for part in schema.split(","))
 
 
+_SERVING: dict[type[Format], LinearOp] = {}
+
+
+def op_of(form: type[Format]) -> LinearOp:
+    """The op whose weight is in a format.
+
+    Raises:
+        TypeError: no op takes it.
+    """
+    try:
+        return _SERVING[form]
+    except KeyError:
+        raise TypeError(f"format: expected one that an op takes; got {form.__name__}") from None
+
+
 class LinearOp:
     """Defines an op, and its backward op, in the library and applies it.
 
@@ -61,6 +76,7 @@ class LinearOp:
         self.name, self.form, self.product = name, form, product
         self.choose = choose or (lambda call, target: reference(name, "it has no kernels"))
         self.twin: GridOp | None = None
+        _SERVING[form] = self
         self.fields = fields_of(form.SCHEMA)
         self.arguments = ("x", *self.fields, "bias", "residual", "activation")
         self.forward = define(

@@ -1,81 +1,13 @@
-"""Parts of `linear_cross_entropy`: checks, reductions, the pass over logits in plain torch."""
+"""`linear_cross_entropy` in plain torch: as a whole, and its pass over a chunk of logits."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, NoReturn
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bigops import backend
-from bigops.formats import checks
-
-REDUCTIONS = ("mean", "sum", "none")
-
-
-def check_options(
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-) -> None:
-    """Raise ValueError or TypeError for a number or a name that the op does not take."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int | torch.SymInt):
-        raise TypeError(f"ignore_index: expected an int; got {type(ignore_index).__name__}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: expected 0 to 1; got {label_smoothing}")
-    if not (0 <= z_loss < math.inf):
-        raise ValueError(f"z_loss: expected a finite number of at least 0; got {z_loss}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap: expected a positive finite number or None; got {softcap}")
-
-
-def check(
-    x: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> None:
-    """Raise ValueError or TypeError naming the argument, what was expected and what came."""
-    check_options(reduction, ignore_index, label_smoothing, z_loss, softcap or None)
-    checks.floating("x", x)
-    checks.matrix("weight", weight)
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x: expected shape [.., {weight.shape[1]}] for a weight of "
-            f"{list(weight.shape)}; got {list(x.shape)}"
-        )
-    checks.like("weight", weight, x)
-    checks.dtype("target", target, torch.int64)
-    checks.shape("target", target, x.shape[:-1])
-    checks.device("target", target, x)
-    if bias is not None:
-        checks.shape("bias", bias, [weight.shape[0]])
-        checks.like("bias", bias, x)
-    if class_weight is not None:
-        checks.shape("class_weight", class_weight, [weight.shape[0]])
-        checks.floating("class_weight", class_weight)
-        checks.device("class_weight", class_weight, x)
-
-
-def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise ValueError for a target that is neither a class nor ``ignore_index``."""
-    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if bool(bad.any()):
-        raise ValueError(
-            f"target: expected classes 0 to {classes - 1} or ignore_index {ignore_index}; "
-            f"got {int(target[bad][0])}"
-        )
+from bigops.ops.library import rows
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:
@@ -116,6 +48,42 @@ def reduced(
         return total(losses).to(losses.dtype)
     own = own_weight(target, class_weight, ignore_index, losses.dtype)
     return (total(losses) / total(own)).to(losses.dtype)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    class_weight: Tensor | None = None,
+) -> Tensor:
+    """The meaning of `linear_cross_entropy` in plain torch; differentiable, holds all logits."""
+    logits = F.linear(x, weight, bias)
+    logits = rows(logits.to(accumulation(x.dtype)))
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    y = target.reshape(-1)
+    if class_weight is not None:
+        class_weight = class_weight.to(logits.dtype)
+    losses = F.cross_entropy(
+        logits,
+        y,
+        class_weight,
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    if z_loss:
+        own = own_weight(y, class_weight, ignore_index, logits.dtype)
+        kept = torch.where(y != ignore_index, logits.logsumexp(1), 0)
+        losses = losses + z_loss * own * kept**2
+    return reduced(losses.view(target.shape), target, class_weight, reduction, ignore_index)
 
 
 def serve_chunk(  # type: ignore[no-untyped-def]
@@ -166,27 +134,3 @@ def serve_chunk(  # type: ignore[no-untyped-def]
             grads = grads * scale.unsqueeze(1)
         logits.copy_(torch.where(kept.unsqueeze(1), grads, zero))
     return losses
-
-
-def no_double_backward(*_: Any) -> NoReturn:
-    raise RuntimeError(
-        "linear_cross_entropy: double backward is not implemented; "
-        "bigops.ops.linear_cross_entropy.reference has gradients of every order"
-    )
-
-
-class _Tied(torch.autograd.Function):
-    """Ties a gradient to what it was made of, so that differentiating it raises: it would count
-    as a constant otherwise."""
-
-    @staticmethod
-    def forward(ctx, grad, *sources):  # type: ignore[no-untyped-def]
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        no_double_backward()
-
-
-def tied(grads: tuple[Any, ...], *sources: Tensor | None) -> tuple[Any, ...]:
-    return tuple(g if g is None else _Tied.apply(g, *sources) for g in grads)

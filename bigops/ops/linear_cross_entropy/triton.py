@@ -11,8 +11,7 @@ from bigops import backend
 from bigops.formats import checks
 from bigops.ops import targets
 from bigops.ops.choice import Choice
-from bigops.ops.linear_cross_entropy import reference as _cross_entropy
-from bigops.ops.targets import present
+from bigops.ops.linear_cross_entropy.reference import serve_chunk as reference
 
 
 def why_not(dtype: torch.dtype, target: targets.Target) -> str:
@@ -20,21 +19,20 @@ def why_not(dtype: torch.dtype, target: targets.Target) -> str:
     return targets.why_not(dtype, target, "fused_linear")
 
 
-def chunk(logits: Tensor, *rest: Any) -> Tensor:
-    """`kernels/linear_cross_entropy.py` on a chunk: losses [M]; logits become their gradient."""
+def serve_chunk(logits: Tensor, *args: Any) -> Tensor:
+    """The pass over a chunk on a GPU: losses [M]; logits become their gradient.
+
+    Plain torch serves where the kernel does not.
+    """
+    if why_not(logits.dtype, logits.device):
+        return reference(logits, *args)  # type: ignore[no-any-return]
     from bigops.kernels import linear_cross_entropy as kernels
 
-    losses = kernels.chunk(logits, *rest)
-    form = "gradient" if rest[-1] else "loss"
+    losses = kernels.chunk(logits, *args)
+    *_, gradient = args
+    form = "gradient" if gradient else "loss"
     backend.note(f"triton.linear_cross_entropy.{checks.short(logits.dtype)}.{form}")
     return losses
-
-
-def serve_chunk(logits: Tensor, *rest: Any) -> Tensor:
-    """The pass over a chunk on a GPU: the kernel, or plain torch where it does not serve."""
-    if why_not(logits.dtype, logits.device):
-        return _cross_entropy.serve_chunk(logits, *rest)  # type: ignore[no-any-return]
-    return chunk(logits, *rest)
 
 
 def explain_chunk(target: str, dtype: torch.dtype, classes: int, config: dict[str, Any]) -> Choice:
@@ -42,7 +40,7 @@ def explain_chunk(target: str, dtype: torch.dtype, classes: int, config: dict[st
     from bigops.kernels import linear_cross_entropy as kernels
 
     op = "linear_cross_entropy"
-    block, warps = kernels.block_size(present(target), classes)
+    block, warps = kernels.block_size(targets.present(target), classes)
     name = f"triton.{op}.{checks.short(dtype)}.gradient"
     reason = f"own pass over chunks of {config['chunk']} tokens, one program a token"
     return Choice.of(op, name, reason, {**config, "block": block, "num_warps": warps})

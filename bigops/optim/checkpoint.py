@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.serialization import config
 
 from bigops.files import FormatError, replacing
+from bigops.optim.saved_states import restorer
 
 _FORMAT = "bigops.checkpoint.1"
 
@@ -210,7 +211,7 @@ def _undo(part: Any) -> Callable[[], None]:
     if isinstance(part, nn.Module):
         return _undo_module(part)
     if isinstance(part, Optimizer):  # they take new states and groups, and write into no old one
-        return _undo_attributes(part)
+        return _undo_optimizer(part)
     own = getattr(part, "__dict__", {})  # not of a class with __slots__
     state, kept = copy.deepcopy(part.state_dict()), dict(own)
 
@@ -222,23 +223,13 @@ def _undo(part: Any) -> Callable[[], None]:
     return undo
 
 
-def _undo_attributes(part: Any) -> Callable[[], None]:
-    kept = dict(vars(part))
-    groups = [dict(group) for group in part.param_groups]
-    states = dict(part.state)
-    inner = [(of, dict(of)) for of in states.values()]
+def _undo_optimizer(optimizer: Optimizer) -> Callable[[], None]:
+    kept, restore = dict(vars(optimizer)), restorer(optimizer)
 
     def undo() -> None:
-        vars(part).clear()
-        vars(part).update(kept)
-        for group, old in zip(part.param_groups, groups, strict=True):
-            group.clear()
-            group.update(old)
-        part.state.clear()
-        part.state.update(states)
-        for of, old in inner:
-            of.clear()
-            of.update(old)
+        vars(optimizer).clear()
+        vars(optimizer).update(kept)
+        restore()
 
     return undo
 
