@@ -162,8 +162,7 @@ class BitmapWeight(Format):
     def validate(self) -> None:
         if self.n < 0 or self.k < 0:
             raise ValueError(f"n, k: expected at least 0; got {self.n}, {self.k}")
-        self.check()
-        self.check_structure()
+        super().validate()
 
 
 def _tiled(t: Tensor) -> Tensor:
