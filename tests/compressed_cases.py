@@ -11,7 +11,6 @@ after x, and their truth is the dense gradient of W at the stored positions.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +26,7 @@ from bigops.formats.patterns import Pattern
 from bigops.formats.quantize import quantize_rows, static_grid
 from bigops.formats.quantized import QuantizedWeight
 from bigops.formats.sparse import SparseWeight
-from bigops.ops.family import LinearOp
+from bigops.ops.family import LinearOp, op_of
 from bigops.ops.fp8_linear import fp8_linear
 from bigops.ops.packed_linear import packed_linear
 from bigops.ops.quantized_linear import quantized_linear
@@ -147,8 +146,7 @@ class Case:
     @property
     def linear_op(self) -> LinearOp:
         """What makes the op: its reference, its gradients, its raw overloads."""
-        found: LinearOp = importlib.import_module(f"bigops.ops.{self.op}").op
-        return found
+        return op_of(type(self.weight))
 
     @property
     def op(self) -> str:

@@ -319,9 +319,10 @@ def test_conversions_refuse(call: Any, kind: type[Exception], message: str) -> N
         ({"sums": torch.zeros(6)}, TypeError, "sums: expected dtype int32"),
         ({"values": None}, TypeError, "values: expected a torch.Tensor; got None"),
         ({"ptr": 3}, TypeError, "ptr: expected a torch.Tensor; got int"),
-        ({"shape": (-1, 8)}, ValueError, "shape: expected two sizes of at least 0"),
-        ({"shape": (6, 5)}, ValueError, "index: expected words inside the 5 columns"),
-        ({"shape": (70, 12)}, ValueError, r"rows: expected shape \[8, 4\]"),
+        ({"n": -1}, ValueError, "n, k: expected at least 0; got -1, "),
+        ({"k": -1}, ValueError, "n, k: expected at least 0; got 6, -1"),
+        ({"k": 5}, ValueError, "index: expected words inside the 5 columns"),
+        ({"n": 70}, ValueError, r"rows: expected shape \[8, 4\]"),
         ({"chunk": 32}, ValueError, "chunk: expected 64, 128 or 256; got 32"),
     ],
 )
