@@ -249,7 +249,7 @@ class LinearOp:
                 return self.forward(*coded)
             with torch._C._AutoDispatchBelowAutograd():
                 return self.forward(*coded)
-        except (RuntimeError, AttributeError, TypeError, KeyError):
+        except (RuntimeError, AttributeError, TypeError, KeyError, IndexError):
             # The kernel checks its arguments; only a refused call pays for naming what is wrong.
             act.check_name(activation, gated=False)
             if not torch.compiler.is_compiling():
