@@ -205,7 +205,9 @@ class GridOp:
         """Run the op; ``arguments`` and ``k`` of the weight, ``grids`` as the schema has them."""
         try:
             device_type = x.device.type
-            if torch.is_autocast_enabled(device_type):  # storage keeps its own dtypes
+            if device_type != "meta" and torch.is_autocast_enabled(
+                device_type
+            ):  # storage keeps its own dtypes
                 x, bias, residual = autocast(device_type, x, bias, residual)  # type: ignore[assignment]
             if x.shape[-1] != k:
                 raise TypeError  # it is named below

@@ -234,7 +234,9 @@ class LinearOp:
             if self._reads_k and x.shape[-1] != k:
                 raise TypeError  # it is named below
             device_type = x.device.type
-            if torch.is_autocast_enabled(device_type):  # storage keeps its own dtypes
+            if device_type != "meta" and torch.is_autocast_enabled(
+                device_type
+            ):  # storage keeps its own dtypes
                 x, bias, residual = autocast(device_type, x, bias, residual)  # type: ignore[assignment]
             if torch.compiler.is_compiling():
                 return self.gradients.traced(x, *arguments, bias, residual, activation)

@@ -462,7 +462,7 @@ def low_rank_linear(
         return factors.product(x, u, v, bias, residual, activation)  # type: ignore[arg-type]
     try:
         device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
             x, u, v, bias, residual, base = autocast(  # type: ignore[assignment]
                 device_type, x, u, v, bias, residual, base
             )
