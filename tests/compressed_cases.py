@@ -26,7 +26,7 @@ from bigops.formats.patterns import Pattern
 from bigops.formats.quantize import quantize_rows, static_grid
 from bigops.formats.quantized import QuantizedWeight
 from bigops.formats.sparse import SparseWeight
-from bigops.ops.family import LinearOp, op_of
+from bigops.ops.family import Call, LinearOp, op_of
 from bigops.ops.fp8_linear import fp8_linear
 from bigops.ops.packed_linear import packed_linear
 from bigops.ops.quantized_linear import quantized_linear
@@ -147,6 +147,11 @@ class Case:
     def linear_op(self) -> LinearOp:
         """What makes the op: its reference, its gradients, its raw overloads."""
         return op_of(type(self.weight))
+
+    @property
+    def call(self) -> Call:
+        """The call as kernels and references take it."""
+        return Call(self.x, self.weight, self.bias, self.residual, self.name)
 
     @property
     def op(self) -> str:

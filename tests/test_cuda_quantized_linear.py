@@ -20,7 +20,6 @@ import bigops
 from bigops.backend import machine
 from bigops.formats.quantized import QuantizedWeight, pack
 from bigops.ops import activation as act
-from bigops.ops.family import Call
 from bigops.ops.quantized_linear import cuda as road
 from tests import hostrun
 from tests.compressed_cases import DTYPES, QUANTISED, Case, make
@@ -245,7 +244,7 @@ def test_without_the_library_triton_serves() -> None:
     case = make("w4", 4, 48, 256, "bf16")
     said = bigops.explain("quantized_linear", case.x, case.weight, device="sm_90")
     assert said.kernel.startswith("triton.")
-    assert not road.serves(Call(case.x, case.weight), case.weight, torch.device("cuda"))
+    assert not road.serves(case.call, case.weight, torch.device("cuda"))
 
 
 def test_splits_fill_a_device_and_leave_each_block_a_pipeline() -> None:

@@ -16,7 +16,6 @@ from bigops.backend import machine
 from bigops.formats.sparse import SparseWeight
 from bigops.formats.sparse_layout import sizes
 from bigops.ops import activation as act
-from bigops.ops.family import Call
 from bigops.ops.sparse_linear import cuda as road
 from tests import hostrun
 from tests.compressed_cases import DTYPES, SPARSE, Case, make, served
@@ -64,7 +63,7 @@ def run(form: str, dtype: str, lead: int | list[int], n: int, k: int, name: str 
         triton_interpreter.install()
     case = make(form, lead, n, k, dtype, name, **more)
     with expect(f"cuda.sparse_linear.{dtype}.{SPARSE[form]}"):
-        y = road.forward(Call(case.x, case.weight, case.bias, case.residual, name))
+        y = road.forward(case.call)
     case.check_forward(y)
 
 

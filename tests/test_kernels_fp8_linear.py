@@ -21,7 +21,6 @@ from bigops.kernels.common.tiles import TileConfig
 from bigops.kernels.fp8_linear import forward as kernels
 from bigops.kernels.fp8_linear import tiles as fp8_tiles
 from bigops.ops import activation as act
-from bigops.ops.family import Call
 from bigops.ops.fp8_linear import triton as road
 from tests import triton_interpreter
 from tests.compressed_cases import DTYPES, FP8, Case, make
@@ -64,7 +63,7 @@ def run(form: str, dtype: str, lead: int | list[int], n: int, k: int, name: str 
     """One case by the road that a GPU takes: values by the rule, the kernel by its name."""
     case = make(form, lead, n, k, dtype, name, **more)
     with guarded(), expect(kernel_of(form, dtype)):
-        y = road.forward(Call(case.x, case.weight, case.bias, case.residual, name))
+        y = road.forward(case.call)
     case.check_forward(y)
 
 

@@ -72,11 +72,10 @@ def test_tiles_of_other_sizes(tile: tuple[int, ...], form: str) -> None:
 
 def test_what_is_not_needed_is_empty_and_its_own() -> None:
     case = make("w4_zero", 5, 20, 33)
-    back = (case.grad, case.x, *case.storage, case.bias, "none")
-    gx, gb = road.backward(*back, False, True)
+    gx, gb = road.backward(case.grad, case.call, False, True)
     assert gx.shape == (0,)
     case.check_gradients([case.truth(torch.float32)[1][0], gb, case.grad])
-    gx, gb = road.backward(*back, False, False)
+    gx, gb = road.backward(case.grad, case.call, False, False)
     assert gx.shape == gb.shape == (0,)
     assert gx is not gb
 
@@ -84,7 +83,7 @@ def test_what_is_not_needed_is_empty_and_its_own() -> None:
 def test_empty_sizes() -> None:
     for m, n, k in ((0, 5, 7), (3, 0, 7), (3, 5, 0)):
         case = make("int8", m, n, k, residual=False)
-        gx, gb = road.backward(case.grad, case.x, *case.storage, case.bias, "none", True, True)
+        gx, gb = road.backward(case.grad, case.call, True, True)
         assert gx.shape == (m, k)
         assert not gx.any()
         assert gb.shape == (n,)

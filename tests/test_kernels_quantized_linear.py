@@ -24,6 +24,7 @@ from bigops.kernels.common.tiles import TileConfig
 from bigops.kernels.quantized_linear import forward as kernels
 from bigops.kernels.quantized_linear import tiles as quantized_tiles
 from bigops.ops import activation as act
+from bigops.ops.family import Call
 from bigops.ops.quantized_linear import triton as road
 from tests import triton_interpreter
 from tests.compressed_cases import DTYPES, QUANTISED, Case, make
@@ -270,8 +271,12 @@ def test_explain_says_what_no_gpu_kernel_serves() -> None:
         assert said.kernel == "reference.quantized_linear_grid"
         assert why in said.reason
     assert road.MAX_K == kernels.MAX_K
-    assert "131072 columns" in road.why_not(torch.float32, 1 << 17, "dynamic", "sm_90")
-    assert road.serves(torch.float32, 1 << 17, "none", "sm_90")
+    wide = torch.empty(4, 1 << 17, device="meta")
+    for activations, why in (("dynamic", "131072 columns"), ("none", "")):
+        weight = QuantizedWeight.empty(6, 1 << 17, activations=activations)
+        said = road.why_not(Call(wide, weight), weight, "sm_90")
+        assert why in said
+        assert bool(why) == bool(said)
     with pytest.raises(ValueError, match="x: expected shape"):
         bigops.explain("quantized_linear", case.x[:, 1:], case.weight, device="sm_90")
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from bigops.formats.quantize import quantize_rows, static_grid
 from bigops.formats.quantized import QuantizedWeight, pack
 from bigops.ops.codes import code_of
-from bigops.ops.family import Call
 from bigops.ops.library import encoder
 from bigops.ops.quantized_linear import op, quantized_linear
 from tests.backends import CPU, HOSTRUN, REFERENCE, TRITON, Way, covering
@@ -461,7 +460,7 @@ def test_a_stand_in_is_seen() -> None:
 
     def stand_in() -> None:
         with expect(".quantized_linear.f32.w8a8"):
-            op.serve(Call(case.x, case.weight))
+            op.serve(case.call)
 
     with pytest.raises(AssertionError, match="no '.quantized_linear.f32.w8a8' among"):
         stand_in()

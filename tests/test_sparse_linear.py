@@ -18,7 +18,6 @@ from torch import Tensor
 import bigops
 from bigops.formats.patterns import block_mask
 from bigops.formats.sparse import SparseWeight
-from bigops.ops.family import Call
 from bigops.ops.sparse_linear import op, sparse_linear
 from tests.backends import HOSTRUN, REFERENCE, TRITON, Way, covering
 from tests.compressed_cases import (
@@ -451,7 +450,7 @@ def test_a_stand_in_is_seen() -> None:
 
     def stand_in() -> None:
         with expect(".sparse_linear.f32.s8_rows"):
-            op.serve(Call(case.x, case.weight))
+            op.serve(case.call)
 
     with pytest.raises(AssertionError, match=r"no '.sparse_linear.f32.s8_rows' among"):
         stand_in()

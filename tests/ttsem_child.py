@@ -32,7 +32,6 @@ from bigops.kernels import fused_linear as linear_kernels
 from bigops.kernels.common.activation import NAMES
 from bigops.kernels.common.tiles import TileConfig
 from bigops.kernels.quantized_linear import forward as quantized_kernels
-from bigops.ops.family import Call
 from bigops.ops.fp8_linear import triton as fp8_road
 from bigops.ops.fused_adamw import reference_norm, reference_sgd
 from bigops.ops.fused_linear import triton as linear_road
@@ -79,29 +78,25 @@ def low_rank(dtype: torch.dtype, base: bool, rank: int = 9) -> None:
     case.check_gradients([gx, gu, gv, gb, case.grad, gbase if base else None])
 
 
-def _call(case: compressed_cases.Case) -> Call:
-    return Call(case.x, case.weight, case.bias, case.residual, case.name)
-
-
 def quantized(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    case.check_forward(quantized_road.forward(_call(case)))
+    case.check_forward(quantized_road.forward(case.call))
 
 
 def fp8(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    case.check_forward(fp8_road.forward(_call(case)))
+    case.check_forward(fp8_road.forward(case.call))
 
 
 def fp8_backward(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    grads = fp8_road.backward(case.grad, _call(case), True, True)
+    grads = fp8_road.backward(case.grad, case.call, True, True)
     case.check_gradients([*grads, case.grad], stored=True)
 
 
 def quantized_backward(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    grads = quantized_road.backward(case.grad, _call(case), True, True)
+    grads = quantized_road.backward(case.grad, case.call, True, True)
     case.check_gradients([*grads, case.grad], stored=True)
 
 
@@ -117,10 +112,10 @@ def rows_as_integers(activations: str) -> None:
 
 def sparse(form: str, pattern: str, dtype: str, m: int = 35) -> None:
     case = compressed_cases.make(form, m, 48, 70, dtype, "gelu", pattern=pattern, values=True)
-    blocks, why = sparse_road.blocks_of(_call(case), "interpreter")
+    blocks, why = sparse_road.blocks_of(case.call, "interpreter")
     assert blocks is not None, why
-    case.check_forward(sparse_road.forward(_call(case), blocks))
-    grads = sparse_road.backward(case.grad, _call(case), blocks, True, True, True)
+    case.check_forward(sparse_road.forward(case.call, blocks))
+    grads = sparse_road.backward(case.grad, case.call, blocks, True, True, True)
     case.check_gradients([*grads, case.grad], stored=True)
 
 
