@@ -117,11 +117,15 @@ class Format:
     def check_structure(self) -> None:
         """Raise ValueError for contents that memory safety rests on; the C++ kernels ask it too."""
 
-    def validate(self) -> None:
-        """Raise ValueError or TypeError unless the storage is whole; asked when a file loads."""
+    def check_tensors(self) -> None:
+        """Raise TypeError for what is no tensor, or is missing where each weight has one."""
         for name, t in self.tensors().items():
             if t is not None or name not in self.OPTIONAL:
                 checks.tensor(name, t)
+
+    def validate(self) -> None:
+        """Raise ValueError or TypeError unless the storage is whole; asked when a file loads."""
+        self.check_tensors()
         self.check()
         self.check_structure()
 

@@ -36,6 +36,7 @@ class PackedWeight(Format):
 
     @classmethod
     def of(cls, _: int, panels: Tensor, pad: int, k: int) -> PackedWeight:
+        checks.tensor("panels", panels)
         checks.dims("panels", panels, 4)
         n = panels.shape[0] * PANEL - pad
         if not (0 <= pad < PANEL and n >= 0):

@@ -123,6 +123,7 @@ class QuantizedWeight(Format):
         group: int,
         activations: str,
     ) -> QuantizedWeight:
+        checks.tensor("values", values)
         checks.dims("values", values, 4)
         n = values.shape[0] * TILE - pad
         if not (0 <= pad < TILE and n >= 0):
