@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bigops.formats import Format, Fp8Weight, QuantizedWeight, SparseWeight
 from bigops.formats.quantize import static_grid
-from tests.format_cases import WEIGHTS, kept, same, weight_of
+from bigops.ops.family import op_of
+from tests.format_cases import FLAT, WEIGHTS, kept, same, weight_of
 
 QUANTIZED_CODES = [
     (bits, group, zero, activations)
@@ -247,6 +248,23 @@ def test_validate_refuses_damage_to_each_tensor(name: str) -> None:
             said = str(caught.value)
             named = said.split(":")[0].split(", ")
             assert set(named) <= {*weight.tensors(), "n", "k"}, f"{leaf}, {what}: {said}"
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_a_call_names_what_is_no_tensor_of_a_weight(name: str) -> None:
+    weight = weight_of(name)
+    op, dtype = op_of(type(weight)), weight.x_dtypes[0]
+    x = torch.randn(3, 88, dtype=dtype)
+    for leaf in weight.TENSORS:
+        for wrong in ([1.0], *(() if leaf in weight.OPTIONAL else (None,))):
+            broken = weight.replace(**{leaf: wrong})
+            got = "None" if wrong is None else "list"
+            said = f"^{leaf}: expected a torch.Tensor; got {got}"
+            for grad in (False, True):
+                with pytest.raises(TypeError, match=said):
+                    op(x.clone().requires_grad_(grad), broken.arguments, 88)
+            with pytest.raises(TypeError, match=said):
+                op.explain(x, broken)
 
 
 def _set(at: Any, value: Any) -> Callable[[Tensor], None]:
