@@ -1,4 +1,4 @@
-"""Which devices the Triton kernels serve, and the reason where they do not."""
+"""Which devices the kernels for GPUs serve, and the reason where they do not."""
 
 from __future__ import annotations
 
@@ -26,6 +26,17 @@ def present(target: Target) -> str:
             )
         target = torch.device("cuda", torch.cuda.current_device())
     return tuned.tiles.device_arch(target)
+
+
+def cuda_built_for(target: Target) -> bool:
+    """Whether the CUDA C++ kernels have code for ``target``, and serve where it is a device."""
+    if isinstance(target, torch.device):
+        here = target.type == "cuda"
+    elif target == "cuda":
+        here = torch.cuda.is_available()
+    else:
+        return machine.cuda_runs_on(target)
+    return here and not machine.cuda_error and machine.cuda_runs_on(present(target))
 
 
 def why_not(dtype: torch.dtype, target: Target, op: str) -> str:
