@@ -84,7 +84,7 @@ def built(op: str) -> Iterator[None]:
         sparse24 = sys.modules["bigops.ops.sparse_linear.sparse24"]
         patch.setattr(sparse24, "serves", lambda x, stored: sparse24._fits(x.shape[-1], stored))
         steps = sys.modules["bigops.ops.fused_adamw.cuda"]
-        patch.setattr(steps, "built_for", lambda target: op in _STEPS)
+        patch.setattr(steps, "cuda_built_for", lambda target: op in _STEPS)
         yield
 
 

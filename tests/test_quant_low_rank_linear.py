@@ -14,7 +14,7 @@ from bigops.formats.low_rank import LowRankWeight
 from bigops.formats.quantized import QuantizedWeight
 from bigops.nn import LowRankLinear, QuantLinear, QuantLowRankLinear
 from bigops.ops.low_rank_linear import low_rank_linear
-from bigops.ops.quantized_linear import reference
+from bigops.ops.quantized_linear import op as product
 from tests import tolerance
 from tests.compressed_cases import DTYPES, LEVELS, Case, kernel_of
 from tests.kernels_ran import expect, isa, needs_extension
@@ -42,7 +42,7 @@ def _outer(layer: QuantLowRankLinear, x: Tensor, residual: Tensor | None) -> Cas
     tests/test_quantized_linear.py, and in float32 it is the same to the bit.
     """
     factors = layer.storage()
-    h = reference(x.detach(), *factors.v.arguments)
+    h = product.reference(x.detach(), factors.v)
     bias = None if layer.bias is None else layer.bias.detach()
     dense = factors.u.to_dense(torch.float64)
     grad = torch.randn(*x.shape[:-1], layer.out_features).to(x.dtype)

@@ -107,8 +107,7 @@ class Fp8Weight(Format):
         """Keyword arguments of `from_dense`; a static scale of x is for the op alone."""
         if activations not in ("none", "dynamic"):
             raise ValueError(
-                "activations: expected 'none' or 'dynamic' for a layer in fp8; got "
-                f"{activations!r}"
+                f"activations: expected 'none' or 'dynamic' for a layer in fp8; got {activations!r}"
             )
         check_form(scales, activations)
         return {"scales": scales, "activations": activations}
