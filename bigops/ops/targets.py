@@ -45,6 +45,11 @@ def cuda_arch(target: Target) -> str | None:
     return target if machine.cuda_runs_on(target) else None
 
 
+def cuda_built_for(target: Target) -> bool:
+    """Whether the CUDA C++ kernels have code for ``target``, and serve where it is a device."""
+    return cuda_arch(target) is not None
+
+
 def why_not(dtype: torch.dtype, target: Target, op: str) -> str:
     """The reason why no Triton kernel of ``op`` serves a dtype on ``target``, or "".
 
