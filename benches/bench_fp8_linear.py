@@ -22,7 +22,7 @@ from bigops.formats.fp8 import Fp8Weight
 
 ROWS = (1, 16, 256, 4096)
 LAYERS = ((4096, 4096), (4096, 11008), (7168, 2048))  # (K, N)
-# What quantize_fp8 is given.
+# What `Fp8Weight.from_dense` is given.
 FORMATS: dict[str, dict[str, Any]] = {
     "row": {},
     "tensor": {"scales": "tensor"},

@@ -21,7 +21,7 @@ from bigops.formats.quantized import QuantizedWeight
 
 ROWS = (1, 4, 16, 64, 128, 256, 1024)
 LAYERS = ((768, 3072), (1024, 1024), (4096, 4096), (4096, 11008))  # (K, N)
-# What quantize_weight is given, and the dtypes of x that the format is measured with.
+# What `QuantizedWeight.from_dense` is given, and the dtypes of x that the format is measured with.
 FORMATS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "int8": ({}, ("fp32", "bf16")),
     "w4": ({"bits": 4, "group": 64}, ("bf16", "fp32")),

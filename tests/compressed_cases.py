@@ -26,6 +26,7 @@ from bigops.formats.patterns import Pattern
 from bigops.formats.quantize import quantize_rows, static_grid
 from bigops.formats.quantized import QuantizedWeight
 from bigops.formats.sparse import SparseWeight
+from bigops.ops.family import Call, LinearOp, op_of
 from bigops.ops.fp8_linear import fp8_linear
 from bigops.ops.packed_linear import packed_linear
 from bigops.ops.quantized_linear import quantized_linear
@@ -35,7 +36,7 @@ from tests.linear_cases import act, curvature, offset, slope
 from tests.tolerance import check
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-# What quantize_weight is given, by the name of the format.
+# What `QuantizedWeight.from_dense` is given, by the name of the format.
 QUANTISED: dict[str, dict[str, Any]] = {
     "int8": {},
     "int8_zero": {"symmetric": False},
@@ -51,7 +52,7 @@ QUANTISED: dict[str, dict[str, Any]] = {
     "w4a8_zero": {"bits": 4, "group": 128, "symmetric": False, "activations": "symmetric"},
     "w4a8_static": {"bits": 4, "group": 32, "activations": "static"},
 }
-# The same of quantize_fp8.
+# The same of `Fp8Weight.from_dense`.
 FP8: dict[str, dict[str, Any]] = {
     "fp8": {},
     "fp8_tensor": {"scales": "tensor"},
@@ -138,11 +139,19 @@ class Case:
 
     @property
     def storage(self) -> tuple[Any, ...]:
-        """The weight as the raw op takes it: its tensors, then its sizes."""
-        if self.sparse:
-            return (*self.weight.tensors().values(), self.weight.shape[0], self.weight.chunk)
+        """The weight as the raw op takes it."""
         arguments: tuple[Any, ...] = self.weight.arguments
         return arguments
+
+    @property
+    def linear_op(self) -> LinearOp:
+        """What makes the op: its reference, its gradients, its raw overloads."""
+        return op_of(type(self.weight))
+
+    @property
+    def call(self) -> Call:
+        """The call as kernels and references take it."""
+        return Call(self.x, self.weight, self.bias, self.residual, self.name)
 
     @property
     def op(self) -> str:
@@ -152,18 +161,21 @@ class Case:
             return "fp8_linear"
         return "sparse_linear" if self.sparse else "quantized_linear"
 
+    def _stored(self, *values: Tensor | None) -> Any:
+        """The weight, with other values where they are a leaf."""
+        return self.weight.replace(values=values[0]) if values else self.weight
+
     def public(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         """The call by the public function: x, values where they are a leaf, bias, residual."""
         *values, bias, residual = rest
-        weight = self.weight.replace(values=values[0]) if values else self.weight
-        y: Tensor = _PUBLIC[self.op](x, weight, bias, residual, self.name)
+        y: Tensor = _PUBLIC[self.op](x, self._stored(*values), bias, residual, self.name)
         return y
 
     def raw(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         """The call by `torch.ops`."""
         *values, bias, residual = rest
-        storage = (*values, *self.storage[len(values) :])
-        y: Tensor = getattr(torch.ops.bigops, self.op)(x, *storage, bias, residual, self.name)
+        arguments = self._stored(*values).arguments
+        y: Tensor = getattr(torch.ops.bigops, self.op)(x, *arguments, bias, residual, self.name)
         return y
 
     def rows(self, m: int) -> Case:

@@ -31,16 +31,16 @@ import torch  # noqa: E402  torch's libraries must be there before the extension
 load(sys.argv[1])
 
 from bigops.backend import machine  # noqa: E402
-from bigops.formats.packed import PackedWeight
-from bigops.formats.patterns import Pattern
+from bigops.formats.packed import PackedWeight  # noqa: E402
+from bigops.formats.patterns import Pattern  # noqa: E402
 from bigops.formats.quantize import static_grid, to_grid  # noqa: E402
-from bigops.formats.quantized import QuantizedWeight
-from bigops.formats.sparse import SparseWeight
+from bigops.formats.quantized import QuantizedWeight  # noqa: E402
+from bigops.formats.sparse import SparseWeight  # noqa: E402
 from bigops.ops.fused_linear import fused_linear  # noqa: E402
 from bigops.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
-from bigops.ops.packed_linear import packed_linear
-from bigops.ops.quantized_linear import quantized_linear
-from bigops.ops.sparse_linear import sparse_linear
+from bigops.ops.packed_linear import packed_linear  # noqa: E402
+from bigops.ops.quantized_linear import quantized_linear  # noqa: E402
+from bigops.ops.sparse_linear import sparse_linear  # noqa: E402
 from bigops.train import SGD, AdamW  # noqa: E402
 
 extension: Any = machine.extension
@@ -264,7 +264,7 @@ def run_broken_storage() -> None:
                     continue
                 tensor.view(-1)[at] = value
                 weight = good.replace(**{name: tensor})
-                arguments = (*weight.tensors().values(), n, weight.chunk, None)
+                arguments = (*weight.arguments, None)
                 x, g = torch.randn(m, k), torch.randn(m, n)
                 for call in (
                     lambda x=x, a=arguments: torch.ops.bigops.sparse_linear(x, *a, None, "none"),

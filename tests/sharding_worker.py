@@ -17,7 +17,6 @@ from bigops.formats.patterns import block_mask
 from bigops.formats.quantize import static_grid
 from bigops.formats.quantized import QuantizedWeight
 from bigops.formats.sparse import SparseWeight
-from bigops.formats.sparse24 import Sparse24Weight
 from bigops.nn import Linear
 from bigops.ops.fp8_linear import fp8_linear
 from bigops.ops.fused_linear import fused_linear
@@ -158,10 +157,9 @@ def run_case(name: str, mesh: Any) -> dict[str, Any]:
             row_sum=spread(weight.row_sum, "0" if rows else "R"),
         )
     else:
-        spreads = [spread(t if t is None else t.detach(), "R") for t in weight.tensors().values()]
+        weight = weight.map(lambda t: spread(t.detach(), "R"))
         if case.op == "values":
-            leaves["weight"] = spreads[0] = spreads[0].requires_grad_()
-        weight = SparseWeight(*spreads, weight.shape, weight.chunk)
+            leaves["weight"] = weight.values.requires_grad_()
     with CommDebugMode() as talk:
         y = call(case.op, weight, leaves["x"], leaves["bias"], leaves["residual"], case.activation)
     if case.silent:
@@ -212,9 +210,7 @@ def grid_chain(op: str, x: Tensor, spread: Any, columns: bool = False) -> Tensor
             )
             y = quantized_linear(y, weight, activation="gelu", y_grid=placed)
         else:
-            weight = SparseWeight.from_mask(w, block_mask(w, 0.5))
-            tensors_ = [None if t is None else spread(t, "R") for t in weight.tensors().values()]
-            weight = SparseWeight(*tensors_, weight.shape, weight.chunk)
+            weight = SparseWeight.from_mask(w, block_mask(w, 0.5)).map(lambda t: spread(t, "R"))
             y = sparse_linear(y, weight, activation="gelu", x_grid=spread(grid, "R"), y_grid=placed)
     return y
 
@@ -245,12 +241,9 @@ def train_2_4(spread: Any) -> dict[str, Tensor]:
     w, *rest = (torch.randint(-3, 4, s, generator=generator).bfloat16() for s in shapes)
     weight = prune24(w, transposable=True)
     x, bias, grad = (spread(t, letter) for t, letter in zip(rest, "0R0", strict=True))
-    values, meta, _, _, meta_t = (
-        None if t is None else spread(t, "R") for t in weight.tensors().values()
-    )
-    leaves = [t.detach().requires_grad_() for t in (x, values, bias)]
-    weight = Sparse24Weight(leaves[1], meta, None, None, weight.shape, meta_t)
-    y = sparse_linear(leaves[0], weight, leaves[2], None, "relu")
+    weight = weight.map(lambda t: spread(t, "R"))
+    leaves = x, values, bias = [t.detach().requires_grad_() for t in (x, weight.values, bias)]
+    y = sparse_linear(x, weight.replace(values=values), bias, None, "relu")
     found = torch.autograd.grad(y, leaves, grad)
     return dict(zip(("y", "x", "values", "bias"), (y.detach(), *found), strict=True))
 

@@ -40,8 +40,8 @@ class Trained24(Case):
 
     def raw(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         values, bias, residual = rest
-        fixed = (values, *self.weight.tensors().values()[1:])
-        y: Tensor = torch.ops.bigops.sparse24_linear(x, *fixed, bias, residual, self.name)
+        arguments = self.weight.replace(values=values).arguments
+        y: Tensor = torch.ops.bigops.sparse24_linear(x, *arguments, bias, residual, self.name)
         return y
 
     def at_stored(self, dense: Tensor) -> Tensor:

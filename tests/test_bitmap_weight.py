@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigops.formats.bitmap import BitmapWeight, check_storage, tiles_of
+from bigops.formats.bitmap import BitmapWeight, tiles_of
 from bigops.formats.sparse import SparseWeight
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -79,15 +79,16 @@ def test_errors() -> None:
         ({"ptr": packed.ptr + 1}, "ptr: expected the sums of what the bits keep"),
         ({"bits": packed.bits[:, :, :31]}, r"bits: expected shape \[2, 1, 32\]; got \[2, 1, 31\]"),
         ({"values": packed.values[:-1]}, r"values: expected shape \[a multiple of 4\]"),
-        ({"shape": (-1, 64)}, "shape: expected two sizes of at least 0"),
+        ({"n": -1}, "n, k: expected at least 0; got -1, 64"),
+        ({"k": -1}, "n, k: expected at least 0; got 8, -1"),
     ):
         with pytest.raises(ValueError, match=message):
             packed.replace(**broken).validate()
     full = BitmapWeight.from_mask(torch.ones(4, 64), dtype=torch.float16)
     with pytest.raises(ValueError, match=r"bits: expected none outside the shape \[4, 63\]"):
-        full.replace(shape=(4, 63)).validate()
+        full.replace(k=63).validate()
     with pytest.raises(TypeError, match="bits: expected dtype int32; got int64"):
-        check_storage(packed.values, packed.bits.long(), packed.ptr, 8, 64)
+        packed.replace(bits=packed.bits.long()).check()
     for args, error, message in (
         ((w, None, torch.int8), TypeError, "dtype: expected bfloat16, float16 or float32; got"),
         ((w, w), TypeError, "mask: expected dtype bool; got float32"),

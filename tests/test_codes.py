@@ -131,7 +131,7 @@ def case(name: str) -> tuple[Any, tuple[Any, ...]]:
         weight = bigops.formats.Fp8Weight.from_dense(w, scales="tensor")
         return ops.fp8_linear, (x, *weight.arguments, *tail)
     weight = SparseWeight.from_dense(w)
-    return ops.sparse_linear, (x, *weight.tensors().values(), 8, weight.chunk, *tail)
+    return ops.sparse_linear, (x, *weight.arguments, *tail)
 
 
 FORMS = ("fused_linear", "low_rank_linear", "linear_cross_entropy", "packed_linear",

@@ -23,10 +23,11 @@ from bigops.benches.limits import Cost
 from bigops.formats.bitmap import BitmapWeight
 from bigops.nn import Linear, SparseLinear
 from bigops.ops import activation as act
-from bigops.ops.library import in_words
+from bigops.ops.family import Call
 from bigops.ops.sparse_linear import bitmap as op
 from bigops.ops.sparse_linear import sparse_linear
 from tests import hostrun, roads
+from tests.backends import serve_by
 from tests.compressed_cases import DTYPES, Case, make
 from tests.kernels_ran import expect
 from tests.linear_cases import PLAIN
@@ -72,7 +73,7 @@ def run(dtype: str, lead: int | list[int], n: int, k: int, name: str = "none", *
     """One case by the road that a GPU takes: values by the rule, the kernel by its name."""
     case, weight = make_bitmap(dtype, lead, n, k, name, **more)
     with expect(f"cuda.bitmap_linear.{dtype}"):
-        y = op._forward(case.x, *weight.tensors().values(), n, case.bias, case.residual, name)
+        y = op._forward(Call(case.x, weight, case.bias, case.residual, name))
     case.check_forward(y)
 
 
@@ -224,9 +225,7 @@ def test_gradients_on_every_road(road: str) -> None:
 def test_opcheck() -> None:
     case, weight = make_bitmap("bf16", 5, 12, 33, "gelu")
     x, bias, residual = case.leaves()
-    roads.opcheck(
-        torch.ops.bigops.bitmap_linear, (x, *weight.tensors().values(), 12, bias, residual, "gelu")
-    )
+    roads.opcheck(torch.ops.bigops.bitmap_linear, (x, *weight.arguments, bias, residual, "gelu"))
 
 
 @pytest.fixture
@@ -275,10 +274,10 @@ def test_a_frozen_layer_takes_the_kernel(values: str, monkeypatch: pytest.Monkey
     case = Case(
         x, general, general.to_dense(torch.float64), False, bias, residual, residual, "relu"
     )
-    monkeypatch.setattr(op._op, "forward", in_words(op._op.forward, op._forward))
+    serve_by(monkeypatch, op.op, op._forward)
     with torch.no_grad(), backend.record() as plain:
         layer(x, residual)
-    monkeypatch.setattr(op, "serves", lambda x: x.shape[:-1].numel() <= 16)
+    monkeypatch.setattr(op, "serves", lambda rows, target: rows <= 16)
     with torch.no_grad(), expect("cuda.bitmap_linear"):
         y = layer(x, residual)
     case.check_forward(y)
@@ -348,7 +347,7 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(error, match=message):
             sparse_linear(*args)
-    with pytest.raises(ValueError, match="x_grid, y_grid: expected None with a weight stored as"):
+    with pytest.raises(ValueError, match="x_grid, y_grid: expected None with a BitmapWeight"):
         sparse_linear(x, weight, y_grid=torch.ones(2))
 
 
@@ -461,7 +460,7 @@ def test_thread_sanitizer(barrier: bool, early: bool, tmp_path: Path) -> None:
 def test_on_a_gpu(dtype: str, m: int) -> None:
     for n, k in ((4096, 4096), (1000, 5003)):
         case, packed = make_bitmap(dtype, m, n, k, "gelu", sparsity=0.5)
-        weight = packed._make(t.cuda() if isinstance(t, Tensor) else t for t in packed)
+        weight = packed.map(Tensor.cuda)
         x, *rest = (None if t is None else t.cuda() for t in case.inputs)
         assert x is not None
         with expect(f"cuda.bitmap_linear.{dtype}"):

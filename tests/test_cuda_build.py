@@ -116,12 +116,12 @@ if stub:
 sys.modules["bigops._C"] = None
 import bigops
 from bigops.backend import machine
-from bigops.ops.quantized_linear import quantize_weight
+from bigops.formats import QuantizedWeight
 print(machine.cuda_archs, machine.cuda_error)
 decode = "bigops::quantized_linear_decode.code"
 print(torch._C._dispatch_has_kernel_for_dispatch_key(decode, "CUDA"))
 print(bigops.report()["cuda"]["kernels"])
-x, w = torch.zeros(4, 64), quantize_weight(torch.ones(8, 64), 4, 32)
+x, w = torch.zeros(4, 64), QuantizedWeight.from_dense(torch.ones(8, 64), 4, 32)
 print(bigops.explain("quantized_linear", x, w, device="sm_90").kernel)
 """
 

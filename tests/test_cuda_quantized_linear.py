@@ -42,13 +42,18 @@ def _schedule(library: Path) -> None:
     hostrun.schedule(library, 0, False)
 
 
+def decoded(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tensors that the kernels read."""
+    return weight.values, weight.scale, weight.zero_point
+
+
 def decode(case: Case, weight: QuantizedWeight | None = None, splits: int | None = None) -> Tensor:
     """The op on a case with x [M, K], as it is called on a GPU."""
     weight = weight or case.weight
     if splits is None:
         splits = road.splits_for(weight.n, weight.k, weight.bits)
     y: Tensor = torch.ops.bigops.quantized_linear_decode(
-        case.x, *weight.tensors().values()[:3], -weight.n % 16, weight.k, weight.bits, weight.group,
+        case.x, *decoded(weight), -weight.n % 16, weight.k, weight.bits, weight.group,
         case.bias, case.residual, case.name, splits,
     )  # fmt: skip
     return y
@@ -84,19 +89,17 @@ def test_any_strides() -> None:
     case = make("w4_zero", 7, 20, 64, "bf16", "gelu")
     want = decode(case)
 
-    def odd(t: Tensor | None) -> Any:
+    def odd(t: Any) -> Any:
         return None if t is None else t.repeat_interleave(2, -1)[..., ::2]
 
-    def moved(t: Tensor | None) -> Any:  # to an address that does not divide by 16
+    def moved(t: Any) -> Any:  # to an address that does not divide by 16
         if t is None:
             return None
         room = torch.empty(t.numel() + 1, dtype=t.dtype)
         return room[1:].view(t.shape).copy_(t)
 
     for move in (odd, moved):
-        weight = QuantizedWeight._make(
-            (*map(move, case.weight.tensors().values()), *case.weight[5:])
-        )
+        weight = case.weight.map(move)
         case.x, case.bias, case.residual = move(case.x), move(case.bias), move(case.residual)
         assert torch.equal(decode(case, weight), want)
 
@@ -117,7 +120,7 @@ def test_every_number_in_every_column_is_itself(dtype: str) -> None:
             x = torch.eye(64, dtype=DTYPES[dtype])
             for rows in x.split(16):
                 y = torch.ops.bigops.quantized_linear_decode(
-                    rows, *weight.tensors().values()[:3], 0, 64, bits, 32, None, None, "none", 1
+                    rows, *decoded(weight), 0, 64, bits, 32, None, None, "none", 1
                 )
                 want = rows.float() @ (q - zero).float().t()
                 assert torch.equal(y, want.to(DTYPES[dtype]))
@@ -127,13 +130,13 @@ def test_float32_keeps_its_24_bits() -> None:
     """One weight of 1 a row: the product gives x back to the bit, the largest floats as well."""
     q = torch.zeros(64, 64)
     q[range(64), range(64)] = 1
-    weight = QuantizedWeight.from_dense(torch.ones(64, 64), 8, None, True, "none")._replace(
+    weight = QuantizedWeight.from_dense(torch.ones(64, 64), 8, None, True, "none").replace(
         values=pack(q, 8), scale=torch.ones(1, 64)
     )
     x = torch.randn(16, 64) * torch.logspace(-30, 30, 16).unsqueeze(1)
     x[0, :2] = torch.tensor([torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max])
     y = torch.ops.bigops.quantized_linear_decode(
-        x, *weight.tensors().values()[:3], 0, 64, 8, 0, None, None, "none", 1
+        x, *decoded(weight), 0, 64, 8, 0, None, None, "none", 1
     )
     assert torch.equal(y, x)
 
@@ -185,7 +188,7 @@ def test_each_byte_is_read_once(library: Path) -> None:
     case = make("w4_zero", 4, 128, 1024, "bf16")
     hostrun.counts(library)
     decode(case, splits=2)
-    values, scale, zero = case.weight.tensors().values()[:3]
+    values, scale, zero = decoded(case.weight)
     copied, _ = hostrun.counts(library)
     blocks = 2  # of 64 rows: each reads x
     assert copied == values.nbytes + scale.nbytes + zero.nbytes + blocks * case.x.nbytes
@@ -241,7 +244,7 @@ def test_without_the_library_triton_serves() -> None:
     case = make("w4", 4, 48, 256, "bf16")
     said = bigops.explain("quantized_linear", case.x, case.weight, device="sm_90")
     assert said.kernel.startswith("triton.")
-    assert not road.serves(case.x, "none")
+    assert not road.serves(case.call, case.weight, torch.device("cuda"))
 
 
 def test_splits_fill_a_device_and_leave_each_block_a_pipeline() -> None:
@@ -260,7 +263,7 @@ def test_bad_arguments() -> None:
                  "residual", "activation", "splits")  # fmt: skip
         usual = (
             case.x,
-            *case.weight.tensors().values()[:3],
+            *decoded(case.weight),
             12,
             64,
             4,
@@ -302,7 +305,7 @@ def arguments(case: Case, splits: int) -> tuple[Tensor, tuple[Any, ...]]:
     """(y, the arguments of `run_decode`) for a case with x [M, K]."""
     weight = case.weight
     m, n = case.x.shape[0], weight.n
-    values, scale, zero_point = weight.tensors().values()[:3]
+    values, scale, zero_point = decoded(weight)
     y = torch.full((m, n), math.nan, dtype=case.x.dtype)
     partial = torch.full((splits, m, scale.shape[1]), math.nan) if splits > 1 else None
     tensors = (case.x, values, scale, zero_point, case.bias, case.residual, y, partial)
@@ -422,9 +425,7 @@ def test_thread_sanitizer(barrier: str, early: bool, tmp_path: Path) -> None:
 def test_on_a_gpu(form: str, dtype: str, m: int) -> None:
     for n, k in ((4096, 4096), (1000, 5003)):
         case = make(form, m, n, k, dtype, "gelu")
-        weight = QuantizedWeight._make(
-            t.cuda() if isinstance(t, Tensor) else t for t in case.weight
-        )
+        weight = case.weight.map(Tensor.cuda)
         inputs = [None if t is None else t.cuda() for t in case.inputs]
         with expect(f"cuda.quantized_linear.{dtype}"):
             y = bigops.quantized_linear(inputs[0], weight, *inputs[1:], "gelu")

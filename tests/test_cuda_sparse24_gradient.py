@@ -18,13 +18,13 @@ import bigops
 from bigops import backend
 from bigops.backend import machine
 from bigops.formats.sparse24 import Sparse24Weight, sample
-from bigops.ops.library import in_words
+from bigops.ops.family import Call
 from bigops.ops.sparse_linear import sparse24 as op
 from bigops.ops.sparse_linear import sparse24_pack as kernels
 from bigops.ops.sparse_linear import sparse_linear
 from bigops.ops.sparse_linear.sparse24_pack import prune24
 from tests import hostrun, roads
-from tests.backends import covering
+from tests.backends import covering, serve_by
 from tests.compressed_cases import DTYPES
 from tests.kernels_ran import expect
 from tests.linear_cases import PLAIN
@@ -172,8 +172,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests import triton_interpreter
 
     triton_interpreter.install()
-    monkeypatch.setattr(op._op, "forward", in_words(op._op.forward, op._forward))
-    monkeypatch.setattr(op._op, "backward", in_words(op._op.backward, op._backward))
+    serve_by(monkeypatch, op.op, op.product, op.gradients)
 
 
 def run(case: Trained24) -> list[Tensor | None]:
@@ -295,14 +294,8 @@ def test_gradients_on_every_road(road: str) -> None:
 @pytest.mark.parametrize("road", ["raw", *roads.ROADS])
 def test_a_wrong_gradient_is_seen(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault: gradients of the values, and no others, 5 % off."""
-    case, true_gradients = trained24(5, 12, 36, "bf16", "gelu"), op._op._gradients
-
-    def off(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = list(true_gradients(ctx, grad))
-        found[1] = found[1] * 1.05
-        return tuple(found)
-
-    monkeypatch.setattr(op._op, "_gradients", off)
+    case = trained24(5, 12, 36, "bf16", "gelu")
+    roads.plant(monkeypatch, op.op, need_values=lambda g: g * 1.05)
     travel = roads.eager if road == "raw" else roads.ROADS[road]
     with pytest.raises(AssertionError, match="gradient of values"):
         case.check_gradients(
@@ -316,7 +309,7 @@ def test_double_backward_is_that_of_the_reference() -> None:
     case = trained24(4, 8, 12, "f16", "silu", residual=False)
     x, values, bias, _ = case.leaves()
     grad = case.grad.clone().requires_grad_()
-    fixed, wanted = case.weight.tensors().values()[1:], [grad, x, values, bias]
+    weight, wanted = case.weight.replace(values=values), [grad, x, values, bias]
 
     def second(first: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         total = sum(g.float().square().sum() for g in first)
@@ -325,10 +318,10 @@ def test_double_backward_is_that_of_the_reference() -> None:
     def first(y: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, [x, values, bias], grad, create_graph=True)  # type: ignore
 
-    want = second(first(op.reference(x, values, *fixed, bias, None, "silu")))  # type: ignore
+    want = second(first(op.op.reference(x, weight, bias, None, "silu")))  # type: ignore
     assert x is not None
     raw = torch.ops.bigops.sparse24_linear_backward(
-        grad, x, values, *fixed, bias, "silu", True, True, True
+        grad, x, *weight.arguments, bias, "silu", True, True, True
     )
     for got in (second(first(case.public(x, values, bias, None))), second(raw)):
         for a, b in zip(got, want, strict=True):
@@ -340,12 +333,12 @@ def test_opcheck() -> None:
     for transposable in (False, True):
         case = trained24(5, 12, 36, "bf16", "gelu", transposable=transposable)
         x, values, bias, residual = case.leaves()
-        rest = case.weight.tensors().values()[1:]
-        roads.opcheck(torch.ops.bigops.sparse24_linear, (x, values, *rest, bias, residual, "gelu"))
+        given = (x, *case.weight.replace(values=values).arguments, bias, residual, "gelu")
+        roads.opcheck(torch.ops.bigops.sparse24_linear, given)
         for wanted in ((True, True, True), (False, True, False)):
             roads.opcheck(
                 torch.ops.bigops.sparse24_linear_backward,
-                (case.grad, case.x, *case.weight.tensors().values(), case.bias, "gelu", *wanted),
+                (case.grad, case.x, *case.weight.arguments, case.bias, "gelu", *wanted),
             )
 
 
@@ -384,7 +377,7 @@ def test_int8_values_have_no_gradient() -> None:
           .expand(3, 64), weight.to_dense(torch.float64).abs().sum(0))  # fmt: skip
     with pytest.raises(TypeError, match="values: expected a floating-point dtype .*; got int8"):
         torch.ops.bigops.sparse24_linear_backward(
-            torch.randn(3, 8), x, *weight.tensors().values(), None, "none", False, True, False
+            torch.randn(3, 8), x, *weight.arguments, None, "none", False, True, False
         )
 
 
@@ -485,11 +478,11 @@ def test_on_a_gpu(dtype: str, m: int) -> None:
     for n, k in ((4096, 1024), (1000, 5000)):
         case = trained24(m, n, k, dtype, "gelu")
         x, grad, bias = case.x.cuda(), case.grad.cuda(), case.bias
-        tensors = [None if t is None else t.cuda() for t in case.weight.tensors().values()]
         assert bias is not None
-        args = (grad, x, *tensors, bias.cuda(), "gelu", True, True, True)
+        call = Call(x, case.weight.map(Tensor.cuda), bias.cuda(), None, "gelu")
         with expect("cuda.sparse24_linear_grad_x", "cuda.sparse24_gradient"):
-            gx, gv, gb = op._backward(*args)
-        for one, other in zip(op._backward(*args), (gx, gv, gb), strict=True):
+            gx, gv, gb = op.gradients(grad, call, True, True, True)
+        again = op.gradients(grad, call, True, True, True)
+        for one, other in zip(again, (gx, gv, gb), strict=True):
             assert torch.equal(one, other)
         case.check_gradients([gx.cpu(), gv.cpu(), gb.cpu(), case.grad], "on a GPU")

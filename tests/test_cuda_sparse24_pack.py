@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigops.backend import machine
 from bigops.formats.patterns import n_m_mask, transposable_mask
-from bigops.formats.sparse24 import Sparse24Weight, from_mask, meta_shape, padded, turn
+from bigops.formats.sparse24 import Sparse24Weight, meta_shape, padded, turn
 from bigops.ops.sparse_linear import sparse24_pack as kernels
 from bigops.ops.sparse_linear.sparse24_pack import pack24, prune24
 from tests import hostrun
@@ -71,11 +71,14 @@ def same(found: kernels.Packed, want: Sparse24Weight) -> None:
 def test_every_dtype(source: str, stored: str) -> None:
     to, w = STORED[stored], weight(70, 136, source)
     with expect(f"cuda.sparse24_pack.{source}.{stored}"):
-        same(kernels.pack(w, None, "largest", to, False), from_mask(w, n_m_mask(w), to, False))
+        same(
+            kernels.pack(w, None, "largest", to, False),
+            Sparse24Weight.from_mask(w, n_m_mask(w), to, False),
+        )
     w = weight(68, 136, source)
     mask = transposable_mask(w)
-    same(kernels.pack(w, None, "largest", to, True), from_mask(w, mask, to, True))
-    same(kernels.pack(w, mask, "given", to, True), from_mask(w, mask, to, True))
+    same(kernels.pack(w, None, "largest", to, True), Sparse24Weight.from_mask(w, mask, to, True))
+    same(kernels.pack(w, mask, "given", to, True), Sparse24Weight.from_mask(w, mask, to, True))
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["random", "ties"])
@@ -84,11 +87,14 @@ def test_shapes(shape: tuple[int, int], ties: bool) -> None:
     """The two largest, fewer by a mask, and what is not 0."""
     w, to = weight(*shape, ties=ties), torch.bfloat16
     mask = n_m_mask(w)
-    same(kernels.pack(w, None, "largest", to, False), from_mask(w, mask, to, False))
+    same(kernels.pack(w, None, "largest", to, False), Sparse24Weight.from_mask(w, mask, to, False))
     few = mask & (torch.rand(shape) < 0.6)
-    same(kernels.pack(w, few, "given", to, False), from_mask(w, few, to, False))
+    same(kernels.pack(w, few, "given", to, False), Sparse24Weight.from_mask(w, few, to, False))
     held = torch.where(few, w, 0)
-    same(kernels.pack(held, None, "given", to, False), from_mask(held, held != 0, to, False))
+    same(
+        kernels.pack(held, None, "given", to, False),
+        Sparse24Weight.from_mask(held, held != 0, to, False),
+    )
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["random", "ties"])
@@ -96,7 +102,7 @@ def test_shapes(shape: tuple[int, int], ties: bool) -> None:
 def test_transposable(shape: tuple[int, int], ties: bool) -> None:
     w, to = weight(*shape, "f32", ties), torch.float16
     mask = transposable_mask(w)
-    want = from_mask(w, mask, to, True)
+    want = Sparse24Weight.from_mask(w, mask, to, True)
     found = kernels.pack(w, None, "largest", to, True)
     same(found, want)
     same(kernels.pack(w, mask, "given", to, True), want)
@@ -109,10 +115,10 @@ def test_empty_and_any_strides() -> None:
     for shape in ((0, 8), (4, 0), (0, 0)):
         w = torch.zeros(shape).bfloat16()
         for transposable in (False, True):
-            want = from_mask(w, w != 0, torch.bfloat16, transposable)
+            want = Sparse24Weight.from_mask(w, w != 0, torch.bfloat16, transposable)
             same(kernels.pack(w, None, "largest", torch.bfloat16, transposable), want)
     w = weight(24, 136)
-    want = from_mask(w, n_m_mask(w), torch.bfloat16, False)
+    want = Sparse24Weight.from_mask(w, n_m_mask(w), torch.bfloat16, False)
     shifted = torch.empty(24 * 136 + 1, dtype=torch.bfloat16)[1:].view(24, 136).copy_(w)
     assert shifted.data_ptr() % 16 != 0
     for odd in (w.t().contiguous().t(), shifted):
@@ -126,7 +132,7 @@ def test_empty_and_any_strides() -> None:
 
 def test_every_schedule_gives_the_same_bits(library: Path) -> None:
     w = weight(68, 136)
-    want = from_mask(w, transposable_mask(w), torch.bfloat16, True)
+    want = Sparse24Weight.from_mask(w, transposable_mask(w), torch.bfloat16, True)
     assert want.meta_t is not None
     for seed, early in hostrun.SCHEDULES:
         hostrun.schedule(library, seed, early)
@@ -175,7 +181,7 @@ def test_offsets_past_32_bits(tmp_path: Path) -> None:
         hostrun.call(built, "run_turn", values, meta, meta_t, again, n, k, 0)
     finally:
         loaded.hostrun_only(ctypes.c_int64(-1))
-    want = from_mask(last, transposable_mask(last), to, True)
+    want = Sparse24Weight.from_mask(last, transposable_mask(last), to, True)
     assert want.meta_t is not None
     turned = turn(want.values, want.meta, want.meta_t, k)
     assert torch.equal(values[-64:], want.values)
@@ -231,13 +237,14 @@ def test_the_public_functions_take_the_kernel(monkeypatch: pytest.MonkeyPatch) -
     w = weight(20, 68, "f32")
     with expect("cuda.sparse24_pack.f32.bf16"):
         found = prune24(w)
-    want = from_mask(w, n_m_mask(w), torch.bfloat16, False)
+    want = Sparse24Weight.from_mask(w, n_m_mask(w), torch.bfloat16, False)
     with expect("cuda.sparse24_pack.f32.f16"):
         both = pack24(w, transposable_mask(w), torch.float16, transposable=True)
-    want_both = from_mask(w, transposable_mask(w), torch.float16, True)
+    want_both = Sparse24Weight.from_mask(w, transposable_mask(w), torch.float16, True)
     for one, other in ((found, want), (both, want_both)):
         assert one.shape == other.shape
-        for a, b in zip(one.tensors, other.tensors, strict=True):
+        for name, b in other.tensors().items():
+            a = getattr(one, name)
             assert (a is None and b is None) or torch.equal(a, b)
     assert prune24(w, torch.int8).scale is not None
 
@@ -293,13 +300,13 @@ def run(library: Path, w: Tensor, call: Any = hostrun.call, **how: Any) -> tuple
     broken = torch.zeros(-(-n // 64) * -(-k // 64), dtype=torch.int32)
     given = (w, None, values, meta, values_t, meta_t, broken, n, k, 2, 1, 0)
     done = call(library, "run_pack", *given, **how)
-    want = from_mask(w, transposable_mask(w), to, True)
+    want = Sparse24Weight.from_mask(w, transposable_mask(w), to, True)
     assert want.meta_t is not None
     turned = turn(want.values, want.meta, want.meta_t, k)
     other = call(library, "run_turn", want.values, want.meta, want.meta_t, again, n, k, 0, **how)
     pairs = ((values, want.values), (values_t, turned), (again, turned), (meta, want.meta))
     good = all(torch.equal(a, b) for a, b in (*pairs, (meta_t, want.meta_t)))
-    largest, mask = from_mask(w, n_m_mask(w), to, False), n_m_mask(w)
+    largest, mask = Sparse24Weight.from_mask(w, n_m_mask(w), to, False), n_m_mask(w)
     for given_mask, choice in ((None, 1), (mask, 0)):
         few = torch.zeros_like(meta)
         tensors = (w, given_mask, values, few, None, None, broken)
@@ -379,12 +386,14 @@ def test_on_a_gpu(source: str, stored: str) -> None:
         w = weight(1000, 5003, source, ties)
         with expect(f"cuda.sparse24_pack.{source}.{stored}"):
             found = prune24(w.cuda(), to)
-        assert torch.equal(found.meta.cpu(), from_mask(w, n_m_mask(w), to, False).meta)
+        assert torch.equal(
+            found.meta.cpu(), Sparse24Weight.from_mask(w, n_m_mask(w), to, False).meta
+        )
         w = weight(1000, 5004, source, ties)
         packed = kernels.pack(w.cuda(), None, "largest", to, True)
         same(
             kernels.Packed(*(t.cpu() for t in packed)),
-            from_mask(w, transposable_mask(w), to, True),
+            Sparse24Weight.from_mask(w, transposable_mask(w), to, True),
         )
         turned = kernels.turn(packed.values, packed.meta, packed.meta_t, 5004)
         assert torch.equal(turned, packed.values_t)

@@ -66,7 +66,7 @@ def test_casts_round_to_nearest_even_and_saturate() -> None:
     [(1, 1, torch.bfloat16), (20, 133, torch.float16), (9, 20, torch.float64),
      (130, 300, torch.float32)],
 )  # fmt: skip
-def test_quantize_fp8_rounds_to_the_nearest_number(
+def test_from_dense_rounds_to_the_nearest_number(
     n: int, k: int, scales: str, dtype: torch.dtype
 ) -> None:
     w = torch.randn(n, k) * torch.logspace(-3, 3, n).unsqueeze(1)

@@ -54,7 +54,6 @@ def _calls() -> dict[str, tuple[str, Run, Run]]:
     grad, u, v = torch.randn(M, N), torch.randn(N, 4), torch.randn(4, K)
     quantised = QuantizedWeight.from_dense(w)
     sparse = SparseWeight.from_mask(w, block_mask(w, 0.5, (16, 16)), torch.float32, (16, 16))
-    stored = (*sparse.tensors, N, sparse.chunk)
     logits, target = torch.randn(M, N), torch.randint(N, (M,))
     loss = (target, None, None, None, float(N), -100, 0.0, 0.0, 0.0, True)
     dense, low, adamw = (_module(f) for f in ("fused_linear", "low_rank_linear", "fused_adamw"))
@@ -102,16 +101,18 @@ def _calls() -> dict[str, tuple[str, Run, Run]]:
             said("low_rank_linear", x, u, v, bias),
         ),
         "quantized_linear": (
-            lambda: _module("quantized_linear")._cuda(x, *quantised.arguments, bias, None, "relu"),
+            lambda: _module("quantized_linear").op._cuda(
+                x, *quantised.arguments, bias, None, "relu"
+            ),
             said("quantized_linear", x, quantised, bias),
         ),
         "sparse_linear": (
-            lambda: _module("sparse_linear")._cuda(x, *stored, bias, None, "relu"),
+            lambda: _module("sparse_linear").op._cuda(x, *sparse.arguments, bias, None, "relu"),
             said("sparse_linear", x, sparse, bias),
         ),
         "sparse_linear_backward": (
-            lambda: _module("sparse_linear")._cuda_backward(
-                grad, x, *stored, None, "none", True, True, False
+            lambda: _module("sparse_linear").op.gradients._cuda(
+                grad, x, *sparse.arguments, None, "none", True, True, False
             ),
             said("sparse_linear", x, sparse),
         ),

@@ -63,9 +63,8 @@ def hold(case: Case, gx: Tensor) -> None:
 @pytest.mark.parametrize("form", FP8)
 def test_every_format_and_dtype(form: str, dtype: str) -> None:
     case = make(form, 33, 40, 70, dtype, "gelu")
-    args = (case.grad, case.x, *case.storage, case.bias, "gelu", True, True)
     with guarded(), expect(f"triton.fp8_linear_backward.{dtype}"):
-        gx, gb = road.backward(*args)
+        gx, gb = road.backward(case.grad, case.call, True, True)
     case.check_gradients([gx, gb, case.grad], stored=True)
 
 
@@ -85,11 +84,10 @@ def test_codes_are_right_whoever_widens_them(form: str) -> None:
 
 def test_what_is_not_needed_is_empty_and_its_own() -> None:
     case = make("w_fp8", 5, 20, 33)
-    back = (case.grad, case.x, *case.storage, case.bias, "none")
-    gx, gb = road.backward(*back, False, True)
+    gx, gb = road.backward(case.grad, case.call, False, True)
     assert gx.shape == (0,)
     case.check_gradients([case.truth(torch.float32)[1][0], gb, case.grad])
-    gx, gb = road.backward(*back, False, False)
+    gx, gb = road.backward(case.grad, case.call, False, False)
     assert gx.shape == gb.shape == (0,)
     assert gx is not gb
 
@@ -97,7 +95,7 @@ def test_what_is_not_needed_is_empty_and_its_own() -> None:
 def test_empty_sizes() -> None:
     for m, n, k in ((0, 5, 7), (3, 0, 7), (3, 5, 0)):
         case = make("w_fp8", m, n, k, residual=False)
-        gx, gb = road.backward(case.grad, case.x, *case.storage, case.bias, "none", True, True)
+        gx, gb = road.backward(case.grad, case.call, True, True)
         assert gx.shape == (m, k)
         assert not gx.any()
         assert gb.shape == (n,)

@@ -63,7 +63,7 @@ def run(form: str, dtype: str, lead: int | list[int], n: int, k: int, name: str 
     """One case by the road that a GPU takes: values by the rule, the kernel by its name."""
     case = make(form, lead, n, k, dtype, name, **more)
     with guarded(), expect(kernel_of(form, dtype)):
-        y = road.forward(case.x, *case.storage, case.bias, case.residual, name)
+        y = road.forward(case.call)
     case.check_forward(y)
 
 
@@ -254,7 +254,8 @@ def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match=r"bias: expected torch.float32, that of x; got .*float16"):
         kernels.forward(x, *weight.tensors().values(), *form, torch.zeros(5).half())
     with pytest.raises(ValueError, match=r"values: expected device cpu, that of x; got meta"):
-        kernels.forward(x, weight.values.to("meta"), *weight.tensors().values()[1:], *form)
+        elsewhere = weight.replace(values=weight.values.to("meta"))
+        kernels.forward(x, *elsewhere.tensors().values(), *form)
     with pytest.raises(ValueError, match=r"activation: expected the code of no gated pair; got 8"):
         kernels.forward(x, *weight.tensors().values(), *form, activation=8)
 

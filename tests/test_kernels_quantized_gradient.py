@@ -35,6 +35,11 @@ pytestmark = [
 ONE_OF_EACH = ("w8_zero", "w8_group", "w4_zero", "w4_row")  # storage, groups and zero points
 
 
+def stored(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tensors that the kernel reads."""
+    return weight.values, weight.scale, weight.zero_point
+
+
 def call(
     case: Case,
     module: ModuleType = kernels,
@@ -46,7 +51,7 @@ def call(
     form = (weight.k, weight.bits, weight.group)
     with guarded():
         gx: Tensor = module.gradient(
-            case.grad if gz is None else gz, *weight.tensors().values()[:3], *form, config
+            case.grad if gz is None else gz, *stored(weight), *form, config
         )
     return gx
 
@@ -67,11 +72,10 @@ def test_tiles_of_other_sizes(tile: tuple[int, ...], form: str) -> None:
 
 def test_what_is_not_needed_is_empty_and_its_own() -> None:
     case = make("w4_zero", 5, 20, 33)
-    back = (case.grad, case.x, *case.storage, case.bias, "none")
-    gx, gb = road.backward(*back, False, True)
+    gx, gb = road.backward(case.grad, case.call, False, True)
     assert gx.shape == (0,)
     case.check_gradients([case.truth(torch.float32)[1][0], gb, case.grad])
-    gx, gb = road.backward(*back, False, False)
+    gx, gb = road.backward(case.grad, case.call, False, False)
     assert gx.shape == gb.shape == (0,)
     assert gx is not gb
 
@@ -79,7 +83,7 @@ def test_what_is_not_needed_is_empty_and_its_own() -> None:
 def test_empty_sizes() -> None:
     for m, n, k in ((0, 5, 7), (3, 0, 7), (3, 5, 0)):
         case = make("int8", m, n, k, residual=False)
-        gx, gb = road.backward(case.grad, case.x, *case.storage, case.bias, "none", True, True)
+        gx, gb = road.backward(case.grad, case.call, True, True)
         assert gx.shape == (m, k)
         assert not gx.any()
         assert gb.shape == (n,)
@@ -122,7 +126,7 @@ def test_every_column_of_a_line_is_itself() -> None:
             q[3, 8 + column] = 5
             weight = QuantizedWeight.from_dense(torch.zeros(17, 40), bits, 32, True, "none")
             weight = weight.replace(values=pack(q, bits), scale=torch.ones_like(weight.scale))
-            gx = kernels.gradient(torch.eye(17), *weight.tensors().values()[:3], 40, bits, 32)
+            gx = kernels.gradient(torch.eye(17), *stored(weight), 40, bits, 32)
             assert torch.equal(gx, q)
 
 
@@ -147,9 +151,10 @@ def test_bad_arguments() -> None:
     weight = QuantizedWeight.from_dense(torch.randn(5, 8))
     gz = torch.randn(4, 5)
     with pytest.raises(TypeError, match=r"x: expected one of .*; got torch.float64"):
-        kernels.gradient(gz.double(), *weight.tensors().values()[:3], 8, 8, 0)
+        kernels.gradient(gz.double(), *stored(weight), 8, 8, 0)
     with pytest.raises(ValueError, match=r"values: expected device cpu, that of x; got meta"):
-        kernels.gradient(gz, weight.values.to("meta"), *weight.tensors().values()[1:3], 8, 8, 0)
+        elsewhere = weight.replace(values=weight.values.to("meta"))
+        kernels.gradient(gz, *stored(elsewhere), 8, 8, 0)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"])

@@ -24,6 +24,7 @@ from bigops.kernels.common.tiles import TileConfig
 from bigops.kernels.quantized_linear import forward as kernels
 from bigops.kernels.quantized_linear import tiles as quantized_tiles
 from bigops.ops import activation as act
+from bigops.ops.family import Call
 from bigops.ops.quantized_linear import triton as road
 from tests import triton_interpreter
 from tests.compressed_cases import DTYPES, QUANTISED, Case, make
@@ -128,8 +129,7 @@ def test_any_strides(form: str) -> None:
     def odd(t: Tensor | None) -> Any:
         return None if t is None else t.repeat_interleave(2, -1)[..., ::2]
 
-    tensors = map(odd, case.weight.tensors().values())
-    weight = QuantizedWeight._make((*tensors, *case.weight[5:]))
+    weight = case.weight.map(odd)
     spread = Case(case.x.t().contiguous().t(), weight, *_rest(case, odd(case.bias)))
     case.check_forward(call(spread))
     expanded = Case(case.x, weight, *_rest(case, case.bias))
@@ -235,7 +235,8 @@ def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match=r"bias: expected torch.float32, that of x; got .*float16"):
         kernels.forward(x, *weight.tensors().values(), *form, torch.zeros(5).half())
     with pytest.raises(ValueError, match=r"values: expected device cpu, that of x; got meta"):
-        kernels.forward(x, weight.values.to("meta"), *weight.tensors().values()[1:], *form)
+        elsewhere = weight.replace(values=weight.values.to("meta"))
+        kernels.forward(x, *elsewhere.tensors().values(), *form)
     with pytest.raises(ValueError, match=r"activation: expected the code of no gated pair; got 8"):
         kernels.forward(x, *weight.tensors().values(), *form, activation=8)
     wide = torch.zeros(1, 1).expand(1, kernels.MAX_K)
@@ -270,8 +271,12 @@ def test_explain_says_what_no_gpu_kernel_serves() -> None:
         assert said.kernel == "reference.quantized_linear_grid"
         assert why in said.reason
     assert road.MAX_K == kernels.MAX_K
-    assert "131072 columns" in road.why_not(torch.float32, 1 << 17, "dynamic", "sm_90")
-    assert road.serves(torch.float32, 1 << 17, "none", "sm_90")
+    wide = torch.empty(4, 1 << 17, device="meta")
+    for activations, why in (("dynamic", "131072 columns"), ("none", "")):
+        weight = QuantizedWeight.empty(6, 1 << 17, activations=activations)
+        said = road.why_not(Call(wide, weight), weight, "sm_90")
+        assert why in said
+        assert bool(why) == bool(said)
     with pytest.raises(ValueError, match="x: expected shape"):
         bigops.explain("quantized_linear", case.x[:, 1:], case.weight, device="sm_90")
 

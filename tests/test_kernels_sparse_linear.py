@@ -5,7 +5,6 @@ Their values by the public function are in test_sparse_linear.py, beside those o
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,10 @@ from bigops.formats import checks
 from bigops.formats.sparse import SparseWeight
 from bigops.kernels.common import form_tiles
 from bigops.kernels.sparse_linear import launch as kernels
+from bigops.ops.family import Call
 from bigops.ops.sparse_linear import blocks as _sparse_blocks
+from bigops.ops.sparse_linear import op
+from bigops.ops.sparse_linear import triton as road
 from tests import triton_interpreter
 from tests.compressed_cases import Case, make
 from tests.guarded import guarded
@@ -33,7 +35,6 @@ from tests.traffic import counting
 triton_interpreter.install()
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-module = sys.modules["bigops.ops.sparse_linear"]
 
 BLOCKS = ("16x1", "16x16", "32x32")
 # What is stored, and the dtype of x: float32 values serve any.
@@ -41,7 +42,7 @@ KINDS = [("sparse_bf16", "bf16"), *(("sparse_float", dtype) for dtype in ("f32",
 
 
 def blocks_of(weight: SparseWeight) -> kernels.Blocks:
-    found = _sparse_blocks.find(*weight[:5], weight.shape[0], weight.chunk, weight.shape[1])
+    found = _sparse_blocks.find(weight)
     assert found is not None
     return found
 
@@ -52,13 +53,11 @@ def run(case: Case) -> str:
     pattern = f"{blocks.height}x{blocks.rows.width}"
     name = f"{checks.short(case.x.dtype)}.{checks.short(case.weight.values.dtype)}.{pattern}"
     with guarded(), expect(f"triton.sparse_linear.{name}"):
-        y = module._cuda(case.x, *case.storage, case.bias, case.residual, case.name)
+        y = op._cuda(case.x, *case.storage, case.bias, case.residual, case.name)
     case.check_forward(y)
     needs = (True, True, case.bias is not None)
     with guarded(), expect(f"triton.sparse_linear_backward.{name}"):
-        found = module._cuda_backward(
-            case.grad, case.x, *case.storage, case.bias, case.name, *needs
-        )
+        found = op.gradients._cuda(case.grad, case.x, *case.storage, case.bias, case.name, *needs)
     gx, gv, gb = found
     grads = [gx, gv, None if case.bias is None else gb]
     case.check_gradients([*grads, None if case.residual is None else case.grad], stored=True)
@@ -126,7 +125,7 @@ def test_offsets_past_32_bits(tmp_path: Path) -> None:
 def test_bitwise_equal_from_run_to_run() -> None:
     case = trained("sparse_bf16", 40, 64, 96, "bf16", "gelu", pattern="16x16")
     args = (case.x, *case.storage, case.bias, case.residual, case.name)
-    assert torch.equal(module._cuda(*args), module._cuda(*args))
+    assert torch.equal(op._cuda(*args), op._cuda(*args))
 
 
 # where blocks lie --------------------------------------------------------------------------
@@ -165,8 +164,8 @@ def test_other_patterns_are_served_by_the_reference_and_explain_says_so(pattern:
     group = 4 if pattern == "4x1" else 1
     assert f"(16x1, 16x16, 32x32); got {group} by {group}" in said.reason
     with backend.record() as names:
-        case.check_forward(module._cuda(case.x, *case.storage, case.bias, case.residual, case.name))
-        found = module._cuda_backward(
+        case.check_forward(op._cuda(case.x, *case.storage, case.bias, case.residual, case.name))
+        found = op.gradients._cuda(
             case.grad, case.x, *case.storage, case.bias, case.name, True, True, True
         )
     assert names == ["reference.sparse_linear", "reference.sparse_linear_backward"]
@@ -206,8 +205,7 @@ def test_explain_says_what_no_gpu_kernel_serves() -> None:
     meta = case.weight.replace(
         values=torch.empty(case.weight.values.shape, device="meta"), scale=None, sums=None
     )
-    fixed = (*meta.tensors, 32, meta.chunk)
-    assert "meta device" in module._triton.blocks_of(case.x, case.x.device, *fixed)[1]
+    assert "meta device" in road.blocks_of(Call(case.x, meta), case.x.device)[1]
 
 
 def test_blocks_are_found_once_and_anew_when_the_storage_changes(
@@ -233,14 +231,13 @@ def test_blocks_are_found_once_and_anew_when_the_storage_changes(
 
 def test_broken_storage_is_refused() -> None:
     case = make("sparse_float", 4, 48, 64, pattern="16x16", sparsity=0.5)
-    args = [*case.storage, case.bias, case.residual, case.name]
-    args[1] = torch.full_like(args[1], 64)
+    weight, rest = case.weight, (case.bias, case.residual, case.name)
+    wrong = weight.replace(index=torch.full_like(weight.index, 64))
     with pytest.raises(ValueError, match=r"index: expected words below 64; got 64"):
-        module._cuda(case.x, *args)
-    args = [*case.storage, case.bias, case.residual, case.name]
-    args[4] = args[4].flip(0)
+        op._cuda(case.x, *wrong.arguments, *rest)
+    wrong = weight.replace(ptr=weight.ptr.flip(0))
     with pytest.raises(ValueError, match=r"ptr: expected values that rise"):
-        module._cuda(case.x, *args)
+        op._cuda(case.x, *wrong.arguments, *rest)
 
 
 def test_bad_arguments() -> None:

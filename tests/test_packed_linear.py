@@ -5,8 +5,6 @@ Gradients on every road are in test_frozen_linear_roads.py.
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,13 +13,13 @@ from hypothesis import strategies as st
 import bigops
 from bigops import backend
 from bigops.formats.packed import PackedWeight
-from bigops.ops.packed_linear import packed_linear, reference
+from bigops.ops.family import Call
+from bigops.ops.packed_linear import op, packed_linear
 from tests.compressed_cases import DTYPES, Case, make
 from tests.kernels_ran import ISAS, expect, isa, needs_extension, threads
 from tests.linear_cases import PLAIN
 
 pytestmark = needs_extension
-module = importlib.import_module("bigops.ops.packed_linear")  # the name is the function's, too
 raw = torch.ops.bigops.packed_linear
 
 
@@ -175,23 +173,29 @@ def test_a_word_left_out_is_seen() -> None:
         ({"panels": torch.zeros(1, 4, 32, 1)}, r"panels: expected shape \[1, 4, 64, 1\]"),
         ({"pad": 64}, "pad: expected the rows that fill up"),
         ({"pad": -1}, "pad: expected the rows that fill up"),
-        ({"k": -1}, "k: expected at least 0"),
+        ({"k": -1}, "n, k: expected at least 0; got 10, -1"),
         ({"x": torch.zeros(2, 5)}, r"x: expected shape \[.., 4\]"),
     ],
 )
 def test_errors_of_values(change: dict[str, object], message: str) -> None:
     panels, pad, k = PackedWeight.from_dense(torch.zeros(10, 4)).arguments
     given = {"x": torch.zeros(2, 4), "panels": panels, "pad": pad, "k": k, **change}
-    arguments = [*given.values(), None, None, "none"]
     with pytest.raises(RuntimeError):
-        raw(*arguments)  # the kernel checks again
+        raw(*given.values(), None, None, "none")  # the kernel checks again
+    x, *arguments = given.values()
+
+    def named() -> None:
+        Call(x, PackedWeight.of(4, *arguments)).check()  # type: ignore[arg-type]
+
     with pytest.raises(ValueError, match=message):
-        module.check(*arguments)
+        named()
+    with pytest.raises(ValueError, match=message):
+        op(x, tuple(arguments), 4)  # type: ignore[arg-type]
 
 
 def test_errors_of_types() -> None:
     x, weight = torch.zeros(2, 4), PackedWeight.from_dense(torch.zeros(10, 4))
-    with pytest.raises(TypeError, match="panels: expected the dtype of x"):
+    with pytest.raises(TypeError, match="x: expected dtype float16; got bfloat16"):
         packed_linear(
             x.bfloat16(), PackedWeight.from_dense(torch.zeros(10, 4, dtype=torch.float16))
         )
@@ -209,4 +213,4 @@ def test_errors_of_types() -> None:
 
 def test_reference_is_the_meaning() -> None:
     case = make("packed", 5, 70, 33, "bf16", "gelu")
-    case.check_forward(reference(case.x, *case.storage, case.bias, case.residual, "gelu"))
+    case.check_forward(op.reference(case.x, case.weight, case.bias, case.residual, "gelu"))

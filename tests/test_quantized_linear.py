@@ -7,7 +7,6 @@ faults, is in test_kernels_quantized_linear.py and test_cuda_quantized_linear.py
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from typing import Any
 
@@ -21,7 +20,7 @@ from bigops.formats.quantize import quantize_rows, static_grid
 from bigops.formats.quantized import QuantizedWeight, pack
 from bigops.ops.codes import code_of
 from bigops.ops.library import encoder
-from bigops.ops.quantized_linear import quantized_linear
+from bigops.ops.quantized_linear import op, quantized_linear
 from tests.backends import CPU, HOSTRUN, REFERENCE, TRITON, Way, covering
 from tests.compressed_cases import (
     DTYPES,
@@ -36,7 +35,6 @@ from tests.kernels_ran import ISAS, expect, isa, needs_extension
 from tests.linear_cases import PLAIN
 from tests.tolerance import check, snr_db
 
-module = importlib.import_module("bigops.ops.quantized_linear")  # the name is the function's, too
 raw = torch.ops.bigops.quantized_linear
 pytestmark = needs_extension
 
@@ -395,8 +393,7 @@ def refusals() -> list[tuple[str, type[Exception], str, dict[str, object]]]:
         ("group", ValueError, "group: expected None, 32, 64 or 128; got 48",
          {"weight": good.replace(group=48)}),
         ("weight device", ValueError, "values: expected device cpu, that of x; got meta",
-         {"weight": QuantizedWeight(*(t if t is None else t.to("meta") for t in good.tensors().values()),
-                                    *good[5:])}),
+         {"weight": good.map(lambda t: t.to("meta"))}),
         ("bias shape", ValueError, r"bias: expected shape \[5\]; got \[4\]",
          {"bias": torch.randn(4)}),
         ("bias dtype", TypeError, "bias: expected dtype float32, that of x; got float64",
@@ -463,7 +460,7 @@ def test_a_stand_in_is_seen() -> None:
 
     def stand_in() -> None:
         with expect(".quantized_linear.f32.w8a8"):
-            module._op._serve(case.x, *case.storage, None, None, "none")
+            op.serve(case.call)
 
     with pytest.raises(AssertionError, match="no '.quantized_linear.f32.w8a8' among"):
         stand_in()

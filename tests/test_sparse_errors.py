@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +11,10 @@ from torch import Tensor
 
 from bigops.formats.patterns import block_mask
 from bigops.formats.sparse import SparseWeight
-from bigops.ops.sparse_linear import sparse_linear
+from bigops.ops.family import Call
+from bigops.ops.sparse_linear import op, sparse_linear
 from tests.kernels_ran import ISAS, isa, needs_extension
 
-module = importlib.import_module("bigops.ops.sparse_linear")  # the name is the function's, too
 raw = torch.ops.bigops.sparse_linear
 raw_backward = torch.ops.bigops.sparse_linear_backward
 pytestmark = needs_extension
@@ -89,8 +88,6 @@ def test_errors_name_argument_expected_and_got(
 
 # raw op ------------------------------------------------------------------------------------
 
-NAMES = ("x", *module.TENSORS, "n", "chunk", "bias", "residual", "activation")
-
 
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -130,8 +127,8 @@ def test_raw_op_checks_again(change: dict[str, Any], message: str) -> None:
         values=torch.ones(1, 16, 4, dtype=torch.int8),
         ptr=torch.tensor([0, 1, 1, 1, 1], dtype=torch.int32),
     )
-    values = (torch.randn(3, 4), *weight.tensors().values(), 5, 64, None, None, "none")
-    args = dict(zip(NAMES, values, strict=True))
+    values = (torch.randn(3, 4), *weight.arguments, None, None, "none")
+    args = dict(zip(op.arguments, values, strict=True))
     raw(*args.values())
     args.update(change)
     with pytest.raises(RuntimeError, match=message):
@@ -142,9 +139,9 @@ def test_raw_op_refuses_bf16_values_beside_another_x() -> None:
     weight = small(torch.bfloat16)
     x, g = torch.randn(3, 4), torch.randn(3, 5)
     with pytest.raises(RuntimeError, match="x: expected dtype bf16, that of the values; got f32"):
-        raw(x, *weight.tensors().values(), 5, 64, None, None, "none")
+        raw(x, *weight.arguments, None, None, "none")
     with pytest.raises(RuntimeError, match="x: expected dtype bf16, that of the values; got f32"):
-        raw_backward(g, x, *weight.tensors().values(), 5, 64, None, "none", True, True, False)
+        raw_backward(g, x, *weight.arguments, None, "none", True, True, False)
 
 
 def test_raw_backward_checks_again() -> None:
@@ -156,7 +153,7 @@ def test_raw_backward_checks_again() -> None:
         (torch.randn(3, 5), (True, True, False), "values: expected a floating-point dtype .* s8"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            raw_backward(grad, x, *weight.tensors().values(), 5, 64, None, "none", *needs)
+            raw_backward(grad, x, *weight.arguments, None, "none", *needs)
 
 
 # broken contents ---------------------------------------------------------------------------
@@ -208,7 +205,6 @@ def test_broken_contents_raise_and_nothing_is_read_through_them(
     weight = good.replace(**{name: tensor})
     with pytest.raises(ValueError, match=message):
         weight.validate()
-    sizes = (*weight.tensors().values(), 70, weight.chunk)
     with isa(level):
         for m in (1, 3, 70):
             x = torch.randn(m, 1030)
@@ -217,10 +213,17 @@ def test_broken_contents_raise_and_nothing_is_read_through_them(
             for need_values in (False, dtype != torch.int8):
                 with pytest.raises(RuntimeError, match="storage is broken"):
                     raw_backward(
-                        torch.randn(m, 70), x, *sizes, None, "none", True, need_values, False
+                        torch.randn(m, 70),
+                        x,
+                        *weight.arguments,
+                        None,
+                        "none",
+                        True,
+                        need_values,
+                        False,
                     )
     with pytest.raises(ValueError, match=message):
-        module._op._serve(torch.randn(2, 1030), *sizes, None, None, "none")
+        op.serve(Call(torch.randn(2, 1030), weight))
 
 
 @pytest.mark.parametrize("level", ISAS)

@@ -7,7 +7,6 @@ what is the GPU kernels' own in test_kernels_sparse_linear.py and test_cuda_spar
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from torch import Tensor
 import bigops
 from bigops.formats.patterns import block_mask
 from bigops.formats.sparse import SparseWeight
-from bigops.ops.sparse_linear import sparse_linear
+from bigops.ops.sparse_linear import op, sparse_linear
 from tests.backends import HOSTRUN, REFERENCE, TRITON, Way, covering
 from tests.compressed_cases import (
     DTYPES,
@@ -35,7 +34,6 @@ from tests.kernels_ran import ISAS, expect, isa, needs_extension
 from tests.linear_cases import PLAIN
 from tests.tolerance import snr_db
 
-module = importlib.import_module("bigops.ops.sparse_linear")  # the name is the function's, too
 pytestmark = needs_extension
 
 FORMS = {values: form for form, values in SPARSE.items()}
@@ -62,15 +60,9 @@ def dtypes(kind: str) -> list[str]:
 def form_of(m: int) -> str:
     """The form that serves m rows of x, as the package says (tuning may move the hand-over)."""
     weight = SparseWeight.from_mask(torch.ones(1, 4), torch.ones(1, 1, dtype=torch.bool))
-    said = bigops.explain("sparse_linear", torch.empty(m, 4, device="meta"), _on_meta(weight))
+    on_meta = weight.map(lambda t: t.to("meta"))
+    said = bigops.explain("sparse_linear", torch.empty(m, 4, device="meta"), on_meta)
     return said.kernel.rsplit("_", 1)[1]
-
-
-def _on_meta(weight: Any) -> Any:
-    return weight.replace(**{
-        name: None if t is None else t.to("meta")
-        for name, t in zip(module.TENSORS, weight.tensors().values(), strict=True)
-    })  # fmt: skip
 
 
 # Most rows of x that the rows form takes.
@@ -458,7 +450,7 @@ def test_a_stand_in_is_seen() -> None:
 
     def stand_in() -> None:
         with expect(".sparse_linear.f32.s8_rows"):
-            module._op._serve(case.x, *case.storage, None, None, "none")
+            op.serve(case.call)
 
     with pytest.raises(AssertionError, match=r"no '.sparse_linear.f32.s8_rows' among"):
         stand_in()

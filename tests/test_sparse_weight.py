@@ -197,7 +197,7 @@ def test_numpy_round_trip(dtype: torch.dtype) -> None:
     again = SparseWeight.from_numpy(arrays)
     assert again.shape == weight.shape
     assert again.chunk == weight.chunk
-    for a, b in zip(again.tensors, weight.tensors().values(), strict=True):
+    for a, b in zip(again.tensors().values(), weight.tensors().values(), strict=True):
         assert (a is None) == (b is None)
         assert a is None or b is None or torch.equal(a, b)
     del arrays["length"]
@@ -269,8 +269,10 @@ def test_patterns_are_read_and_written() -> None:
          TypeError, "dtype: expected int8, bfloat16 or float32; got torch.float16"),
         (lambda: SparseWeight.from_mask(torch.ones(2, 8), torch.ones(2, 2).bool(), block=(1, -4)),
          ValueError, "block: expected two sizes of at least 1"),
-        (lambda: SparseWeight.from_dense(torch.full((2, 2), float("nan"))), ValueError, "w: expected finite"),
-        (lambda: SparseWeight.from_dense([[1.0]]), TypeError, "w: expected a torch.Tensor; got list"),  # type: ignore[arg-type]
+        (lambda: SparseWeight.from_dense(torch.full((2, 2), float("nan"))),
+         ValueError, "w: expected finite"),
+        (lambda: SparseWeight.from_dense([[1.0]]),
+         TypeError, "w: expected a torch.Tensor; got list"),
     ],
 )  # fmt: skip
 def test_conversions_refuse(call: Any, kind: type[Exception], message: str) -> None:
@@ -317,9 +319,10 @@ def test_conversions_refuse(call: Any, kind: type[Exception], message: str) -> N
         ({"sums": torch.zeros(6)}, TypeError, "sums: expected dtype int32"),
         ({"values": None}, TypeError, "values: expected a torch.Tensor; got None"),
         ({"ptr": 3}, TypeError, "ptr: expected a torch.Tensor; got int"),
-        ({"shape": (-1, 8)}, ValueError, "shape: expected two sizes of at least 0"),
-        ({"shape": (6, 5)}, ValueError, "index: expected words inside the 5 columns"),
-        ({"shape": (70, 12)}, ValueError, r"rows: expected shape \[8, 4\]"),
+        ({"n": -1}, ValueError, "n, k: expected at least 0; got -1, "),
+        ({"k": -1}, ValueError, "n, k: expected at least 0; got 6, -1"),
+        ({"k": 5}, ValueError, "index: expected words inside the 5 columns"),
+        ({"n": 70}, ValueError, r"rows: expected shape \[8, 4\]"),
         ({"chunk": 32}, ValueError, "chunk: expected 64, 128 or 256; got 32"),
     ],
 )

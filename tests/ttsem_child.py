@@ -38,6 +38,7 @@ from bigops.ops.fused_linear import triton as linear_road
 from bigops.ops.linear_cross_entropy import triton as loss_road
 from bigops.ops.low_rank_linear import triton as low_rank_road
 from bigops.ops.quantized_linear import triton as quantized_road
+from bigops.ops.sparse_linear import triton as sparse_road
 from tests import compressed_cases, cross_entropy_cases, linear_cases, low_rank_cases
 from tests.optimizer_cases import Problem
 from tests.planted import plant
@@ -79,26 +80,24 @@ def low_rank(dtype: torch.dtype, base: bool, rank: int = 9) -> None:
 
 def quantized(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    y = quantized_road.forward(case.x, *case.storage, case.bias, case.residual, "gelu")
-    case.check_forward(y)
+    case.check_forward(quantized_road.forward(case.call))
 
 
 def fp8(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    y = fp8_road.forward(case.x, *case.storage, case.bias, case.residual, "gelu")
-    case.check_forward(y)
+    case.check_forward(fp8_road.forward(case.call))
 
 
 def fp8_backward(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    back = (case.grad, case.x, *case.storage, case.bias, "gelu")
-    case.check_gradients([*fp8_road.backward(*back, True, True), case.grad], stored=True)
+    grads = fp8_road.backward(case.grad, case.call, True, True)
+    case.check_gradients([*grads, case.grad], stored=True)
 
 
 def quantized_backward(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    back = (case.grad, case.x, *case.storage, case.bias, "gelu")
-    case.check_gradients([*quantized_road.backward(*back, True, True), case.grad], stored=True)
+    grads = quantized_road.backward(case.grad, case.call, True, True)
+    case.check_gradients([*grads, case.grad], stored=True)
 
 
 def rows_as_integers(activations: str) -> None:
@@ -112,12 +111,12 @@ def rows_as_integers(activations: str) -> None:
 
 
 def sparse(form: str, pattern: str, dtype: str, m: int = 35) -> None:
-    op = sys.modules["bigops.ops.sparse_linear"]
     case = compressed_cases.make(form, m, 48, 70, dtype, "gelu", pattern=pattern, values=True)
-    y = op._cuda(case.x, *case.storage, case.bias, case.residual, "gelu")
-    case.check_forward(y)
-    found = op._cuda_backward(case.grad, case.x, *case.storage, case.bias, "gelu", True, True, True)
-    case.check_gradients([*found, case.grad], stored=True)
+    blocks, why = sparse_road.blocks_of(case.call, "interpreter")
+    assert blocks is not None, why
+    case.check_forward(sparse_road.forward(case.call, blocks))
+    grads = sparse_road.backward(case.grad, case.call, blocks, True, True, True)
+    case.check_gradients([*grads, case.grad], stored=True)
 
 
 def loss(dtype: torch.dtype, options: str) -> None:

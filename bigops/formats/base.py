@@ -8,13 +8,15 @@ of its fields.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from typing_extensions import Self, dataclass_transform
+
+from bigops.formats import checks
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
@@ -30,6 +32,8 @@ class Format:
     """The arguments that stand for the weight in the schema of its op, as torch writes them."""
     TENSORS: ClassVar[tuple[str, ...]]
     """Names of the tensors, in the order of the schema."""
+    OPTIONAL: ClassVar[frozenset[str]]
+    """Those of them that a weight may lack."""
     TRAINS: ClassVar[bool] = False
     """Whether floating ``values`` have gradients."""
 
@@ -115,6 +119,9 @@ class Format:
 
     def validate(self) -> None:
         """Raise ValueError or TypeError unless the storage is whole; asked when a file loads."""
+        for name, t in self.tensors().items():
+            if t is not None or name not in self.OPTIONAL:
+                checks.tensor(name, t)
         self.check()
         self.check_structure()
 
@@ -159,8 +166,10 @@ class Format:
         """The weight of the rows that are rank's of ``parts``.
 
         Raises:
-            ValueError: the rows do not split so.
+            ValueError: the rows do not split so, or no part has that rank.
         """
+        if not 0 <= rank < parts:
+            raise ValueError(f"rank, parts: expected 0 <= rank < parts; got {rank}, {parts}")
         if not self.splits(parts):
             raise ValueError(
                 f"parts: expected a number into which {self.n} rows of a {type(self).__name__} "
@@ -193,11 +202,9 @@ class Format:
         return whole._with_rows(sum(part.n for part in parts), found)
 
     def _with_rows(self, n: int, tensors: dict[str, Tensor | None]) -> Self:
-        given: dict[str, Any] = dict(tensors)
+        made = self.with_tensors(tensors)
         names = {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type]
-        if "n" in names:
-            given["n"] = n
-        return self.replace(**given)
+        return made.replace(n=n) if "n" in names else made
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)
@@ -205,7 +212,9 @@ def storage(cls: type[F]) -> type[F]:
     """Make a class of annotated fields a format: a frozen dataclass, to torch a pytree."""
     made = dataclasses.dataclass(frozen=True, eq=False)(cls)
     names = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
-    made.TENSORS = tuple(_tensors(made))
+    hints = {f.name: str(f.type) for f in dataclasses.fields(made)}  # type: ignore[arg-type]
+    made.TENSORS = tuple(name for name, hint in hints.items() if "Tensor" in hint)
+    made.OPTIONAL = frozenset(name for name in made.TENSORS if "None" in hints[name])
 
     def flatten(weight: F) -> tuple[list[Any], None]:
         return [getattr(weight, name) for name in names], None
@@ -224,9 +233,3 @@ def storage(cls: type[F]) -> type[F]:
         ),
     )
     return made
-
-
-def _tensors(cls: type[Format]) -> Iterator[str]:
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if "Tensor" in str(field.type):
-            yield field.name

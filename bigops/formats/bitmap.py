@@ -162,8 +162,7 @@ class BitmapWeight(Format):
     def validate(self) -> None:
         if self.n < 0 or self.k < 0:
             raise ValueError(f"n, k: expected at least 0; got {self.n}, {self.k}")
-        self.check()
-        self.check_structure()
+        super().validate()
 
 
 def _tiled(t: Tensor) -> Tensor:
@@ -198,7 +197,8 @@ def _places(counts: Tensor, ptr: Tensor, per: int) -> Tensor:
 def to_dense(values: Tensor, bits: Tensor, ptr: Tensor, n: int, k: int) -> Tensor:
     """The matrix [n, k] of the storage, float32."""
     marks = _marks(bits)
-    places = _places(marks.sum(1), ptr.long(), UNIT // values.element_size())
-    dense = torch.zeros(marks.shape, device=values.device)
-    dense[marks] = values[places].float()
+    # An index for every entry, kept or not: no size depends on the contents, so that this is traced
+    places = (ptr[:-1].long() * (UNIT // values.element_size())).unsqueeze(1) + marks.cumsum(1) - 1
+    held = F.pad(values, (0, 1))  # for where nothing is stored
+    dense = torch.where(marks, held[places.clamp(0, values.shape[0])].float(), 0)
     return _whole(dense, n, k)

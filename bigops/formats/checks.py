@@ -30,6 +30,13 @@ def tensors(**arguments: object) -> None:
             raise TypeError(f"{name}: expected a torch.Tensor; got {type(value).__name__}")
 
 
+def tensor(name: str, value: object) -> None:
+    """Raise TypeError for what is no tensor, None included."""
+    if not isinstance(value, Tensor):
+        got = "None" if value is None else type(value).__name__
+        raise TypeError(f"{name}: expected a torch.Tensor; got {got}")
+
+
 def stored(weight: object, *forms: type) -> None:
     """Raise TypeError unless the weight is in one of the formats."""
     if not isinstance(weight, forms):

@@ -163,9 +163,11 @@ class Fp8Weight(Format):
             ValueError, TypeError: as `validate`.
         """
         check_form(scales, activations)
+        for name, given in (("codes", codes), ("scale", scale)):
+            checks.tensor(name, given)
         checks.dims("codes", codes, 2)
         checks.dtype("codes", codes, _CODES)
-        made = cls._of_codes(codes, scale, scales, activations, x_scale)
+        made = cls._of_codes(codes, scale.detach().clone(), scales, activations, x_scale)
         made.validate()
         return made
 
@@ -243,8 +245,7 @@ class Fp8Weight(Format):
             checks.device("x_scale", self.x_scale, values)
 
     def validate(self) -> None:
-        checks.tensors(**self.tensors())
-        self.check()
+        super().validate()
         codes = self.values.view(torch.uint8) & 127  # without the sign; 127 is NaN
         if bool((codes == 127).any()):
             raise ValueError("values: expected numbers; got NaN")

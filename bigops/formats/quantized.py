@@ -212,16 +212,21 @@ class QuantizedWeight(Format):
 
         Args:
             q: whole numbers ``[N, K]`` of any dtype: -128..127 with 8 bits, -8..7 with 4.
-            scale: ``[N, groups]``, finite and above 0; one group with ``group`` None.
+            scale: float32 ``[N, groups]``, finite and above 0; one group with ``group`` None.
             zero_point: whole numbers ``[N, groups]`` in the range of q, or None.
             bits, group, activations, x_grid: as for `from_dense`.
 
         Raises:
             ValueError: numbers that the format does not hold, or shapes that do not fit.
+            TypeError: a scale of another dtype, or no tensors.
         """
         columns = 0 if group is None else group
         check_form(bits, columns, activations)
+        for name, given in (("q", q), ("scale", scale)):
+            checks.tensor(name, given)
+        checks.tensors(zero_point=zero_point)
         checks.dims("q", q, 2)
+        checks.dtype("scale", scale, torch.float32)
         n, k = q.shape
         shape = [n, 1 if columns == 0 else -(-k // columns)]
         checks.shape("scale", scale, shape)
@@ -235,7 +240,7 @@ class QuantizedWeight(Format):
         if zero_point is not None:
             checks.shape("zero_point", zero_point, shape)
             zero = zero_point.float()
-        grid = quantize.Grid(q.float(), scale.float(), zero)
+        grid = quantize.Grid(q.float(), scale.detach(), zero)
         made = cls._of_grid(grid, bits, columns, activations, x_grid)
         made.validate()
         return made
@@ -348,8 +353,7 @@ class QuantizedWeight(Format):
                 checks.device(name, t, self.values)
 
     def validate(self) -> None:
-        checks.tensors(**self.tensors())
-        self.check()
+        super().validate()
         scale = self.scale[:, : self.n]
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise ValueError("scale: expected finite values above 0")

@@ -100,8 +100,7 @@ class SparseWeight(Format):
             raise ValueError(
                 f"activations: expected 'dynamic' with values {values!r}; got 'static'"
             )
-        if chunk is not None and chunk not in CHUNKS:
-            raise ValueError(f"chunk: expected 64, 128 or 256; got {chunk}")
+        _chunk(0, chunk)
         return {"values": values, "chunk": chunk, "activations": activations}
 
     @classmethod
@@ -165,14 +164,17 @@ class SparseWeight(Format):
         Raises:
             ValueError, TypeError: shapes or dtypes that do not fit, or as `validate`.
         """
+        for name, given in (("q", q), ("scale", scale)):
+            checks.tensor(name, given)
         checks.dims("q", q, 2)
         checks.dtype("q", q, torch.int8)
         checks.dtype("scale", scale, torch.float32)
         checks.shape("scale", scale, [q.shape[0]])
         mask = q != 0 if mask is None else mask
+        checks.tensor("mask", mask)
         checks.dtype("mask", mask, torch.bool)
         checks.shape("mask", mask, list(q.shape))
-        made = cls._store(torch.where(mask, q, 0), mask, scale, chunk)
+        made = cls._store(torch.where(mask, q, 0), mask, scale.detach().clone(), chunk)
         made.validate()
         return made
 
@@ -194,7 +196,7 @@ class SparseWeight(Format):
         cls, values: Tensor, mask: Tensor, scale: Tensor | None, chunk: int | None
     ) -> SparseWeight:
         n, k = values.shape
-        chunk = chunk_rows(n) if chunk is None else chunk
+        chunk = _chunk(n, chunk)
         stored = layout.store(values, mask, chunk)
         sums = None
         if scale is not None:
@@ -205,7 +207,7 @@ class SparseWeight(Format):
     @classmethod
     def empty(cls, n: int, k: int, dtype: torch.dtype, chunk: int | None = None) -> SparseWeight:
         """The storage of a weight [N, K] of which nothing is kept, on "meta", to be loaded."""
-        chunk = chunk_rows(n) if chunk is None else chunk
+        chunk = _chunk(n, chunk)
         size = sizes(n, k, chunk, dtype)
 
         def tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -336,8 +338,7 @@ class SparseWeight(Format):
                 "values: expected dtype float32, bfloat16, int8; got "
                 f"{checks.short_name(values.dtype)}"
             )
-        if chunk not in CHUNKS:
-            raise ValueError(f"chunk: expected 64, 128 or 256; got {chunk}")
+        _chunk(n, chunk)
         size = sizes(n, k, chunk, values.dtype)
         if values.dim() != 3 or list(values.shape[1:]) != [SLICE, size.columns]:
             raise ValueError(
@@ -378,12 +379,7 @@ class SparseWeight(Format):
         n, k = self.n, self.k
         if n < 0 or k < 0:
             raise ValueError(f"n, k: expected at least 0; got {n}, {k}")
-        checks.tensors(**self.tensors())
-        for name in self._always:
-            if getattr(self, name) is None:
-                raise TypeError(f"{name}: expected a torch.Tensor; got None")
-        self.check()
-        self.check_structure()
+        super().validate()
         if self.scale is None and not all(
             bool(torch.isfinite(part).all()) for part in self.values.split(BLOCK)
         ):
@@ -394,3 +390,12 @@ class SparseWeight(Format):
             sums = stored_sums(self.values, self.rows, self.ptr, n, k, self.chunk)
             if self.sums is None or not torch.equal(sums, self.sums):
                 raise ValueError("sums: expected the sum of the values of each row; got others")
+
+
+def _chunk(n: int, chunk: int | None) -> int:
+    """Rows of a chunk of a weight of ``n`` rows; raise ValueError for a number that is none."""
+    if chunk is None:
+        return chunk_rows(n)
+    if chunk not in CHUNKS:
+        raise ValueError(f"chunk: expected 64, 128 or 256; got {chunk}")
+    return chunk

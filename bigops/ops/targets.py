@@ -29,8 +29,8 @@ def present(target: Target) -> str:
 
 
 def is_cpu(target: Target) -> bool:
-    """Whether a target is a CPU."""
-    return (target if isinstance(target, str) else target.type) == "cpu"
+    """Whether a target is a CPU, by its name: only dispatch on a GPU asks for a device."""
+    return target == "cpu"
 
 
 def cuda_arch(target: Target) -> str | None:

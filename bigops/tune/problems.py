@@ -22,7 +22,7 @@ RANKS = (16, 64, 128)
 BLOCKS = (16, 32)
 BLOCKS_KEPT = 0.2
 GROUP = 64
-# kind in the config files -> what quantize_weight is given
+# kind in the config files -> what `QuantizedWeight.from_dense` is given
 KINDS: dict[str, dict[str, object]] = {
     "w8a8": {},
     "w4a8": {"bits": 4, "group": GROUP, "activations": "dynamic"},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -19,12 +20,13 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import bigops
+from bigops.formats import Format
 from bigops.ops import targets
 from bigops.ops.library import in_words
 from bigops.ops.linear_cross_entropy import triton as _triton_loss
 from tests import triton_interpreter
 
-# op -> module of bigops.ops and the function that serves it on a GPU
+# op -> module of bigops.ops and what serves it on a GPU
 ROADS = {
     "fused_linear": ("fused_linear", "_cuda"),
     "fused_linear_with_preact": ("fused_linear", "_cuda_with_preact"),
@@ -32,9 +34,9 @@ ROADS = {
     "low_rank_linear": ("low_rank_linear", "_cuda"),
     "low_rank_linear_with_parts": ("low_rank_linear", "_cuda_with_parts"),
     "low_rank_linear_backward": ("low_rank_linear", "_cuda_backward"),
-    "quantized_linear": ("quantized_linear", "_cuda"),
-    "sparse_linear": ("sparse_linear", "_cuda"),
-    "sparse_linear_backward": ("sparse_linear", "_cuda_backward"),
+    "quantized_linear": ("quantized_linear", "op._cuda"),
+    "sparse_linear": ("sparse_linear", "op._cuda"),
+    "sparse_linear_backward": ("sparse_linear", "op.gradients._cuda"),
 }
 
 
@@ -53,8 +55,8 @@ class Place:
         """Tensors, and tuples and lists of them, moved there; the rest as it is."""
         if isinstance(item, Tensor):
             return item.detach().to(self.device).requires_grad_(item.requires_grad)
-        if isinstance(item, tuple) and hasattr(item, "_make"):
-            return type(item)._make(map(self.put, item))  # type: ignore[attr-defined]
+        if isinstance(item, Format):
+            return item.map(self.put)
         return type(item)(map(self.put, item)) if isinstance(item, (tuple, list)) else item
 
     def chosen(self, op: str, *args: Any, **options: Any) -> str:
@@ -113,7 +115,7 @@ def place(
     for op, (stem, name) in ROADS.items():
         packet = getattr(torch.ops.bigops, op)
         kernel = packet.code if "code" in packet.overloads() else packet.default
-        road = in_words(kernel, getattr(sys.modules[f"bigops.ops.{stem}"], name))
+        road = in_words(kernel, attrgetter(name)(sys.modules[f"bigops.ops.{stem}"]))
         library.impl(kernel.name().removeprefix("bigops::"), road, "CPU", allow_override=True)
     adamw = sys.modules["bigops.ops.fused_adamw"]
     loss = sys.modules["bigops.ops.linear_cross_entropy.schema"]

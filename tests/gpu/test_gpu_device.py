@@ -151,7 +151,7 @@ def test_results_past_two_to_the_31_elements(op: str, place: Place, gpu: Need) -
 # A program of its own for the sanitizer; ``device`` is given.
 SANITIZED = """
 import torch, bigops
-from bigops.ops.quantized_linear import quantize_weight
+from bigops.formats import QuantizedWeight
 torch.manual_seed(0)
 for m, n, k in ((5, 17, 33), (35, 20, 65)):
     x = torch.randn(m, k, device=device, requires_grad=True)

@@ -205,7 +205,9 @@ class GridOp:
         """Run the op; ``arguments`` and ``k`` of the weight, ``grids`` as the schema has them."""
         try:
             device_type = x.device.type
-            if torch.is_autocast_enabled(device_type):  # storage keeps its own dtypes
+            if device_type != "meta" and torch.is_autocast_enabled(
+                device_type
+            ):  # storage keeps its own dtypes
                 x, bias, residual = autocast(device_type, x, bias, residual)  # type: ignore[assignment]
             if x.shape[-1] != k:
                 raise TypeError  # it is named below
@@ -219,14 +221,14 @@ class GridOp:
                 return self.forward(*coded)
             with torch._C._AutoDispatchBelowAutograd():
                 return self.forward(*coded)
-        except (RuntimeError, AttributeError, TypeError, KeyError):
+        except (RuntimeError, AttributeError, TypeError, KeyError, IndexError):
             # The kernel checks its arguments; only a refused call pays for naming what is wrong.
             act.check_name(activation, gated=False)
             if not torch.compiler.is_compiling():
-                checks.tensors(x=x, bias=bias, residual=residual)
+                named = dict(zip(self.grids, grids, strict=True))
+                checks.tensors(x=x, bias=bias, residual=residual, **named)
                 weight = self.op.form.of(k, *arguments)
                 call = Call(x, weight, bias, residual, activation)
-                named = dict(zip(self.grids, grids, strict=True))
                 own = getattr(weight, "x_grid", None)
                 given = GridCall(call, named.get("x_grid", own), named["y_grid"])
                 self.check(given)

@@ -234,7 +234,9 @@ class LinearOp:
             if self._reads_k and x.shape[-1] != k:
                 raise TypeError  # it is named below
             device_type = x.device.type
-            if torch.is_autocast_enabled(device_type):  # storage keeps its own dtypes
+            if device_type != "meta" and torch.is_autocast_enabled(
+                device_type
+            ):  # storage keeps its own dtypes
                 x, bias, residual = autocast(device_type, x, bias, residual)  # type: ignore[assignment]
             if torch.compiler.is_compiling():
                 return self.gradients.traced(x, *arguments, bias, residual, activation)
@@ -249,7 +251,7 @@ class LinearOp:
                 return self.forward(*coded)
             with torch._C._AutoDispatchBelowAutograd():
                 return self.forward(*coded)
-        except (RuntimeError, AttributeError, TypeError, KeyError):
+        except (RuntimeError, AttributeError, TypeError, KeyError, IndexError):
             # The kernel checks its arguments; only a refused call pays for naming what is wrong.
             act.check_name(activation, gated=False)
             if not torch.compiler.is_compiling():

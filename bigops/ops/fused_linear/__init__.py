@@ -451,7 +451,7 @@ def fused_linear(
     """
     try:
         device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
             x, weight, bias, residual = autocast(device_type, x, weight, bias, residual)  # type: ignore[assignment]
         code = act.CODES[activation]
         if torch.compiler.is_compiling():

@@ -438,7 +438,7 @@ def low_rank_linear(
     Args:
         x: ``[.., K]``; float32, bfloat16, float16 or float64, any strides.
         u: ``[N, r]``; r from 0 (the product is zero) to min(N, K). Or both factors by
-            `quantize_weight`: two calls of `quantized_linear`, without ``base`` and ``scale``.
+            `QuantizedWeight`: two calls of `quantized_linear`, without ``base`` and ``scale``.
         v: ``[r, K]``.
         bias: ``[N]`` or None.
         residual: ``[.., N]``, the shape of the result, or None.
@@ -462,7 +462,7 @@ def low_rank_linear(
         return factors.product(x, u, v, bias, residual, activation)  # type: ignore[arg-type]
     try:
         device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
             x, u, v, bias, residual, base = autocast(  # type: ignore[assignment]
                 device_type, x, u, v, bias, residual, base
             )

@@ -59,9 +59,10 @@ def packed_linear(
         TypeError: a dtype that is not served, or dtypes that differ.
     """
     checks.stored(weight, PackedWeight)
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type if isinstance(x, Tensor) else "meta"
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = weight.panels.dtype
         bias, residual = (t if t is None else t.to(dtype) for t in (bias, residual))
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(kind, enabled=False):
             return op(x.to(dtype), weight.arguments, weight.k, bias, residual, activation)
     return op(x, weight.arguments, weight.k, bias, residual, activation)
