@@ -551,7 +551,7 @@ def test_validate_refuses_damage_to_each_tensor(name: str) -> None:
         if t is None:
             continue
         for what, wrong in damages(t).items():
-            if (leaf, what) in WHOLE or (leaf, what) == ("values", "a cut along 0") and not rows:
+            if (leaf, what) in WHOLE or ((leaf, what) == ("values", "a cut along 0") and not rows):
                 continue
             others = {n: other for n, other in weight.tensors().items() if n != leaf}
             with pytest.raises((ValueError, TypeError)) as caught:
