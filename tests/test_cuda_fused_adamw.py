@@ -45,9 +45,9 @@ def library() -> Path:
 def _on_cuda(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ops as a GPU takes them."""
     hostrun.schedule(library, 0, False)
-    real = road.built_for
+    real = road.cuda_built_for
     here = lambda target: isinstance(target, torch.device) or real(target)  # noqa: E731
-    monkeypatch.setattr(road, "built_for", here)
+    monkeypatch.setattr(road, "cuda_built_for", here)
     monkeypatch.setattr(module, "step_adamw", choose.adamw)
     monkeypatch.setattr(module, "norm_op", choose.norm)
     round_roots(monkeypatch)

@@ -1,6 +1,7 @@
 """What this machine has (`machine`), which kernels ran (`note`, `record`), and measured tables.
 
-Anything in bigops may import this room. It imports no op and names none of Python's.
+Anything in bigops may import this room. It imports no op, and only the data of crossover.py names
+one.
 """
 
 from bigops.backend import machine

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -53,6 +53,10 @@ class Table:
     bf16_dot: bool = True
     source: str = "committed"
     ignored: str = field(default="", compare=False)
+
+    def limits(self) -> Iterator[tuple[str, str, Limits]]:
+        """(op, dtype, limits) as the extension takes them."""
+        return (("fused_linear", dtype, limits) for dtype, limits in self.fused_linear.items())
 
 
 def machine(extension: ModuleType) -> dict[str, str | int]:

@@ -96,14 +96,14 @@ def apply_crossovers(table: crossover.Table | None = None) -> None:
     if extension is None:
         return
     table = table or crossovers()
-    for dtype, limits in table.fused_linear.items():
-        extension.set_crossover("fused_linear", dtype, limits.max_rows, limits.max_flops)
+    for op, dtype, limits in table.limits():
+        extension.set_crossover(op, dtype, limits.max_rows, limits.max_flops)
     extension.set_bf16_dot(table.bf16_dot)
     extension.set_float_product(usable(table.float_product))
 
 
 def packs(dtype: torch.dtype) -> bool:
-    """Whether `pack_` lays a CPU weight of ``dtype`` out for packed_linear."""
+    """Whether packing pays for a CPU weight of ``dtype``."""
     return crossovers().packs.get(_SHORT.get(dtype, ""), False)
 
 

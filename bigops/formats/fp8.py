@@ -105,9 +105,11 @@ class Fp8Weight(Format):
     @classmethod
     def form(cls, scales: str = "row", activations: str = "dynamic") -> dict[str, Any]:
         """Keyword arguments of `from_dense`; a static scale of x is for the op alone."""
+        if activations not in ("none", "dynamic"):
+            raise ValueError(
+                f"activations: expected 'none' or 'dynamic' for a layer in fp8; got {activations!r}"
+            )
         check_form(scales, activations)
-        if activations == "static":
-            raise ValueError("activations: expected 'none' or 'dynamic'; got 'static'")
         return {"scales": scales, "activations": activations}
 
     @classmethod

@@ -103,10 +103,10 @@ class LowRankWeight(Format):
 def check_ranks(u: Format, v: Format) -> None:
     """Raise TypeError or ValueError unless two stored factors belong together."""
     for name, factor, other in (("u", u, v), ("v", v, u)):
-        if not isinstance(factor, Format) or type(factor) is not type(other):
-            wanted = type(other if isinstance(other, Format) else factor).__name__
+        if not isinstance(factor, Format) or (name == "v" and type(factor) is not type(other)):
             raise TypeError(
-                f"{name}: expected a {wanted}, as the other factor is; got {type(factor).__name__}"
+                f"{name}: expected a {type(other).__name__}, as the other factor is; got "
+                f"{type(factor).__name__}"
             )
     if u.k != v.n:
         raise ValueError(f"v: expected {u.k} rows for u of {[u.n, u.k]}; got {[v.n, v.k]}")

@@ -174,7 +174,11 @@ class CompressedLinear(nn.Module):
 
     def run(self, x: Tensor, arguments: tuple[Any, ...], residual: Tensor | None) -> Tensor:
         """Call the op with `Format.arguments` of the storage."""
-        return self.op(x, arguments, self.in_features, self.bias, residual, self.activation)
+        op, k = self.op, self.in_features
+        if getattr(x, "dtype", None) is torch.uint8 and op.twin is not None:
+            grids = (None,) * len(op.twin.grids)
+            return op.twin(x, arguments, k, grids, self.bias, residual, self.activation)
+        return op(x, arguments, k, self.bias, residual, self.activation)
 
     @property
     def op(self) -> LinearOp:
@@ -337,7 +341,9 @@ class CompressedLinear(nn.Module):
         if name in self.trained_names and self.__dict__.get("frozen", False):
             raise AttributeError(f"{type(self).__name__}.{name}: {self._where_it_went}")
         form = self.__dict__.get("form", {})
-        return form[name] if name in form else super().__getattr__(name)
+        if name in form and name not in self.format.TENSORS:
+            return form[name]
+        return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._check_trained(name)

@@ -211,9 +211,8 @@ class SparseLinear(CompressedLinear):
 
     def run(self, x: Tensor, arguments: tuple[Any, ...], residual: Tensor | None) -> Tensor:
         if x.is_cuda and (form := self._second_form(x, residual)) is not None:
-            return op_of(type(form))(
-                x, form.arguments, form.k, self.bias, residual, self.activation
-            )
+            op = op_of(type(form))
+            return op(x, form.arguments, form.k, self.bias, residual, self.activation)
         bias, low = self.bias, torch.bfloat16
         if self.x_grid is not None:
             if wants_gradient(x, bias, residual):
@@ -230,6 +229,9 @@ class SparseLinear(CompressedLinear):
         checks.shape("residual", residual, list(y.shape))
         checks.like("residual", residual, x)
         return y + residual  # in x's dtype: a residual stream keeps its precision
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return self.storage().arguments if self.thawed else super()._arguments()  # type: ignore[no-any-return]
 
     def explain(self, x: Tensor) -> Choice:
         bias = self.bias

@@ -128,11 +128,12 @@ def register(
 def autocast(device_type: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Cast floating tensors to the active autocast dtype of ``device_type`` (float64 stays)."""
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        t if t is None or t.dtype in (dtype, torch.float64) or not t.is_floating_point()
-        else t.to(dtype)
-        for t in tensors
-    )  # fmt: skip
+    kept = (dtype, torch.float64)
+
+    def cast(t: torch.Tensor | None) -> torch.Tensor | None:
+        return t if t is None or t.dtype in kept or not t.is_floating_point() else t.to(dtype)
+
+    return tuple(map(cast, tensors))
 
 
 def rows(t: torch.Tensor) -> torch.Tensor:

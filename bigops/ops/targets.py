@@ -1,4 +1,4 @@
-"""Which devices the Triton kernels serve, and the reason where they do not."""
+"""Which devices the kernels for GPUs serve, and the reason where they do not."""
 
 from __future__ import annotations
 
@@ -38,11 +38,16 @@ def cuda_arch(target: Target) -> str | None:
 
     A device, and "cuda", must be able to run them here; an architecture need not be present.
     """
-    if not isinstance(target, str) or target == "cuda":
-        if machine.cuda_error or not torch.cuda.is_available():
+    if isinstance(target, torch.device) or target == "cuda":
+        if machine.cuda_error or (target == "cuda" and not torch.cuda.is_available()):
             return None
         target = present(target)
     return target if machine.cuda_runs_on(target) else None
+
+
+def cuda_built_for(target: Target) -> bool:
+    """Whether the CUDA C++ kernels have code for ``target``, and serve where it is a device."""
+    return cuda_arch(target) is not None
 
 
 def why_not(dtype: torch.dtype, target: Target, op: str) -> str:

@@ -10,29 +10,17 @@ import torch
 from torch import Tensor
 
 from bigops import backend
-from bigops.backend import machine
 from bigops.formats import checks
-from bigops.ops import targets
 from bigops.ops.fused_adamw.triton import maps_of
+from bigops.ops.targets import Target, cuda_built_for
 
 OPS = ("fused_adamw", "fused_grad_norm")
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
-def built_for(target: targets.Target) -> bool:
-    """Whether they have code for a device, "cuda", or an architecture such as "sm_90"."""
-    if isinstance(target, torch.device):
-        here = target.type == "cuda"
-    elif target == "cuda":
-        here = torch.cuda.is_available()
-    else:
-        return machine.cuda_runs_on(target)
-    return here and not machine.cuda_error and machine.cuda_runs_on(targets.present(target))
-
-
-def serves(op: str, dtypes: Collection[torch.dtype], target: targets.Target) -> bool:
+def serves(op: str, dtypes: Collection[torch.dtype], target: Target) -> bool:
     """Whether they serve ``op`` for parameters of these dtypes; float64 takes plain torch."""
-    return op in OPS and DTYPES.issuperset(dtypes) and built_for(target)
+    return op in OPS and DTYPES.issuperset(dtypes) and cuda_built_for(target)
 
 
 def counts(params: Sequence[Tensor], steps: Sequence[Tensor]) -> bool:

@@ -124,9 +124,19 @@ def _scale(scales: Sequence[Tensor], held: Sequence[Tensor], i: int) -> Tensor |
     return _pick(scales, i) if coded else None
 
 
-def signed_factor(step: Any) -> float:
-    """What the gradients of a step are multiplied by."""
+def _factor(step: Any) -> float:
     return -step.grad_factor if step.maximize else step.grad_factor  # type: ignore[no-any-return]
+
+
+def adamw_numbers(step: Any) -> tuple[float, float, float, float, float, float]:
+    """lr, beta1, beta2, eps, weight_decay, and the gradients' factor, below 0 to maximise."""
+    return step.lr, step.beta1, step.beta2, step.eps, step.weight_decay, _factor(step)
+
+
+def sgd_numbers(step: Any) -> tuple[float, float, float, float, bool, bool, float]:
+    """lr, momentum, dampening, weight_decay, nesterov, first_step, and the factor, likewise."""
+    numbers = step.lr, step.momentum, step.dampening, step.weight_decay
+    return *numbers, step.nesterov, step.first_step, _factor(step)
 
 
 def _random(step: Any, i: int) -> tuple[int, int, int] | None:
@@ -146,12 +156,7 @@ def adamw(step: Any) -> None:
             _scale(step.exp_avg_scales, step.exp_avgs, i),
             _scale(step.exp_avg_sq_scales, step.exp_avg_sqs, i),
             _pick(step.copies, i),
-            step.lr,
-            step.beta1,
-            step.beta2,
-            step.eps,
-            step.weight_decay,
-            signed_factor(step),
+            *adamw_numbers(step),
             _random(step, i),
         )
 
@@ -166,13 +171,7 @@ def sgd(step: Any) -> None:
             step.momentum_buffers[i] if len(step.momentum_buffers) else None,
             _scale(step.momentum_scales, step.momentum_buffers, i),
             _pick(step.copies, i),
-            step.lr,
-            step.momentum,
-            step.dampening,
-            step.weight_decay,
-            step.nesterov,
-            step.first_step,
-            signed_factor(step),
+            *sgd_numbers(step),
             _random(step, i),
         )
 

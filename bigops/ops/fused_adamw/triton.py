@@ -12,7 +12,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.formats import checks
 from bigops.ops.fused_adamw import states
-from bigops.ops.fused_adamw.reference import signed_factor
+from bigops.ops.fused_adamw.reference import adamw_numbers, sgd_numbers
 
 
 @functools.cache
@@ -52,12 +52,7 @@ def adamw(step: Any) -> None:
         ),
         step.steps,
         maps_of(step.params[0].device),
-        step.lr,
-        step.beta1,
-        step.beta2,
-        step.eps,
-        step.weight_decay,
-        signed_factor(step),
+        *adamw_numbers(step),
     )
     _names("fused_adamw", step.params, step.exp_avgs)
 
@@ -80,13 +75,7 @@ def sgd(step: Any) -> None:
             rounding_step=step.rounding_step,
         ),
         maps_of(step.params[0].device),
-        step.lr,
-        step.momentum,
-        step.dampening,
-        step.weight_decay,
-        step.nesterov,
-        step.first_step,
-        signed_factor(step),
+        *sgd_numbers(step),
     )
     _names("fused_sgd", step.params, step.momentum_buffers)
 
