@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -79,9 +81,8 @@ def test_a_pytree_there_and_back(name: str) -> None:
     weight = weight_of(name)
     leaves, spec = pytree.tree_flatten(weight)
     assert same(pytree.tree_unflatten(leaves, spec), weight)
-    tensors = [t for t in leaves if isinstance(t, Tensor)]
-    wanted = [t for t in weight.tensors().values() if t is not None]
-    assert all(a is b for a, b in zip(tensors, wanted, strict=True))
+    assert all(a is b for a, b in zip(leaves, weight.tensors().values(), strict=True))
+    assert pytree.tree_structure(weight_of(name, 36, 96)) != spec
     moved = pytree.tree_map_only(Tensor, Tensor.clone, weight)
     assert same(moved, weight)
     assert all(t is None or t is not weight.tensors()[leaf] for leaf, t in moved.tensors().items())
@@ -99,6 +100,32 @@ def test_map_and_replace_leave_the_original_as_it_was(name: str) -> None:
     assert {t.device.type for t in on_meta.tensors().values() if t is not None} == {"meta"}
     assert on_meta.shape == weight.shape
     assert same(weight, before)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_copies(name: str) -> None:
+    weight = weight_of(name)
+    # torch does not pickle float8 by itself
+    pickled = [] if name in FP8 else [pickle.loads(pickle.dumps(weight))]
+    for again in (copy.deepcopy(weight), *pickled):
+        assert same(again, weight)
+        for leaf, t in again.tensors().items():
+            assert t is None or t is not weight.tensors()[leaf], leaf
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_a_weight_is_an_input_of_an_exported_program(name: str) -> None:
+    weight = weight_of(name)
+    op, x = op_of(type(weight)), torch.randn(3, 88, dtype=weight.x_dtypes[0])
+
+    class Product(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Format) -> Tensor:
+            return op(x, weight.arguments, weight.k)
+
+    program = torch.export.export(Product(), (x, weight), strict=False)
+    want = op(x, weight.arguments, weight.k)
+    assert torch.equal(program.module()(x, weight), want)
+    assert torch.equal(program.module()(x, weight.map(Tensor.clone)), want)
 
 
 EMPTY: dict[str, dict[str, Any]] = {
