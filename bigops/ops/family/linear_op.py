@@ -52,6 +52,11 @@ def op_of(form: type[Format]) -> LinearOp:
         raise TypeError(f"format: expected one that an op takes; got {form.__name__}") from None
 
 
+def linear_ops() -> tuple[LinearOp, ...]:
+    """All ops of the family."""
+    return tuple(_SERVING.values())
+
+
 class LinearOp:
     """Defines an op, and its backward op, in the library and applies it.
 
