@@ -152,9 +152,14 @@ class Format:
         """Along which dimension each tensor splits with the rows of W; the others are whole."""
         return {}
 
+    @property
+    def row_unit(self) -> int:
+        """Rows of W that stay together where it splits."""
+        return 1
+
     def splits(self, parts: int) -> bool:
         """Whether the rows of W split into ``parts`` weights of this format, of equal sizes."""
-        return bool(self.row_dims()) and self.n % parts == 0
+        return bool(self.row_dims()) and self.n % (self.row_unit * parts) == 0
 
     def placements(self, split: bool) -> dict[str, Placement | None]:
         """Where DTensor puts each tensor, with the rows of W split or whole; None for no tensor."""

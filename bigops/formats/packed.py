@@ -36,7 +36,6 @@ class PackedWeight(Format):
 
     @classmethod
     def of(cls, _: int, panels: Tensor, pad: int, k: int) -> PackedWeight:
-        checks.tensor("panels", panels)
         checks.dims("panels", panels, 4)
         n = panels.shape[0] * PANEL - pad
         if not (0 <= pad < PANEL and n >= 0):
@@ -84,8 +83,9 @@ class PackedWeight(Format):
     def row_dims(self) -> dict[str, int]:
         return {"panels": 0}
 
-    def splits(self, parts: int) -> bool:
-        return self.n % (PANEL * parts) == 0
+    @property
+    def row_unit(self) -> int:
+        return PANEL
 
     def check(self) -> None:
         checks.dims("panels", self.panels, 4)

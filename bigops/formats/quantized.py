@@ -123,7 +123,6 @@ class QuantizedWeight(Format):
         group: int,
         activations: str,
     ) -> QuantizedWeight:
-        checks.tensor("values", values)
         checks.dims("values", values, 4)
         n = values.shape[0] * TILE - pad
         if not (0 <= pad < TILE and n >= 0):
@@ -139,8 +138,9 @@ class QuantizedWeight(Format):
     def row_dims(self) -> dict[str, int]:
         return {"values": 0, "scale": 1, "zero_point": 1, "row_sum": 0}
 
-    def splits(self, parts: int) -> bool:
-        return self.n % (TILE * parts) == 0
+    @property
+    def row_unit(self) -> int:
+        return TILE
 
     @classmethod
     def form(

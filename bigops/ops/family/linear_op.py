@@ -52,6 +52,11 @@ def op_of(form: type[Format]) -> LinearOp:
         raise TypeError(f"format: expected one that an op takes; got {form.__name__}") from None
 
 
+def linear_ops() -> tuple[LinearOp, ...]:
+    """All ops of the family."""
+    return tuple(_SERVING.values())
+
+
 class LinearOp:
     """Defines an op, and its backward op, in the library and applies it.
 
@@ -107,6 +112,13 @@ class LinearOp:
         if x.dim() == 0 and self._reads_k:
             raise ValueError("x: expected shape [.., K]; got []")
         return self.form.of(x.shape[-1] if x.dim() else 0, *fixed)
+
+    def stored(self, k: int, arguments: tuple[Any, ...]) -> Format:
+        """The weight of a refused call; raise TypeError for what is no tensor of it."""
+        for name, given in zip(self.fields, arguments, strict=True):
+            if name in self.form.TENSORS and not (given is None and name in self.form.OPTIONAL):
+                checks.tensor(name, given)
+        return self.form.of(k, *arguments)
 
     # reference, fake ------------------------------------------------------------------------
 
@@ -266,8 +278,7 @@ class LinearOp:
             act.check_name(activation, gated=False)
             if not torch.compiler.is_compiling():
                 checks.tensors(x=x, bias=bias, residual=residual)
-                weight = self.form.of(k, *arguments)
-                Call(x, weight, bias, residual, activation).check()
+                Call(x, self.stored(k, arguments), bias, residual, activation).check()
             raise
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bigops.parallel._rule import Rule, _if
+from bigops.ops.sharding import Rule, if_given
 
 
 def linear_cross_entropy(
@@ -65,7 +65,7 @@ def _loss_arguments(token: Any, bias: Any, class_weight: Any) -> list[Any]:
     from torch.distributed.tensor import Replicate
 
     whole = Replicate()
-    return [token, whole, token, _if(bias, whole), _if(class_weight, whole), *[None] * 5]
+    return [token, whole, token, if_given(bias, whole), if_given(class_weight, whole), *[None] * 5]
 
 
 def _loss_gradients(token: Any, needs: tuple[bool, ...]) -> list[Any]:
