@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigops.formats import Format, Fp8Weight, QuantizedWeight, SparseWeight
+from bigops.formats import (
+    Format,
+    Fp8Weight,
+    LowRankWeight,
+    PackedWeight,
+    QuantizedWeight,
+    SparseWeight,
+)
 from bigops.formats.quantize import static_grid
 from bigops.ops.family import op_of
 from tests.format_cases import FLAT, WEIGHTS, kept, same, weight_of
@@ -248,6 +255,25 @@ def test_validate_refuses_damage_to_each_tensor(name: str) -> None:
             said = str(caught.value)
             named = said.split(":")[0].split(", ")
             assert set(named) <= {*weight.tensors(), "n", "k"}, f"{leaf}, {what}: {said}"
+
+
+def test_factors_that_do_not_belong_together_are_refused() -> None:
+    one, other = weight_of("low_rank"), weight_of("low_rank_int8")
+    assert isinstance(one, LowRankWeight)
+    assert isinstance(other, LowRankWeight)
+    small = PackedWeight.from_dense(torch.randn(8, 88))
+    for weight, kind, message in (
+        (one.replace(v=other.v), TypeError, "v: expected a PackedWeight, as the other factor is"),
+        (
+            one.replace(v=small),
+            ValueError,
+            r"v: expected 16 rows for u of \[36, 16\]; got \[8, 88\]",
+        ),
+        (one.replace(v=one.v.replace(k=-1)), ValueError, "v_n, k: expected at least 0"),
+    ):
+        for ask in (weight.check, weight.validate):
+            with pytest.raises(kind, match=message):
+                ask()
 
 
 @pytest.mark.parametrize("name", FLAT)

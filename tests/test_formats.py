@@ -43,11 +43,14 @@ def test_every_format_has_a_weight_here() -> None:
 def test_sizes(name: str) -> None:
     weight = weight_of(name)
     weight.validate()
+    weight.check()
+    weight.check_structure()
     assert weight.shape == (weight.n, weight.k) == (36, 88)
     assert weight.to_dense().shape == (36, 88)
     stored = [t for t in weight.tensors().values() if t is not None]
     assert weight.nbytes == sum(t.numel() * t.element_size() for t in stored)
     assert 0 < weight.density <= 1
+    assert not any(isinstance(size, Tensor) for size in pytree.tree_leaves(weight.sizes))
     with pytest.raises(dataclasses.FrozenInstanceError):
         weight.values = None  # type: ignore[attr-defined]
 
