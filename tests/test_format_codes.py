@@ -327,6 +327,13 @@ CONTENTS: list[tuple[str, str, Callable[[Tensor], None]]] = [
     ("sparse", "ptr", _set(1, 1 << 20)),
     ("sparse", "ptr", _set(0, -1)),
     ("sparse_f32", "values", _set((0, 0, 0), torch.nan)),
+    ("24", "values", _set((3, 4), torch.inf)),
+    ("24", "meta", _set((0, 0, 0), 0)),
+    ("24_int8", "scale", _set(3, torch.nan)),
+    ("24_int8", "sums", lambda t: t[3].add_(1)),
+    ("24_int8", "meta", lambda t: t.bitwise_not_()),
+    ("24_both", "meta_t", _set((0, 0, 0), 0)),
+    ("24_both", "meta_t", lambda t: t.copy_(t.flip(0))),
     ("bitmap", "ptr", _set(1, 0)),
     ("bitmap", "bits", lambda t: t.bitwise_not_()),
 ]
