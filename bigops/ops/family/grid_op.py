@@ -69,6 +69,7 @@ class GridOp:
             "str activation) -> Tensor",
             self._serve,
         )
+        self._words = self.forward._overloadpacket.default
         self._encoded = encoder(self.forward)
         register(
             self.forward,
@@ -204,10 +205,10 @@ class GridOp:
     ) -> Tensor:
         """Run the op; ``arguments`` and ``k`` of the weight, ``grids`` as the schema has them."""
         try:
+            if not isinstance(x, Tensor) and torch._C._has_torch_function_unary(x):  # fx's proxies
+                return self._words(x, *arguments, *grids, bias, residual, activation)
             device_type = x.device.type
-            if device_type != "meta" and torch.is_autocast_enabled(
-                device_type
-            ):  # storage keeps its own dtypes
+            if device_type != "meta" and torch.is_autocast_enabled(device_type):
                 x, bias, residual = autocast(device_type, x, bias, residual)  # type: ignore[assignment]
             if x.shape[-1] != k:
                 raise TypeError  # it is named below

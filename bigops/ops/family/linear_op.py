@@ -251,7 +251,9 @@ class LinearOp:
             arguments, k: `Format.arguments` and ``Format.k`` of the weight.
         """
         try:
-            if torch._C._has_torch_function_unary(x):  # fx's proxies, subclasses, modes
+            # fx's proxies and subclasses; modes, as that of a default device, change nothing
+            foreign = type(x) is not Tensor and torch._C._has_torch_function_unary(x)
+            if foreign and not isinstance(x, Tensor):
                 return self._words(x, *arguments, bias, residual, activation)
             if self._reads_k and x.shape[-1] != k:
                 raise TypeError  # it is named below
@@ -260,6 +262,8 @@ class LinearOp:
                 device_type
             ):  # storage keeps its own dtypes
                 x, bias, residual = autocast(device_type, x, bias, residual)  # type: ignore[assignment]
+            if foreign:
+                return self._words(x, *arguments, bias, residual, activation)
             if torch.compiler.is_compiling():
                 return self.gradients.traced(x, *arguments, bias, residual, activation)
             # Under functorch `requires_grad` of the wrapped tensors says nothing: ask this first.
