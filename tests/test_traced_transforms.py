@@ -8,7 +8,7 @@ word, so these are compared by their numbers (bigops/ops/family/gradients.py, `t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bigops.formats import BitmapWeight, Format
+from bigops.formats.quantize import static_grid
 from bigops.formats.sparse import SparseWeight
 from bigops.ops.family import LinearOp, op_of
 from bigops.ops.fp8_linear import fp8_linear
@@ -188,6 +189,75 @@ def test_traced_by_fx(form: str) -> None:
     y = traced(*leaves)
     grads = torch.autograd.grad((y * case.grad).float().sum(), leaves)
     hold(grads, case.gradients(*case.inputs))
+
+
+@pytest.mark.parametrize("form", ["int8_static", "sparse_int8"])
+def test_grids_by_fx_meta_and_fake_tensors(form: str) -> None:
+    """The twin of an op: x and the result in u8."""
+    case = problem(form)
+    grid, q = static_grid(-2.0, 3.0), torch.randint(0, 256, (M, K), dtype=torch.uint8)
+    own = {"x_grid": grid} if form == "sparse_int8" else {}
+    public = PUBLIC.get(case.op.name, sparse_linear)
+
+    def f(x: Tensor) -> Tensor:
+        return public(x, case.weight, case.bias, None, "relu", y_grid=grid, **own)
+
+    traced = torch.fx.symbolic_trace(f)
+    assert case.op.twin is not None
+    called = {node.target for node in traced.graph.nodes if node.op == "call_function"}
+    assert case.op.twin.forward._overloadpacket.default in called, called
+    want = f(q)
+    assert want.dtype == torch.uint8
+    assert torch.equal(traced(q), want)
+    assert torch.equal(compiled(f)(q), want)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = f(mode.from_tensor(q))
+    weight, onto = case.weight.map(lambda t: t.to("meta")), lambda t: t.to("meta")
+    own = {name: onto(t) for name, t in own.items()}
+    meta = public(onto(q), weight, onto(case.bias), None, "relu", y_grid=onto(grid), **own)
+    for y in (fake, meta):
+        assert (y.shape, y.dtype) == (want.shape, want.dtype)
+    assert meta.device.type == "meta"
+
+
+class Seen(torch.Tensor):
+    """A subclass that sees what is called on it."""
+
+    calls: ClassVar[list[Any]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        Seen.calls.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_modes_and_subclasses_change_no_number_and_no_refusal(form: str) -> None:
+    """A default device is a mode, too."""
+    case = problem(form)
+    want, grads = case.call(*case.inputs), case.gradients(*case.inputs)
+    low = want if want.dtype == torch.bfloat16 else None
+    if low is None and torch.bfloat16 in case.weight.x_dtypes:
+        with torch.autocast("cpu", torch.bfloat16):
+            low = case.call(*case.inputs)
+        assert low.dtype == torch.bfloat16
+
+    def hold_all(x: Tensor) -> None:
+        rest = (case.bias, case.residual)
+        assert torch.equal(case.call(x, *rest).as_subclass(Tensor), want)
+        if low is not None:
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(case.call(x, *rest).as_subclass(Tensor), low)
+        for wrong in (x[:, : K - 2], x[:, : K - 1]):
+            with pytest.raises(ValueError, match=rf"x: expected shape \[.., {K}\] "):
+                case.call(wrong, *rest)
+
+    with torch.device("cpu"):
+        hold_all(case.x)
+        hold(case.gradients(*case.inputs), grads)
+    Seen.calls.clear()
+    hold_all(case.x.as_subclass(Seen))
+    assert case.op.forward._overloadpacket.default in Seen.calls
 
 
 @pytest.mark.parametrize("form", FORMS)
