@@ -48,7 +48,7 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
     """
 
     def gemm(form: str, dtype: str, entry: Any, activation: str = "gelu", **more: str) -> Any:
-        tile = kernels._within(entry.config, _group(form))
+        tile = kernels.within(entry.config, _group(form))
         return job(arch, "quantized_gemm", form, dtype, tile, activation, **more)
 
     table = quantized_tiles.table_for(arch)

@@ -13,7 +13,7 @@ from typing import Any
 
 from bigops.kernels.common import form_tiles
 from bigops.kernels.common.activation import NAMES, split_code
-from bigops.kernels.sparse_linear import launch as kernels
+from bigops.kernels.sparse_linear import kernels, launch
 
 KERNELS = {"block_product": kernels.block_product, "block_samples": kernels.block_samples}
 TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
@@ -30,7 +30,7 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
         activation = "gelu" if entry.form == "forward" else "none"
         return job(arch, kernel, f"{entry.form}_{form}", dtype, entry.config, activation, **more)
 
-    for entry in form_tiles.table_for(kernels.OP, arch).entries:
+    for entry in form_tiles.table_for(launch.OP, arch).entries:
         for dtype in ("bf16", "f32"):
             if dtype in entry.dtypes:
                 yield row("32" if entry.aligned else "32_loose", dtype, entry)
@@ -85,7 +85,7 @@ def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     if "loose" not in words:
         constants |= {"stride_xk": 1, "stride_rn": 1, "stride_gn": 1}
     if words[0] == "sampled":
-        constants["COLUMNS"] = kernels.TASK
+        constants["COLUMNS"] = launch.TASK
     else:
         constants |= {
             "TRANSPOSED": words[0] == "transposed",

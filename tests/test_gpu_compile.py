@@ -82,7 +82,7 @@ changes = {
     "remark": source + "    # a remark\\n",
     "place": "\\n" * 7 + source,
     "branch not taken": source.replace("u_tile = b_tile + ", "u_tile = b_tile - "),
-    "code": source.replace("tile_m = first_m + ", "tile_m = first_m - "),
+    "code": source.replace("rm < M", "rm <= M"),
 }
 for name, changed in changes.items():
     fn._unsafe_update_src(changed)

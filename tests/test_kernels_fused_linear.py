@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import InterpreterError
 
 from bigops.kernels import fused_linear as kernels
-from bigops.kernels.common import activation, gemm, product
+from bigops.kernels.common import activation, epilogue, gemm, product, tile_walk
 from bigops.kernels.common.activation import NAMES
 from bigops.kernels.common.tiles import TileConfig
 from tests import triton_interpreter
@@ -272,9 +272,12 @@ def test_bad_arguments() -> None:
 # --- planted faults: the checks above must see each of them -----------------------------------
 
 
+USED = (activation, epilogue, tile_walk, gemm, product)
+
+
 def planted(folder: Path, old: str, new: str) -> ModuleType:
     """A copy of the kernels with ``old`` replaced by ``new``."""
-    return plant(kernels, folder, old, new, activation, gemm, product)
+    return plant(kernels, folder, old, new, *USED)
 
 
 FAULTS = {
@@ -288,7 +291,7 @@ FAULTS = {
         "acc = activate(acc, ACT)",
         "acc = activate(acc + 0.01, ACT)",
     ),
-    "tile skipped": ("first_m + (pid % band) % band_rows", "first_m + (pid % band) % GROUP_M"),
+    "tile skipped": ("(index % band) % band_rows", "(index % band) % GROUP_M"),
     "up column of the gate": ("tl.cast(N, tl.int64) * stride_bn", "0 * stride_bn"),
     "wrong gradient": ("g * u * derivative(z, ACT)", "g * derivative(z, ACT)"),
     "bias gradient misses a row": (

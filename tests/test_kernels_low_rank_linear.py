@@ -19,7 +19,7 @@ from triton.runtime.errors import InterpreterError
 
 import bigops
 from bigops import backend
-from bigops.kernels.common import tiles
+from bigops.kernels.common import tile_walk, tiles
 from bigops.kernels.common.tiles import TileConfig
 from bigops.kernels.low_rank_linear import kernel as kernels
 from bigops.kernels.low_rank_linear import model
@@ -272,7 +272,7 @@ def test_planted_fault_is_caught(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make(33, 70, 45, 9, torch.float32, "gelu", base=True, scale=0.75)
-    module = plant(kernels, tmp_path, *FAULTS[fault])
+    module = plant(kernels, tmp_path, *FAULTS[fault], tile_walk)
     monkeypatch.setattr(model, "FILL", 2)  # tiles of rows: a span holds all tiles of columns
     monkeypatch.setattr(kernels, "forward", module.forward)
     monkeypatch.setattr(kernels, "backward", module.backward)
@@ -281,7 +281,7 @@ def test_planted_fault_is_caught(
 
 
 def test_a_copy_without_a_fault_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = plant(kernels, tmp_path, "M,", "M,")
+    module = plant(kernels, tmp_path, "M,", "M,", tile_walk)
     monkeypatch.setattr(kernels, "forward", module.forward)
     monkeypatch.setattr(kernels, "backward", module.backward)
     run(make(37, 70, 45, 9, torch.float32, "gelu", base=True, scale=0.75))

@@ -119,7 +119,7 @@ def test_tiles_of_other_sizes_and_epilogue_in_parts(tile: tuple[int, ...], form:
     *block, parts = tile
     case = make(form, 50, 70, 200, "bf16", "relu")
     config = TileConfig(*block, 8, 4, 3, parts)
-    case.check_forward(call(case, config=kernels._within(config, case.weight.group)))
+    case.check_forward(call(case, config=kernels.within(config, case.weight.group)))
 
 
 @pytest.mark.parametrize("form", ["int8_zero", "w4_zero", "w4a8_static"])
@@ -248,7 +248,7 @@ def test_explain_names_kernel_and_config(form: str) -> None:
     assert said.kernel == kernel_of(form, "bf16")
     kind = said.kernel.rpartition(".")[2]
     config = quantized_tiles.choose_config("sm_90", kind, torch.bfloat16, 64)
-    config = kernels._within(config, case.weight.group)
+    config = kernels.within(config, case.weight.group)
     assert said.config == {**config.of_one_form(), "file": "quantized_linear/sm_90.json"}
     assert said.reason == (
         f"aligned {kind} bf16 tile for 64 rows from kernels/configs/quantized_linear/sm_90.json"

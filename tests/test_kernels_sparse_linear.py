@@ -20,6 +20,7 @@ import bigops
 from bigops import backend
 from bigops.formats import checks
 from bigops.kernels.common import form_tiles
+from bigops.kernels.sparse_linear import kernels as programs
 from bigops.kernels.sparse_linear import launch as kernels
 from bigops.ops.sparse_linear import SparseWeight, sparsify_weight
 from bigops.ops.sparse_linear import blocks as _sparse_blocks
@@ -307,7 +308,7 @@ def test_planted_fault_is_caught(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(3)
-    copy = plant(kernels, tmp_path, *FAULTS[fault])
+    copy = plant(kernels, tmp_path, *FAULTS[fault], programs)
     for name in ("forward", "transposed", "sampled"):
         monkeypatch.setattr(kernels, name, getattr(copy, name))
     pattern, form, dtype = "32x32", "sparse_bf16", "bf16"
@@ -321,7 +322,7 @@ def test_planted_fault_is_caught(
 
 
 def test_a_copy_without_a_fault_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = plant(kernels, tmp_path, "M,", "M,")
+    copy = plant(kernels, tmp_path, "M,", "M,", programs)
     for name in ("forward", "transposed", "sampled"):
         monkeypatch.setattr(kernels, name, getattr(copy, name))
     case = trained("sparse_bf16", 35, 40, 70, "bf16", "silu", pattern="32x32", sparsity=0.0)

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from bigops.kernels import fused_linear
-from bigops.kernels.common import gemm, tiles
+from bigops.kernels.common import launch, tiles
 
 SM_90 = tiles.CONFIG_DIR / "sm_90.json"
 
@@ -140,11 +140,11 @@ def test_explain_names_the_config_of_a_device_that_is_not_here() -> None:
 
 def test_tf32_only_where_torch_allows_it() -> None:
     before = torch.get_float32_matmul_precision()
-    assert gemm.dot_precision(torch.float32) == "ieee"
+    assert launch.dot_precision(torch.float32) == "ieee"
     try:
         torch.set_float32_matmul_precision("high")
-        assert gemm.dot_precision(torch.float32) == "tf32"
-        assert gemm.dot_precision(torch.float16) == "ieee"
+        assert launch.dot_precision(torch.float32) == "tf32"
+        assert launch.dot_precision(torch.float16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert gemm.dot_precision(torch.float32) == "ieee"
+    assert launch.dot_precision(torch.float32) == "ieee"

@@ -249,11 +249,11 @@ def leaves_some_out() -> None:
 
 def planted(old: str, new: str) -> None:
     """fused_linear with a fault in the epilogue of its GEMM."""
-    from bigops.kernels.common import gemm
+    from bigops.kernels.common import epilogue, gemm, tile_walk
     from bigops.kernels.common import product as products
 
     with tempfile.TemporaryDirectory() as folder:
-        copy: ModuleType = plant(gemm, Path(folder), old, new)
+        copy: ModuleType = plant(gemm, Path(folder), old, new, epilogue, tile_walk)
         case = linear_cases.make(ROWS, 45, 70, F32, "gelu", residual=False)
         before, products.gemm = products.gemm, copy.gemm
         try:

@@ -104,8 +104,9 @@ def read_table(path: Path, op: str) -> Table:
     fields = _fields(path, "top level", data, ("format", "device", "tiles"))
     device = str(fields["device"])
     if device not in tiles.tables():
-        raise ValueError(f"{path}: device: expected one of {', '.join(tiles.tables())}; "
-                         f"got {device!r}")  # fmt: skip
+        raise ValueError(
+            f"{path}: device: expected one of {', '.join(tiles.tables())}; got {device!r}"
+        )
     if not isinstance(fields["tiles"], list):
         raise ValueError(f"{path}: tiles: expected a list; got {type(fields['tiles']).__name__}")
     entries = tuple(

@@ -105,6 +105,21 @@ def device_arch(device: torch.device) -> str:
     return "interpreter" if device.type == "cpu" else _gpu_arch(device.index)
 
 
+def arch_of(target: str) -> str:
+    """``target``, or where it is "cuda" the architecture of the present GPU.
+
+    Raises:
+        ValueError: "cuda" where torch sees no GPU.
+    """
+    if target != "cuda":
+        return target
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "device: torch sees no GPU here; expected an architecture such as sm_90; got 'cuda'"
+        )
+    return device_arch(torch.device("cuda", torch.cuda.current_device()))
+
+
 @functools.cache
 def _gpu_arch(index: int | None) -> str:
     properties = torch.cuda.get_device_properties(index)

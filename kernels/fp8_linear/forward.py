@@ -17,19 +17,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigops.kernels.common.activation import split_code
-from bigops.kernels.common.gemm import _finish, _is_aligned, dot_precision
-from bigops.kernels.common.launch import launch_options, on_device
-from bigops.kernels.common.tiles import DTYPES, TileConfig, device_arch
+from bigops.kernels.common.activation import ungated_code
+from bigops.kernels.common.epilogue import finish
+from bigops.kernels.common.launch import (
+    aligned,
+    check_operands,
+    contiguous,
+    dot_precision,
+    is_wide,
+    launch_options,
+    launch_product,
+    on_device,
+    strides,
+)
+from bigops.kernels.common.scaled_dot import TINY
+from bigops.kernels.common.tile_walk import banded_tile, wide_strides
+from bigops.kernels.common.tiles import DTYPES, TileConfig, arch_of, device_arch
 from bigops.kernels.fp8_linear.tiles import BLOCK, choose_config, row_config, table_for, units_of
-from bigops.kernels.quantized_linear.forward import _check
 
 SCALES = {"tensor": 0, "row": 1, "block": 2}
 ROW = tl.constexpr(1)
 BLOCKS = tl.constexpr(2)
 SPAN = tl.constexpr(BLOCK)
 LARGEST = tl.constexpr(448.0)  # of e4m3fn, which has no infinity
-_TINY = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32
 _PADDED = 128  # codes of a row of x are filled up with zeros to whole blocks of any config
 
 
@@ -113,7 +123,7 @@ def quantize_fp8(
     if given is not None:
         scale = one * tl.load(given)
     else:
-        scale = tl.maximum(tl.div_rn(tl.max(largest, axis=1), one * LARGEST), _TINY)
+        scale = tl.maximum(tl.div_rn(tl.max(largest, axis=1), one * LARGEST), TINY)
     inverse = tl.div_rn(one, scale)
     q_rows = q + rows.to(tl.int64)[:, None] * stride_q
     for k0 in range(first, end, BLOCK_N):
@@ -161,24 +171,13 @@ def fp8_gemm(
 
     Codes come as float8e4nv where a unit multiplies e4m3fn, else as uint8.
     """
-    stride_ym = N
-    if WIDE:
-        stride_ym = tl.cast(N, tl.int64)
-        stride_xm = tl.cast(stride_xm, tl.int64)
-        stride_xk = tl.cast(stride_xk, tl.int64)
-        stride_w = tl.cast(stride_w, tl.int64)
-        stride_rm = tl.cast(stride_rm, tl.int64)
-        stride_rn = tl.cast(stride_rn, tl.int64)
+    stride_ym, stride_xm, stride_xk, stride_w, stride_rm, stride_rn = wide_strides(
+        (N, stride_xm, stride_xk, stride_w, stride_rm, stride_rn), WIDE
+    )
 
-    # Bands of tile rows, as in gemm.py.
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    band = GROUP_M * tiles_n
-    first_m = (pid // band) * GROUP_M
-    band_rows = tl.minimum(tiles_m - first_m, GROUP_M)
-    tile_m = first_m + (pid % band) % band_rows
-    tile_n = (pid % band) // band_rows
+    tile_m, tile_n = banded_tile(pid, tiles_m, GROUP_M * tl.cdiv(N, BLOCK_N), GROUP_M)
 
     rm = tl.arange(0, BLOCK_M)
     rn = tl.arange(0, BLOCK_N)
@@ -237,10 +236,24 @@ def fp8_gemm(
             acc *= tl.load(x_scale + row0 + rm, mask=in_m, other=0.0)[:, None]
         if FNUZ:
             acc *= 4.0
-    # fmt: off
-    _finish(acc, acc, bias, residual, y, None, M, N, stride_rm, stride_rn, stride_ym,
-            tile_m, tile_n * BLOCK_N, ACT, False, PARTS)
-    # fmt: on
+    finish(
+        acc,
+        acc,
+        bias,
+        residual,
+        y,
+        None,
+        M,
+        N,
+        stride_rm,
+        stride_rn,
+        stride_ym,
+        tile_m,
+        tile_n * BLOCK_N,
+        ACT,
+        False,
+        PARTS,
+    )
 
 
 def _codes(t: Tensor, units: str) -> Tensor:
@@ -267,7 +280,7 @@ def quantize_activations(
         TypeError: a dtype that is not served.
         ValueError: tensors on different devices, or a size past 2^31.
     """
-    _check(x, x_scale=x_scale)
+    check_operands(x, x_scale=x_scale)
     m, k = x.shape
     q = torch.empty((m, -(-k // _PADDED) * _PADDED), dtype=torch.uint8, device=x.device)
     groups = q.shape[1] // BLOCK if block else 1
@@ -279,7 +292,7 @@ def quantize_activations(
         with on_device(x.device):
             quantize_fp8[(triton.cdiv(m, block_m), groups)](
                 x,
-                None if x_scale is None else x_scale.contiguous(),
+                contiguous(x_scale),
                 q,
                 by,
                 m,
@@ -336,10 +349,8 @@ def forward(
         TypeError: unsupported or differing dtypes.
         ValueError: a gated or unknown activation, differing devices, or a size past 2^31.
     """
-    act, gated = split_code(activation)
-    if gated:
-        raise ValueError(f"activation: expected the code of no gated pair; got {activation}")
-    _check(x, values=values, scale=scale, x_scale=x_scale, bias=bias, residual=residual)
+    act = ungated_code(activation)
+    check_operands(x, values=values, scale=scale, x_scale=x_scale, bias=bias, residual=residual)
     m, k = x.shape
     n = values.shape[0]
     y = torch.empty((m, n), dtype=dtype or x.dtype, device=x.device)
@@ -349,51 +360,42 @@ def forward(
     units = units_of(arch) if units is None else units
     rounds = activations != "none"
     if config is None:
-        read = [] if rounds else [x]
-        read += [] if residual is None else [residual]
-        aligned = n % 16 == 0 and all(map(_is_aligned, read))
-        config = choose_config(arch, kind_of(activations), x.dtype, m, aligned)
+        even = aligned(n, None if rounds else x, residual)
+        config = choose_config(arch, kind_of(activations), x.dtype, m, even)
     a, by = x, None
     if rounds:
         a, by = quantize_activations(x, scales == "block", x_scale)
         a = _codes(a, units)
-    values = values.contiguous()
-    stride_r = residual.stride() if residual is not None else (0, 0)
-    reach = max(
-        config.block_m * max(a.stride(0), stride_r[0], n),
-        config.block_n * max(values.shape[1], stride_r[1]),
-        config.block_k * a.stride(1),
+    values, stride_r = values.contiguous(), strides(residual)
+    launch_product(
+        fp8_gemm,
+        triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
+        config,
+        a,
+        _codes(values, units),
+        scale.contiguous(),
+        by,
+        contiguous(bias),
+        residual,
+        y,
+        m,
+        n,
+        k,
+        triton.cdiv(k, BLOCK),
+        *a.stride(),
+        values.shape[1],
+        *stride_r,
+        SCALES=SCALES[scales],
+        FNUZ=units == "e4m3fnuz",
+        ACT=act,
+        PRECISION=dot_precision(x.dtype),
+        EVEN_K=k % config.block_k == 0,
+        WIDE=is_wide(
+            config.block_m * max(a.stride(0), stride_r[0], n),
+            config.block_n * max(values.shape[1], stride_r[1]),
+            config.block_k * a.stride(1),
+        ),
     )
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
-    with on_device(x.device):
-        fp8_gemm[grid](
-            a,
-            _codes(values, units),
-            scale.contiguous(),
-            by,
-            None if bias is None else bias.contiguous(),
-            residual,
-            y,
-            m,
-            n,
-            k,
-            triton.cdiv(k, BLOCK),
-            *a.stride(),
-            values.shape[1],
-            *stride_r,
-            SCALES=SCALES[scales],
-            FNUZ=units == "e4m3fnuz",
-            ACT=act,
-            PRECISION=dot_precision(x.dtype),
-            EVEN_K=k % config.block_k == 0,
-            WIDE=2 * reach >= 2**31,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            PARTS=config.parts,
-            **launch_options(config.num_warps, config.num_stages),
-        )
     return y
 
 
@@ -418,12 +420,7 @@ def explain(
         TypeError: an unsupported dtype.
         ValueError: an unknown target, or "cuda" where torch sees no GPU.
     """
-    if target == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(
-                "device: torch sees no GPU here; expected an architecture such as sm_90; got 'cuda'"
-            )
-        target = device_arch(torch.device("cuda", torch.cuda.current_device()))
+    target = arch_of(target)
     kind = kind_of(activations)
     aligned = n % 16 == 0 and (activations != "none" or k % 16 == 0)
     config = choose_config(target, kind, dtype, m, aligned)

@@ -1,8 +1,8 @@
 """Tile configs of the kernels of `fp8_linear`: data in configs/fp8_linear/*.json, and the rule.
 
-Both are those of quantized_linear/tiles.py. Kinds: "f8" multiplies x in floating point by the widened
-weight, "f8a8" the codes of both, "f8_gradient" gz by the widened weight. What takes codes is the
-device's (`units_of`), not the table's.
+Both are those of quantized_linear/tiles.py. Kinds: "f8" multiplies x in floating point by the
+widened weight, "f8a8" the codes of both, "f8_gradient" gz by the widened weight. What takes codes
+is the device's (`units_of`), not the table's.
 """
 
 import functools
