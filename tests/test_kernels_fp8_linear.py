@@ -24,6 +24,12 @@ from bigops.ops.fp8_linear import Fp8Weight, quantize_fp8
 from bigops.ops.fp8_linear import triton as road
 from tests import triton_interpreter
 from tests.compressed_cases import DTYPES, FP8, Case, make
+from tests.kernel_checks import (
+    check_refusals,
+    check_rows_that_are_not_finite,
+    in_far_rows,
+    rows_of_all_kinds,
+)
 from tests.kernels_ran import expect
 from tests.linear_cases import PLAIN
 from tests.planted import plant
@@ -87,12 +93,8 @@ def assert_rows(x: Tensor, block: bool, given: Tensor | None = None) -> None:
 @pytest.mark.parametrize("how", ["row", "block", "static"])
 @pytest.mark.parametrize("k", [1, 64, 150])
 def test_rows_are_rounded_to_the_bit_as_the_reference_does(k: int, how: str, dtype: str) -> None:
-    x = torch.randn(40, k) * torch.logspace(-6, 4, 40).unsqueeze(1)
-    x[1], x[2], x[3], x[4] = x[1].abs(), -x[2].abs(), 0, 1e-42
-    x[5, 0], x[6, -1], x[7, 0] = float("nan"), float("inf"), float("-inf")
-    x[8], x[9] = 3e38, torch.where(torch.arange(k) % 2 == 0, 3e38, -3e38)
     given = torch.tensor([0.01]) if how == "static" else None
-    assert_rows(x.to(DTYPES[dtype]), how == "block", given)
+    assert_rows(rows_of_all_kinds(k).to(DTYPES[dtype]), how == "block", given)
 
 
 def test_every_code_and_tie_is_rounded_as_torch_casts() -> None:
@@ -194,20 +196,6 @@ def test_any_strides(form: str) -> None:
     case.check_forward(call(case, weight=weight))
 
 
-@pytest.mark.parametrize("form", ["fp8", "fp8_block", "fp8_static", "w_fp8"])
-def test_a_row_with_nan_or_infinity_is_nan_and_no_other(form: str) -> None:
-    floating = form == "w_fp8"
-    case = make(form, 20, 19, 137, "bf16", "relu")
-    case.x[1, 136] = float("nan")
-    if not floating:  # in floating point an infinity may well stay one
-        case.x[3, 0], case.x[4, 20] = float("inf"), float("-inf")
-    y = call(case)
-    bad = torch.zeros(20, dtype=torch.bool)
-    bad[[1] if floating else [1, 3, 4]] = True
-    assert bool(y[bad].isnan().all())
-    assert bool(y[~bad].isfinite().all())
-
-
 @pytest.mark.parametrize("form", ["fp8", "fp8_tensor", "fp8_block"])
 def test_rows_of_zeros_and_scales_whose_product_is_none(form: str) -> None:
     """1e-36 by 1e-6, summed up over large numbers of neither: scales meet the sums in turn."""
@@ -226,17 +214,17 @@ def test_rows_of_zeros_and_scales_whose_product_is_none(form: str) -> None:
     assert bool(y[1][held].any())
 
 
-def test_offsets_past_32_bits(tmp_path: Path) -> None:
-    """Rows 2^27 elements apart in a sparse file: row 17 starts past element 2^31."""
-    step, m, k = 1 << 27, 18, 40
-    size = step * (m - 1) + k
-    storage = torch.from_file(str(tmp_path / "x"), shared=True, size=size, dtype=torch.float16)
-    for form in KINDS:
-        case = make(form, m, 20, k, "f16", "gelu")
-        x = storage.as_strided((m, k), (step, 1))
-        x.copy_(case.x)
-        case.x = x
-        case.check_forward(call(case))
+@pytest.mark.parametrize("form", ["fp8", "fp8_block", "fp8_static", "w_fp8"])
+def test_a_row_with_nan_or_infinity_is_nan_and_no_other(form: str) -> None:
+    case = make(form, 20, 19, 137, "bf16", "relu")
+    check_rows_that_are_not_finite(case, call, form == "w_fp8")
+
+
+@pytest.mark.parametrize("form", KINDS)
+def test_offsets_past_32_bits(form: str, tmp_path: Path) -> None:
+    case = make(form, 18, 20, 40, "f16", "gelu")
+    case.x = in_far_rows(tmp_path, case.x)
+    case.check_forward(call(case))
 
 
 def test_bitwise_equal_from_run_to_run() -> None:
@@ -246,17 +234,7 @@ def test_bitwise_equal_from_run_to_run() -> None:
 
 
 def test_bad_arguments() -> None:
-    weight = quantize_fp8(torch.randn(5, 8))
-    form = ("row", "dynamic")
-    x = torch.randn(4, 8)
-    with pytest.raises(TypeError, match=r"x: expected one of .*; got torch.float64"):
-        kernels.forward(x.double(), *weight.tensors, *form)
-    with pytest.raises(TypeError, match=r"bias: expected torch.float32, that of x; got .*float16"):
-        kernels.forward(x, *weight.tensors, *form, torch.zeros(5).half())
-    with pytest.raises(ValueError, match=r"values: expected device cpu, that of x; got meta"):
-        kernels.forward(x, weight.values.to("meta"), *weight.tensors[1:], *form)
-    with pytest.raises(ValueError, match=r"activation: expected the code of no gated pair; got 8"):
-        kernels.forward(x, *weight.tensors, *form, activation=8)
+    check_refusals(kernels, quantize_fp8(torch.randn(5, 8)), "row", "dynamic")
 
 
 # which kernel ------------------------------------------------------------------------------
@@ -280,44 +258,6 @@ def test_explain_names_kernel_config_and_unit(form: str, arch: str, units: str) 
     assert f"aligned {kind} bf16 tile for 64 rows from kernels/configs/{file}; " in said.reason
     how = {"none": "has no unit", "e4m3fn": "e4m3fn units", "e4m3fnuz": "converted in the kernel"}
     assert ("widened to the dtype of x" if kind == "f8" else how[units]) in said.reason
-
-
-def test_configs_of_every_device() -> None:
-    from bigops.kernels.common import tiles
-
-    assert {p.stem for p in fp8_tiles.CONFIG_DIR.glob("*.json")} == set(tiles.tables())
-    for arch in ("sm_80", "sm_89", "sm_90a", "sm_120", "gfx90a", "interpreter"):
-        for kind in fp8_tiles.KINDS:
-            for dtype in tiles.DTYPES:
-                for aligned in (True, False):
-                    small = fp8_tiles.choose_config(arch, kind, dtype, 1, aligned)
-                    large = fp8_tiles.choose_config(arch, kind, dtype, 10**6, aligned)
-                    assert small.block_m <= large.block_m
-        assert fp8_tiles.row_config(arch).block_n >= 16
-    with pytest.raises(TypeError, match=r"dtype: expected one of .*; got torch.float64"):
-        fp8_tiles.choose_config("sm_90", "f8", torch.float64, 1)
-    with pytest.raises(ValueError, match="arch: expected sm_80 or later"):
-        fp8_tiles.choose_config("sm_75", "f8", torch.float16, 1)
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="torch sees no GPU here"):
-            kernels.explain("cuda", torch.float16, 1, 1, 1, "none")
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("[128, 128, 128]", "[128, 256, 128]", "expected at most 128 columns of y"),
-        ('"f8a8"', '"w8a8"', "kinds: expected some of"),
-        ("bigops-fp8-tiles-1", "bigops-quantized-tiles-1", "format: expected 'bigops-fp8-tiles-1'"),
-    ],
-)
-def test_bad_config_files(tmp_path: Path, old: str, new: str, message: str) -> None:
-    text = (fp8_tiles.CONFIG_DIR / "sm_90.json").read_text()
-    assert old in text
-    path = tmp_path / "bad.json"
-    path.write_text(text.replace(old, new))
-    with pytest.raises(ValueError, match=message):
-        fp8_tiles.read_table(path)
 
 
 # --- planted faults: the checks above must see each of them -----------------------------------
