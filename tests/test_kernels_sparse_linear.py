@@ -275,11 +275,9 @@ def test_bytes_moved_are_those_of_the_stored_blocks() -> None:
     with counting() as traffic:
         kernels.forward(case.x, case.weight.values, blocks, n, config=config)
     found_read, found_written = traffic.sums("all")
-    read, written = kernels.traffic(m, n, k, stored, 2, 32 * 32, 2, config)
-    assert found_written == written == m * n * 2
+    assert found_written == m * n * 2
     tiles_m = -(-m // config.block_m)
-    assert read == 2 * (stored * 32 * m + tiles_m * stored * 1024)
-    indices = found_read - read
+    indices = found_read - 2 * (stored * 32 * m + tiles_m * stored * 1024)
     assert 0 < indices < tiles_m * stored * 32 * 4 * 2
 
 

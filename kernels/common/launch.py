@@ -71,7 +71,7 @@ def is_aligned(t: Tensor) -> bool:
     return wide and 1 in t.stride() and t.data_ptr() % 16 == 0
 
 
-def aligned(columns: int, *read: Tensor | None) -> bool:
+def product_is_aligned(columns: int, *read: Tensor | None) -> bool:
     """Whether a product of so many columns that reads these is, as the head of tiles.py has it."""
     return columns % 16 == 0 and all(is_aligned(t) for t in read if t is not None)
 

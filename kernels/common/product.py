@@ -21,7 +21,13 @@ from bigops.kernels.common.gemm_persistent import (
     rows_are_rows,
     with_scratch,
 )
-from bigops.kernels.common.launch import aligned, dot_precision, is_wide, launch_product, strides
+from bigops.kernels.common.launch import (
+    dot_precision,
+    is_wide,
+    launch_product,
+    product_is_aligned,
+    strides,
+)
 from bigops.kernels.common.tiles import TileConfig, choose_config, device_arch, multiprocessors
 
 
@@ -45,9 +51,9 @@ def product(
         return out, preact
     mapped = k > 0 and described(a) and described(b)
     if config is None:
-        whole = aligned(n, a, b, residual)
+        aligned = product_is_aligned(n, a, b, residual)
         arch = device_arch(a.device)
-        config = choose_config(arch, a.dtype, m, n, k, gated, whole, whole and mapped)
+        config = choose_config(arch, a.dtype, m, n, k, gated, aligned, aligned and mapped)
     stride_r = strides(residual)
     wide = is_wide(
         config.block_m * max(a.stride(0), stride_r[0], b.shape[1]),

@@ -22,7 +22,7 @@ no tuned file, so a machine without the device can say what the device would run
 import functools
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,10 +78,6 @@ class TileConfig(NamedTuple):
             f"warps {self.num_warps} stages {self.num_stages} parts {self.parts}"
             + (" persistent" if self.persistent else "")
         )
-
-
-LAUNCHED = TileConfig._fields.index("persistent")
-"""Leading fields of a config that make the compiled code of one kernel."""
 
 
 class PointwiseConfig(NamedTuple):
@@ -237,12 +233,6 @@ def table_for(arch: str) -> Table:
     raise ValueError(
         f"arch: expected sm_80 or later, gfx942, gfx90a, gfx950 or the like; got {arch!r}"
     )
-
-
-def largest(entries: Sequence[Entry], form: str, dtype: str) -> Entry:
-    """Of the aligned entries of a form and dtype the one of largest area; it serves large calls."""
-    fitting = [e for e in entries if e.aligned and e.form == form and dtype in e.dtypes]
-    return max(fitting, key=lambda e: e.config.block_m * e.config.block_n)
 
 
 def device_figures(arch: str) -> tile_model.Device:

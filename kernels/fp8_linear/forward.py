@@ -20,7 +20,6 @@ from torch import Tensor
 from bigops.kernels.common.activation import ungated_code
 from bigops.kernels.common.epilogue import finish
 from bigops.kernels.common.launch import (
-    aligned,
     check_operands,
     contiguous,
     dot_precision,
@@ -28,6 +27,7 @@ from bigops.kernels.common.launch import (
     launch_options,
     launch_product,
     on_device,
+    product_is_aligned,
     strides,
 )
 from bigops.kernels.common.scaled_dot import TINY
@@ -360,8 +360,8 @@ def forward(
     units = units_of(arch) if units is None else units
     rounds = activations != "none"
     if config is None:
-        even = aligned(n, None if rounds else x, residual)
-        config = choose_config(arch, kind_of(activations), x.dtype, m, even)
+        aligned = product_is_aligned(n, None if rounds else x, residual)
+        config = choose_config(arch, kind_of(activations), x.dtype, m, aligned)
     a, by = x, None
     if rounds:
         a, by = quantize_activations(x, scales == "block", x_scale)

@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from bigops.kernels.common.launch import (
-    aligned,
     check_operands,
     dot_precision,
     is_wide,
     launch_product,
+    product_is_aligned,
 )
 from bigops.kernels.common.scaled_dot import scaled_dot
 from bigops.kernels.common.tile_walk import banded_tile, wide_strides
@@ -136,7 +136,7 @@ def gradient(
     arch = device_arch(gz.device)
     units = units_of(arch) if units is None else units
     if config is None:
-        config = choose_config(arch, KIND, gz.dtype, m, aligned(k, gz))
+        config = choose_config(arch, KIND, gz.dtype, m, product_is_aligned(k, gz))
     values = values.contiguous()
     launch_product(
         fp8_gradient,

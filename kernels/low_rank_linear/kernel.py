@@ -20,7 +20,6 @@ from torch import Tensor
 from bigops.kernels.common.activation import NONE, activate, ungated_code
 from bigops.kernels.common.epilogue import finish
 from bigops.kernels.common.launch import (
-    aligned,
     check_alike,
     contiguous,
     dot_precision,
@@ -29,6 +28,7 @@ from bigops.kernels.common.launch import (
     launch_options,
     launch_product,
     on_device,
+    product_is_aligned,
     strides,
 )
 from bigops.kernels.common.product import product
@@ -203,9 +203,9 @@ def _launch(
     """(y, t, z, "fused") by one launch, or as `_composed` where the rank does not fit."""
     (m, k), (rank, n) = x.shape, u.shape
     if config is None and m and n:
-        whole = aligned(n, x, base, residual)
+        aligned = product_is_aligned(n, x, base, residual)
         even = is_aligned(v) and is_aligned(u)  # a rank of 8 is not: small ranks need not be
-        config = fits(device_arch(x.device), x.dtype, m, rank, base is not None, whole, even)
+        config = fits(device_arch(x.device), x.dtype, m, rank, base is not None, aligned, even)
         if config is None:
             return _composed(x, v, u, base, bias, residual, act, scale, with_inner, with_preact)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)

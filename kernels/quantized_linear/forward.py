@@ -22,7 +22,6 @@ from bigops.kernels.common import tuned
 from bigops.kernels.common.activation import ungated_code
 from bigops.kernels.common.epilogue import finish
 from bigops.kernels.common.launch import (
-    aligned,
     check_operands,
     contiguous,
     dot_precision,
@@ -30,6 +29,7 @@ from bigops.kernels.common.launch import (
     launch_options,
     launch_product,
     on_device,
+    product_is_aligned,
     strides,
 )
 from bigops.kernels.common.scaled_dot import TINY
@@ -395,8 +395,9 @@ def forward(
     if m == 0 or n == 0:
         return y
     if config is None:
-        kind, even = kind_of(bits, activations), aligned(n, None if whole else x, residual)
-        config = choose_config(device_arch(x.device), kind, x.dtype, m, even)
+        kind = kind_of(bits, activations)
+        aligned = product_is_aligned(n, None if whole else x, residual)
+        config = choose_config(device_arch(x.device), kind, x.dtype, m, aligned)
     config = within(config, group)
     a, by, zero, sums = x, None, None, None
     if whole:

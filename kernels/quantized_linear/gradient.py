@@ -11,12 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from bigops.kernels.common.launch import (
-    aligned,
     check_operands,
     contiguous,
     dot_precision,
     is_wide,
     launch_product,
+    product_is_aligned,
 )
 from bigops.kernels.common.scaled_dot import scaled_dot
 from bigops.kernels.common.tile_walk import banded_tile, wide_strides
@@ -143,7 +143,7 @@ def gradient(
         return gx
     if config is None:
         kind = kind_of(bits)
-        config = choose_config(device_arch(gz.device), kind, gz.dtype, m, aligned(k, gz))
+        config = choose_config(device_arch(gz.device), kind, gz.dtype, m, product_is_aligned(k, gz))
     config = within(config, group)
     lines = values.shape[1]
     launch_product(

@@ -10,13 +10,13 @@ from bigops.kernels.common import tuned
 from bigops.kernels.common.activation import NONE, ungated_code
 from bigops.kernels.common.form_tiles import choose_config, table_for
 from bigops.kernels.common.launch import (
-    aligned,
     check_dtype,
     check_operands,
     contiguous,
     dot_precision,
     is_wide,
     launch_product,
+    product_is_aligned,
     strides,
 )
 from bigops.kernels.common.tiles import DTYPES, TileConfig, device_arch
@@ -63,8 +63,8 @@ def _check(x: Tensor, values: Tensor, **others: Tensor | None) -> None:
 def _config(
     form: str, values: Tensor, m: int, blocks: Blocks, n: int, *read: Tensor | None
 ) -> TileConfig:
-    arch, even = device_arch(values.device), aligned(n, *read)
-    config = choose_config(OP, arch, form, values.dtype, m, blocks.height, even)
+    arch, aligned = device_arch(values.device), product_is_aligned(n, *read)
+    config = choose_config(OP, arch, form, values.dtype, m, blocks.height, aligned)
     assert config is not None, "a config file without a block of 32"
     return config
 
@@ -216,24 +216,6 @@ def sampled(
         COLUMNS=TASK,
     )
     return out
-
-
-def traffic(
-    m: int, n: int, k: int, stored: int, lines: int, size: int, itemsize: int, config: TileConfig
-) -> tuple[int, int]:
-    """Bytes of `forward` by formula: (read of x and W, written).
-
-    Args:
-        m, n, k: x is [m, k], y [m, n].
-        stored: blocks.
-        lines: rows of blocks.
-        size: values of a block, HEIGHT * WIDTH with HEIGHT * ``lines`` = n.
-        itemsize: of x, y and the values.
-        config: the tile.
-    """
-    height = triton.cdiv(n, lines)
-    tiles_m = triton.cdiv(m, config.block_m)
-    return itemsize * stored * (m * size // height + tiles_m * size), itemsize * m * n
 
 
 def explain(
