@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bigops.kernels.fp8_linear import forward as kernels
-from bigops.kernels.fp8_linear import gradient
+from bigops.kernels.fp8_linear import gradient, rows
 from bigops.kernels.fp8_linear import tiles as fp8_tiles
 from tests.gpu_jobs import constants_of, other_activations, pointer
 from tests.gpu_jobs import words as words_of
 
 KERNELS = {
     "fp8_gemm": kernels.fp8_gemm,
-    "quantize_fp8": kernels.quantize_fp8,
+    "quantize_fp8": rows.quantize_fp8,
     "fp8_gradient": gradient.fp8_gradient,
 }
 # The matrix instructions of e4m3: others in such a row would be no fp8 product.

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bigops.kernels.quantized_linear import forward as kernels
-from bigops.kernels.quantized_linear import gradient
+from bigops.kernels.quantized_linear import gradient, rows
 from bigops.kernels.quantized_linear import tiles as quantized_tiles
 from tests.gpu_jobs import TRITON_TYPE, constants_of, other_activations, pointer
 from tests.gpu_jobs import words as words_of
 
 KERNELS = {
     "quantized_gemm": kernels.quantized_gemm,
-    "quantize_rows": kernels.quantize_rows,
+    "quantize_rows": rows.quantize_rows,
     "quantized_gradient": gradient.quantized_gradient,
 }
 # The matrix instructions of whole numbers: others in such a row would be no int8 product.
@@ -77,7 +77,7 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
             if main and kind == "w8a8":  # the epilogue is that of all kinds
                 for name in other_activations(False, ""):
                     yield gemm(kind, "bf16", entry, name)
-    for mode in kernels.MODES:
+    for mode in rows.MODES:
         for dtype in TRITON_TYPE if mode == "dynamic" else ("bf16",):
             yield job(arch, "quantize_rows", mode, dtype, table.rows, "none")
     for end in ("loose", "ones"):
@@ -143,7 +143,7 @@ def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
         own |= dict.fromkeys(("M", "N", "K", "LINES"), 1)
     if job.kernel == "quantize_rows":
         types |= {"grid": "*fp32", "q": "*i8"}
-        own |= {"MODE": kernels.MODES[words[0]]}
+        own |= {"MODE": rows.MODES[words[0]]}
         if words[0] != "static":
             own["grid"] = None
         return fn, types, constants_of(fn, job, **own)

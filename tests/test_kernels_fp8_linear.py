@@ -18,6 +18,7 @@ import bigops
 from bigops.formats import fp8
 from bigops.kernels.common.tiles import TileConfig
 from bigops.kernels.fp8_linear import forward as kernels
+from bigops.kernels.fp8_linear import rows
 from bigops.kernels.fp8_linear import tiles as fp8_tiles
 from bigops.ops import activation as act
 from bigops.ops.fp8_linear import Fp8Weight, quantize_fp8
@@ -78,7 +79,7 @@ def run(form: str, dtype: str, lead: int | list[int], n: int, k: int, name: str 
 
 def assert_rows(x: Tensor, block: bool, given: Tensor | None = None) -> None:
     with guarded():
-        q, scale = kernels.quantize_activations(x, block, given)
+        q, scale = rows.quantize_activations(x, block, given)
     want = fp8.quantize_rows(x, block, given)
     k = x.shape[1]
     assert torch.equal(scale.t().isnan(), want.scale.isnan())
@@ -108,9 +109,9 @@ def test_every_code_and_tie_is_rounded_as_torch_casts() -> None:
 def test_rows_of_any_strides_are_rounded_alike() -> None:
     x = torch.randn(5, 170)
     for block in (False, True):
-        want = kernels.quantize_activations(x, block)
+        want = rows.quantize_activations(x, block)
         for layout in (x.t().contiguous().t(), x.repeat_interleave(2, 1)[:, ::2]):
-            got = kernels.quantize_activations(layout, block)
+            got = rows.quantize_activations(layout, block)
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -302,14 +303,14 @@ def planted_case(form: str) -> tuple[Case, dict[str, Any]]:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_caught(fault: str, tmp_path: Path) -> None:
     form, old, new = FAULTS[fault]
-    module = plant(kernels, tmp_path, old, new)
+    module = plant(kernels, tmp_path, old, new, rows)
     case, how = planted_case(form)
     case.dense = case.weight.to_dense(torch.float64)
 
     def held() -> None:
         case.check_forward(call(case, module, **how))
         got = module.quantize_activations(case.x, False, case.weight.x_scale)
-        want = kernels.quantize_activations(case.x, False, case.weight.x_scale)
+        want = rows.quantize_activations(case.x, False, case.weight.x_scale)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
     with pytest.raises((AssertionError, IndexError, RuntimeError, InterpreterError)):
@@ -321,7 +322,7 @@ def test_planted_fault_is_caught(fault: str, tmp_path: Path) -> None:
 def test_a_copy_without_a_fault_passes(form: str, tmp_path: Path) -> None:
     case, how = planted_case(form)
     case.dense = case.weight.to_dense(torch.float64)
-    case.check_forward(call(case, plant(kernels, tmp_path, "M,", "M,"), **how))
+    case.check_forward(call(case, plant(kernels, tmp_path, "M,", "M,", rows), **how))
 
 
 # on a GPU ---------------------------------------------------------------------------------------
@@ -344,7 +345,7 @@ def test_on_a_gpu(form: str, m: int) -> None:
         case.check_forward(y.cpu())
         if not form.startswith("w"):
             assert inputs[0] is not None
-            q, by = kernels.quantize_activations(inputs[0], form == "fp8_block", weight.x_scale)
+            q, by = rows.quantize_activations(inputs[0], form == "fp8_block", weight.x_scale)
             want = fp8.quantize_rows(case.x, form == "fp8_block", case.weight.x_scale)
             codes = q[:, :k].view(torch.float8_e4m3fn)
             assert torch.equal(codes.float().cpu(), want.q)

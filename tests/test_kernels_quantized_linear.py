@@ -22,6 +22,7 @@ from bigops.formats.quantize import quantize_rows, static_grid
 from bigops.formats.quantized import pack
 from bigops.kernels.common.tiles import TileConfig
 from bigops.kernels.quantized_linear import forward as kernels
+from bigops.kernels.quantized_linear import rows
 from bigops.kernels.quantized_linear import tiles as quantized_tiles
 from bigops.ops import activation as act
 from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
@@ -82,7 +83,7 @@ def test_rows_are_quantised_to_the_bit_as_the_reference_does(
     x = x.to(DTYPES[dtype])
     grid = static_grid(-1.0, 3.0) if activations == "static" else None
     with guarded():
-        q, scale, zero, sums = kernels.quantize_activations(x, activations, grid)
+        q, scale, zero, sums = rows.quantize_activations(x, activations, grid)
     want = quantize_rows(x, activations, grid)
     finite = x.isfinite().all(1)
     assert torch.equal(scale.isnan(), ~finite)
@@ -96,11 +97,9 @@ def test_rows_are_quantised_to_the_bit_as_the_reference_does(
 
 def test_rows_of_any_strides_are_quantised_alike() -> None:
     x = torch.randn(20, 70)
-    want = kernels.quantize_activations(x, "dynamic")
+    want = rows.quantize_activations(x, "dynamic")
     for layout in (x.t().contiguous().t(), x.repeat_interleave(2, 1)[:, ::2]):
-        for got, expected in zip(
-            kernels.quantize_activations(layout, "dynamic"), want, strict=True
-        ):
+        for got, expected in zip(rows.quantize_activations(layout, "dynamic"), want, strict=True):
             assert torch.equal(got, expected)
 
 
@@ -278,7 +277,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_caught(fault: str, tmp_path: Path) -> None:
     form, old, new = FAULTS[fault]
-    module = plant(kernels, tmp_path, old, new)
+    module = plant(kernels, tmp_path, old, new, rows)
     case = make(form, 37, 45, 134, "f32", "gelu")
     case.check_forward(call(case))
     with pytest.raises((AssertionError, IndexError, RuntimeError, InterpreterError)):
@@ -287,4 +286,4 @@ def test_planted_fault_is_caught(fault: str, tmp_path: Path) -> None:
 
 def test_a_copy_without_a_fault_passes(tmp_path: Path) -> None:
     case = make("w4_zero", 37, 45, 134, "f32", "gelu")
-    case.check_forward(call(case, plant(kernels, tmp_path, "M,", "M,")))
+    case.check_forward(call(case, plant(kernels, tmp_path, "M,", "M,", rows)))

@@ -79,7 +79,7 @@ def forward(x: Tensor, *args: Any) -> Tensor:
     x_scale = x_zero = None
     seen = flat
     if scale is not None:
-        from bigops.kernels.quantized_linear.forward import quantize_activations
+        from bigops.kernels.quantized_linear.rows import quantize_activations
 
         seen, x_scale, x_zero, _ = quantize_activations(flat, "dynamic")
     y = _decode(

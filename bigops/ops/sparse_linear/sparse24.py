@@ -162,7 +162,7 @@ def _forward(x: Tensor, *args: Any) -> Tensor:
     flat, k, n = rows(x), x.shape[-1], values.shape[0]
     seen, more = flat, {}
     if scale is not None:
-        from bigops.kernels.quantized_linear.forward import quantize_activations
+        from bigops.kernels.quantized_linear.rows import quantize_activations
 
         seen, x_scale, x_zero, _ = quantize_activations(flat, "dynamic")
         more = {"x_scale": x_scale, "x_zero": x_zero, "scale": scale, "sums": sums}
