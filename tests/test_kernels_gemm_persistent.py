@@ -22,7 +22,7 @@ from triton.runtime import _allocation
 from triton.runtime.errors import InterpreterError
 
 from bigops.kernels import fused_linear as kernels
-from bigops.kernels.common import gemm_persistent, tiles
+from bigops.kernels.common import gemm_persistent, tile_walk, tiles
 from bigops.kernels.common import product as products
 from bigops.kernels.common.activation import NAMES
 from bigops.kernels.common.tiles import TileConfig
@@ -52,6 +52,7 @@ class _Count:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel, self.launches, self.grid = kernel, 0, (0,)
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         self.launches, self.grid = self.launches + 1, grid
@@ -302,7 +303,7 @@ FAULTS = {
     "a tile left out": ("tiles_m * tiles_n, tl.num", "tiles_m * tiles_n - 1, tl.num"),
     "every tile by every program": ("tl.range(tl.program_id(0), ", "tl.range(0, "),
     "last step of K left out": ("range(0, K, BLOCK_K)", "range(0, K - BLOCK_K, BLOCK_K)"),
-    "band walked wrongly": ("tile_n = (tile % band) // band_rows", "tile_n = tile % band"),
+    "band walked wrongly": ("tile_n = (index % band) // band_rows", "tile_n = index % band"),
     "up columns of the gate": ("N + col0, k0", "N, k0"),
     "a map past the last row": ("descriptor(a, [M, K]", "descriptor(a, [M + 8, K]"),
     "a map past the end of a row": ("b, [width, K], [", "b, [width, K + 8], ["),
@@ -310,7 +311,7 @@ FAULTS = {
 
 
 def _faulty(folder: Path, old: str, new: str) -> ModuleType:
-    return plant(kernels, folder, old, new, gemm_persistent, products)
+    return plant(kernels, folder, old, new, tile_walk, gemm_persistent, products)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -20,6 +20,7 @@ from bigops import backend
 from bigops.formats import checks
 from bigops.formats.sparse import SparseWeight
 from bigops.kernels.common import form_tiles
+from bigops.kernels.sparse_linear import kernels as programs
 from bigops.kernels.sparse_linear import launch as kernels
 from bigops.ops.family import Call
 from bigops.ops.sparse_linear import blocks as _sparse_blocks
@@ -271,11 +272,9 @@ def test_bytes_moved_are_those_of_the_stored_blocks() -> None:
     with counting() as traffic:
         kernels.forward(case.x, case.weight.values, blocks, n, config=config)
     found_read, found_written = traffic.sums("all")
-    read, written = kernels.traffic(m, n, k, stored, 2, 32 * 32, 2, config)
-    assert found_written == written == m * n * 2
+    assert found_written == m * n * 2
     tiles_m = -(-m // config.block_m)
-    assert read == 2 * (stored * 32 * m + tiles_m * stored * 1024)
-    indices = found_read - read
+    indices = found_read - 2 * (stored * 32 * m + tiles_m * stored * 1024)
     assert 0 < indices < tiles_m * stored * 32 * 4 * 2
 
 
@@ -304,7 +303,7 @@ def test_planted_fault_is_caught(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(3)
-    copy = plant(kernels, tmp_path, *FAULTS[fault])
+    copy = plant(kernels, tmp_path, *FAULTS[fault], programs)
     for name in ("forward", "transposed", "sampled"):
         monkeypatch.setattr(kernels, name, getattr(copy, name))
     pattern, form, dtype = "32x32", "sparse_bf16", "bf16"
@@ -318,7 +317,7 @@ def test_planted_fault_is_caught(
 
 
 def test_a_copy_without_a_fault_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = plant(kernels, tmp_path, "M,", "M,")
+    copy = plant(kernels, tmp_path, "M,", "M,", programs)
     for name in ("forward", "transposed", "sampled"):
         monkeypatch.setattr(kernels, name, getattr(copy, name))
     case = trained("sparse_bf16", 35, 40, 70, "bf16", "silu", pattern="32x32", sparsity=0.0)
