@@ -72,7 +72,7 @@ def is_aligned(t: Tensor) -> bool:
 
 
 def product_is_aligned(columns: int, *read: Tensor | None) -> bool:
-    """Whether a product of so many columns that reads these is, as the head of tiles.py has it."""
+    """Whether a product of so many columns that reads these is; see the head of tiles.py."""
     return columns % 16 == 0 and all(is_aligned(t) for t in read if t is not None)
 
 
