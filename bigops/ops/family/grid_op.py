@@ -17,6 +17,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.formats import checks, quantize
 from bigops.ops import activation as act
+from bigops.ops import targets
 from bigops.ops.choice import Choice
 from bigops.ops.family.call import Call
 from bigops.ops.family.linear_op import LinearOp
@@ -122,6 +123,8 @@ class GridOp:
         own = getattr(call.weight, "x_grid", None)
         given = GridCall(call, x_grid if "x_grid" in self.grids else own, y_grid)
         self.check(given)
+        if not targets.is_cpu(target):
+            targets.why_not(given.floating, target, self.op.name)  # it refuses what is no device
         return self.choose(given, target)
 
     def _quantises(self, given: GridCall) -> bool:
