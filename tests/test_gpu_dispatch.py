@@ -180,6 +180,14 @@ def test_a_name_of_no_architecture_is_refused() -> None:
     for device in ("h100", "sm_", "sm_9x"):
         with pytest.raises(ValueError, match=f"arch: expected sm_80 or later.*got '{device}'"):
             bigops.explain("fused_linear", x, w, device=device)
+        for op, weight in (
+            ("quantized_linear", QuantizedWeight.from_dense(w)),
+            ("sparse_linear", SparseWeight.from_dense(w, torch.int8)),
+        ):
+            for grid in (None, torch.tensor([0.1, 3.0])):
+                said = f"arch: expected sm_80 or later.*got '{device}'"
+                with pytest.raises(ValueError, match=said):
+                    bigops.explain(op, x, weight, device=device, y_grid=grid)
 
 
 # --- triton missing, broken, too old ----------------------
