@@ -38,6 +38,15 @@ class Choice:
         """Its tile and the like."""
         return self.said()[1]
 
+    def __eq__(self, other: object) -> bool:
+        """Whether they say the same."""
+        if not isinstance(other, Choice):
+            return NotImplemented
+        return (self.op, self.kernel, self.said()) == (other.op, other.kernel, other.said())
+
+    def __hash__(self) -> int:
+        return hash((self.op, self.kernel))
+
     def __str__(self) -> str:
         reason, given = self.said()
         config = ", ".join(f"{k}={v}" for k, v in given.items())
