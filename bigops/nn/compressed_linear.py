@@ -305,11 +305,27 @@ class CompressedLinear(StoredState):
             storage: what a quantiser made of the layer; None: the weight rounded to nearest.
 
         Raises:
-            ValueError: NaN or inf in the weight. The layer stays as it was.
+            ValueError, TypeError: NaN or inf in the weight, or a storage that is broken or of
+                another form. The layer stays as it was.
         """
-        if not self.frozen or self.thawed:
-            self.set_storage(self._convert() if storage is None else storage)
+        if self.frozen and not self.thawed:
+            return self
+        if storage is None:
+            storage = self._convert()
+        else:
+            self._check_form(storage)
+            self.check_storage(storage)
+        self.set_storage(storage)
         return self
+
+    def _check_form(self, storage: Format) -> None:
+        empty = self.empty_storage()
+        if type(storage) is not type(empty):
+            expected, got = type(empty).__name__, type(storage).__name__
+            raise TypeError(f"storage: expected a {expected}; got a {got}")
+        form, given = self._sizes_of(empty), self._sizes_of(storage)
+        if form != given:
+            raise ValueError(f"storage: expected the form of the layer, {form}; got {given}")
 
     def set_storage(self, storage: Format) -> None:
         """Become frozen with this storage, at once: no half of it is ever seen, nor left behind."""
