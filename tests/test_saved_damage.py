@@ -129,7 +129,7 @@ def test_every_kind_says_what_its_arguments_may_be(tmp_path: Path) -> None:
             nodes += node.get("children", {}).values()
             fields = structure.KINDS[node["kind"]].fields
             assert misfit(fields, json.loads(json.dumps(node["args"]))) is None
-            for name in node["args"]:
+            for name in {*node["args"]} - {"form"}:  # of which the format itself says more
                 wrong = misfit(fields, {**node["args"], name: {"x": 1}})
                 assert wrong is not None
                 assert wrong.startswith(f"{name}: expected ")

@@ -50,6 +50,7 @@ class CompressedLinear(StoredState):
 
     Raises:
         ValueError: unknown activation, a size below 0, or a form that is not there.
+        TypeError: a format that no op takes, or a form that is not its own.
     """
 
     FIELDS = fields.COMPRESSED | {"format": fields.TEXT, "form": fields.TABLE}
@@ -81,6 +82,7 @@ class CompressedLinear(StoredState):
         act.check_name(activation, gated=False)
         check_size("in_features", in_features)
         check_size("out_features", out_features)
+        op_of(format)
         super().__init__()
         self.format, self.form = format, format.form(**form)
         self.activations = self.form.get("activations", "none")

@@ -172,3 +172,8 @@ def test_codes_of_somebody_else_are_stored_as_they_are() -> None:
     stored = TernaryWeight.from_codes(codes, torch.full((24,), 0.5))
     assert torch.equal(layer.freeze(stored).dense_weight(), codes * 0.5)
     meets_the_numerics_rule(layer)
+
+
+def test_a_format_without_an_op_is_in_no_layer() -> None:
+    with pytest.raises(TypeError, match="format: expected one that an op takes; got LowRankWeight"):
+        CompressedLinear(formats.LowRankWeight, 16, 24)
