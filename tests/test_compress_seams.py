@@ -48,6 +48,9 @@ def test_a_criterion_chooses_what_stays() -> None:
     compress_(model, First(0.5), keep="all", freeze=False)
     assert torch.equal(model[0].dense_weight()[:, :8], weight[:, :8])
     assert not model[0].dense_weight()[:, 8:].any()
+    both = nn.Sequential(nn.Linear(16, 8))
+    compress_(both, First(0.5) + Int8(), keep="all", freeze=False)
+    assert not both[0].mask[:, 2:].any()
     # what is dropped does not come back, whoever chooses next
     again = SparseLinear.from_linear(model[0], 0.25, "1x1")
     assert not again.mask[:, 8:].any()

@@ -294,6 +294,7 @@ class SparseInt8(Config):
     int8: Int8 = Int8()
     alone = property(lambda self: self.int8)
     activations = property(lambda self: self.int8.activations)
+    quantizer = property(lambda self: self.int8.quantizer)
 
     def __post_init__(self) -> None:
         if self.sparse.values != "fp32":
@@ -312,7 +313,7 @@ class SparseInt8(Config):
             self.sparse.sparsity,
             self.sparse.pattern,
             activations=self.activations,
-            criterion=self.criterion,
+            criterion=self.sparse.criterion,
         )
 
     def encode(self) -> dict[str, Any]:
@@ -331,6 +332,7 @@ class LowRankInt8(Config):
     factors = True
     alone = property(lambda self: self.int8)
     activations = property(lambda self: self.int8.activations)
+    quantizer = property(lambda self: self.int8.quantizer)
     rank = property(lambda self: self.low_rank.rank)
 
     def __post_init__(self) -> None:
