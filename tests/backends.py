@@ -189,6 +189,8 @@ def covering(*axes: Iterable[Any]) -> list[Any]:
     long; the slow suite runs the rest. For ways that take a second a case.
     """
     values = [list(axis) for axis in axes]
+    if not all(values):  # such as the instruction sets of a CPU without the extension
+        return []
     kept = {tuple(i % len(v) for v in values) for i in range(max(map(len, values)))}
     combinations = itertools.product(*(range(len(v)) for v in values))
     return [

@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from triton.runtime.errors import InterpreterError
+
+CAUGHT = (AssertionError, IndexError, RuntimeError, InterpreterError)
+"""What a check or the interpreter raises where it sees a fault."""
+
 
 def load(folder: Path, stem: str, source: str) -> ModuleType:
     """``source`` as the module bigops.kernels.<stem>, from a file in ``folder``."""

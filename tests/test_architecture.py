@@ -11,6 +11,8 @@ import fnmatch
 import re
 import subprocess
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from torch.utils._device import _device_constructors
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (".py", ".cpp", ".h", ".inl", ".cu", ".cuh")
-MAX_LINES = 500
+LONG = 450  # lines of a file that looks for its seam
+MOST_FILES = 18  # of one folder; about 15 are meant
 
 # Room -> rooms it may import. Not listed: every room may import itself and the leaves.
 LEAVES = {"backend", "timing", "files", "_C"}
@@ -115,11 +118,52 @@ def wrong_imports(root: Path) -> list[str]:
 
 
 def long_files(root: Path) -> list[str]:
-    """Source files past the limit: a larger one becomes a folder of the same name."""
+    """Source files that had better become a folder of the same name: a warning, no failure."""
     return [
-        f"{file.relative_to(root)}: {lines} lines"
+        f"{file.relative_to(root)}: {lines} lines; make it a folder"
         for file in tracked(root)
-        if file.suffix in SOURCES and (lines := len(file.read_text().splitlines())) > MAX_LINES
+        if file.suffix in SOURCES and (lines := len(file.read_text().splitlines())) > LONG
+    ]
+
+
+def full_folders(root: Path) -> list[str]:
+    """Folders of the house with more files than a person takes in at a glance."""
+    files = Counter(file.parent for _, file in python_files(root) if file.name != "__init__.py")
+    return [
+        f"{folder.relative_to(root)}: {count} files; make folders in it"
+        for folder, count in files.items()
+        if count > MOST_FILES and folder.name != "benches"
+    ]
+
+
+def borrowed_privates(root: Path) -> list[str]:
+    """Names with a leading underscore that come from another folder."""
+    found = []
+    for module, file in python_files(root):
+        folder = module if file.name == "__init__.py" else module.rpartition(".")[0]
+        for line, name, _ in imported(module, file):
+            home, _, leaf = name.rpartition(".")
+            private = any(part[:1] == "_" and part[:2] != "__" for part in name.split("."))
+            inside = home in (folder, module) or home.rpartition(".")[0] == folder
+            if name.startswith("bigops.") and private and leaf != "_C" and not inside:
+                found.append(f"{file.relative_to(root)}:{line}: imports {name}")
+    return found
+
+
+ARGUMENTS = {"args", "rest", "fixed", "inputs", "arguments", "given"}
+
+
+def argument_slices(root: Path) -> list[str]:
+    """Slices of arguments by position: names say what an argument is."""
+    return [
+        f"{file.relative_to(root)}:{node.lineno}: {ast.unparse(node)}"
+        for module, file in python_files(root)
+        if room_of(module) != "benches"
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Subscript)
+        and isinstance(node.slice, ast.Slice)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ARGUMENTS
     ]
 
 
@@ -178,7 +222,7 @@ def missing_stems(root: Path) -> list[str]:
     """Ops, which are the folders of bigops/ops, without a test or a bench of their stem."""
     found = []
     for folder in sorted((root / "bigops" / "ops").iterdir()):
-        if not (folder / "__init__.py").exists():
+        if not (folder / "__init__.py").exists() or folder.name == "family":  # which has no op
             continue
         for wanted in (f"tests/test_{folder.name}.py", f"benches/bench_{folder.name}.py"):
             if not (root / wanted).exists() and not (root / wanted[:-3]).is_dir():
@@ -217,7 +261,9 @@ def tracked(root: Path) -> list[Path]:
 
 CHECKS: dict[str, Check] = {
     "imports": wrong_imports,
-    "length": long_files,
+    "folders": full_folders,
+    "privates": borrowed_privates,
+    "slices": argument_slices,
     "syntax": newer_syntax,
     "paths": machine_paths,
     "devices": unplaced_tensors,
@@ -229,6 +275,19 @@ CHECKS: dict[str, Check] = {
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_tree_keeps_the_rule(name: str) -> None:
     assert CHECKS[name](ROOT) == []
+
+
+def test_long_files_are_named(tmp_path: Path) -> None:
+    plant(tmp_path, "csrc/cpu/one.cpp", "\n" * (LONG + 1))
+    assert long_files(tmp_path) == [f"csrc/cpu/one.cpp: {LONG + 1} lines; make it a folder"]
+    for line in long_files(ROOT):
+        warnings.warn(line, stacklevel=1)
+
+
+def test_a_full_folder_is_found(tmp_path: Path) -> None:
+    for number in range(MOST_FILES + 1):
+        plant(tmp_path, f"bigops/nn/file{number}.py", "")
+    assert full_folders(tmp_path) == [f"bigops/nn: {MOST_FILES + 1} files; make folders in it"]
 
 
 def test_the_tree_is_seen() -> None:
@@ -263,7 +322,13 @@ PLANTED = {
     "kernel imports a leaf": ("imports", "kernels/a.py", "from bigops import backend\n"),
     "kernel imports numpy": ("imports", "kernels/a.py", "import numpy\n"),
     "unknown room": ("imports", "bigops/utils.py", "x = 1\n"),
-    "long file": ("length", "csrc/cpu/one.cpp", "\n" * 501),
+    "a private name of another folder": (
+        "privates",
+        "bigops/nn/a.py",
+        "from bigops.ops.one import _two\n",
+    ),
+    "a private file of another folder": ("privates", "bigops/nn/a.py", "import bigops.ops._two\n"),
+    "a slice of arguments": ("slices", "bigops/ops/one/a.py", "def f(*args):\n    g(args[1:3])\n"),
     "match is fine, type is not": ("syntax", "bigops/nn/a.py", "type X = int\n"),
     "except group": ("syntax", "bigops/nn/a.py", "try:\n    f()\nexcept* ValueError:\n    g()\n"),
     "a path": ("paths", "README.md", "see /ho" + "me/somebody/notes\n"),

@@ -17,6 +17,7 @@ from bigops.compress import measure
 from bigops.graph import sites as sites_module
 from bigops.graph.record import account
 from bigops.timing import Ratio
+from tests.kernels_ran import needs_extension
 
 
 class Conv1D(nn.Module):
@@ -113,8 +114,11 @@ def test_shared_storage_counts_once_and_slices_by_themselves() -> None:
     assert account(nn.ReLU(), []) == ({}, [], 0)
 
 
+PACK = pytest.param(bigops.pack_, marks=needs_extension, id="pack_")  # plain torch has no panels
+
+
 @pytest.mark.parametrize(
-    "verb", [bigops.fuse_, bigops.pack_, lambda m: compress_(m, {"0": Int8()}, keep="all")]
+    "verb", [bigops.fuse_, PACK, lambda m: compress_(m, {"0": Int8()}, keep="all")]
 )
 def test_a_lazy_layer_has_no_bytes_yet(verb: Any) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.LazyLinear(64))
@@ -269,7 +273,7 @@ def test_a_record_of_times_has_them_as_plain_data(contested: list[int]) -> None:
 # --- the other verbs, and packed layers --------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", [bigops.fuse_, bigops.pack_], ids=["fuse_", "pack_"])
+@pytest.mark.parametrize("verb", [bigops.fuse_, PACK])
 @pytest.mark.parametrize("timed", [False, True])
 def test_fuse_and_pack_account_for_every_byte(
     verb: Any, timed: bool, monkeypatch: pytest.MonkeyPatch

@@ -278,6 +278,7 @@ def test_a_frozen_layer_takes_the_kernel(values: str, monkeypatch: pytest.Monkey
     with torch.no_grad(), backend.record() as plain:
         layer(x, residual)
     monkeypatch.setattr(op, "serves", lambda rows, target: rows <= 16)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # which the layer asks first
     with torch.no_grad(), expect("cuda.bitmap_linear"):
         y = layer(x, residual)
     case.check_forward(y)

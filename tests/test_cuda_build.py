@@ -114,7 +114,7 @@ library, stub, torch.version.cuda = sys.argv[1], sys.argv[2], sys.argv[3] or Non
 if stub:
     ctypes.CDLL(stub, mode=ctypes.RTLD_GLOBAL)
 sys.modules["bigops._C"] = None
-import bigops
+import bigops, bigops.ops
 from bigops.backend import machine
 from bigops.formats import QuantizedWeight
 print(machine.cuda_archs, machine.cuda_error)

@@ -230,6 +230,7 @@ def test_a_frozen_2_4_layer_takes_the_kernel(stored: str, monkeypatch: pytest.Mo
     assert names
     assert not any("sparse24" in name for name in names), names
     monkeypatch.setattr(op, "serves", lambda stored, k, target: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # which the layer asks first
     with torch.no_grad(), expect(f"cuda.sparse24_linear.bf16.{stored}"):
         y = layer(x, residual)
     case.check_forward(y)
@@ -259,6 +260,7 @@ def test_a_layer_with_full_words_is_not_packed(monkeypatch: pytest.MonkeyPatch) 
     """As training of bfloat16 values leaves them."""
     layer = SparseLinear.from_linear(Linear(64, 16), None, "2:4", "bf16").bfloat16().freeze()
     monkeypatch.setattr(op, "serves", lambda stored, k, target: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     before = layer.nbytes
     with torch.no_grad():
         layer.values.fill_(1.0)  # whole words: more than two of four

@@ -186,6 +186,11 @@ def test_bad_arguments() -> None:
     bad: list[tuple[tuple[Any, ...], type[Exception], str]] = [
         ((x[:, 1:], weight), ValueError, r"x: expected shape \[.., 8\] for a weight of \[5, 8\]"),
         ((x.double(), weight), TypeError, "x: expected dtype float32, bfloat16, float16"),
+        (
+            (x[0, 0], weight),
+            ValueError,
+            r"x: expected shape \[.., 8\] for a weight of .*; got \[\]",
+        ),
         (([1.0], weight), TypeError, "x: expected a torch.Tensor; got list"),
         ((x, weight, torch.randn(4)), ValueError, r"bias: expected shape \[5\]"),
         ((x, weight, torch.randn(5).half()), TypeError, "bias: expected dtype float32"),

@@ -50,7 +50,7 @@ def _unsaid(source: str) -> list[int]:
 
 def test_every_launch_says_its_options() -> None:
     files = sorted(KERNELS.rglob("*.py"))
-    assert len([file for file in files if "launch_options(" in file.read_text()]) >= 10
+    assert len([file for file in files if "launch_options(" in file.read_text()]) >= 7
     unsaid = {file.relative_to(KERNELS): _unsaid(file.read_text()) for file in files}
     assert {file: lines for file, lines in unsaid.items() if lines} == {}
 

@@ -13,13 +13,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton.runtime.errors import InterpreterError
 
 import bigops
 from bigops import backend
 from bigops.formats import checks
 from bigops.formats.sparse import SparseWeight
 from bigops.kernels.common import form_tiles
+from bigops.kernels.sparse_linear import kernels as programs
 from bigops.kernels.sparse_linear import launch as kernels
 from bigops.ops.family import Call
 from bigops.ops.sparse_linear import blocks as _sparse_blocks
@@ -29,7 +29,7 @@ from tests import triton_interpreter
 from tests.compressed_cases import Case, make
 from tests.guarded import guarded
 from tests.kernels_ran import expect
-from tests.planted import plant
+from tests.planted import CAUGHT, plant
 from tests.traffic import counting
 
 triton_interpreter.install()
@@ -271,11 +271,9 @@ def test_bytes_moved_are_those_of_the_stored_blocks() -> None:
     with counting() as traffic:
         kernels.forward(case.x, case.weight.values, blocks, n, config=config)
     found_read, found_written = traffic.sums("all")
-    read, written = kernels.traffic(m, n, k, stored, 2, 32 * 32, 2, config)
-    assert found_written == written == m * n * 2
+    assert found_written == m * n * 2
     tiles_m = -(-m // config.block_m)
-    assert read == 2 * (stored * 32 * m + tiles_m * stored * 1024)
-    indices = found_read - read
+    indices = found_read - 2 * (stored * 32 * m + tiles_m * stored * 1024)
     assert 0 < indices < tiles_m * stored * 32 * 4 * 2
 
 
@@ -304,7 +302,7 @@ def test_planted_fault_is_caught(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(3)
-    copy = plant(kernels, tmp_path, *FAULTS[fault])
+    copy = plant(kernels, tmp_path, *FAULTS[fault], programs)
     for name in ("forward", "transposed", "sampled"):
         monkeypatch.setattr(kernels, name, getattr(copy, name))
     pattern, form, dtype = "32x32", "sparse_bf16", "bf16"
@@ -313,12 +311,12 @@ def test_planted_fault_is_caught(
     case = trained(form, 35, 40, 70, dtype, "silu", pattern=pattern, sparsity=0.0)
     if fault.startswith("words"):
         case = trained(form, 35, 40, 70, dtype, "silu", pattern=pattern)
-    with pytest.raises((AssertionError, IndexError, RuntimeError, InterpreterError)):
+    with pytest.raises(CAUGHT):
         run(case)
 
 
 def test_a_copy_without_a_fault_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = plant(kernels, tmp_path, "M,", "M,")
+    copy = plant(kernels, tmp_path, "M,", "M,", programs)
     for name in ("forward", "transposed", "sampled"):
         monkeypatch.setattr(kernels, name, getattr(copy, name))
     case = trained("sparse_bf16", 35, 40, 70, "bf16", "silu", pattern="32x32", sparsity=0.0)

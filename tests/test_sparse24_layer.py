@@ -13,10 +13,10 @@ from bigops.compress import Sparse, compress_
 from bigops.formats.patterns import Pattern, n_m_mask, transposable_mask
 from bigops.formats.sparse24 import Sparse24Weight, to_dense
 from bigops.nn import Linear, SparseLinear
-from bigops.ops.library import in_words
 from bigops.ops.sparse_linear import sparse24 as op
 from bigops.ops.sparse_linear import sparse24_pack as packing
 from tests import hostrun
+from tests.backends import serve_by
 from tests.kernels_ran import expect, named
 from tests.sparse24_cases import Trained24
 
@@ -45,9 +45,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     triton_interpreter.install()
     for stem in ("sparse24_linear", "sparse24_pack", "sparse24_gradient"):
         hostrun.schedule(hostrun.load_op(stem), 0, False)
-    monkeypatch.setattr(op._op, "forward", in_words(op._op.forward, op._forward))
-    monkeypatch.setattr(op._op, "backward", in_words(op._op.backward, op._backward))
-    monkeypatch.setattr(op, "serves", lambda x, stored: True)
+    serve_by(monkeypatch, op.op, op.product, op.gradients)
+    monkeypatch.setattr(op, "serves", lambda stored, k, target: True)
     monkeypatch.setattr(packing, "serves", lambda w, stored: True)
 
 

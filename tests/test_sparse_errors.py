@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigops.formats.patterns import block_mask
+import bigops
+from bigops.formats.bitmap import BitmapWeight
+from bigops.formats.patterns import block_mask, n_m_mask
 from bigops.formats.sparse import SparseWeight
 from bigops.ops.family import Call
 from bigops.ops.sparse_linear import op, sparse_linear
+from bigops.ops.sparse_linear.sparse24_pack import pack24
 from tests.kernels_ran import ISAS, isa, needs_extension
 
 raw = torch.ops.bigops.sparse_linear
@@ -84,6 +87,26 @@ def test_errors_name_argument_expected_and_got(
         arguments.pop("residual")
     with pytest.raises(kind, match=message):
         sparse_linear(**arguments)
+
+
+def test_u8_rows_are_refused_by_name_where_no_weight_takes_them() -> None:
+    """2:4 and bitmap weights have no twin with grids."""
+    w, x = torch.randn(20, 64), torch.zeros(3, 64, dtype=torch.uint8)
+    for weight in (
+        pack24(w, n_m_mask(w), torch.bfloat16),
+        pack24(w, n_m_mask(w), torch.int8),
+        BitmapWeight.from_mask(w),
+    ):
+        names = ", ".join(str(d).removeprefix("torch.") for d in weight.x_dtypes)
+        for call in (sparse_linear, lambda *args: bigops.explain("sparse_linear", *args)):
+            with pytest.raises(TypeError, match=f"x: expected dtype {names}; got uint8"):
+                call(x, weight)
+        grid = torch.tensor([1.0, 0.0])
+        said = f"x_grid, y_grid: expected None with a {type(weight).__name__}"
+        with pytest.raises(ValueError, match=said):
+            sparse_linear(x, weight, x_grid=grid)
+        with pytest.raises(ValueError, match=said):
+            bigops.explain("sparse_linear", x, weight, y_grid=grid)
 
 
 # raw op ------------------------------------------------------------------------------------

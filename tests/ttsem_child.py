@@ -31,7 +31,7 @@ from bigops.formats.quantize import quantize_rows
 from bigops.kernels import fused_linear as linear_kernels
 from bigops.kernels.common.activation import NAMES
 from bigops.kernels.common.tiles import TileConfig
-from bigops.kernels.quantized_linear import forward as quantized_kernels
+from bigops.kernels.quantized_linear import rows as quantized_rows
 from bigops.ops.fp8_linear import triton as fp8_road
 from bigops.ops.fused_adamw import reference_norm, reference_sgd
 from bigops.ops.fused_linear import triton as linear_road
@@ -103,7 +103,7 @@ def quantized_backward(form: str, dtype: str) -> None:
 def rows_as_integers(activations: str) -> None:
     x = torch.randn(ROWS, 150) * torch.logspace(-3, 3, ROWS).unsqueeze(1)
     grid = torch.tensor([0.02, 120.0]) if activations == "static" else None
-    q, scale, _, sums = quantized_kernels.quantize_activations(x, activations, grid)
+    q, scale, _, sums = quantized_rows.quantize_activations(x, activations, grid)
     want = quantize_rows(x, activations, grid)
     assert torch.equal(q[:, :150] + 128.0, want.q), "other whole numbers than the reference"
     assert torch.equal(scale, want.scale[:, 0]), "another scale than the reference"
@@ -248,11 +248,11 @@ def leaves_some_out() -> None:
 
 def planted(old: str, new: str) -> None:
     """fused_linear with a fault in the epilogue of its GEMM."""
-    from bigops.kernels.common import gemm
+    from bigops.kernels.common import epilogue, gemm, tile_walk
     from bigops.kernels.common import product as products
 
     with tempfile.TemporaryDirectory() as folder:
-        copy: ModuleType = plant(gemm, Path(folder), old, new)
+        copy: ModuleType = plant(gemm, Path(folder), old, new, epilogue, tile_walk)
         case = linear_cases.make(ROWS, 45, 70, F32, "gelu", residual=False)
         before, products.gemm = products.gemm, copy.gemm
         try:

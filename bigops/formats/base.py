@@ -117,11 +117,15 @@ class Format:
     def check_structure(self) -> None:
         """Raise ValueError for contents that memory safety rests on; the C++ kernels ask it too."""
 
-    def validate(self) -> None:
-        """Raise ValueError or TypeError unless the storage is whole; asked when a file loads."""
+    def check_tensors(self) -> None:
+        """Raise TypeError for what is no tensor, or is missing where each weight has one."""
         for name, t in self.tensors().items():
             if t is not None or name not in self.OPTIONAL:
                 checks.tensor(name, t)
+
+    def validate(self) -> None:
+        """Raise ValueError or TypeError unless the storage is whole; asked when a file loads."""
+        self.check_tensors()
         self.check()
         self.check_structure()
 
@@ -148,9 +152,14 @@ class Format:
         """Along which dimension each tensor splits with the rows of W; the others are whole."""
         return {}
 
+    @property
+    def row_unit(self) -> int:
+        """Rows of W that stay together where it splits."""
+        return 1
+
     def splits(self, parts: int) -> bool:
         """Whether the rows of W split into ``parts`` weights of this format, of equal sizes."""
-        return bool(self.row_dims()) and self.n % parts == 0
+        return bool(self.row_dims()) and self.n % (self.row_unit * parts) == 0
 
     def placements(self, split: bool) -> dict[str, Placement | None]:
         """Where DTensor puts each tensor, with the rows of W split or whole; None for no tensor."""
@@ -209,18 +218,24 @@ class Format:
 
 @dataclass_transform(frozen_default=True, eq_default=False)
 def storage(cls: type[F]) -> type[F]:
-    """Make a class of annotated fields a format: a frozen dataclass, to torch a pytree."""
+    """Make a class of annotated fields a format: a frozen dataclass, to torch a pytree.
+
+    Its leaves are the tensors. The plain data belongs to the structure: numbers and words as leaves
+    would be inputs of an exported program, guarded one by one.
+    """
     made = dataclasses.dataclass(frozen=True, eq=False)(cls)
-    names = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
     hints = {f.name: str(f.type) for f in dataclasses.fields(made)}  # type: ignore[arg-type]
     made.TENSORS = tuple(name for name, hint in hints.items() if "Tensor" in hint)
     made.OPTIONAL = frozenset(name for name in made.TENSORS if "None" in hints[name])
 
-    def flatten(weight: F) -> tuple[list[Any], None]:
-        return [getattr(weight, name) for name in names], None
+    inner = [name for name, hint in hints.items() if "Tensor" in hint or hint == "Format"]
+    plain = [name for name in hints if name not in inner]
 
-    def unflatten(parts: Any, _: None) -> F:
-        return made(*parts)
+    def flatten(weight: F) -> tuple[list[Any], list[Any]]:
+        return [getattr(weight, name) for name in inner], [getattr(weight, name) for name in plain]
+
+    def unflatten(parts: Any, sizes: list[Any]) -> F:
+        return made(**dict(zip(inner, parts, strict=True)), **dict(zip(plain, sizes, strict=True)))
 
     pytree.register_pytree_node(
         made,
@@ -228,8 +243,8 @@ def storage(cls: type[F]) -> type[F]:
         unflatten,
         serialized_type_name=f"bigops.{made.__name__}",
         flatten_with_keys_fn=lambda weight: (
-            [(pytree.GetAttrKey(name), getattr(weight, name)) for name in names],
-            None,
+            [(pytree.GetAttrKey(name), getattr(weight, name)) for name in inner],
+            [getattr(weight, name) for name in plain],
         ),
     )
     return made

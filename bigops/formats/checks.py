@@ -64,7 +64,7 @@ def matrix(name: str, t: Tensor) -> None:
 
 def dims(name: str, t: Tensor, expected: int) -> None:
     """Raise ValueError unless t has the expected number of dimensions."""
-    if t.dim() != expected:
+    if t.ndim != expected:  # of a spec of DTensor too
         raise ValueError(f"{name}: expected {expected} dimensions; got shape {list(t.shape)}")
 
 

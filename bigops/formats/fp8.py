@@ -209,9 +209,9 @@ class Fp8Weight(Format):
     def row_dims(self) -> dict[str, int]:
         return {"values": 0} if self.scales == "tensor" else {"values": 0, "scale": 0}
 
-    def splits(self, parts: int) -> bool:
-        """In blocks, whole blocks of 128 rows are a weight by themselves."""
-        return self.n % (parts * (BLOCK if self.scales == "block" else 1)) == 0
+    @property
+    def row_unit(self) -> int:
+        return BLOCK if self.scales == "block" else 1
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix [N, K] that this weight stands for, float32 or float64 (rounds nothing)."""

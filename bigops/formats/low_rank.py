@@ -85,8 +85,16 @@ class LowRankWeight(Format):
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return (self.u.to_dense(torch.float64) @ self.v.to_dense(torch.float64)).to(dtype)
 
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        return self.u.sizes, self.v.sizes
+
     def check(self) -> None:
-        self._each(Format.check)
+        self._each(lambda factor: factor.check())
+        check_ranks(self.u, self.v)
+
+    def check_structure(self) -> None:
+        self._each(lambda factor: factor.check_structure())
 
     def validate(self) -> None:
         self._each(lambda factor: factor.validate())

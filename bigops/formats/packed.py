@@ -83,8 +83,9 @@ class PackedWeight(Format):
     def row_dims(self) -> dict[str, int]:
         return {"panels": 0}
 
-    def splits(self, parts: int) -> bool:
-        return self.n % (PANEL * parts) == 0
+    @property
+    def row_unit(self) -> int:
+        return PANEL
 
     def check(self) -> None:
         checks.dims("panels", self.panels, 4)

@@ -138,8 +138,9 @@ class QuantizedWeight(Format):
     def row_dims(self) -> dict[str, int]:
         return {"values": 0, "scale": 1, "zero_point": 1, "row_sum": 0}
 
-    def splits(self, parts: int) -> bool:
-        return self.n % (TILE * parts) == 0
+    @property
+    def row_unit(self) -> int:
+        return TILE
 
     @classmethod
     def form(

@@ -164,6 +164,8 @@ class Sparse24Weight(Format):
                 "values: expected dtype bfloat16, float16 or int8; got "
                 f"{checks.short_name(values.dtype)}"
             )
+        if k < 0:
+            raise ValueError(f"k: expected at least 0; got {k}")
         half = padded(k, values.dtype) // 2
         if values.dim() != 2 or values.shape[1] != half:
             raise ValueError(f"values: expected shape [N, {half}]; got {list(values.shape)}")
@@ -180,6 +182,27 @@ class Sparse24Weight(Format):
                 )
             checks.dtype("meta_t", meta_t, torch.int32)
             checks.shape("meta_t", meta_t, meta_shape(k, n, values.dtype))
+
+    def validate(self) -> None:
+        super().validate()
+        values, meta_t = self.values, self.meta_t
+        for name, meta in (("meta", self.meta), ("meta_t", meta_t)):
+            if meta is not None:
+                bits = _bits(meta, values.dtype)
+                if not bool(((bits & 3) < (bits >> 2)).all()):  # else mma.sp is undefined
+                    raise ValueError(f"{name}: expected places that rise in every four; got others")
+        if self.scale is None and not bool(torch.isfinite(values).all()):
+            raise ValueError("values: expected finite values; got NaN or inf")
+        if self.scale is not None:
+            if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
+                raise ValueError("scale: expected finite values above 0")
+            if self.sums is None or not torch.equal(values.sum(1, dtype=torch.int32), self.sums):
+                raise ValueError("sums: expected the sum of the values of each row; got others")
+        if meta_t is not None:
+            kept = to_dense(torch.ones_like(values), self.meta, self.k)
+            found = sample(kept.t(), meta_t, values.dtype)
+            if int(found.count_nonzero()) != int(kept.count_nonzero()):
+                raise ValueError("meta_t: expected the places of meta, transposed; got others")
 
 
 def check_pack(w: Tensor, dtype: torch.dtype | None, transposable: bool) -> torch.dtype:

@@ -47,6 +47,18 @@ def split_code(code: int) -> tuple[int, bool]:
     return (_GATE[code], True) if code in _GATE else (code, False)
 
 
+def ungated_code(code: int) -> int:
+    """Give ``code`` back.
+
+    Raises:
+        ValueError: it is not in 0..11, or that of a gated pair.
+    """
+    act, gated = split_code(code)
+    if gated:
+        raise ValueError(f"activation: expected the code of no gated pair; got {code}")
+    return act
+
+
 @triton.jit
 def _tanh(x):
     # 1 - 2 / (exp(2|x|) + 1) loses all digits near 0, so there an odd polynomial serves: a minimax

@@ -7,14 +7,27 @@ one of least width, then of fewest rows. Where no entry reaches, no kernel serve
 """
 
 import functools
-import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from bigops.kernels.common import tiles, tuned
-from bigops.kernels.common.tiles import CONFIG_DIR, DTYPES, TileConfig, _fields, _power_of_two
+from bigops.kernels.common.config_file import (
+    Rule,
+    by_device,
+    entries_of,
+    expect,
+    fields_of,
+    hold,
+    is_limit,
+    is_power_of_two,
+    is_tile,
+    launch_rules,
+    read_fields,
+)
+from bigops.kernels.common.tiles import CONFIG_DIR, DTYPES, TileConfig
 
 FORMAT = "bigops-form-tiles-1"
 FORMS = {
@@ -46,45 +59,29 @@ class Table(NamedTuple):
     entries: tuple[Entry, ...]
 
 
-def _entry(path: Path, where: str, data: object, forms: tuple[str, ...]) -> Entry:
-    fields = _fields(path, where, data, _ENTRY_KEYS)
-    dtypes, tile, max_m = fields["dtypes"], fields["tile"], fields["max_m"]
-    known = set(DTYPES.values())
+def _rules(fields: dict[str, Any], forms: tuple[str, ...]) -> Iterator[Rule]:
     power = "a power of two"
-    expected = {
-        "form": (fields["form"] in forms, f"one of {', '.join(forms)}"),
-        "aligned": (type(fields["aligned"]) is bool, "true or false"),
-        "dtypes": (
-            isinstance(dtypes, list) and dtypes and known.issuperset(map(str, dtypes)),
-            f"some of {sorted(known)}",
-        ),
-        "max_m": (
-            max_m is None or (type(max_m) is int and max_m > 0),
-            "a positive integer or null",
-        ),
-        "width": (_power_of_two(fields["width"]) and fields["width"] >= 16, f"{power} from 16 on"),
-        "tile": (
-            isinstance(tile, list)
-            and len(tile) == 3
-            and all(_power_of_two(size) and size >= 16 for size in tile),
-            "three powers of two from 16 on",
-        ),
-        "group_m": (type(fields["group_m"]) is int and 1 <= fields["group_m"] <= 64, "1 to 64"),
-        "num_stages": (
-            type(fields["num_stages"]) is int and 1 <= fields["num_stages"] <= 8,
-            "1 to 8",
-        ),
-        "num_warps": (
-            _power_of_two(fields["num_warps"]) and fields["num_warps"] <= 32,
-            f"{power} up to 32",
-        ),
-        "parts": (_power_of_two(fields["parts"]) and fields["parts"] <= 16, f"{power} up to 16"),
-    }
-    for name, (good, what) in expected.items():
-        if not good:
-            raise ValueError(f"{path}: {where}: {name}: expected {what}; got {fields[name]!r}")
-    config = TileConfig(*tile, *(fields[name] for name in _LAUNCH))
-    return Entry(fields["form"], fields["aligned"], tuple(dtypes), max_m, fields["width"], config)
+    width, parts = fields["width"], fields["parts"]
+    yield "form", fields["form"] in forms, f"one of {', '.join(forms)}"
+    yield from launch_rules(fields, DTYPES.values(), stages=8)
+    yield "max_m", is_limit(fields["max_m"]), "a positive integer or null"
+    yield "width", is_power_of_two(width) and width >= 16, f"{power} from 16 on"
+    yield "tile", is_tile(fields["tile"], 16), "three powers of two from 16 on"
+    yield "parts", is_power_of_two(parts, 16), f"{power} up to 16"
+
+
+def _entry(forms: tuple[str, ...], where: str, data: object) -> Entry:
+    fields = fields_of(where, data, _ENTRY_KEYS)
+    hold(where, fields, _rules(fields, forms))
+    config = TileConfig(*fields["tile"], *(fields[name] for name in _LAUNCH))
+    return Entry(
+        form=fields["form"],
+        aligned=fields["aligned"],
+        dtypes=tuple(fields["dtypes"]),
+        max_m=fields["max_m"],
+        width=fields["width"],
+        config=config,
+    )
 
 
 def read_table(path: Path, op: str) -> Table:
@@ -94,33 +91,20 @@ def read_table(path: Path, op: str) -> Table:
         ValueError: the file is not JSON, is of another format, or a field is missing or out of
             range; the message names file, place, what was expected and what came.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: expected a readable JSON file; got {error}") from error
-    found = data.get("format") if isinstance(data, dict) else type(data).__name__
-    if found != FORMAT:
-        raise ValueError(f"{path}: format: expected {FORMAT!r}; got {found!r}")
-    fields = _fields(path, "top level", data, ("format", "device", "tiles"))
-    device = str(fields["device"])
-    if device not in tiles.tables():
-        raise ValueError(f"{path}: device: expected one of {', '.join(tiles.tables())}; "
-                         f"got {device!r}")  # fmt: skip
-    if not isinstance(fields["tiles"], list):
-        raise ValueError(f"{path}: tiles: expected a list; got {type(fields['tiles']).__name__}")
-    entries = tuple(
-        _entry(path, f"tiles[{i}]", item, FORMS[op]) for i, item in enumerate(fields["tiles"])
-    )
+    fields = read_fields(path, FORMAT, ("format", "device", "tiles"))
+    device, known = str(fields["device"]), tiles.tables()
+    expect(f"{path}: device", device in known, f"one of {', '.join(known)}", repr(device))
+    entry = functools.partial(_entry, FORMS[op])
+    entries = entries_of(path, "tiles", fields["tiles"], entry)
     for form in FORMS[op]:
-        if not any(entry.form == form for entry in entries):
-            raise ValueError(f"{path}: tiles: expected entries of the form {form}; got none")
-    return Table(device, tiles.tables()[device].shared_memory, entries)
+        held = any(entry.form == form for entry in entries)
+        expect(f"{path}: tiles", held, f"entries of the form {form}", "none")
+    return Table(device, known[device].shared_memory, entries)
 
 
 @functools.cache
 def _tables(op: str) -> dict[str, Table]:
-    found = (read_table(path, op) for path in sorted((CONFIG_DIR / op).glob("*.json")))
-    return {table.device: table for table in found}
+    return by_device(CONFIG_DIR / op, functools.partial(read_table, op=op))
 
 
 def table_for(op: str, arch: str) -> Table:

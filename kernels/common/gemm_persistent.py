@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigops.kernels.common.gemm import _finish
+from bigops.kernels.common.epilogue import finish
+from bigops.kernels.common.tile_walk import banded_tile
 
 _BLOCKS = 512  # bytes to which torch's caching allocator aligns
 _MAX_STRIDE = 2**40  # bytes, past which a tensor map has no stride
@@ -62,12 +63,7 @@ def gemm_persistent(
     tiles_n = tl.cdiv(N, BLOCK_N)
     band = GROUP_M * tiles_n
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        # Bands of GROUP_M tile rows, column by column, as in `gemm`: the programs of one turn
-        # share both a rows and b columns in the L2 cache.
-        first_m = (tile // band) * GROUP_M
-        band_rows = tl.minimum(tiles_m - first_m, GROUP_M)
-        tile_m = first_m + (tile % band) % band_rows
-        tile_n = (tile % band) // band_rows
+        tile_m, tile_n = banded_tile(tile, tiles_m, band, GROUP_M)
         row0 = tile_m * BLOCK_M
         col0 = tile_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -81,10 +77,24 @@ def gemm_persistent(
                 # Gate columns past N are up columns: they reach columns of c past N, not stored.
                 u_block = b_map.load([k0, N + col0]) if B_ROWS else b_map.load([N + col0, k0]).T
                 up = tl.dot(a_block, u_block, up, input_precision=PRECISION)
-        # fmt: off
-        _finish(acc, up if GATED else acc, bias, residual, c, preact, M, N, stride_rm, stride_rn,
-                N, tile_m, col0, ACT, GATED, PARTS)
-        # fmt: on
+        finish(
+            acc,
+            up if GATED else acc,
+            bias,
+            residual,
+            c,
+            preact,
+            M,
+            N,
+            stride_rm,
+            stride_rn,
+            N,
+            tile_m,
+            col0,
+            ACT,
+            GATED,
+            PARTS,
+        )
 
 
 def described(t: Tensor) -> bool:

@@ -5,12 +5,15 @@ Two kernels serve: `gemm.gemm`, whose programs make one tile each by pointers, a
 pointer form serves operands that have no tensor descriptor, and strides that want 64-bit offsets.
 """
 
+import functools
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
 from bigops.kernels.common.activation import NONE
-from bigops.kernels.common.gemm import _is_aligned, dot_precision, gemm
+from bigops.kernels.common.gemm import gemm
 from bigops.kernels.common.gemm_persistent import (
     described,
     gemm_persistent,
@@ -18,7 +21,13 @@ from bigops.kernels.common.gemm_persistent import (
     rows_are_rows,
     with_scratch,
 )
-from bigops.kernels.common.launch import launch_options, on_device
+from bigops.kernels.common.launch import (
+    dot_precision,
+    is_wide,
+    launch_product,
+    product_is_aligned,
+    strides,
+)
 from bigops.kernels.common.tiles import TileConfig, choose_config, device_arch, multiprocessors
 
 
@@ -42,47 +51,26 @@ def product(
         return out, preact
     mapped = k > 0 and described(a) and described(b)
     if config is None:
-        read = (a, b) if residual is None else (a, b, residual)
-        aligned = n % 16 == 0 and all(map(_is_aligned, read))
+        aligned = product_is_aligned(n, a, b, residual)
         arch = device_arch(a.device)
         config = choose_config(arch, a.dtype, m, n, k, gated, aligned, aligned and mapped)
-    stride_r = residual.stride() if residual is not None else (0, 0)
-    reach = max(
+    stride_r = strides(residual)
+    wide = is_wide(
         config.block_m * max(a.stride(0), stride_r[0], b.shape[1]),
         config.block_n * max(b.stride(1), stride_r[1]),
         config.block_k * max(a.stride(1), b.stride(0)),
     )
-    wide = 2 * reach >= 2**31
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    given = (a, b, bias, residual, out, preact, m, n, k)
-    constants = {
-        "ACT": act,
-        "GATED": gated,
-        "PRECISION": dot_precision(a.dtype),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-        "PARTS": config.parts,
-        **launch_options(config.num_warps, config.num_stages),
-    }
-    with on_device(a.device):
-        if config.persistent and mapped and not wide:
-            programs = min(tiles, config.programs * multiprocessors(a.device))
-            rows = {"A_ROWS": rows_are_rows(a), "B_ROWS": rows_are_rows(b)}
-            strides = (row_step(a), row_step(b), *stride_r)
-            with_scratch(
-                a.device,
-                lambda: gemm_persistent[(programs,)](*given, *strides, **rows, **constants),
-            )
-        else:
-            gemm[(tiles,)](
-                *given,
-                *a.stride(),
-                *b.stride(),
-                *stride_r,
-                EVEN_K=k % config.block_k == 0,
-                WIDE=wide,
-                **constants,
-            )
+    rest = (b, bias, residual, out, preact, m, n, k)
+    constants: dict[str, Any] = {"ACT": act, "GATED": gated, "PRECISION": dot_precision(a.dtype)}
+    if config.persistent and mapped and not wide:
+        programs = min(tiles, config.programs * multiprocessors(a.device))
+        steps = (row_step(a), row_step(b), *stride_r)
+        constants |= {"A_ROWS": rows_are_rows(a), "B_ROWS": rows_are_rows(b)}
+        launch = functools.partial(launch_product, gemm_persistent, programs, config)
+        with_scratch(a.device, lambda: launch(a, *rest, *steps, **constants))
+    else:
+        steps = (*a.stride(), *b.stride(), *stride_r)
+        constants |= {"EVEN_K": k % config.block_k == 0, "WIDE": wide}
+        launch_product(gemm, tiles, config, a, *rest, *steps, **constants)
     return out, preact

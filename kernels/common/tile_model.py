@@ -65,12 +65,6 @@ def bucket(m: int, n: int | None = None, k: int | None = None) -> str:
     return "-".join(f"{name}{_up(size)}" for name, size in named if size is not None)
 
 
-def wave_efficiency(config: TileConfig, multiprocessors: int, m: int, n: int) -> float:
-    """Elements of c over those that the turns of all multiprocessors have room for; 0 to 1."""
-    turns = _ceil(_ceil(m, config.block_m) * _ceil(n, config.block_n), multiprocessors)
-    return m * n / (turns * multiprocessors * config.block_m * config.block_n)
-
-
 def clocks(
     config: TileConfig, device: Device, dtype: str, m: int, n: int, k: int, gated: bool
 ) -> float:

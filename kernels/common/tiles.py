@@ -21,15 +21,28 @@ no tuned file, so a machine without the device can say what the device would run
 
 import functools
 import itertools
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from bigops.kernels.common import tile_model, tuned
+from bigops.kernels.common.config_file import (
+    Rule,
+    by_device,
+    entries_of,
+    expect,
+    fields_of,
+    hold,
+    is_power_of_two,
+    is_tile,
+    is_whole,
+    launch_rules,
+    powers_of,
+    read_fields,
+)
 
 CONFIG_DIR = Path(__file__).parent.parent / "configs"
 FORMAT = "bigops-tiles-2"
@@ -38,7 +51,6 @@ FORMS = ("plain", "gated")
 
 _LAUNCH = ("group_m", "num_warps", "num_stages", "parts")
 _ENTRY_KEYS = ("form", "aligned", "dtypes", "tile", *_LAUNCH, "persistent", "programs")
-_POINTWISE_KEYS = ("block_m", "block_n", "max_chunks", "num_warps")
 
 
 class TileConfig(NamedTuple):
@@ -66,10 +78,6 @@ class TileConfig(NamedTuple):
             f"warps {self.num_warps} stages {self.num_stages} parts {self.parts}"
             + (" persistent" if self.persistent else "")
         )
-
-
-LAUNCHED = TileConfig._fields.index("persistent")
-"""Leading fields of a config that make the compiled code of one kernel."""
 
 
 class PointwiseConfig(NamedTuple):
@@ -105,6 +113,21 @@ def device_arch(device: torch.device) -> str:
     return "interpreter" if device.type == "cpu" else _gpu_arch(device.index)
 
 
+def arch_of(target: str) -> str:
+    """``target``, or where it is "cuda" the architecture of the present GPU.
+
+    Raises:
+        ValueError: "cuda" where torch sees no GPU.
+    """
+    if target != "cuda":
+        return target
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "device: torch sees no GPU here; expected an architecture such as sm_90; got 'cuda'"
+        )
+    return device_arch(torch.device("cuda", torch.cuda.current_device()))
+
+
 @functools.cache
 def _gpu_arch(index: int | None) -> str:
     properties = torch.cuda.get_device_properties(index)
@@ -113,66 +136,39 @@ def _gpu_arch(index: int | None) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def _power_of_two(value: object) -> bool:
-    return type(value) is int and value > 0 and value & (value - 1) == 0
+def _rules(fields: dict[str, Any]) -> Iterator[Rule]:
+    yield "form", fields["form"] in FORMS, f"one of {FORMS}"
+    yield from launch_rules(fields, DTYPES.values())
+    yield "tile", is_tile(fields["tile"]), "three powers of two"
+    persistent = fields["persistent"]
+    known = type(persistent) is bool and persistent <= fields["aligned"]
+    yield "persistent", known, "true or false, true only where aligned"
+    yield "programs", is_whole(fields["programs"], 64), "1 to 64"
+    most = max(1, fields["tile"][1] // 16)
+    left = is_power_of_two(fields["parts"], most)
+    yield "parts", left, "a power of two that leaves 16 columns each"
 
 
-def _fields(path: Path, where: str, data: object, keys: tuple[str, ...]) -> dict:
-    if not isinstance(data, dict) or set(data) != set(keys):
-        got = sorted(data) if isinstance(data, dict) else type(data).__name__
-        raise ValueError(f"{path}: {where}: expected the fields {', '.join(keys)}; got {got}")
-    return data
+def _entry(where: str, data: object) -> Entry:
+    fields = fields_of(where, data, _ENTRY_KEYS)
+    hold(where, fields, _rules(fields))
+    launched = (fields[name] for name in (*_LAUNCH, "persistent", "programs"))
+    config = TileConfig(*fields["tile"], *launched)
+    return Entry(fields["form"], fields["aligned"], tuple(fields["dtypes"]), config)
 
 
-def _entry(path: Path, where: str, data: object) -> Entry:
-    fields = _fields(path, where, data, _ENTRY_KEYS)
-    if fields["form"] not in FORMS:
-        raise ValueError(f"{path}: {where}: form: expected one of {FORMS}; got {fields['form']!r}")
-    if type(fields["aligned"]) is not bool:
-        raise ValueError(
-            f"{path}: {where}: aligned: expected true or false; got {fields['aligned']!r}"
-        )
-    known = set(DTYPES.values())
-    dtypes = fields["dtypes"]
-    if not isinstance(dtypes, list) or not dtypes or not known.issuperset(map(str, dtypes)):
-        raise ValueError(f"{path}: {where}: dtypes: expected some of {sorted(known)}; got {dtypes}")
-    tile = fields["tile"]
-    if not isinstance(tile, list) or len(tile) != 3 or not all(map(_power_of_two, tile)):
-        raise ValueError(f"{path}: {where}: tile: expected three powers of two; got {tile}")
-    if type(fields["persistent"]) is not bool or fields["persistent"] > fields["aligned"]:
-        raise ValueError(
-            f"{path}: {where}: persistent: expected true or false, true only where aligned; "
-            f"got {fields['persistent']!r}"
-        )
-    for name in ("group_m", "num_stages", "programs"):
-        if type(fields[name]) is not int or not 1 <= fields[name] <= 64:
-            raise ValueError(f"{path}: {where}: {name}: expected 1 to 64; got {fields[name]}")
-    if not _power_of_two(fields["num_warps"]) or fields["num_warps"] > 32:
-        raise ValueError(
-            f"{path}: {where}: num_warps: expected a power of two up to 32; "
-            f"got {fields['num_warps']}"
-        )
-    if not _power_of_two(fields["parts"]) or fields["parts"] > max(1, tile[1] // 16):
-        raise ValueError(
-            f"{path}: {where}: parts: expected a power of two that leaves 16 columns each; "
-            f"got {fields['parts']}"
-        )
-    config = TileConfig(*tile, *(fields[name] for name in (*_LAUNCH, "persistent", "programs")))
-    return Entry(fields["form"], fields["aligned"], tuple(dtypes), config)
-
-
-def _device(path: Path, name: str, data: object) -> tile_model.Device:
-    fields = _fields(path, f"serves: {name}", data, tile_model.Device._fields)
-    if not all(type(value) is int and value > 0 for value in fields.values()):
-        raise ValueError(f"{path}: serves: {name}: expected positive integers; got {fields}")
+def _device(where: str, data: object) -> tile_model.Device:
+    fields = fields_of(where, data, tile_model.Device._fields)
+    positive = all(type(value) is int and value > 0 for value in fields.values())
+    expect(where, positive, "positive integers", fields)
     return tile_model.Device(**fields)
 
 
 def _check_coverage(path: Path, entries: tuple[Entry, ...]) -> None:
     for form, aligned, dtype in itertools.product(FORMS, (True, False), DTYPES.values()):
-        if not _candidates(entries, form, aligned, dtype, described=False):
-            kind = f"{form} {'aligned' if aligned else 'unaligned'} {dtype}"
-            raise ValueError(f"{path}: {kind}: expected a tile that is not persistent; got none")
+        kind = f"{form} {'aligned' if aligned else 'unaligned'} {dtype}"
+        found = _candidates(entries, form, aligned, dtype, described=False)
+        expect(f"{path}: {kind}", found, "a tile that is not persistent", "none")
 
 
 def _candidates(
@@ -194,31 +190,20 @@ def read_table(path: Path) -> Table:
         ValueError: the file is not JSON, is of another format, or a field is missing or out of
             range; the message names file, place, what was expected and what came.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: expected a readable JSON file; got {error}") from error
     keys = ("format", "device", "serves", "shared_memory", "gemm", "pointwise")
-    found = data.get("format") if isinstance(data, dict) else type(data).__name__
-    if found != FORMAT:
-        raise ValueError(f"{path}: format: expected {FORMAT!r}; got {found!r}")
-    fields = _fields(path, "top level", data, keys)
-    serves, gemm = fields["serves"], fields["gemm"]
-    if not isinstance(serves, dict) or not serves:
-        raise ValueError(f"{path}: serves: expected figures by device name; got {serves!r}")
-    if type(fields["shared_memory"]) is not int or fields["shared_memory"] <= 0:
-        raise ValueError(f"{path}: shared_memory: expected bytes; got {fields['shared_memory']!r}")
-    if not isinstance(gemm, list):
-        raise ValueError(f"{path}: gemm: expected a list; got {type(gemm).__name__}")
-    entries = tuple(_entry(path, f"gemm[{i}]", item) for i, item in enumerate(gemm))
+    fields = read_fields(path, FORMAT, keys)
+    serves, memory = fields["serves"], fields["shared_memory"]
+    named = isinstance(serves, dict) and serves
+    expect(f"{path}: serves", named, "figures by device name", repr(serves))
+    known = type(memory) is int and memory > 0
+    expect(f"{path}: shared_memory", known, "bytes", repr(memory))
+    entries = entries_of(path, "gemm", fields["gemm"], _entry)
     _check_coverage(path, entries)
-    pointwise = _fields(path, "pointwise", fields["pointwise"], _POINTWISE_KEYS)
-    if not all(map(_power_of_two, pointwise.values())):
-        raise ValueError(f"{path}: pointwise: expected powers of two; got {pointwise}")
+    pointwise = powers_of(f"{path}: pointwise", fields["pointwise"], PointwiseConfig._fields)
     return Table(
         str(fields["device"]),
-        {name: _device(path, name, figures) for name, figures in serves.items()},
-        fields["shared_memory"],
+        {name: _device(f"{path}: serves: {name}", figures) for name, figures in serves.items()},
+        memory,
         entries,
         PointwiseConfig(**pointwise),
     )
@@ -227,8 +212,7 @@ def read_table(path: Path) -> Table:
 @functools.cache
 def tables() -> dict[str, Table]:
     """All shipped config files, by device name."""
-    found = (read_table(path) for path in sorted(CONFIG_DIR.glob("*.json")))
-    return {table.device: table for table in found}
+    return by_device(CONFIG_DIR, read_table)
 
 
 @functools.cache
@@ -249,12 +233,6 @@ def table_for(arch: str) -> Table:
     raise ValueError(
         f"arch: expected sm_80 or later, gfx942, gfx90a, gfx950 or the like; got {arch!r}"
     )
-
-
-def largest(entries: Sequence[Entry], form: str, dtype: str) -> Entry:
-    """Of the aligned entries of a form and dtype the one of largest area; it serves large calls."""
-    fitting = [e for e in entries if e.aligned and e.form == form and dtype in e.dtypes]
-    return max(fitting, key=lambda e: e.config.block_m * e.config.block_n)
 
 
 def device_figures(arch: str) -> tile_model.Device:

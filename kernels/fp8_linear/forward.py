@@ -17,35 +17,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigops.kernels.common.activation import split_code
-from bigops.kernels.common.gemm import _finish, _is_aligned, dot_precision
-from bigops.kernels.common.launch import launch_options, on_device
-from bigops.kernels.common.tiles import DTYPES, TileConfig, device_arch
-from bigops.kernels.fp8_linear.tiles import BLOCK, choose_config, row_config, table_for, units_of
-from bigops.kernels.quantized_linear.forward import _check
+from bigops.kernels.common.activation import ungated_code
+from bigops.kernels.common.epilogue import finish
+from bigops.kernels.common.launch import (
+    check_operands,
+    contiguous,
+    dot_precision,
+    is_wide,
+    launch_product,
+    product_is_aligned,
+    strides,
+)
+from bigops.kernels.common.tile_walk import banded_tile, wide_strides
+from bigops.kernels.common.tiles import DTYPES, TileConfig, arch_of, device_arch
+from bigops.kernels.fp8_linear.rows import quantize_activations
+from bigops.kernels.fp8_linear.tiles import BLOCK, choose_config, table_for, units_of
 
 SCALES = {"tensor": 0, "row": 1, "block": 2}
 ROW = tl.constexpr(1)
 BLOCKS = tl.constexpr(2)
 SPAN = tl.constexpr(BLOCK)
-LARGEST = tl.constexpr(448.0)  # of e4m3fn, which has no infinity
-_TINY = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32
-_PADDED = 128  # codes of a row of x are filled up with zeros to whole blocks of any config
-
-
-@triton.jit
-def _code(v):
-    """The e4m3fn code of float32 |v| <= 448: nearest, ties to even; +0 for what rounds to 0.
-
-    By whole numbers: below sm_89 no instruction casts, and elsewhere the code is the same.
-    """
-    a = tl.abs(v)
-    bits = a.to(tl.int32, bitcast=True)
-    # 20 of the 23 bits go; biases are 127 and 7. Below 2^-6 steps are 2^-9, as from 2^14 on.
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
-    small = (a + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    code = tl.where(a < 0.015625, small, normal)
-    return tl.where((v < 0.0) & (code > 0), code + 128, code).to(tl.uint8)
 
 
 @triton.jit
@@ -70,61 +61,6 @@ def _factor(code, FNUZ: tl.constexpr):
     else:
         factor = _widen(code)
     return factor
-
-
-@triton.jit
-def quantize_fp8(
-    x,  # [M, K]
-    given,  # float32 [1], the scale of x; None: the largest magnitude says it
-    q,  # uint8 [M, stride_q] out: codes, 0 beyond K
-    x_scale,  # float32 [groups, M] out; NaN for what holds NaN or inf
-    M,
-    K,
-    stride_xm,
-    stride_xk,
-    stride_q,
-    GROUP: tl.constexpr,  # columns that share a scale, a multiple of BLOCK_N; 0: all of a row
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Codes of BLOCK_M rows of x, to the bit as `bigops.formats.fp8.quantize_rows` has them.
-
-    Two passes: the second reads from cache what the first saw. To be launched without fusion of
-    products and sums.
-    """
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    group = tl.program_id(1)
-    cols = tl.arange(0, BLOCK_N)
-    in_m = rows < M
-    x_rows = x + rows.to(tl.int64)[:, None] * stride_xm
-    first = group * GROUP
-    end = stride_q if GROUP == 0 else first + GROUP
-    largest = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    odd = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    for k0 in range(first, end, BLOCK_N):
-        at = k0 + cols
-        mask = in_m[:, None] & (at < K)[None, :]
-        v = tl.load(x_rows + at.to(tl.int64)[None, :] * stride_xk, mask=mask, other=0.0)
-        v = tl.abs(v.to(tl.float32))
-        largest = tl.maximum(largest, v)
-        odd = tl.maximum(odd, tl.where(v < float("inf"), 0, 1))
-    finite = tl.max(odd, axis=1) == 0
-    one = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)
-    if given is not None:
-        scale = one * tl.load(given)
-    else:
-        scale = tl.maximum(tl.div_rn(tl.max(largest, axis=1), one * LARGEST), _TINY)
-    inverse = tl.div_rn(one, scale)
-    q_rows = q + rows.to(tl.int64)[:, None] * stride_q
-    for k0 in range(first, end, BLOCK_N):
-        at = k0 + cols
-        mask = in_m[:, None] & (at < K)[None, :]
-        v = tl.load(x_rows + at.to(tl.int64)[None, :] * stride_xk, mask=mask, other=0.0)
-        v = tl.minimum(tl.maximum(v.to(tl.float32) * inverse[:, None], -LARGEST), LARGEST)
-        v = tl.where(mask & finite[:, None], v, 0.0)
-        tl.store(q_rows + at[None, :], _code(v), mask=in_m[:, None] & (at < stride_q)[None, :])
-    out = x_scale + tl.cast(group, tl.int64) * M + rows
-    tl.store(out, tl.where(finite, scale, float("nan")), mask=in_m)
 
 
 @triton.jit
@@ -161,24 +97,13 @@ def fp8_gemm(
 
     Codes come as float8e4nv where a unit multiplies e4m3fn, else as uint8.
     """
-    stride_ym = N
-    if WIDE:
-        stride_ym = tl.cast(N, tl.int64)
-        stride_xm = tl.cast(stride_xm, tl.int64)
-        stride_xk = tl.cast(stride_xk, tl.int64)
-        stride_w = tl.cast(stride_w, tl.int64)
-        stride_rm = tl.cast(stride_rm, tl.int64)
-        stride_rn = tl.cast(stride_rn, tl.int64)
+    stride_ym, stride_xm, stride_xk, stride_w, stride_rm, stride_rn = wide_strides(
+        (N, stride_xm, stride_xk, stride_w, stride_rm, stride_rn), WIDE
+    )
 
-    # Bands of tile rows, as in gemm.py.
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    band = GROUP_M * tiles_n
-    first_m = (pid // band) * GROUP_M
-    band_rows = tl.minimum(tiles_m - first_m, GROUP_M)
-    tile_m = first_m + (pid % band) % band_rows
-    tile_n = (pid % band) // band_rows
+    tile_m, tile_n = banded_tile(pid, tiles_m, GROUP_M * tl.cdiv(N, BLOCK_N), GROUP_M)
 
     rm = tl.arange(0, BLOCK_M)
     rn = tl.arange(0, BLOCK_N)
@@ -237,61 +162,29 @@ def fp8_gemm(
             acc *= tl.load(x_scale + row0 + rm, mask=in_m, other=0.0)[:, None]
         if FNUZ:
             acc *= 4.0
-    # fmt: off
-    _finish(acc, acc, bias, residual, y, None, M, N, stride_rm, stride_rn, stride_ym,
-            tile_m, tile_n * BLOCK_N, ACT, False, PARTS)
-    # fmt: on
+    finish(
+        acc,
+        acc,
+        bias,
+        residual,
+        y,
+        None,
+        M,
+        N,
+        stride_rm,
+        stride_rn,
+        stride_ym,
+        tile_m,
+        tile_n * BLOCK_N,
+        ACT,
+        False,
+        PARTS,
+    )
 
 
 def _codes(t: Tensor, units: str) -> Tensor:
     """Codes of e4m3fn as `fp8_gemm` takes them where ``units`` multiply."""
     return t.view(torch.float8_e4m3fn if units == "e4m3fn" else torch.uint8)
-
-
-def quantize_activations(
-    x: Tensor, block: bool = False, x_scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Rows of x as e4m3fn, to the bit those of `bigops.formats.fp8.quantize_rows`.
-
-    Args:
-        x: [M, K], float32, bfloat16 or float16, any strides.
-        block: each 128 columns of a row have a scale; else the row has one.
-        x_scale: float32 [1], the scale of all of x; None: the largest magnitude / 448. What lies
-            beyond 448 scales becomes 448.
-
-    Returns:
-        (codes uint8 [M, K rounded up to 128], 0 beyond K; scales float32 [groups, M], NaN for a
-        row or block that holds NaN or inf).
-
-    Raises:
-        TypeError: a dtype that is not served.
-        ValueError: tensors on different devices, or a size past 2^31.
-    """
-    _check(x, x_scale=x_scale)
-    m, k = x.shape
-    q = torch.empty((m, -(-k // _PADDED) * _PADDED), dtype=torch.uint8, device=x.device)
-    groups = q.shape[1] // BLOCK if block else 1
-    by = torch.empty((groups, m), dtype=torch.float32, device=x.device)
-    if m and groups:
-        tile = row_config(device_arch(x.device))
-        block_n = min(tile.block_n, BLOCK) if block else tile.block_n
-        block_m = tile.block_m * (tile.block_n // block_n)
-        with on_device(x.device):
-            quantize_fp8[(triton.cdiv(m, block_m), groups)](
-                x,
-                None if x_scale is None else x_scale.contiguous(),
-                q,
-                by,
-                m,
-                k,
-                *x.stride(),
-                q.shape[1],
-                GROUP=BLOCK if block else 0,
-                BLOCK_M=block_m,
-                BLOCK_N=block_n,
-                **launch_options(tile.num_warps, fp_fusion=False),
-            )
-    return q, by
 
 
 def kind_of(activations: str) -> str:
@@ -336,10 +229,8 @@ def forward(
         TypeError: unsupported or differing dtypes.
         ValueError: a gated or unknown activation, differing devices, or a size past 2^31.
     """
-    act, gated = split_code(activation)
-    if gated:
-        raise ValueError(f"activation: expected the code of no gated pair; got {activation}")
-    _check(x, values=values, scale=scale, x_scale=x_scale, bias=bias, residual=residual)
+    act = ungated_code(activation)
+    check_operands(x, values=values, scale=scale, x_scale=x_scale, bias=bias, residual=residual)
     m, k = x.shape
     n = values.shape[0]
     y = torch.empty((m, n), dtype=dtype or x.dtype, device=x.device)
@@ -349,51 +240,42 @@ def forward(
     units = units_of(arch) if units is None else units
     rounds = activations != "none"
     if config is None:
-        read = [] if rounds else [x]
-        read += [] if residual is None else [residual]
-        aligned = n % 16 == 0 and all(map(_is_aligned, read))
+        aligned = product_is_aligned(n, None if rounds else x, residual)
         config = choose_config(arch, kind_of(activations), x.dtype, m, aligned)
     a, by = x, None
     if rounds:
         a, by = quantize_activations(x, scales == "block", x_scale)
         a = _codes(a, units)
-    values = values.contiguous()
-    stride_r = residual.stride() if residual is not None else (0, 0)
-    reach = max(
-        config.block_m * max(a.stride(0), stride_r[0], n),
-        config.block_n * max(values.shape[1], stride_r[1]),
-        config.block_k * a.stride(1),
+    values, stride_r = values.contiguous(), strides(residual)
+    launch_product(
+        fp8_gemm,
+        triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
+        config,
+        a,
+        _codes(values, units),
+        scale.contiguous(),
+        by,
+        contiguous(bias),
+        residual,
+        y,
+        m,
+        n,
+        k,
+        triton.cdiv(k, BLOCK),
+        *a.stride(),
+        values.shape[1],
+        *stride_r,
+        SCALES=SCALES[scales],
+        FNUZ=units == "e4m3fnuz",
+        ACT=act,
+        PRECISION=dot_precision(x.dtype),
+        EVEN_K=k % config.block_k == 0,
+        WIDE=is_wide(
+            config.block_m * max(a.stride(0), stride_r[0], n),
+            config.block_n * max(values.shape[1], stride_r[1]),
+            config.block_k * a.stride(1),
+        ),
     )
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
-    with on_device(x.device):
-        fp8_gemm[grid](
-            a,
-            _codes(values, units),
-            scale.contiguous(),
-            by,
-            None if bias is None else bias.contiguous(),
-            residual,
-            y,
-            m,
-            n,
-            k,
-            triton.cdiv(k, BLOCK),
-            *a.stride(),
-            values.shape[1],
-            *stride_r,
-            SCALES=SCALES[scales],
-            FNUZ=units == "e4m3fnuz",
-            ACT=act,
-            PRECISION=dot_precision(x.dtype),
-            EVEN_K=k % config.block_k == 0,
-            WIDE=2 * reach >= 2**31,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            PARTS=config.parts,
-            **launch_options(config.num_warps, config.num_stages),
-        )
     return y
 
 
@@ -418,12 +300,7 @@ def explain(
         TypeError: an unsupported dtype.
         ValueError: an unknown target, or "cuda" where torch sees no GPU.
     """
-    if target == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(
-                "device: torch sees no GPU here; expected an architecture such as sm_90; got 'cuda'"
-            )
-        target = device_arch(torch.device("cuda", torch.cuda.current_device()))
+    target = arch_of(target)
     kind = kind_of(activations)
     aligned = n % 16 == 0 and (activations != "none" or k % 16 == 0)
     config = choose_config(target, kind, dtype, m, aligned)

@@ -1,10 +1,9 @@
 """Triton kernel of the backward of `fp8_linear`: gx = gz W, W as e4m3fn codes as it is stored.
 
 The sum runs over the rows of W. A scale for all of W comes after it, that of a block after the
-product of the block. Scales of rows cannot wait: each number is scaled in registers, in float32,
-and rounded to the dtype of gz on its way to the matrix unit; for float16, which reaches neither far
-down nor far up, relative to the largest scale of the step, which follows after the product. No
-dequantised weight is ever stored. Sums are float32, in a fixed order, without atomics.
+product of the block. Scales of rows cannot wait: each number is scaled on its way to the matrix
+unit (common/scaled_dot.py). No dequantised weight is ever stored. Sums are float32, in a fixed
+order, without atomics.
 """
 
 import torch
@@ -12,12 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigops.kernels.common.gemm import _is_aligned, dot_precision
-from bigops.kernels.common.launch import launch_options, on_device
+from bigops.kernels.common.launch import (
+    check_operands,
+    dot_precision,
+    is_wide,
+    launch_product,
+    product_is_aligned,
+)
+from bigops.kernels.common.scaled_dot import scaled_dot
+from bigops.kernels.common.tile_walk import banded_tile, wide_strides
 from bigops.kernels.common.tiles import TileConfig, device_arch
-from bigops.kernels.fp8_linear.forward import _TINY, BLOCKS, ROW, SCALES, SPAN, _codes, _widen
+from bigops.kernels.fp8_linear.forward import BLOCKS, ROW, SCALES, SPAN, _codes, _widen
 from bigops.kernels.fp8_linear.tiles import BLOCK, choose_config, units_of
-from bigops.kernels.quantized_linear.forward import _check
 
 KIND = "f8_gradient"
 
@@ -48,23 +53,13 @@ def fp8_gradient(
 
     Codes come as float8e4nv where a unit knows e4m3fn, else as uint8.
     """
-    RELATIVE: tl.constexpr = gz.dtype.element_ty == tl.float16
-    stride_xm = K
-    if WIDE:
-        stride_xm = tl.cast(K, tl.int64)
-        stride_gm = tl.cast(stride_gm, tl.int64)
-        stride_gn = tl.cast(stride_gn, tl.int64)
-        stride_w = tl.cast(stride_w, tl.int64)
+    stride_xm, stride_gm, stride_gn, stride_w = wide_strides(
+        (K, stride_gm, stride_gn, stride_w), WIDE
+    )
 
-    # Bands of tile rows, as in gemm.py.
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_k = tl.cdiv(K, BLOCK_N)
-    band = GROUP_M * tiles_k
-    first_m = (pid // band) * GROUP_M
-    band_rows = tl.minimum(tiles_m - first_m, GROUP_M)
-    tile_m = first_m + (pid % band) % band_rows
-    tile_k = (pid % band) // band_rows
+    tile_m, tile_k = banded_tile(pid, tiles_m, GROUP_M * tl.cdiv(K, BLOCK_N), GROUP_M)
 
     rm = tl.arange(0, BLOCK_M)
     rc = tl.arange(0, BLOCK_N)
@@ -89,13 +84,7 @@ def fp8_gradient(
             q = _widen(q)
         if SCALES == ROW:
             by = tl.load(scale + n0 + rn, mask=n0 + rn < N, other=0.0)
-            if RELATIVE:
-                most = tl.maximum(tl.max(by, axis=0), _TINY)
-                scaled = (q.to(tl.float32) * (by / most)[:, None]).to(gz.dtype.element_ty)
-                acc += tl.dot(g, scaled) * most
-            else:
-                scaled = (q.to(tl.float32) * by[:, None]).to(gz.dtype.element_ty)
-                acc = tl.dot(g, scaled, acc, input_precision=PRECISION)
+            acc = scaled_dot(acc, g, q, by, PRECISION)
         elif SCALES == BLOCKS:
             at = tl.cast(n0 // SPAN, tl.int64) * GROUPS + col0 // SPAN
             part = tl.dot(g, q.to(gz.dtype.element_ty), input_precision=PRECISION)
@@ -139,7 +128,7 @@ def gradient(
         TypeError: a dtype that is not served.
         ValueError: differing devices, or a size past 2^31.
     """
-    _check(gz, values=values, scale=scale)
+    check_operands(gz, values=values, scale=scale)
     m, n = gz.shape
     gx = torch.empty((m, k), dtype=gz.dtype, device=gz.device)
     if m == 0 or k == 0:
@@ -147,33 +136,28 @@ def gradient(
     arch = device_arch(gz.device)
     units = units_of(arch) if units is None else units
     if config is None:
-        config = choose_config(arch, KIND, gz.dtype, m, k % 16 == 0 and _is_aligned(gz))
+        config = choose_config(arch, KIND, gz.dtype, m, product_is_aligned(k, gz))
     values = values.contiguous()
-    reach = max(
-        config.block_m * max(gz.stride(0), k),
-        config.block_k * max(values.shape[1], gz.stride(1)),
+    launch_product(
+        fp8_gradient,
+        triton.cdiv(m, config.block_m) * triton.cdiv(k, config.block_n),
+        config,
+        gz,
+        _codes(values, units),
+        scale.contiguous(),
+        gx,
+        m,
+        n,
+        k,
+        triton.cdiv(k, BLOCK),
+        *gz.stride(),
+        values.shape[1],
+        SCALES=SCALES[scales],
+        PRECISION=dot_precision(gz.dtype),
+        EVEN_N=n % config.block_k == 0,
+        WIDE=is_wide(
+            config.block_m * max(gz.stride(0), k),
+            config.block_k * max(values.shape[1], gz.stride(1)),
+        ),
     )
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(k, config.block_n),)
-    with on_device(gz.device):
-        fp8_gradient[grid](
-            gz,
-            _codes(values, units),
-            scale.contiguous(),
-            gx,
-            m,
-            n,
-            k,
-            triton.cdiv(k, BLOCK),
-            *gz.stride(),
-            values.shape[1],
-            SCALES=SCALES[scales],
-            PRECISION=dot_precision(gz.dtype),
-            EVEN_N=n % config.block_k == 0,
-            WIDE=2 * reach >= 2**31,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            **launch_options(config.num_warps, config.num_stages),
-        )
     return gx

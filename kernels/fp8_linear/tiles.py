@@ -1,8 +1,8 @@
 """Tile configs of the kernels of `fp8_linear`: data in configs/fp8_linear/*.json, and the rule.
 
-Both are those of quantized_linear/tiles.py. Kinds: "f8" multiplies x in floating point by the widened
-weight, "f8a8" the codes of both, "f8_gradient" gz by the widened weight. What takes codes is the
-device's (`units_of`), not the table's.
+Both are those of quantized_linear/tiles.py. Kinds: "f8" multiplies x in floating point by the
+widened weight, "f8a8" the codes of both, "f8_gradient" gz by the widened weight. What takes codes
+is the device's (`units_of`), not the table's.
 """
 
 import functools
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from bigops.kernels.common import tiles
+from bigops.kernels.common.config_file import by_device, expect
 from bigops.kernels.common.tiles import TileConfig
 from bigops.kernels.quantized_linear import tiles as quantized_tiles
 from bigops.kernels.quantized_linear.tiles import RowConfig, Table
@@ -46,19 +47,16 @@ def read_table(path: Path) -> Table:
         ValueError: as `quantized_tiles.read_table`, or a tile wider than a block of W.
     """
     table = quantized_tiles.read_table(path, FORMAT, KINDS)
-    for i, entry in enumerate(table.entries):
-        if entry.config.block_n > BLOCK:
-            raise ValueError(
-                f"{path}: gemm[{i}]: tile: expected at most {BLOCK} columns of y, which share a "
-                f"scale in blocks; got {list(entry.config[:3])}"
-            )
+    most = f"at most {BLOCK} columns of y, which share a scale in blocks"
+    for i, (*_, config) in enumerate(table.entries):
+        tile = [config.block_m, config.block_n, config.block_k]
+        expect(f"{path}: gemm[{i}]: tile", config.block_n <= BLOCK, most, tile)
     return table
 
 
 @functools.cache
 def _tables() -> dict[str, Table]:
-    found = (read_table(path) for path in sorted(CONFIG_DIR.glob("*.json")))
-    return {table.device: table for table in found}
+    return by_device(CONFIG_DIR, read_table)
 
 
 def table_for(arch: str) -> Table:

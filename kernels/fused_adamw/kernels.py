@@ -13,8 +13,8 @@ from bigops.kernels.fused_adamw.states import decode, encode, random_bits, round
 
 BLOCK = tl.constexpr(256)
 
-# Rows of the table, each int64 [tensors]; addresses are 0 where a tensor has none.
-START = tl.constexpr(0)  # first program of the tensor
+# Rows of the table, each int64 [tensors]; addresses are 0 where a tensor has none. The first one
+# says the first program of each tensor.
 NUMEL = tl.constexpr(1)
 PARAM_AT = tl.constexpr(2)
 GRAD_AT = tl.constexpr(3)
@@ -48,6 +48,14 @@ def _pointer(table, ROW: tl.constexpr, count, index, TYPE: tl.constexpr, ALIGNED
     if ALIGNED:
         address = tl.multiple_of(address, 16)
     return address
+
+
+@triton.jit
+def _tiles(numel, chunk, WIDTH: tl.constexpr, TILES: tl.constexpr):
+    """(first element, number of tiles of WIDTH elements) of a program's chunk of TILES tiles."""
+    start0 = chunk.to(tl.int64) * TILES * WIDTH
+    tiles = tl.minimum((numel - start0 + WIDTH - 1) // WIDTH, TILES)
+    return start0, tiles
 
 
 @triton.jit
@@ -118,8 +126,7 @@ def adamw_step(
     inverse = tl.load(sizes + count + index)
     WIDTH: tl.constexpr = BLOCKS * BLOCK
     offsets = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    start0 = chunk.to(tl.int64) * TILES * WIDTH
-    tiles = tl.minimum((numel - start0 + WIDTH - 1) // WIDTH, TILES)
+    start0, tiles = _tiles(numel, chunk, WIDTH, TILES)
     for tile in range(tiles):
         start = start0 + tile * WIDTH
         left = tl.minimum(numel - start, WIDTH).to(tl.int32)
@@ -149,9 +156,18 @@ def adamw_step(
             tl.store(m_tile + offsets, m, mask=in_tensor)
             tl.store(v_tile + offsets, v, mask=in_tensor)
         _write(
-            p, param + start, table, count, index, start, offsets, in_tensor,
-            COPY, STOCHASTIC, ALIGNED,
-        )  # fmt: skip
+            p,
+            param + start,
+            table,
+            count,
+            index,
+            start,
+            offsets,
+            in_tensor,
+            COPY,
+            STOCHASTIC,
+            ALIGNED,
+        )
 
 
 @triton.jit
@@ -191,8 +207,7 @@ def sgd_step(
             scales = _pointer(table, FIRST_SCALE_AT, count, index, tl.float32, False)
     WIDTH: tl.constexpr = BLOCKS * BLOCK
     offsets = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    start0 = chunk.to(tl.int64) * TILES * WIDTH
-    tiles = tl.minimum((numel - start0 + WIDTH - 1) // WIDTH, TILES)
+    start0, tiles = _tiles(numel, chunk, WIDTH, TILES)
     for tile in range(tiles):
         start = start0 + tile * WIDTH
         left = tl.minimum(numel - start, WIDTH).to(tl.int32)
@@ -224,9 +239,18 @@ def sgd_step(
                 tl.store(m_tile + offsets, m, mask=in_tensor)
         p -= lr * g
         _write(
-            p, param + start, table, count, index, start, offsets, in_tensor,
-            COPY, STOCHASTIC, ALIGNED,
-        )  # fmt: skip
+            p,
+            param + start,
+            table,
+            count,
+            index,
+            start,
+            offsets,
+            in_tensor,
+            COPY,
+            STOCHASTIC,
+            ALIGNED,
+        )
 
 
 @triton.jit
@@ -246,8 +270,7 @@ def square_sums(
     grad = _pointer(table, GRAD_AT, count, index, GRAD, ALIGNED)
     WIDTH: tl.constexpr = BLOCKS * BLOCK
     offsets = tl.arange(0, WIDTH)
-    start0 = chunk.to(tl.int64) * TILES * WIDTH
-    tiles = tl.minimum((numel - start0 + WIDTH - 1) // WIDTH, TILES)
+    start0, tiles = _tiles(numel, chunk, WIDTH, TILES)
     total = tl.zeros((WIDTH,), dtype=tl.float64)
     for tile in range(tiles):
         start = start0 + tile * WIDTH

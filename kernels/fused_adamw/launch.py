@@ -5,7 +5,7 @@ states is worked on as a contiguous copy and written back.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -230,6 +230,54 @@ def _signed(word: int) -> int:
 # --- launches --------------------------------------------------------------------------------
 
 
+def _launch(
+    kernel: Any,
+    step: Step,
+    two_states: bool,
+    maps: Sequence[Tensor | None],
+    sizes: Tensor | None,
+    scalars: Sequence[float],
+    **constants: Any,
+) -> None:
+    """One step of all tensors, a launch for each group of them.
+
+    Args:
+        kernel: `adamw_step` or `sgd_step`.
+        step, two_states: as of `_check`.
+        maps: what ``kernel`` takes where states are codes.
+        sizes: float32 [2, tensors] that it takes after the table.
+        scalars: what it takes after ``depth``.
+        constants: its own.
+    """
+    device = step.params[0].device
+    layout = _Layout()
+    with on_device(device):
+        for key, group in _groups(step, two_states, layout).items():
+            param, grad, copy, coded, stochastic, aligned = key
+            blocks, warps = blocks_of(device_arch(device), coded)
+            table, programs, depth = _table(group, device, blocks)
+            own = () if sizes is None else (sizes[:, group.indices].contiguous().to(device),)
+            kernel[(programs,)](
+                table,
+                *own,
+                *(maps if coded else [None] * len(maps)),
+                len(group.indices),
+                depth,
+                *scalars,
+                PARAM=TYPES[param],
+                GRAD=TYPES[grad],
+                COPY=None if copy is None else TYPES[copy],
+                CODED=coded,
+                STOCHASTIC=stochastic,
+                ALIGNED=aligned,
+                BLOCKS=blocks,
+                TILES=TILES,
+                **constants,
+                **launch_options(warps),
+            )
+        layout.write_back()
+
+
 def adamw(
     step: Step,
     steps: Lists,
@@ -256,39 +304,11 @@ def adamw(
     _check_count("steps", steps, len(step.params), False)
     if not step.params:
         return
-    device = step.params[0].device
     torch._foreach_add_(list(steps), 1)
     n = torch.cat([t.reshape(1) for t in steps]).double()
     sizes = torch.stack([lr / (1 - beta1**n), (1 - beta2**n).rsqrt()]).float()
-    layout = _Layout()
-    with on_device(device):
-        for key, group in _groups(step, True, layout).items():
-            param, grad, copy, coded, stochastic, aligned = key
-            blocks, warps = blocks_of(device_arch(device), coded)
-            table, programs, depth = _table(group, device, blocks)
-            adamw_step[(programs,)](
-                table,
-                sizes[:, group.indices].contiguous().to(device),
-                *(maps if coded and maps is not None else (None,) * 4),
-                len(group.indices),
-                depth,
-                factor,
-                1 - lr * weight_decay,
-                1 - beta1,
-                beta2,
-                1 - beta2,
-                eps,
-                PARAM=TYPES[param],
-                GRAD=TYPES[grad],
-                COPY=None if copy is None else TYPES[copy],
-                CODED=coded,
-                STOCHASTIC=stochastic,
-                ALIGNED=aligned,
-                BLOCKS=blocks,
-                TILES=TILES,
-                **launch_options(warps),
-            )
-        layout.write_back()
+    scalars = (factor, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps)
+    _launch(adamw_step, step, True, maps or (None,) * 4, sizes, scalars)
 
 
 def sgd(
@@ -310,38 +330,19 @@ def sgd(
         _check_count("momentum_buffers", step.first, len(step.params), False)
     else:
         step = step._replace(first=())
-    device = step.params[0].device
-    layout = _Layout()
-    with on_device(device):
-        for key, group in _groups(step, False, layout).items():
-            param, grad, copy, coded, stochastic, aligned = key
-            blocks, warps = blocks_of(device_arch(device), coded)
-            table, programs, depth = _table(group, device, blocks)
-            sgd_step[(programs,)](
-                table,
-                *(maps[:2] if coded and maps is not None else (None, None)),
-                len(group.indices),
-                depth,
-                factor,
-                lr,
-                momentum,
-                1 - dampening,
-                weight_decay,
-                PARAM=TYPES[param],
-                GRAD=TYPES[grad],
-                COPY=None if copy is None else TYPES[copy],
-                CODED=coded,
-                STOCHASTIC=stochastic,
-                ALIGNED=aligned,
-                MOMENTUM=momentum != 0,
-                DECAY=weight_decay != 0,
-                NESTEROV=nesterov,
-                FIRST_STEP=first_step,
-                BLOCKS=blocks,
-                TILES=TILES,
-                **launch_options(warps),
-            )
-        layout.write_back()
+    signed_values, signed_buckets, *_ = maps or (None,) * 4
+    _launch(
+        sgd_step,
+        step,
+        False,
+        (signed_values, signed_buckets),
+        None,
+        (factor, lr, momentum, 1 - dampening, weight_decay),
+        MOMENTUM=momentum != 0,
+        DECAY=weight_decay != 0,
+        NESTEROV=nesterov,
+        FIRST_STEP=first_step,
+    )
 
 
 def norm(grads: Lists) -> Tensor:

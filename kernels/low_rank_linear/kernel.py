@@ -17,12 +17,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigops.kernels.common.activation import NONE, activate, split_code
-from bigops.kernels.common.gemm import _finish, _is_aligned, dot_precision
-from bigops.kernels.common.launch import launch_options, on_device
+from bigops.kernels.common.activation import NONE, activate, ungated_code
+from bigops.kernels.common.epilogue import finish
+from bigops.kernels.common.launch import (
+    check_alike,
+    contiguous,
+    dot_precision,
+    is_aligned,
+    is_wide,
+    launch_options,
+    launch_product,
+    on_device,
+    product_is_aligned,
+    strides,
+)
 from bigops.kernels.common.product import product
+from bigops.kernels.common.tile_walk import banded_tile, step_masks, wide_strides
 from bigops.kernels.common.tiles import TileConfig, device_arch, pointwise_config
-from bigops.kernels.fused_linear import _check, preact_gradient
+from bigops.kernels.fused_linear import preact_gradient
 from bigops.kernels.low_rank_linear.model import COMPOSED, FUSED, fits, padded_rank, span_of
 
 
@@ -74,30 +86,18 @@ def low_rank_product(
     PARTS: tl.constexpr,
 ):
     """y = act(x base + scale (x v) u + bias) + residual, `span` tiles of BLOCK_M rows."""
-    stride_ym = N
-    if WIDE:
-        stride_ym = tl.cast(N, tl.int64)
-        stride_xm = tl.cast(stride_xm, tl.int64)
-        stride_xk = tl.cast(stride_xk, tl.int64)
-        stride_vk = tl.cast(stride_vk, tl.int64)
-        stride_vr = tl.cast(stride_vr, tl.int64)
-        stride_ur = tl.cast(stride_ur, tl.int64)
-        stride_un = tl.cast(stride_un, tl.int64)
-        stride_bk = tl.cast(stride_bk, tl.int64)
-        stride_bn = tl.cast(stride_bn, tl.int64)
-        stride_rm = tl.cast(stride_rm, tl.int64)
-        stride_rn = tl.cast(stride_rn, tl.int64)
+    stride_ym, stride_xm, stride_xk = wide_strides((N, stride_xm, stride_xk), WIDE)
+    stride_vk, stride_vr, stride_ur, stride_un = wide_strides(
+        (stride_vk, stride_vr, stride_ur, stride_un), WIDE
+    )
+    stride_bk, stride_bn, stride_rm, stride_rn = wide_strides(
+        (stride_bk, stride_bn, stride_rm, stride_rn), WIDE
+    )
 
-    # Bands of tile rows, as in gemm.py; a column here is a span of tiles.
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    spans = tl.cdiv(tiles_n, span)
-    band = GROUP_M * spans
-    first_m = (pid // band) * GROUP_M
-    band_rows = tl.minimum(tiles_m - first_m, GROUP_M)
-    tile_m = first_m + (pid % band) % band_rows
-    own = (pid % band) // band_rows
+    tile_m, own = banded_tile(pid, tiles_m, GROUP_M * tl.cdiv(tiles_n, span), GROUP_M)
 
     rm = tl.arange(0, BLOCK_M)
     rn = tl.arange(0, BLOCK_N)
@@ -112,12 +112,7 @@ def low_rank_product(
     v_tile = v + (rk[:, None] * stride_vk + rr[None, :] * stride_vr)
     t = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
     for k0 in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x_mask = in_m[:, None]
-            v_mask = in_r[None, :]
-        else:
-            x_mask = in_m[:, None] & (rk[None, :] < K - k0)
-            v_mask = in_r[None, :] & (rk[:, None] < K - k0)
+        x_mask, v_mask = step_masks(in_m, in_r, rk, K, k0, EVEN_K)
         x_block = tl.load(x_tile, mask=x_mask, other=0.0)
         v_block = tl.load(v_tile, mask=v_mask, other=0.0)
         t = tl.dot(x_block, v_block, t, input_precision=PRECISION)
@@ -141,21 +136,30 @@ def low_rank_product(
             x_tile = x_first
             b_tile = base + col0 * stride_bn + (rk[:, None] * stride_bk + rn[None, :] * stride_bn)
             for k0 in range(0, K, BLOCK_K):
-                if EVEN_K:
-                    x_mask = in_m[:, None]
-                    b_mask = in_n[None, :]
-                else:
-                    x_mask = in_m[:, None] & (rk[None, :] < K - k0)
-                    b_mask = in_n[None, :] & (rk[:, None] < K - k0)
+                x_mask, b_mask = step_masks(in_m, in_n, rk, K, k0, EVEN_K)
                 x_block = tl.load(x_tile, mask=x_mask, other=0.0)
                 b_block = tl.load(b_tile, mask=b_mask, other=0.0)
                 acc = tl.dot(x_block, b_block, acc, input_precision=PRECISION)
                 x_tile += BLOCK_K * stride_xk
                 b_tile += BLOCK_K * stride_bk
-        # fmt: off
-        _finish(acc, acc, bias, residual, y, preact, M, N, stride_rm, stride_rn, stride_ym,
-                tile_m, tile_n * BLOCK_N, ACT, False, PARTS)
-        # fmt: on
+        finish(
+            acc,
+            acc,
+            bias,
+            residual,
+            y,
+            preact,
+            M,
+            N,
+            stride_rm,
+            stride_rn,
+            stride_ym,
+            tile_m,
+            tile_n * BLOCK_N,
+            ACT,
+            False,
+            PARTS,
+        )
 
 
 @triton.jit
@@ -199,9 +203,8 @@ def _launch(
     """(y, t, z, "fused") by one launch, or as `_composed` where the rank does not fit."""
     (m, k), (rank, n) = x.shape, u.shape
     if config is None and m and n:
-        read = [t for t in (x, base, residual) if t is not None]
-        aligned = n % 16 == 0 and all(map(_is_aligned, read))
-        even = _is_aligned(v) and _is_aligned(u)  # a rank of 8 is not: small ranks need not be
+        aligned = product_is_aligned(n, x, base, residual)
+        even = is_aligned(v) and is_aligned(u)  # a rank of 8 is not: small ranks need not be
         config = fits(device_arch(x.device), x.dtype, m, rank, base is not None, aligned, even)
         if config is None:
             return _composed(x, v, u, base, bias, residual, act, scale, with_inner, with_preact)
@@ -211,52 +214,45 @@ def _launch(
     if m == 0 or n == 0:
         return Parts(y, inner, preact, FUSED)
     assert config is not None
-    stride_b = base.stride() if base is not None else (0, 0)
-    stride_r = residual.stride() if residual is not None else (0, 0)
+    stride_b, stride_r = strides(base), strides(residual)
     width = padded_rank(rank)
-    reach = max(
-        config.block_m * max(x.stride(0), stride_r[0], n, rank),
-        config.block_n * max(u.stride(1), stride_b[1], stride_r[1]),
-        config.block_k * max(x.stride(1), v.stride(0), stride_b[0]),
-        width * max(v.stride(1), u.stride(0)),
-    )
     span = span_of(m, n, config)
     tiles_n = triton.cdiv(n, config.block_n)
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(tiles_n, span),)
-    with on_device(x.device):
-        low_rank_product[grid](
-            x,
-            v,
-            u,
-            base,
-            bias,
-            residual,
-            y,
-            inner,
-            preact,
-            m,
-            n,
-            k,
-            rank,
-            span,
-            float(scale),
-            *x.stride(),
-            *v.stride(),
-            *u.stride(),
-            *stride_b,
-            *stride_r,
-            RANK=width,
-            ACT=act,
-            PRECISION=dot_precision(x.dtype),
-            EVEN_K=k % config.block_k == 0,
-            WIDE=2 * reach >= 2**31,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            PARTS=config.parts,
-            **launch_options(config.num_warps, config.num_stages),
-        )
+    launch_product(
+        low_rank_product,
+        triton.cdiv(m, config.block_m) * triton.cdiv(tiles_n, span),
+        config,
+        x,
+        v,
+        u,
+        base,
+        bias,
+        residual,
+        y,
+        inner,
+        preact,
+        m,
+        n,
+        k,
+        rank,
+        span,
+        float(scale),
+        *x.stride(),
+        *v.stride(),
+        *u.stride(),
+        *stride_b,
+        *stride_r,
+        RANK=width,
+        ACT=act,
+        PRECISION=dot_precision(x.dtype),
+        EVEN_K=k % config.block_k == 0,
+        WIDE=is_wide(
+            config.block_m * max(x.stride(0), stride_r[0], n, rank),
+            config.block_n * max(u.stride(1), stride_b[1], stride_r[1]),
+            config.block_k * max(x.stride(1), v.stride(0), stride_b[0]),
+            width * max(v.stride(1), u.stride(0)),
+        ),
+    )
     return Parts(y, inner, preact, FUSED)
 
 
@@ -294,20 +290,13 @@ def _composed(
             y,
             m,
             n,
-            *(residual.stride() if residual is not None else (0, 0)),
+            *strides(residual),
             ACT=act,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             **launch_options(tile.num_warps),
         )
     return Parts(y, kept, z if with_preact else None, COMPOSED)
-
-
-def _act(activation: int) -> int:
-    act, gated = split_code(activation)
-    if gated:
-        raise ValueError(f"activation: expected the code of no gated pair; got {activation}")
-    return act
 
 
 def forward(
@@ -344,14 +333,14 @@ def forward(
         TypeError: unsupported or differing dtypes or devices.
         ValueError: a gated or unknown activation, or a size past 2^31.
     """
-    act = _act(activation)
-    _check(x=x, u=u, v=v, bias=bias, residual=residual, base=base)
+    act = ungated_code(activation)
+    check_alike(x=x, u=u, v=v, bias=bias, residual=residual, base=base)
     return _launch(
         x,
         v.t(),
         u.t(),
         None if base is None else base.t(),
-        None if bias is None else bias.contiguous(),
+        contiguous(bias),
         residual,
         act,
         scale,
@@ -396,8 +385,8 @@ def backward(
         TypeError: unsupported or differing dtypes or devices.
         ValueError: a gated or unknown activation, a missing ``preact``, or a size past 2^31.
     """
-    act = _act(activation)
-    _check(x=x, grad=grad, u=u, v=v, base=base, inner=inner, preact=preact)
+    act = ungated_code(activation)
+    check_alike(x=x, grad=grad, u=u, v=v, base=base, inner=inner, preact=preact)
     plain = act == NONE.value
     if preact is None and not plain:
         raise ValueError(f"preact: expected a tensor for activation {activation}; got None")

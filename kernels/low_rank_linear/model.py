@@ -1,6 +1,4 @@
-"""Which rank `low_rank_linear` keeps on chip, and what it moves: models, nothing is timed.
-
-What fits on chip:
+"""Which rank `low_rank_linear` keeps on chip, and how columns are split: nothing is timed.
 
 - A program holds `num_stages` blocks of x and v in the first loop, and t (one tile) with as many
   tiles of u in the second; with a base also blocks of x and base. The larger of the two loops
@@ -87,21 +85,6 @@ def span_of(m: int, n: int, config: TileConfig) -> int:
     """Column tiles of a program: all, or fewer where the rows alone make too few programs."""
     tiles_m, tiles_n = triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n)
     return triton.cdiv(tiles_n, min(tiles_n, triton.cdiv(FILL, tiles_m)))
-
-
-def traffic(
-    m: int, n: int, k: int, rank: int, based: bool, itemsize: int, config: TileConfig
-) -> tuple[int, int]:
-    """Bytes of `forward` by formula: (read, written), each operand of a program read once.
-
-    Written is y alone, whatever the rank. Read is x once for each span of columns, the factors
-    and the base once for each tile of rows; an L2 cache takes what neighbours share.
-    """
-    tiles_m, tiles_n = triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n)
-    spans = triton.cdiv(tiles_n, span_of(m, n, config))
-    x_reads = spans + (tiles_n if based else 0)
-    read = x_reads * m * k + tiles_m * (spans * rank * k + rank * n + (n * k if based else 0))
-    return itemsize * read, itemsize * m * n
 
 
 def explain(

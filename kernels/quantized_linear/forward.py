@@ -19,103 +19,25 @@ import triton.language as tl
 from torch import Tensor
 
 from bigops.kernels.common import tuned
-from bigops.kernels.common.activation import split_code
-from bigops.kernels.common.gemm import _finish, _is_aligned, dot_precision
-from bigops.kernels.common.launch import launch_options, on_device
-from bigops.kernels.common.tiles import DTYPES, TileConfig, device_arch
-from bigops.kernels.quantized_linear.tiles import choose_config, row_config, table_for
+from bigops.kernels.common.activation import ungated_code
+from bigops.kernels.common.epilogue import finish
+from bigops.kernels.common.launch import (
+    check_operands,
+    contiguous,
+    dot_precision,
+    is_wide,
+    launch_product,
+    product_is_aligned,
+    strides,
+)
+from bigops.kernels.common.tile_walk import banded_tile, wide_strides
+from bigops.kernels.common.tiles import DTYPES, TileConfig, arch_of, device_arch
+from bigops.kernels.quantized_linear.rows import quantize_activations
+from bigops.kernels.quantized_linear.tiles import choose_config, table_for
 
-TILE = 16  # weight rows of a tile of the storage
 LINE = tl.constexpr(64)  # bytes of a line of a tile
 MAX_K = 2**17  # 128 * 128 * K stays below 2^31
 _EXACT_K = 33025  # 255 * 255 * K stays below 2^31
-_PADDED = 128  # quantised rows are filled up with zeros to whole blocks of any config
-_MAX_SIZE = 2**31 - 2**12  # tile indices are 32 bit and may overhang an edge by one tile
-
-MODES = {"dynamic": 0, "symmetric": 1, "static": 2}
-DYNAMIC = tl.constexpr(0)
-SYMMETRIC = tl.constexpr(1)
-STATIC = tl.constexpr(2)
-_TINY = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32
-_WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to whole numbers, ties to even
-
-
-@triton.jit
-def _round(x):
-    """The nearest whole number of |x| < 2^22; no rounding function exists on every back end."""
-    return (x + _WHOLE) - _WHOLE
-
-
-@triton.jit
-def quantize_rows(
-    x,  # [M, K]
-    grid,  # float32 [2], scale and zero point of x; None unless STATIC
-    q,  # int8 [M, stride_q] out: u8 numbers less 128, 0 beyond K
-    x_scale,  # float32 [M] out; NaN for a row that holds NaN or inf
-    x_zero,  # int32 [M] out, less 128
-    x_sum,  # int32 [M] out: sums of q
-    M,
-    K,
-    stride_xm,
-    stride_xk,
-    stride_q,
-    MODE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Quantise BLOCK_M rows of x to the bit as `bigops.formats.quantize.quantize_rows` does.
-
-    Two passes: the second reads from cache what the first saw. To be launched without fusion of
-    products and sums, which would round x * inverse otherwise than plain torch.
-    """
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_N)
-    in_m = rows < M
-    x_rows = x + rows.to(tl.int64)[:, None] * stride_xm
-    low = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    high = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    odd = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    for k0 in range(0, K, BLOCK_N):
-        at = k0 + cols
-        mask = in_m[:, None] & (at < K)[None, :]
-        v = tl.load(x_rows + at.to(tl.int64)[None, :] * stride_xk, mask=mask, other=0.0)
-        v = v.to(tl.float32)
-        low = tl.minimum(low, v)
-        high = tl.maximum(high, v)
-        odd = tl.maximum(odd, tl.where(tl.abs(v) < float("inf"), 0, 1))
-    lo = tl.min(low, axis=1)
-    hi = tl.max(high, axis=1)
-    finite = tl.max(odd, axis=1) == 0
-    one = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)
-    least = 0.0
-    if MODE == STATIC:
-        scale = one * tl.load(grid)
-        zero = one * tl.load(grid + 1)
-    elif MODE == SYMMETRIC:
-        scale = tl.maximum(tl.div_rn(tl.maximum(-lo, hi), one * 127.0), _TINY)
-        zero = one * 128.0
-        least = 1.0
-    else:
-        scale = tl.maximum(tl.div_rn(hi, one * 255.0) - tl.div_rn(lo, one * 255.0), _TINY)
-        zero = _round(tl.where(finite, -lo * tl.div_rn(one, scale), 0.0))
-        zero = tl.minimum(tl.maximum(zero, 0.0), 255.0)
-    inverse = tl.div_rn(one, scale)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    q_rows = q + rows.to(tl.int64)[:, None] * stride_q
-    for k0 in range(0, stride_q, BLOCK_N):
-        at = k0 + cols
-        mask = in_m[:, None] & (at < K)[None, :]
-        v = tl.load(x_rows + at.to(tl.int64)[None, :] * stride_xk, mask=mask, other=0.0)
-        # any |x * inverse| past 512 ends up at an end of the grid, whatever the zero point
-        v = tl.minimum(tl.maximum(v.to(tl.float32) * inverse[:, None], -512.0), 512.0)
-        v = tl.minimum(tl.maximum(_round(v) + zero[:, None], least), 255.0) - 128.0
-        whole = tl.where(mask & finite[:, None], v, 0.0).to(tl.int32)
-        total += whole
-        inside = in_m[:, None] & (at < stride_q)[None, :]
-        tl.store(q_rows + at[None, :], whole.to(tl.int8), mask=inside)
-    tl.store(x_scale + rows, tl.where(finite, scale, float("nan")), mask=in_m)
-    tl.store(x_zero + rows, zero.to(tl.int32) - 128, mask=in_m)
-    tl.store(x_sum + rows, tl.sum(total, axis=1), mask=in_m)
 
 
 @triton.jit
@@ -169,25 +91,15 @@ def quantized_gemm(
     """y = act(x W^T + bias) + residual; each program makes one [BLOCK_M, BLOCK_N] tile of y."""
     WHOLE: tl.constexpr = x.dtype.element_ty == tl.int8
     STEP: tl.constexpr = BLOCK_K * 2 * BITS  # bytes of a tile of the storage in one block
-    stride_ym = N
-    run = LINES * LINE  # bytes of a tile of the storage
-    if WIDE:
-        stride_ym = tl.cast(N, tl.int64)
-        run = tl.cast(LINES, tl.int64) * LINE
-        stride_xm = tl.cast(stride_xm, tl.int64)
-        stride_xk = tl.cast(stride_xk, tl.int64)
-        stride_rm = tl.cast(stride_rm, tl.int64)
-        stride_rn = tl.cast(stride_rn, tl.int64)
+    stride_ym, lines = wide_strides((N, LINES), WIDE)
+    run = lines * LINE  # bytes of a tile of the storage
+    stride_xm, stride_xk, stride_rm, stride_rn = wide_strides(
+        (stride_xm, stride_xk, stride_rm, stride_rn), WIDE
+    )
 
-    # Bands of tile rows, as in gemm.py.
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    band = GROUP_M * tiles_n
-    first_m = (pid // band) * GROUP_M
-    band_rows = tl.minimum(tiles_m - first_m, GROUP_M)
-    tile_m = first_m + (pid % band) % band_rows
-    tile_n = (pid % band) // band_rows
+    tile_m, tile_n = banded_tile(pid, tiles_m, GROUP_M * tl.cdiv(N, BLOCK_N), GROUP_M)
 
     rm = tl.arange(0, BLOCK_M)
     rn = tl.arange(0, BLOCK_N)
@@ -265,71 +177,24 @@ def quantized_gemm(
             total *= tl.load(s_tile, mask=in_n, other=0.0)[None, :]
         if WHOLE:
             total = (total - x_at.to(tl.float32)[:, None] * sums[None, :]) * by_row[:, None]
-    # fmt: off
-    _finish(total, total, bias, residual, y, None, M, N, stride_rm, stride_rn, stride_ym,
-            tile_m, tile_n * BLOCK_N, ACT, False, PARTS)
-    # fmt: on
-
-
-def _check(x: Tensor, **others: Tensor | None) -> None:
-    if x.dtype not in DTYPES:
-        allowed = ", ".join(str(d) for d in DTYPES)
-        raise TypeError(f"x: expected one of {allowed}; got {x.dtype}")
-    for name, t in {"x": x, **others}.items():
-        if t is None:
-            continue
-        if t.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device}, that of x; got {t.device}")
-        if name in ("bias", "residual") and t.dtype != x.dtype:
-            raise TypeError(f"{name}: expected {x.dtype}, that of x; got {t.dtype}")
-        if max(t.shape, default=0) > _MAX_SIZE:
-            raise ValueError(f"{name}: expected sizes up to {_MAX_SIZE}; got {tuple(t.shape)}")
-
-
-def quantize_activations(
-    x: Tensor, activations: str, grid: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of x as whole numbers, to the bit those of `bigops.formats.quantize.quantize_rows`.
-
-    Args:
-        x: [M, K], float32, bfloat16 or float16, any strides.
-        activations: "dynamic", "symmetric" or "static".
-        grid: float32 [2], scale and zero point, with "static".
-
-    Returns:
-        (q int8 [M, K rounded up to 128], u8 numbers less 128 and 0 beyond K; scale float32 [M];
-        zero point less 128, int32 [M]; sums of q, int32 [M]).
-
-    Raises:
-        TypeError: a dtype that is not served.
-        ValueError: tensors on different devices, or a size past 2^31.
-    """
-    _check(x, x_grid=grid)
-    m, k = x.shape
-    q = torch.empty((m, -(-k // _PADDED) * _PADDED), dtype=torch.int8, device=x.device)
-    by = torch.empty((m,), dtype=torch.float32, device=x.device)
-    zero = torch.empty((m,), dtype=torch.int32, device=x.device)
-    sums = torch.empty((m,), dtype=torch.int32, device=x.device)
-    if m:
-        tile = row_config(device_arch(x.device))
-        with on_device(x.device):
-            quantize_rows[(triton.cdiv(m, tile.block_m),)](
-                x,
-                None if grid is None else grid.contiguous(),
-                q,
-                by,
-                zero,
-                sums,
-                m,
-                k,
-                *x.stride(),
-                q.shape[1],
-                MODE=MODES[activations],
-                BLOCK_M=tile.block_m,
-                BLOCK_N=tile.block_n,
-                **launch_options(tile.num_warps, fp_fusion=False),
-            )
-    return q, by, zero, sums
+    finish(
+        total,
+        total,
+        bias,
+        residual,
+        y,
+        None,
+        M,
+        N,
+        stride_rm,
+        stride_rn,
+        stride_ym,
+        tile_m,
+        tile_n * BLOCK_N,
+        ACT,
+        False,
+        PARTS,
+    )
 
 
 def kind_of(bits: int, activations: str) -> str:
@@ -337,7 +202,7 @@ def kind_of(bits: int, activations: str) -> str:
     return f"w{bits}" + ("" if activations == "none" else "a8")
 
 
-def _within(config: TileConfig, group: int) -> TileConfig:
+def within(config: TileConfig, group: int) -> TileConfig:
     """``config`` with blocks along K that hold one group at most."""
     return config._replace(block_k=min(config.block_k, group)) if group else config
 
@@ -386,11 +251,9 @@ def forward(
         ValueError: a gated or unknown activation, differing devices, a size past 2^31, or a K of
             `MAX_K` or more with quantised activations.
     """
-    act, gated = split_code(activation)
-    if gated:
-        raise ValueError(f"activation: expected the code of no gated pair; got {activation}")
+    act = ungated_code(activation)
     storage = {"values": values, "scale": scale, "zero_point": zero_point, "row_sum": row_sum}
-    _check(x, **storage, x_grid=x_grid, bias=bias, residual=residual)
+    check_operands(x, **storage, x_grid=x_grid, bias=bias, residual=residual)
     m, k = x.shape
     whole = activations != "none"
     if whole and k >= MAX_K:
@@ -399,57 +262,48 @@ def forward(
     if m == 0 or n == 0:
         return y
     if config is None:
-        read = [] if whole else [x]
-        read += [] if residual is None else [residual]
-        aligned = n % 16 == 0 and all(map(_is_aligned, read))
         kind = kind_of(bits, activations)
+        aligned = product_is_aligned(n, None if whole else x, residual)
         config = choose_config(device_arch(x.device), kind, x.dtype, m, aligned)
-    config = _within(config, group)
+    config = within(config, group)
     a, by, zero, sums = x, None, None, None
     if whole:
         a, by, zero, sums = quantize_activations(x, activations, x_grid)
-    stride_r = residual.stride() if residual is not None else (0, 0)
-    lines = values.shape[1]
-    reach = max(
-        config.block_m * max(a.stride(0), stride_r[0], n),
-        config.block_n * max(lines * LINE.value // 16, stride_r[1]),
-        config.block_k * a.stride(1),
+    stride_r, lines = strides(residual), values.shape[1]
+    launch_product(
+        quantized_gemm,
+        triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
+        config,
+        a,
+        values.contiguous(),
+        scale.contiguous(),
+        contiguous(zero_point),
+        contiguous(row_sum),
+        by,
+        zero,
+        sums,
+        contiguous(bias),
+        residual,
+        y,
+        m,
+        n,
+        k,
+        lines,
+        scale.shape[1],
+        *a.stride(),
+        *stride_r,
+        BITS=bits,
+        GROUP=group,
+        ACT=act,
+        PRECISION=dot_precision(x.dtype),
+        EVEN_K=k % config.block_k == 0,
+        EXACT=k <= _EXACT_K,
+        WIDE=is_wide(
+            config.block_m * max(a.stride(0), stride_r[0], n),
+            config.block_n * max(lines * LINE.value // 16, stride_r[1]),
+            config.block_k * a.stride(1),
+        ),
     )
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
-    with on_device(x.device):
-        quantized_gemm[grid](
-            a,
-            values.contiguous(),
-            scale.contiguous(),
-            None if zero_point is None else zero_point.contiguous(),
-            None if row_sum is None else row_sum.contiguous(),
-            by,
-            zero,
-            sums,
-            None if bias is None else bias.contiguous(),
-            residual,
-            y,
-            m,
-            n,
-            k,
-            lines,
-            scale.shape[1],
-            *a.stride(),
-            *stride_r,
-            BITS=bits,
-            GROUP=group,
-            ACT=act,
-            PRECISION=dot_precision(x.dtype),
-            EVEN_K=k % config.block_k == 0,
-            EXACT=k <= _EXACT_K,
-            WIDE=2 * reach >= 2**31,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            PARTS=config.parts,
-            **launch_options(config.num_warps, config.num_stages),
-        )
     return y
 
 
@@ -481,15 +335,10 @@ def explain(
         TypeError: an unsupported dtype.
         ValueError: an unknown target, or "cuda" where torch sees no GPU.
     """
-    if target == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(
-                "device: torch sees no GPU here; expected an architecture such as sm_90; got 'cuda'"
-            )
-        target = device_arch(torch.device("cuda", torch.cuda.current_device()))
+    target = arch_of(target)
     kind = kind_of(bits, activations)
     aligned = n % 16 == 0 and (activations != "none" or k % 16 == 0)
-    config = _within(choose_config(target, kind, dtype, m, aligned), group)
+    config = within(choose_config(target, kind, dtype, m, aligned), group)
     committed = f"quantized_linear/{table_for(target).device}.json"
     form, at = tuned.form_of(kind, aligned), tuned.bucket(m)
     file, where = tuned.cite("quantized_linear", target, form, DTYPES[dtype], at, committed)

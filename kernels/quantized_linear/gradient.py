@@ -1,13 +1,8 @@
 """Triton kernel of the backward of `quantized_linear`: gx = gz W, W int8 or int4 as it is stored.
 
 The sum runs over the rows of W, whose scales therefore cannot wait for its end as they do in the
-forward: each number is scaled in registers, in float32, and rounded to the dtype of gz on its way
-to the matrix unit, as torch rounds a weight of that dtype. No dequantised weight is ever stored.
-Sums are float32, in a fixed order, without atomics.
-
-Float16 reaches neither far down nor far up, so there the scales of one step enter relative to the
-largest of them, and that one after the product: whatever the scale of a weight or of a loss,
-neither its numbers nor the sums of a step leave the range.
+forward: each number is scaled on its way to the matrix unit (common/scaled_dot.py). No dequantised
+weight is ever stored. Sums are float32, in a fixed order, without atomics.
 """
 
 import torch
@@ -15,13 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigops.kernels.common.gemm import _is_aligned, dot_precision
-from bigops.kernels.common.launch import launch_options, on_device
+from bigops.kernels.common.launch import (
+    check_operands,
+    contiguous,
+    dot_precision,
+    is_wide,
+    launch_product,
+    product_is_aligned,
+)
+from bigops.kernels.common.scaled_dot import scaled_dot
+from bigops.kernels.common.tile_walk import banded_tile, wide_strides
 from bigops.kernels.common.tiles import TileConfig, device_arch
-from bigops.kernels.quantized_linear.forward import LINE, _check, _numbers
+from bigops.kernels.quantized_linear.forward import LINE, _numbers
 from bigops.kernels.quantized_linear.tiles import choose_config
-
-_TINY = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32
 
 
 @triton.jit
@@ -50,24 +51,13 @@ def quantized_gradient(
 ):
     """gx = gz (scale * (q - zero_point)); each program makes one [BLOCK_M, BLOCK_N] tile of gx."""
     STEP: tl.constexpr = BLOCK_N * 2 * BITS  # bytes of a tile of the storage in one block
-    RELATIVE: tl.constexpr = gz.dtype.element_ty == tl.float16
-    stride_xm = K
-    run = LINES * LINE  # bytes of a tile of the storage
-    if WIDE:
-        stride_xm = tl.cast(K, tl.int64)
-        run = tl.cast(LINES, tl.int64) * LINE
-        stride_gm = tl.cast(stride_gm, tl.int64)
-        stride_gn = tl.cast(stride_gn, tl.int64)
+    stride_xm, lines = wide_strides((K, LINES), WIDE)
+    run = lines * LINE  # bytes of a tile of the storage
+    stride_gm, stride_gn = wide_strides((stride_gm, stride_gn), WIDE)
 
-    # Bands of tile rows, as in gemm.py.
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_k = tl.cdiv(K, BLOCK_N)
-    band = GROUP_M * tiles_k
-    first_m = (pid // band) * GROUP_M
-    band_rows = tl.minimum(tiles_m - first_m, GROUP_M)
-    tile_m = first_m + (pid % band) % band_rows
-    tile_k = (pid % band) // band_rows
+    tile_m, tile_k = banded_tile(pid, tiles_m, GROUP_M * tl.cdiv(K, BLOCK_N), GROUP_M)
 
     rm = tl.arange(0, BLOCK_M)
     rc = tl.arange(0, BLOCK_N)
@@ -98,13 +88,7 @@ def quantized_gradient(
         if zero_point is not None:
             zero = tl.load(zero_point + at + n0 + rn, mask=in_n, other=0)
             w = w.to(tl.int16) - zero.to(tl.int16)[:, None]
-        if RELATIVE:
-            most = tl.maximum(tl.max(by, axis=0), _TINY)
-            w = (w.to(tl.float32) * (by / most)[:, None]).to(gz.dtype.element_ty)
-            acc += tl.dot(g, w) * most
-        else:
-            w = (w.to(tl.float32) * by[:, None]).to(gz.dtype.element_ty)
-            acc = tl.dot(g, w, acc, input_precision=PRECISION)
+        acc = scaled_dot(acc, g, w, by, PRECISION)
         g_tile += BLOCK_K * stride_gn
         w_tile += tl.cast(BLOCK_K // 16, tl.int64) * run
 
@@ -152,43 +136,38 @@ def gradient(
         TypeError: a dtype that is not served.
         ValueError: differing devices, or a size past 2^31.
     """
-    _check(gz, values=values, scale=scale, zero_point=zero_point)
+    check_operands(gz, values=values, scale=scale, zero_point=zero_point)
     m, n = gz.shape
     gx = torch.empty((m, k), dtype=gz.dtype, device=gz.device)
     if m == 0 or k == 0:
         return gx
     if config is None:
-        aligned = k % 16 == 0 and _is_aligned(gz)
-        config = choose_config(device_arch(gz.device), kind_of(bits), gz.dtype, m, aligned)
+        kind = kind_of(bits)
+        config = choose_config(device_arch(gz.device), kind, gz.dtype, m, product_is_aligned(k, gz))
     config = within(config, group)
     lines = values.shape[1]
-    reach = max(
-        config.block_m * max(gz.stride(0), k),
-        config.block_k * max(lines * LINE.value // 16, gz.stride(1)),
+    launch_product(
+        quantized_gradient,
+        triton.cdiv(m, config.block_m) * triton.cdiv(k, config.block_n),
+        config,
+        gz,
+        values.contiguous(),
+        scale.contiguous(),
+        contiguous(zero_point),
+        gx,
+        m,
+        n,
+        k,
+        lines,
+        scale.shape[1],
+        *gz.stride(),
+        BITS=bits,
+        GROUP=group,
+        PRECISION=dot_precision(gz.dtype),
+        EVEN_N=n % config.block_k == 0,
+        WIDE=is_wide(
+            config.block_m * max(gz.stride(0), k),
+            config.block_k * max(lines * LINE.value // 16, gz.stride(1)),
+        ),
     )
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(k, config.block_n),)
-    with on_device(gz.device):
-        quantized_gradient[grid](
-            gz,
-            values.contiguous(),
-            scale.contiguous(),
-            None if zero_point is None else zero_point.contiguous(),
-            gx,
-            m,
-            n,
-            k,
-            lines,
-            scale.shape[1],
-            *gz.stride(),
-            BITS=bits,
-            GROUP=group,
-            PRECISION=dot_precision(gz.dtype),
-            EVEN_N=n % config.block_k == 0,
-            WIDE=2 * reach >= 2**31,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            **launch_options(config.num_warps, config.num_stages),
-        )
     return gx

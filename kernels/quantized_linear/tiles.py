@@ -8,14 +8,29 @@ tiles by kind of product instead of form. Kinds: "w8a8" and "w4a8" multiply whol
 
 import functools
 import itertools
-import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from bigops.kernels.common import tiles, tuned
-from bigops.kernels.common.tiles import DTYPES, TileConfig, _fields, _power_of_two
+from bigops.kernels.common.config_file import (
+    Rule,
+    are_some_of,
+    by_device,
+    entries_of,
+    expect,
+    fields_of,
+    hold,
+    is_limit,
+    is_power_of_two,
+    is_tile,
+    launch_rules,
+    powers_of,
+    read_fields,
+)
+from bigops.kernels.common.tiles import DTYPES, TileConfig
 
 CONFIG_DIR = tiles.CONFIG_DIR / "quantized_linear"
 FORMAT = "bigops-quantized-tiles-1"
@@ -23,7 +38,6 @@ KINDS = ("w8a8", "w4a8", "w8", "w4", "w8_gradient", "w4_gradient")
 
 _LAUNCH = ("group_m", "num_warps", "num_stages", "parts")
 _ENTRY_KEYS = ("kinds", "aligned", "dtypes", "max_m", "tile", *_LAUNCH)
-_ROW_KEYS = ("block_m", "block_n", "num_warps")
 
 
 class RowConfig(NamedTuple):
@@ -52,45 +66,28 @@ class Table(NamedTuple):
     rows: RowConfig
 
 
-def _some(path: Path, where: str, name: str, value: object, known: set[str]) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or not known.issuperset(map(str, value)):
-        raise ValueError(f"{path}: {where}: {name}: expected some of {sorted(known)}; got {value}")
-    return tuple(value)
+def _rules(fields: dict[str, Any], kinds: tuple[str, ...]) -> Iterator[Rule]:
+    yield "kinds", are_some_of(fields["kinds"], kinds), f"some of {sorted(kinds)}"
+    yield from launch_rules(fields, DTYPES.values())
+    tile = fields["tile"]
+    sizes = "three powers of two from 16 on, the last 32 to 128"
+    yield "tile", is_tile(tile, 16) and 32 <= tile[2] <= 128, sizes
+    yield "max_m", is_limit(fields["max_m"]), "a positive integer or null"
+    most = tile[1] // 16
+    yield "parts", is_power_of_two(fields["parts"], most), f"a power of two up to {most}"
 
 
-def _entry(path: Path, where: str, data: object, known: tuple[str, ...]) -> Entry:
-    fields = _fields(path, where, data, _ENTRY_KEYS)
-    kinds = _some(path, where, "kinds", fields["kinds"], set(known))
-    dtypes = _some(path, where, "dtypes", fields["dtypes"], set(DTYPES.values()))
-    tile, max_m = fields["tile"], fields["max_m"]
-    if type(fields["aligned"]) is not bool:
-        raise ValueError(
-            f"{path}: {where}: aligned: expected true or false; got {fields['aligned']!r}"
-        )
-    if not (
-        isinstance(tile, list)
-        and len(tile) == 3
-        and all(_power_of_two(size) and size >= 16 for size in tile)
-        and 32 <= tile[2] <= 128
-    ):
-        raise ValueError(
-            f"{path}: {where}: tile: expected three powers of two from 16 on, the last 32 to 128; "
-            f"got {tile}"
-        )
-    if max_m is not None and not (type(max_m) is int and max_m > 0):
-        raise ValueError(
-            f"{path}: {where}: max_m: expected a positive integer or null; got {max_m}"
-        )
-    for name in ("group_m", "num_stages"):
-        if type(fields[name]) is not int or not 1 <= fields[name] <= 64:
-            raise ValueError(f"{path}: {where}: {name}: expected 1 to 64; got {fields[name]}")
-    for name, most in (("num_warps", 32), ("parts", tile[1] // 16)):
-        if not _power_of_two(fields[name]) or fields[name] > most:
-            raise ValueError(
-                f"{path}: {where}: {name}: expected a power of two up to {most}; got {fields[name]}"
-            )
-    config = TileConfig(*tile, *(fields[name] for name in _LAUNCH))
-    return Entry(kinds, fields["aligned"], dtypes, max_m, config)
+def _entry(kinds: tuple[str, ...], where: str, data: object) -> Entry:
+    fields = fields_of(where, data, _ENTRY_KEYS)
+    hold(where, fields, _rules(fields, kinds))
+    config = TileConfig(*fields["tile"], *(fields[name] for name in _LAUNCH))
+    return Entry(
+        kinds=tuple(fields["kinds"]),
+        aligned=fields["aligned"],
+        dtypes=tuple(fields["dtypes"]),
+        max_m=fields["max_m"],
+        config=config,
+    )
 
 
 def _fitting(entries: tuple[Entry, ...], kind: str, aligned: bool, dtype: str) -> list[Entry]:
@@ -104,36 +101,20 @@ def read_table(path: Path, form: str = FORMAT, kinds: tuple[str, ...] = KINDS) -
         ValueError: the file is not JSON, is of another format, or a field is missing or out of
             range; the message names file, place, what was expected and what came.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: expected a readable JSON file; got {error}") from error
-    found = data.get("format") if isinstance(data, dict) else type(data).__name__
-    if found != form:
-        raise ValueError(f"{path}: format: expected {form!r}; got {found!r}")
-    fields = _fields(path, "top level", data, ("format", "device", "gemm", "rows"))
-    if not isinstance(fields["gemm"], list):
-        raise ValueError(f"{path}: gemm: expected a list; got {type(fields['gemm']).__name__}")
-    entries = tuple(
-        _entry(path, f"gemm[{i}]", item, kinds) for i, item in enumerate(fields["gemm"])
-    )
+    fields = read_fields(path, form, ("format", "device", "gemm", "rows"))
+    entries = entries_of(path, "gemm", fields["gemm"], functools.partial(_entry, kinds))
     for kind, aligned, dtype in itertools.product(kinds, (True, False), DTYPES.values()):
         limits = [e.max_m for e in _fitting(entries, kind, aligned, dtype)]
-        if limits.count(None) != 1 or len(set(limits)) != len(limits):
-            what = f"{kind} {'aligned' if aligned else 'unaligned'} {dtype}"
-            raise ValueError(
-                f"{path}: {what}: expected different max_m, one of them null; got {limits}"
-            )
-    rows = _fields(path, "rows", fields["rows"], _ROW_KEYS)
-    if not all(map(_power_of_two, rows.values())):
-        raise ValueError(f"{path}: rows: expected powers of two; got {rows}")
+        what = f"{path}: {kind} {'aligned' if aligned else 'unaligned'} {dtype}"
+        distinct = limits.count(None) == 1 and len(set(limits)) == len(limits)
+        expect(what, distinct, "different max_m, one of them null", limits)
+    rows = powers_of(f"{path}: rows", fields["rows"], RowConfig._fields)
     return Table(str(fields["device"]), entries, RowConfig(**rows))
 
 
 @functools.cache
 def _tables() -> dict[str, Table]:
-    found = (read_table(path) for path in sorted(CONFIG_DIR.glob("*.json")))
-    return {table.device: table for table in found}
+    return by_device(CONFIG_DIR, read_table)
 
 
 def table_for(arch: str) -> Table:

@@ -11,6 +11,6 @@ taken at the pre-activation which the forward saw (Bengio et al. 2013, arXiv 130
 
 from bigops.ops.family.call import Call
 from bigops.ops.family.grid_op import GridCall, GridOp
-from bigops.ops.family.linear_op import LinearOp, op_of
+from bigops.ops.family.linear_op import LinearOp, linear_ops, op_of
 
-__all__ = ["Call", "GridCall", "GridOp", "LinearOp", "op_of"]
+__all__ = ["Call", "GridCall", "GridOp", "LinearOp", "linear_ops", "op_of"]

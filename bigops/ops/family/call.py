@@ -32,6 +32,7 @@ class Call(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError or TypeError naming the argument, what was expected and what came."""
+        self.weight.check_tensors()
         self.weight.check()
         for name, tensor in self.weight.tensors().items():
             if tensor is not None:

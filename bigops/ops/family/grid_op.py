@@ -227,7 +227,7 @@ class GridOp:
             if not torch.compiler.is_compiling():
                 named = dict(zip(self.grids, grids, strict=True))
                 checks.tensors(x=x, bias=bias, residual=residual, **named)
-                weight = self.op.form.of(k, *arguments)
+                weight = self.op.stored(k, arguments)
                 call = Call(x, weight, bias, residual, activation)
                 own = getattr(weight, "x_grid", None)
                 given = GridCall(call, named.get("x_grid", own), named["y_grid"])

@@ -52,6 +52,11 @@ def op_of(form: type[Format]) -> LinearOp:
         raise TypeError(f"format: expected one that an op takes; got {form.__name__}") from None
 
 
+def linear_ops() -> tuple[LinearOp, ...]:
+    """All ops of the family."""
+    return tuple(_SERVING.values())
+
+
 class LinearOp:
     """Defines an op, and its backward op, in the library and applies it.
 
@@ -104,9 +109,16 @@ class LinearOp:
 
     def weight(self, x: Tensor, *fixed: Any) -> Format:
         """The weight of a call on x."""
-        if x.dim() == 0:
+        if x.dim() == 0 and self._reads_k:
             raise ValueError("x: expected shape [.., K]; got []")
-        return self.form.of(x.shape[-1], *fixed)
+        return self.form.of(x.shape[-1] if x.dim() else 0, *fixed)
+
+    def stored(self, k: int, arguments: tuple[Any, ...]) -> Format:
+        """The weight of a refused call; raise TypeError for what is no tensor of it."""
+        for name, given in zip(self.fields, arguments, strict=True):
+            if name in self.form.TENSORS and not (given is None and name in self.form.OPTIONAL):
+                checks.tensor(name, given)
+        return self.form.of(k, *arguments)
 
     # reference, fake ------------------------------------------------------------------------
 
@@ -165,12 +177,22 @@ class LinearOp:
         checks.stored(weight, self.form)
         call = Call(x, weight, bias, residual, activation)
         target = targets.named(device, x)
-        if x_grid is None and y_grid is None and x.dtype != torch.uint8:
+        if self.by_itself(x, weight, x_grid, y_grid):
             call.check()
             return self.choose(call, target)
-        if self.twin is None:
-            raise ValueError(f"x_grid, y_grid: expected None with a {type(weight).__name__}")
+        assert self.twin is not None
         return self.twin.explain(call, x_grid, y_grid, target)
+
+    def by_itself(
+        self, x: Tensor, weight: Format, x_grid: Tensor | None, y_grid: Tensor | None
+    ) -> bool:
+        """Whether a call is this op's, not its twin's; raise ValueError for grids without one."""
+        given = x_grid is not None or y_grid is not None
+        if self.twin is None:
+            if given:
+                raise ValueError(f"x_grid, y_grid: expected None with a {type(weight).__name__}")
+            return True
+        return not given and getattr(x, "dtype", None) is not torch.uint8
 
     # vmap -----------------------------------------------------------------------------------
 
@@ -256,8 +278,7 @@ class LinearOp:
             act.check_name(activation, gated=False)
             if not torch.compiler.is_compiling():
                 checks.tensors(x=x, bias=bias, residual=residual)
-                weight = self.form.of(k, *arguments)
-                Call(x, weight, bias, residual, activation).check()
+                Call(x, self.stored(k, arguments), bias, residual, activation).check()
             raise
 
 

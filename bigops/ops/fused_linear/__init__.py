@@ -283,11 +283,13 @@ def _batched(
     args: tuple[Any, ...], activation: str, in_dims: tuple[Any, ...], batch: int
 ) -> tuple[Tensor, Tensor]:
     """A batch of weights or biases: batched matrix products, (y, z) with the batch in front."""
+    *tensors, _ = args
+    *dims, _ = in_dims
     x, weight, bias, residual = (
         t if t is None or dim is None else t.movedim(dim, 0)
-        for t, dim in zip(args[:4], in_dims[:4], strict=True)
+        for t, dim in zip(tensors, dims, strict=True)
     )
-    x_dim, _, bias_dim, _, _ = in_dims
+    x_dim, _, bias_dim, _ = dims
     if x_dim is None:
         x = x.unsqueeze(0)
     lead = x.shape[1:-1]
@@ -347,10 +349,10 @@ def _vmap_with_preact(info, in_dims, *args):  # type: ignore[no-untyped-def]
     return _batched(args, act.NAMES[args[4]], in_dims, info.batch_size), (0, 0)
 
 
-def _vmap_backward(info, in_dims, *args):  # type: ignore[no-untyped-def]
-    tensors, rest = args[:4], (act.NAMES[args[4]], *args[5:])
-    grads = torch.vmap(lambda *t: _serve_backward(*t, *rest), in_dims=tuple(in_dims[:4]))(*tensors)
-    return grads, (0, 0, 0)
+def _vmap_backward(info, in_dims, grad, x, weight, preact, code, *needs):  # type: ignore[no-untyped-def]
+    *dims, _, _, _, _ = in_dims
+    one = lambda *t: _serve_backward(*t, act.NAMES[code], *needs)  # type: ignore[call-arg]  # noqa: E731
+    return torch.vmap(one, in_dims=tuple(dims))(grad, x, weight, preact), (0, 0, 0)
 
 
 # --- dispatch ------------------------------------------------------------------------------

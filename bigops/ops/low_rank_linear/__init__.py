@@ -259,9 +259,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    code, *rest = inputs[7:]
-    ctx.rest = (act.NAMES[code], *rest)
-    ctx.save_for_backward(*inputs[:7])
+    *tensors, code, scale, need_x, need_u, need_v, need_bias, need_base = inputs
+    ctx.rest = (act.NAMES[code], scale, need_x, need_u, need_v, need_bias, need_base)
+    ctx.save_for_backward(*tensors)
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -339,7 +339,7 @@ def _cuda(x, u, v, bias, residual, base, activation, scale):  # type: ignore[no-
     args = (x, u, v, bias, residual, base, activation, scale)
     if not _triton.serves(x.dtype, x.device):
         return _serve(*args)
-    check(*args[:-1])
+    check(x, u, v, bias, residual, base, activation)
     return _triton.forward(*args, False)[0]
 
 
@@ -347,7 +347,7 @@ def _cuda_with_parts(x, u, v, bias, residual, base, activation, scale):  # type:
     args = (x, u, v, bias, residual, base, activation, scale)
     if not _triton.serves(x.dtype, x.device):
         return _serve_with_parts(*args)
-    check(*args[:-1])
+    check(x, u, v, bias, residual, base, activation)
     y, t, z = _triton.forward(*args, True)
     return y, t, x.new_empty(0) if z is None else z
 
@@ -469,12 +469,13 @@ def low_rank_linear(
         if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
             check(x, u, v, bias, residual, base, activation)
             return _composed(x, u, v, bias, residual, base, activation, scale)
-        args = (x, u, v, bias, residual, base, act.CODES[activation], scale)
+        tensors = (x, u, v, bias, residual, base)
+        args = (*tensors, act.CODES[activation], scale)
         if min(u.shape[0], v.shape[1]) < v.shape[0]:
             raise ValueError  # the kernel itself would take it
         if torch.compiler.is_compiling():
             return _forward_with_parts(*args)[0] if torch.is_grad_enabled() else _forward(*args)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6]):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             return _LowRankLinear.apply(*args)  # type: ignore[no-any-return]
         with torch._C._AutoDispatchBelowAutograd():
             return _forward(*args)

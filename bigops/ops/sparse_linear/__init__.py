@@ -104,10 +104,8 @@ def sparse_linear(
             or inf in a y that was to become uint8.
     """
     checks.stored(weight, *OPS)
-    if x_grid is None and y_grid is None and getattr(x, "dtype", None) is not torch.uint8:
-        op = OPS[type(weight)]
-        return op(x, weight.arguments, weight.k, bias, residual, activation)
-    if not isinstance(weight, SparseWeight):
-        raise ValueError(f"x_grid, y_grid: expected None with a {type(weight).__name__}")
-    grids = (x_grid, y_grid)
+    serving = OPS[type(weight)]
+    if serving.by_itself(x, weight, x_grid, y_grid):
+        return serving(x, weight.arguments, weight.k, bias, residual, activation)
+    grids = (x_grid, y_grid)  # of a `SparseWeight`, whose op alone has a twin
     return grid_op(x, weight.arguments, weight.k, grids, bias, residual, activation)

@@ -67,7 +67,7 @@ def forward(call: Call) -> Tensor:
     assert isinstance(weight, SparseWeight)
     seen, x_scale, x_zero = rows(x), None, None
     if weight.rounds:
-        from bigops.kernels.quantized_linear.forward import quantize_activations
+        from bigops.kernels.quantized_linear.rows import quantize_activations
 
         seen, x_scale, x_zero, _ = quantize_activations(seen, "dynamic")
     y: Tensor = _decode(

@@ -138,7 +138,7 @@ def product(call: Call) -> Tensor:
     seen = rows(x)
     more: dict[str, Any] = {}
     if weight.rounds:
-        from bigops.kernels.quantized_linear.forward import quantize_activations
+        from bigops.kernels.quantized_linear.rows import quantize_activations
 
         seen, x_scale, x_zero, _ = quantize_activations(seen, "dynamic")
         more = {"x_scale": x_scale, "x_zero": x_zero, "scale": weight.scale, "sums": weight.sums}

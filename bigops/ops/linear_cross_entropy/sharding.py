@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bigops.parallel._rule import Rule, _if
+from bigops.ops.sharding import Rule, if_given
 
 
 def linear_cross_entropy(
@@ -26,10 +26,12 @@ def linear_cross_entropy(
     return rules
 
 
-def linear_cross_entropy_with_grad(*args: Any) -> list[Rule]:
+def linear_cross_entropy_with_grad(
+    x: Any, weight: Any, target: Any, bias: Any, class_weight: Any, reduction: str, *rest: Any
+) -> list[Rule]:
     from torch.distributed.tensor import Partial, Replicate
 
-    (x, _, _, bias, class_weight, reduction), needs = args[:6], args[10:]
+    _, _, _, _, *needs = rest  # numbers come first
     whole, nothing = Replicate(), [None] * 3
     rules: list[Rule] = [([whole] * 5, [*_loss_arguments(whole, bias, class_weight), *nothing])]
     for token in _tokens(x, reduction):
@@ -39,10 +41,19 @@ def linear_cross_entropy_with_grad(*args: Any) -> list[Rule]:
     return rules
 
 
-def linear_cross_entropy_backward(grad: Any, *args: Any) -> list[Rule]:
+def linear_cross_entropy_backward(
+    grad: Any,
+    x: Any,
+    weight: Any,
+    target: Any,
+    bias: Any,
+    class_weight: Any,
+    reduction: str,
+    *rest: Any,
+) -> list[Rule]:
     from torch.distributed.tensor import Replicate
 
-    (x, _, _, bias, class_weight, reduction), needs = args[:6], args[10:]
+    _, _, _, _, *needs = rest  # numbers come first
     whole, nothing = Replicate(), [None] * 3
     given = [*_loss_arguments(whole, bias, class_weight), *nothing]
     rules: list[Rule] = [([whole] * 3, [whole, *given])]
@@ -65,10 +76,10 @@ def _loss_arguments(token: Any, bias: Any, class_weight: Any) -> list[Any]:
     from torch.distributed.tensor import Replicate
 
     whole = Replicate()
-    return [token, whole, token, _if(bias, whole), _if(class_weight, whole), *[None] * 5]
+    return [token, whole, token, if_given(bias, whole), if_given(class_weight, whole), *[None] * 5]
 
 
-def _loss_gradients(token: Any, needs: tuple[bool, ...]) -> list[Any]:
+def _loss_gradients(token: Any, needs: list[bool]) -> list[Any]:
     """Placements of the gradients of x, weight and bias; one that is not needed is empty."""
     from torch.distributed.tensor import Partial, Replicate
 

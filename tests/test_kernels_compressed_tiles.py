@@ -1,11 +1,11 @@
-"""The tile configs of quantized_linear as data: the rule that picks one, what a bad file gives."""
+"""Tile configs of quantized_linear and fp8_linear: the rule that picks, what a bad file gives."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-import json
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,49 +13,53 @@ import torch
 pytest.importorskip("triton")
 
 from bigops.kernels.common import tiles
+from bigops.kernels.fp8_linear import forward as fp8_linear
+from bigops.kernels.fp8_linear import tiles as fp8_tiles
 from bigops.kernels.quantized_linear import forward as quantized_linear
 from bigops.kernels.quantized_linear import tiles as quantized_tiles
+from tests.tile_files import changed, check_refusal
 
 SM_90 = quantized_tiles.CONFIG_DIR / "sm_90.json"
+OPS = (quantized_tiles, fp8_tiles)
 
 
-def test_every_device_has_a_file_of_its_name() -> None:
-    names = {path.stem for path in quantized_tiles.CONFIG_DIR.glob("*.json")}
+@pytest.mark.parametrize("of", OPS)
+def test_every_device_has_a_file_of_its_name(of: ModuleType) -> None:
+    names = {path.stem for path in of.CONFIG_DIR.glob("*.json")}
     assert names == set(tiles.tables())
     for name in names:
-        assert (
-            quantized_tiles.read_table(quantized_tiles.CONFIG_DIR / f"{name}.json").device == name
-        )
+        assert of.read_table(of.CONFIG_DIR / f"{name}.json").device == name
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a", "sm_120", "gfx90a", "interpreter"])
-def test_every_product_finds_a_tile(arch: str) -> None:
-    kinds = quantized_tiles.KINDS
-    for kind, dtype, aligned in itertools.product(kinds, tiles.DTYPES, (True, False)):
-        small = quantized_tiles.choose_config(arch, kind, dtype, 1, aligned)
-        large = quantized_tiles.choose_config(arch, kind, dtype, 10**6, aligned)
+@pytest.mark.parametrize("of", OPS)
+def test_every_product_finds_a_tile(of: ModuleType, arch: str) -> None:
+    for kind, dtype, aligned in itertools.product(of.KINDS, tiles.DTYPES, (True, False)):
+        small = of.choose_config(arch, kind, dtype, 1, aligned)
+        large = of.choose_config(arch, kind, dtype, 10**6, aligned)
         assert small.block_m <= large.block_m
         assert large.block_k <= 128
-    assert quantized_tiles.row_config(arch).block_n >= 16
+    assert of.row_config(arch).block_n >= 16
 
 
-def test_unserved_dtype_device_and_absent_gpu() -> None:
+@pytest.mark.parametrize("of", OPS)
+def test_unserved_dtype_and_device(of: ModuleType) -> None:
+    kind, *_ = of.KINDS
     with pytest.raises(TypeError, match=r"dtype: expected one of .*; got torch.float64"):
-        quantized_tiles.choose_config("sm_90", "w8", torch.float64, 1)
+        of.choose_config("sm_90", kind, torch.float64, 1)
     with pytest.raises(ValueError, match="arch: expected sm_80 or later"):
-        quantized_tiles.choose_config("sm_75", "w8", torch.float16, 1)
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="torch sees no GPU here"):
-            quantized_linear.explain("cuda", torch.float16, 1, 1, 1, 8, 0, "dynamic")
+        of.choose_config("sm_75", kind, torch.float16, 1)
 
 
-def _with(path: tuple[Any, ...], value: Any) -> str:
-    data = json.loads(SM_90.read_text())
-    place = data
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    return json.dumps(data)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
+def test_absent_gpu() -> None:
+    with pytest.raises(ValueError, match="torch sees no GPU here"):
+        quantized_linear.explain("cuda", torch.float16, 1, 1, 1, 8, 0, "dynamic")
+    with pytest.raises(ValueError, match="torch sees no GPU here"):
+        fp8_linear.explain("cuda", torch.float16, 1, 1, 1, "none")
+
+
+_with = functools.partial(changed, SM_90)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +88,18 @@ def _with(path: tuple[Any, ...], value: Any) -> str:
 def test_bad_file_gives_an_error_that_names_the_place(
     text: str, message: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "sm_90.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="sm_90.json: ") as caught:
-        quantized_tiles.read_table(path)
-    assert message in str(caught.value)
+    check_refusal(tmp_path, quantized_tiles.read_table, text, message)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[128, 128, 128]", "[128, 256, 128]", "expected at most 128 columns of y"),
+        ('"f8a8"', '"w8a8"', "kinds: expected some of"),
+        ("bigops-fp8-tiles-1", "bigops-quantized-tiles-1", "format: expected 'bigops-fp8-tiles-1'"),
+    ],
+)
+def test_bad_file_of_fp8(tmp_path: Path, old: str, new: str, message: str) -> None:
+    text = (fp8_tiles.CONFIG_DIR / "sm_90.json").read_text()
+    assert old in text
+    check_refusal(tmp_path, fp8_tiles.read_table, text.replace(old, new), message)
