@@ -401,11 +401,11 @@ def test_a_failure_midway_changes_nothing(monkeypatch, broken: str) -> None:  # 
     if broken == "build":
         real, calls = QuantLinear.freeze, []
 
-        def freeze(layer: QuantLinear) -> QuantLinear:
+        def freeze(layer: QuantLinear, *storage: object) -> QuantLinear:
             calls.append(layer)
             if len(calls) == 3:
                 raise MemoryError("planted")
-            return real(layer)
+            return real(layer, *storage)
 
         monkeypatch.setattr(QuantLinear, "freeze", freeze)
     elif broken == "swap":

@@ -56,12 +56,13 @@ def _stored(args: argparse.Namespace, weight: Tensor) -> tuple[Any, ...]:
     """The weight as the op takes it: one tensor or weight in a format, or two factors."""
     import bigops
 
-    if args.op == "packed_linear":
-        return (bigops.formats.PackedWeight.from_dense(weight),)
-    if args.op == "quantized_linear":
-        return (bigops.formats.QuantizedWeight.from_dense(weight),)
-    if args.op == "fp8_linear":
-        return (bigops.formats.Fp8Weight.from_dense(weight),)
+    whole: dict[str, Any] = {
+        "packed_linear": bigops.formats.PackedWeight,
+        "quantized_linear": bigops.formats.QuantizedWeight,
+        "fp8_linear": bigops.formats.Fp8Weight,
+    }
+    if args.op in whole:
+        return (whole[args.op].from_dense(weight),)
     if args.op == "low_rank_linear":
         rank = min(args.rank or -(-min(args.n, args.k) // 4), args.n, args.k)
         factors = weight.new_zeros(args.n, rank), weight.new_zeros(rank, args.k)

@@ -14,7 +14,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from bigops.compress.store import load_compressed
-    from bigops.nn import SparseLinear
 
     layers = load_compressed(args.model)
     if not layers:
@@ -24,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     for name, layer in layers.items():
         if args.layer in (None, name):
             print(f"{name or 'the model'}: {layer}, {layer.nbytes:,} bytes")
-            if isinstance(layer, SparseLinear):
-                print(layer.storage().picture())
+            picture = layer.picture()
+            if picture is not None:
+                print(picture)
     return 0

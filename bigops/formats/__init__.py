@@ -10,7 +10,22 @@ from bigops.formats.quantized import QuantizedWeight
 from bigops.formats.sparse import SparseWeight
 from bigops.formats.sparse24 import Sparse24Weight
 
+FORMATS: tuple[type[Format], ...] = (
+    BitmapWeight, Fp8Weight, LowRankWeight, PackedWeight, QuantizedWeight, SparseWeight,
+    Sparse24Weight,
+)  # fmt: skip
+
+
+def named(name: str) -> type[Format]:
+    """The format of a name; raise ValueError for one that is not in `FORMATS`."""
+    found = {form.__name__: form for form in FORMATS}
+    if name not in found:
+        raise ValueError(f"format: expected one of {', '.join(found)}; got {name!r}")
+    return found[name]
+
+
 __all__ = [
+    "FORMATS",
     "BitmapWeight",
     "Format",
     "Fp8Weight",
@@ -20,4 +35,5 @@ __all__ = [
     "QuantizedWeight",
     "Sparse24Weight",
     "SparseWeight",
+    "named",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,15 @@ class Pattern(NamedTuple):
             return mask
         full = mask.repeat_interleave(self.height, 0).repeat_interleave(self.width, 1)
         return full[:n, :k]
+
+
+Criterion = Callable[[Tensor, Pattern, float], Tensor]
+"""``criterion(weight, pattern, sparsity)``: the mask, bool, True for each block that is kept."""
+
+
+def magnitude(weight: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+    """The criterion that keeps the largest: `Pattern.mask`."""
+    return pattern.mask(weight, sparsity)
 
 
 def block_mask(w: Tensor, sparsity: float, block: tuple[int, int] = (1, 4)) -> Tensor:

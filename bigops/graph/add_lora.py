@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from bigops.graph.atomic import atomic
 from bigops.graph.record import Done, Record, Skipped
 from bigops.graph.sites import Sites
-from bigops.nn.gated_mlp import HALVES, GatedMLP
+from bigops.nn.layer import layer_of
 from bigops.nn.linear import Linear
 from bigops.nn.lora_linear import LoRAAdapter, LoRALinear, check_adapter
 
@@ -54,7 +55,8 @@ def add_lora_(
         for half in _halves(path, module):
             if any(fnmatchcase(half, pattern) for pattern in patterns):
                 left.append(Skipped(half, "a part of a GatedMLP's stacked parameter"))
-        if not isinstance(module, nn.Linear | LoRALinear):
+        adapted, linear = _adapted(module), _linear(module)
+        if linear is None:
             continue
         matching = [p for p in patterns if _matches(sites, module, p)]
         if not matching:
@@ -62,15 +64,15 @@ def add_lora_(
         for pattern in matching:
             idle.pop(pattern, None)
         try:
-            check_adapter(module.in_features, module.out_features, rank, alpha, dropout)
-            if not isinstance(module, LoRALinear):
+            check_adapter(linear.in_features, linear.out_features, rank, alpha, dropout)
+            if adapted is None:
                 reason = sites.reason_to_leave(path, (nn.Linear, Linear), weight_goes=False)
                 if reason is not None:
                     left.append(Skipped(path, reason))
                     continue
-                module = new[path] = LoRALinear._unfrozen(Linear.from_linear(module))
-            adapter = module._new_adapter(name, rank, alpha, dropout, rank_stabilized)
-            adapters[path] = module, adapter
+                adapted = new[path] = LoRALinear._unfrozen(Linear.from_linear(linear))
+            adapter = adapted._new_adapter(name, rank, alpha, dropout, rank_stabilized)
+            adapters[path] = adapted, adapter
         except (ValueError, RuntimeError) as error:
             raise type(error)(f"{path or 'model'}: {error}") from None
     reasons = [_why_idle(sites, pattern) for pattern in idle]
@@ -96,10 +98,20 @@ def add_lora_(
 
 def _freeze(model: nn.Module) -> None:
     """Let the factors of adapters alone require gradients."""
-    ours = {id(p) for m in model.modules() if isinstance(m, LoRAAdapter) for p in m.parameters()}
+    layers = filter(None, map(_adapted, model.modules()))
+    ours = {id(p) for layer in layers for p in layer.adapters.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in ours:
             parameter.requires_grad_(False)
+
+
+def _adapted(module: nn.Module) -> LoRALinear | None:
+    return module if isinstance(module, LoRALinear) else None
+
+
+def _linear(module: nn.Module) -> Any:
+    """``module`` where it can have an adapter."""
+    return _adapted(module) or (module if isinstance(module, nn.Linear) else None)
 
 
 def _matches(sites: Sites, module: nn.Module, pattern: str) -> bool:
@@ -108,9 +120,8 @@ def _matches(sites: Sites, module: nn.Module, pattern: str) -> bool:
 
 def _halves(path: str, module: nn.Module) -> list[str]:
     """The paths that the projections of a `GatedMLP` have in its state_dict, but as no module."""
-    if not isinstance(module, GatedMLP):
-        return []
-    return [f"{path}.{half}".lstrip(".") for half in HALVES]
+    layer = layer_of(module)
+    return [f"{path}.{half}".lstrip(".") for half in (layer.stacked if layer else ())]
 
 
 def _why_idle(sites: Sites, pattern: str) -> str:
@@ -129,6 +140,6 @@ def _why_idle(sites: Sites, pattern: str) -> str:
             return f"{text}{path or 'model'}, a {type(module).__name__}"
     longer = f"*.{pattern}"
     for path, module in sites.modules.items():
-        if isinstance(module, nn.Linear | LoRALinear) and fnmatchcase(path, longer):
+        if _linear(module) is not None and fnmatchcase(path, longer):
             return f"{text}none, as whole paths are matched (did you mean {longer!r}: {path}?)"
     return f"{text}none"

@@ -11,6 +11,7 @@ from bigops.graph import dataflow
 from bigops.graph.atomic import atomic
 from bigops.graph.record import Done, Record, Skipped, account
 from bigops.graph.sites import Contest, Sites, capture, contest
+from bigops.nn.layer import layer_of
 from bigops.nn.linear import Linear
 
 _UNTIMED = "not timed: the crossover table of the op decides per call"
@@ -77,7 +78,7 @@ def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
     flow = dataflow.find(sites)
     pairs = _usable(flow, layers)
     for path, layer in list(layers.items()):
-        if type(layer) is Linear and path not in pairs:
+        if layer_of(layer) is not None and path not in pairs:
             left[path] = "it is a bigops.nn.Linear already"
             del layers[path]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,23 +11,12 @@ from bigops.formats.packed import PANEL, SERVED
 from bigops.graph.atomic import atomic
 from bigops.graph.record import Done, Record, Skipped, account
 from bigops.graph.sites import Contest, Sites, capture, contest, hook_reason
-from bigops.nn.compressed_linear import CompressedLinear
-from bigops.nn.gated_mlp import GatedMLP
+from bigops.nn import LAYERS
+from bigops.nn.layer import Layer, layer_of
 from bigops.nn.linear import Linear
-from bigops.nn.low_rank_linear import LowRankLinear
-from bigops.nn.packed_gated_mlp import PackedGatedMLP
-from bigops.nn.packed_linear import PackedBase, PackedLinear
-from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
 
 _LEAST = 64 * 64  # entries of a weight whose panels pay: a smaller one lies in the nearest cache
 _UNTIMED = "not timed: the crossover table says that panels pay for {dtype} on this CPU"
-
-_PACKED: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
-    nn.Linear: lambda layer: PackedLinear.from_linear(layer).freeze(),
-    Linear: lambda layer: PackedLinear.from_linear(layer).freeze(),
-    LowRankLinear: lambda layer: PackedLowRankLinear.from_low_rank(layer).freeze(),
-    GatedMLP: PackedGatedMLP.from_mlp,
-}
 
 
 @atomic
@@ -63,10 +51,13 @@ def pack_(model: nn.Module, example_inputs: Any = None) -> Record:
     left: dict[str, str] = {}
     inside: set[int] = set()
     for path, module in sites.unique():
-        if id(module) in inside or not isinstance(module, (*_PACKED, CompressedLinear)):
+        layer = layer_of(module)
+        if id(module) in inside or not (layer or isinstance(module, nn.Linear)):
             continue
-        if isinstance(module, GatedMLP):
-            inside.add(id(module.down_proj))
+        if layer is not None:
+            if layer.inside is not None:
+                continue
+            inside.update(id(layer._modules[part]) for part in layer.parts)
         reason = _reason_to_leave(sites, path, module)
         if reason is None:
             layers[path] = module
@@ -74,20 +65,20 @@ def pack_(model: nn.Module, example_inputs: Any = None) -> Record:
             left[path] = reason
     whole = account(model, [*layers, *left])
     seen = {} if example_inputs is None else capture(model, layers, example_inputs)
-    new: dict[str, nn.Module] = {}
+    new: dict[str, Layer] = {}
     timed: dict[str, Contest] = {}
     cache: dict[Any, Contest] = {}
-    for path, layer in layers.items():
+    for path, old in layers.items():
         if example_inputs is not None and path not in seen:
             left[path] = "the example inputs never call it, so its weight may be used elsewhere"
             continue
-        packed = _PACKED[type(layer)](layer)
+        packed = _drop_in(old).packed()
         if path in seen:
             x = seen[path]
-            shapes = tuple((p.shape, p.dtype) for p in layer.parameters())
-            key = (x.shape, x.dtype, type(layer), getattr(layer, "activation", "none"), shapes)
+            shapes = tuple((p.shape, p.dtype) for p in old.parameters())
+            key = (x.shape, x.dtype, type(old), getattr(old, "activation", "none"), shapes)
             if key not in cache:
-                cache[key] = contest(layer, packed, x, training=False)
+                cache[key] = contest(old, packed, x, training=False)
             timed[path] = cache[key]
             if cache[key].lost:
                 left[path] = f"the original is faster: {cache[key]}"
@@ -124,7 +115,8 @@ def unpack_(model: nn.Module) -> Record:
     left: list[Skipped] = []
     inside: set[int] = set()
     for path, module in sites.unique():
-        if id(module) in inside or not isinstance(module, PackedGatedMLP | PackedBase):
+        layer = layer_of(module)
+        if id(module) in inside or layer is None or not layer.unpacks:
             continue
         inside.update(map(id, module.children()))
         reason = "it is the model itself; thaw() unpacks it in place" if path == "" else None
@@ -133,26 +125,28 @@ def unpack_(model: nn.Module) -> Record:
         if reason is not None:
             left.append(Skipped(path, reason))
             continue
-        unpacked = module.unpacked()
+        unpacked = layer.unpacked()
         new.update(dict.fromkeys(sites.paths[id(module)], unpacked))
         what = f"{type(module).__name__} -> {type(unpacked).__name__}"
         size = sum(p.nbytes for p in unpacked.parameters())
-        done.append(Done(path, what, "asked for", module.nbytes, size))
+        done.append(Done(path, what, "asked for", layer.nbytes, size))
     sites.swap(new)
     return Record("unpack_", done, left)
 
 
+def _drop_in(module: nn.Module) -> Layer:
+    """The layer of this package that stands for ``module``, an `nn.Linear` or one itself."""
+    return layer_of(module) or Linear.from_linear(module)  # type: ignore[arg-type]
+
+
 def _reason_to_leave(sites: Sites, path: str, module: nn.Module) -> str | None:
-    if isinstance(module, CompressedLinear):
-        if isinstance(module, PackedBase):
-            packed = "it is packed already"
-            return packed if module.frozen else "it is thawed; freeze_ packs it"
-        return f"it is a {type(module).__name__}, which has a storage of its own"
-    reason = sites.reason_to_leave(path, tuple(_PACKED), weight_goes=True)
-    if reason is None and isinstance(module, GatedMLP):
-        down = f"{path}.down_proj"
-        reason = sites.reason_to_leave(down, (Linear,), weight_goes=True)
-        reason = reason and f"down_proj: {reason}"
+    layer = layer_of(module)
+    reason = layer and layer.closed_to_pack
+    reason = reason or sites.reason_to_leave(path, (nn.Linear, *LAYERS), weight_goes=True)
+    for part in layer.parts if layer else ():
+        if reason is None:
+            reason = sites.reason_to_leave(f"{path}.{part}", (Linear,), weight_goes=True)
+            reason = reason and f"{part}: {reason}"
     if reason is not None:
         return reason
     for name, weight in module.named_parameters():
@@ -183,7 +177,7 @@ def _costs_more(weight: Tensor, rows: int) -> str | None:
     return None
 
 
-def _done(path: str, old: nn.Module, new: Any, before: int, timed: Contest | None) -> Done:
+def _done(path: str, old: nn.Module, new: Layer, before: int, timed: Contest | None) -> Done:
     dtype = next(old.parameters()).dtype
     return Done(
         path,
@@ -191,7 +185,7 @@ def _done(path: str, old: nn.Module, new: Any, before: int, timed: Contest | Non
         str(timed) if timed else _UNTIMED.format(dtype=dtype),
         before,
         new.nbytes,
-        getattr(new, "density", 1.0),
+        new.density,
         timed.us_before if timed else None,
         timed.us_after if timed else None,
         timed.speedup if timed else None,

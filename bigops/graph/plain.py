@@ -31,14 +31,14 @@ def plain(model: nn.Module) -> nn.Module:
         ValueError: a layer whose activation torch has no module for (relu2).
     """
     twin = copy.deepcopy(model)
-    if type(twin) is Linear:
-        return _plain("", twin)
     sites = Sites(twin)
     replaced: dict[str, nn.Module] = {}
     for path, module in sites.unique():
         if type(module) is Linear:
             new = _plain(path, module)
             replaced.update(dict.fromkeys(sites.paths[id(module)], new))
+    if "" in replaced:
+        return replaced[""]
     sites.swap(replaced)
     return twin
 

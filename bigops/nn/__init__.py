@@ -1,7 +1,9 @@
 """Layers: parameters and one op call each."""
 
+from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.gated_mlp import GatedMLP
+from bigops.nn.layer import Layer
 from bigops.nn.linear import Linear
 from bigops.nn.linear_cross_entropy import LinearCrossEntropy
 from bigops.nn.lora_linear import LoRALinear
@@ -13,9 +15,18 @@ from bigops.nn.quant_linear import QuantLinear
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
 from bigops.nn.sparse_linear import SparseLinear
 
+# What a file may name, and what verbs may swap: of just these classes.
+LAYERS: tuple[type[Layer], ...] = (
+    Linear, CompressedLinear, Fp8Linear, GatedMLP, LowRankLinear, PackedGatedMLP, PackedLinear,
+    PackedLowRankLinear, QuantLinear, QuantLowRankLinear, SparseLinear,
+)  # fmt: skip
+
 __all__ = [
+    "LAYERS",
+    "CompressedLinear",
     "Fp8Linear",
     "GatedMLP",
+    "Layer",
     "Linear",
     "LinearCrossEntropy",
     "LoRALinear",

@@ -10,27 +10,28 @@ values then are a Parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from bigops import formats
 from bigops.formats import quantize
 from bigops.formats.base import Format
+from bigops.nn import fields
 from bigops.nn.linear import check_size
+from bigops.nn.stored_state import RETIRED, StoredState
 from bigops.ops import activation as act
 from bigops.ops.choice import Choice
 from bigops.ops.family import LinearOp, op_of
 from bigops.ops.fused_linear import fused_linear
 
-RETIRED = "y_grid"  # in files of older layers, which gave u8 to the next one: read past
 STATES = ("frozen", "thawed", RETIRED)  # in `arguments()`, of no constructor
 
 Self = TypeVar("Self", bound="CompressedLinear")
 
 
-class CompressedLinear(nn.Module):
+class CompressedLinear(StoredState):
     """``act(x @ weight.T + bias) + residual`` with the weight stored in a format.
 
     Recovery state: a float ``weight`` [N, K], rounded in the forward pass to what will be stored,
@@ -49,8 +50,11 @@ class CompressedLinear(nn.Module):
 
     Raises:
         ValueError: unknown activation, a size below 0, or a form that is not there.
+        TypeError: a format that no op takes, or a form that is not its own.
     """
 
+    FIELDS = fields.COMPRESSED | {"format": fields.TEXT, "form": fields.TABLE}
+    compressed = freezes = True
     storage_in_state = True  # whether the frozen state_dict has the buffers as they are
     trained_names: tuple[str, ...] = ("weight",)  # Parameters of the recovery state
     format: type[Format]
@@ -78,6 +82,7 @@ class CompressedLinear(nn.Module):
         act.check_name(activation, gated=False)
         check_size("in_features", in_features)
         check_size("out_features", out_features)
+        op_of(format)
         super().__init__()
         self.format, self.form = format, format.form(**form)
         self.activations = self.form.get("activations", "none")
@@ -125,7 +130,10 @@ class CompressedLinear(nn.Module):
     @classmethod
     def from_arguments(cls: type[Self], arguments: dict[str, Any]) -> Self:
         """An empty layer on "meta" as `arguments()` describes it, to be loaded."""
-        new = cls(**{k: v for k, v in arguments.items() if k not in STATES}, device="meta")
+        given = {k: v for k, v in arguments.items() if k not in STATES}
+        if "form" in given:
+            given.update(given.pop("form"), format=formats.named(given["format"]))
+        new = cls(**given, device="meta")
         if arguments["frozen"]:
             new.set_storage(new.empty_storage())
         return new
@@ -151,15 +159,6 @@ class CompressedLinear(nn.Module):
         """Storage on "meta" of a layer that is to be loaded."""
         empty: Format = self.format.empty(self.out_features, self.in_features, **self.form)
         return empty
-
-    def check_storage(self, storage: Format) -> None:
-        """Raise ValueError or TypeError unless the storage is whole and fits this layer."""
-        storage.validate()
-        if storage.shape != (self.out_features, self.in_features):
-            raise ValueError(
-                f"{self.format.TENSORS[0]}: expected a weight of "
-                f"{[self.out_features, self.in_features]}; got {list(storage.shape)}"
-            )
 
     def trained_weight(self) -> Tensor:
         """[N, K] as it will be stored, differentiable for ``weight`` (recovery state only)."""
@@ -192,12 +191,18 @@ class CompressedLinear(nn.Module):
     @property
     def density(self) -> float:
         """Share of the entries that are stored."""
-        return 1.0
+        return self.storage().density if self.frozen else 1.0
 
     @property
-    def thawed(self) -> bool:
-        """Whether the stored values are trained; of a layer that is frozen otherwise."""
-        return False
+    def closed_to_compress(self) -> str | None:
+        if self.frozen:
+            return "it is thawed" if self.thawed else "it is frozen already"
+        return None
+
+    def least_bytes(self) -> int:
+        empty = self.from_arguments({**self.arguments(), "frozen": True})
+        bias = 0 if self.bias is None else self.bias.nbytes
+        return bias + sum(t.nbytes for t in empty.buffers())
 
     # --- forward ----------------------------------------------------------------------------
 
@@ -241,7 +246,7 @@ class CompressedLinear(nn.Module):
         return quantize.from_grid(x, self.x_grid, torch.float32 if given is None else given.dtype)
 
     @property
-    def storage_names(self) -> tuple[str, ...]:
+    def storage_names(self) -> tuple[str, ...]:  # type: ignore[override]
         """Names of the buffers of the frozen state."""
         return self.format.TENSORS
 
@@ -295,15 +300,34 @@ class CompressedLinear(nn.Module):
 
     # --- frozen state -----------------------------------------------------------------------
 
-    def freeze(self: Self) -> Self:
+    def freeze(self: Self, storage: Format | None = None) -> Self:
         """Keep only the compressed storage; the float weight goes. In place; twice is once.
 
+        Args:
+            storage: what a quantiser made of the layer; None: the weight rounded to nearest.
+
         Raises:
-            ValueError: NaN or inf in the weight. The layer stays as it was.
+            ValueError, TypeError: NaN or inf in the weight, or a storage that is broken or of
+                another form. The layer stays as it was.
         """
-        if not self.frozen or self.thawed:
-            self.set_storage(self._convert())
+        if self.frozen and not self.thawed:
+            return self
+        if storage is None:
+            storage = self._convert()
+        else:
+            self._check_form(storage)
+            self.check_storage(storage)
+        self.set_storage(storage)
         return self
+
+    def _check_form(self, storage: Format) -> None:
+        empty = self.empty_storage()
+        if type(storage) is not type(empty):
+            expected, got = type(empty).__name__, type(storage).__name__
+            raise TypeError(f"storage: expected a {expected}; got a {got}")
+        form, given = self._sizes_of(empty), self._sizes_of(storage)
+        if form != given:
+            raise ValueError(f"storage: expected the form of the layer, {form}; got {given}")
 
     def set_storage(self, storage: Format) -> None:
         """Become frozen with this storage, at once: no half of it is ever seen, nor left behind."""
@@ -330,12 +354,6 @@ class CompressedLinear(nn.Module):
         with torch.no_grad():
             weight: Tensor = self.storage().to_dense()
             return weight.float()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of parameters and buffers."""
-        kept = [*self._parameters.values(), *self._buffers.values()]
-        return sum(t.nbytes for t in kept if t is not None)
 
     def __getattr__(self, name: str) -> Any:
         if name in self.trained_names and self.__dict__.get("frozen", False):
@@ -366,110 +384,6 @@ class CompressedLinear(nn.Module):
             "matrix that it stands for"
         )
 
-    # --- moving and loading -----------------------------------------------------------------
-
-    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        names = self.storage_names if self.frozen else ()
-        storage = [self._stored(name) for name in (*names, "x_grid")]
-        ids = {id(t) for s in storage if s is not None for t in (s, s.grad) if t is not None}
-
-        def move(t: Tensor) -> Tensor:
-            new = fn(t)
-            if id(t) not in ids:
-                return new
-            # .half() and channels_last mean the activations: storage keeps its dtype and layout.
-            new = new if new.dtype == t.dtype else t.to(new.device)
-            return new if new.stride() == t.stride() else new.contiguous()
-
-        super()._apply(move, recurse)
-        return self
-
-    def _stored(self, name: str) -> Tensor | None:
-        """A storage tensor: a buffer, or a Parameter where it is trained."""
-        found: Tensor | None = self._parameters.get(name, self._buffers.get(name))
-        return found
-
-    def _store(self, name: str, value: Tensor | None) -> None:
-        parameter = self._parameters.get(name)
-        if parameter is None or value is None:
-            self._buffers[name] = value
-        elif parameter.is_meta:  # its data cannot come from another device
-            self._parameters[name] = nn.Parameter(value.detach(), parameter.requires_grad)
-        else:
-            if parameter.shape != value.shape:
-                parameter.grad = None
-            parameter.data = value.detach()  # optimisers keep the object
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        if prefix + RETIRED in state_dict:
-            state_dict = {k: v for k, v in state_dict.items() if k != prefix + RETIRED}
-        state_dict = self._check_grid(state_dict, prefix, error_msgs)
-        if self.frozen:
-            state_dict = self._load_storage(state_dict, prefix, local_metadata, error_msgs)
-        missing: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
-        )
-        # A state_dict of nn.Linear has no mask: the layer's own pattern stays.
-        missing_keys.extend(key for key in missing if key != prefix + "mask")
-
-    def _check_grid(
-        self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]
-    ) -> dict[str, Any]:
-        """Refuse an ``x_grid`` that is none; the layer keeps its own then."""
-        own, given = self._buffers.get("x_grid"), state_dict.get(prefix + "x_grid")
-        if own is None or given is None or given.is_meta:
-            return state_dict
-        if self.frozen and "x_grid" in self.storage_names:
-            return state_dict
-        if not self.frozen and given.shape == own.shape and not bool(given.any()):
-            return state_dict  # not calibrated yet
-        try:
-            quantize.check_grid("x_grid", given)
-        except (TypeError, ValueError) as error:
-            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
-            return {**state_dict, prefix + "x_grid": own}
-        return state_dict
-
-    def _load_storage(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        error_msgs: list[str],
-    ) -> dict[str, Any]:
-        """Take whole, valid storage of whatever size; give the dict that is left to load."""
-        names = [name for name in self.storage_names if self._stored(name) is not None]
-        if any(prefix + name not in state_dict for name in names):
-            return state_dict  # torch names what is missing
-        found: dict[str, Tensor | None] = dict.fromkeys(self.storage_names)
-        found.update({name: state_dict[prefix + name].contiguous() for name in names})
-        try:
-            assert self._empty is not None
-            self.check_storage(self._empty.with_tensors(found))
-        except (TypeError, ValueError) as error:
-            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
-            found = {name: self._stored(name) for name in self.storage_names}
-        else:
-            if not local_metadata.get("assign_to_params_buffers", False):
-                for name in names:
-                    old, new = self._stored(name), found[name]
-                    assert old is not None
-                    assert new is not None
-                    found[name] = new.detach().to(old.device, copy=True)
-            for name, value in found.items():
-                self._store(name, value)
-        return {**state_dict, **{prefix + name: found[name] for name in names}}
-
     def extra_repr(self) -> str:
         text = (
             f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -488,8 +402,14 @@ class CompressedLinear(nn.Module):
             "bias": self.bias is not None,
             "activation": self.activation,
             "frozen": self.frozen,
-            **self.form,
+            **self.form_arguments(),
         }
+
+    def form_arguments(self) -> dict[str, Any]:
+        """The part of `arguments` that the format takes."""
+        if "format" in self.FIELDS:
+            return {"format": self.format.__name__, "form": self.form}
+        return self.form
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

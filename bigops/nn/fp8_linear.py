@@ -9,6 +9,7 @@ from torch import nn
 
 from bigops.formats.fp8 import Fp8Weight
 from bigops.nn.compressed_linear import CompressedLinear
+from bigops.nn.fields import COMPRESSED, TEXT
 
 
 class Fp8Linear(CompressedLinear):
@@ -24,6 +25,8 @@ class Fp8Linear(CompressedLinear):
     Raises:
         ValueError: unknown activation, a size below 0, or a form that is not there.
     """
+
+    FIELDS = COMPRESSED | {"scales": TEXT, "activations": TEXT}
 
     def __init__(
         self,

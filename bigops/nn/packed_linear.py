@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from bigops.formats import checks
+from bigops.formats.base import Format
 from bigops.formats.packed import SERVED, PackedWeight
+from bigops.nn import fields
 from bigops.nn.compressed_linear import STATES, CompressedLinear
 from bigops.nn.linear import Linear
 from bigops.ops.choice import Choice
@@ -29,6 +31,8 @@ class PackedBase(CompressedLinear):
     `load_state_dict` packs what it is given: files of packed and unpacked layers are the same.
     """
 
+    FIELDS = fields.COMPRESSED
+    unpacks = True
     storage_in_state = False
     _trained: dict[str, bool]  # requires_grad of each Parameter that is packed
 
@@ -59,15 +63,23 @@ class PackedBase(CompressedLinear):
             return self.run(x, self._arguments(), residual)
         return self.run_trained(x, residual)  # thawed, it is the layer that it was
 
+    @property
+    def closed_to_compress(self) -> str | None:
+        return "it is packed already; unpack_ gives the float weight back" if self.frozen else None
+
+    @property
+    def closed_to_pack(self) -> str | None:
+        return "it is packed already" if self.frozen else "it is thawed; freeze_ packs it"
+
     # --- packing and unpacking --------------------------------------------------------------
 
-    def freeze(self: Self) -> Self:
+    def freeze(self: Self, storage: Format | None = None) -> Self:
         """Pack: the float Parameters go, their panels are left. In place; twice is once.
 
         Raises:
             TypeError: a dtype that no packed kernel takes. The layer stays as it was.
         """
-        return super().freeze()
+        return super().freeze(storage)
 
     def set_storage(self, storage: Any) -> None:
         found = {name: self._parameters.get(name) for name in self.trained_names}

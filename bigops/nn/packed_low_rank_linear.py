@@ -33,6 +33,8 @@ class PackedLowRankLinear(PackedBase, FactoredLinear):
         ValueError: unknown activation, a size below 0, or a rank above the smaller side.
     """
 
+    FIELDS = FactoredLinear.FIELDS
+
     def __init__(
         self,
         in_features: int,

@@ -9,6 +9,7 @@ from torch import nn
 
 from bigops.formats.quantized import QuantizedWeight
 from bigops.nn.compressed_linear import CompressedLinear
+from bigops.nn.fields import COMPRESSED, FLAG, SIZE, TEXT, optional
 
 
 class QuantLinear(CompressedLinear):
@@ -26,6 +27,13 @@ class QuantLinear(CompressedLinear):
     Raises:
         ValueError: unknown activation, a size below 0, or a form that is not there.
     """
+
+    FIELDS = COMPRESSED | {
+        "bits": SIZE,
+        "group": optional(SIZE),
+        "symmetric": FLAG,
+        "activations": TEXT,
+    }
 
     def __init__(
         self,

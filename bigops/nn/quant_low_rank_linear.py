@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bigops.formats.base import Format
 from bigops.formats.low_rank import LowRankWeight
 from bigops.formats.quantized import QuantizedWeight
+from bigops.nn import fields
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.low_rank_linear import LowRankLinear, check_rank, density_of
 from bigops.ops.choice import Choice
@@ -26,6 +27,7 @@ class FactoredLinear(CompressedLinear):
     rank stays in either state.
     """
 
+    FIELDS = fields.COMPRESSED | {"rank": fields.SIZE}
     trained_names = ("u", "v")
     rank: int
     u: Tensor  # Parameters; absent once frozen
@@ -83,7 +85,7 @@ class FactoredLinear(CompressedLinear):
         return new.train(layer.training)
 
     @property
-    def storage_names(self) -> tuple[str, ...]:
+    def storage_names(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(f"{factor}_{name}" for factor in "uv" for name in self.format.TENSORS)
 
     def make_storage(self) -> LowRankWeight:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from bigops.formats import checks, quantize
 from bigops.formats.base import Format
-from bigops.formats.patterns import Pattern
+from bigops.formats.patterns import Criterion, Pattern, magnitude
 from bigops.formats.sparse import VALUES, SparseWeight
 from bigops.formats.sparse24 import check_blocks, uneven
 from bigops.formats.sparse_layout import chunk_rows
 from bigops.nn.compressed_linear import CompressedLinear, wants_gradient
+from bigops.nn.fields import COMPRESSED, FLAG, SIZE, TEXT, left_out
 from bigops.ops.choice import Choice
 from bigops.ops.family import op_of
 from bigops.ops.fused_linear import fused_linear
@@ -71,6 +72,14 @@ class SparseLinear(CompressedLinear):
             or activations that the values do not take.
     """
 
+    FIELDS = COMPRESSED | {
+        "pattern": TEXT,
+        "values": TEXT,
+        "chunk": SIZE,
+        "thawed": FLAG,
+        "activations": left_out(TEXT),
+    }
+    pattern: Pattern
     mask: Tensor
     values: Tensor  # once frozen
 
@@ -113,14 +122,15 @@ class SparseLinear(CompressedLinear):
         activation: str | None = None,
         mask: Tensor | None = None,
         activations: str = "dynamic",
+        criterion: Criterion = magnitude,
     ) -> SparseLinear:
         """A layer in recovery state that shares the Parameter objects of ``linear``.
 
         The values outside the pattern are left in the weight and masked in every use; what
-        `freeze()` stores has no trace of them. A ``mask`` of the caller's, one entry a block,
-        takes the place of the choice by size; for "2:4t" it keeps two entries in each row and
-        column of every 4 x 4 block. What the pattern of a `SparseLinear` dropped does not come back
-        by a new choice.
+        `freeze()` stores has no trace of them. ``criterion`` chooses what stays. A ``mask`` of the
+        caller's, one entry a block, takes its place; for "2:4t" it keeps two entries in each row
+        and column of every 4 x 4 block. What the pattern of a `SparseLinear` dropped does not come
+        back by a new choice.
 
         Raises:
             TypeError: ``linear`` is no `nn.Linear` and no compressed layer.
@@ -139,9 +149,9 @@ class SparseLinear(CompressedLinear):
         if mask is None:
             sparsity = check_sparsity(sparsity, new.pattern)
             if isinstance(linear, SparseLinear):
-                mask = _narrowed(linear, new.pattern, sparsity)
+                mask = _narrowed(linear, new.pattern, sparsity, criterion)
             else:
-                mask = new.pattern.mask(new.weight, sparsity)
+                mask = criterion(new.weight, new.pattern, sparsity)
         elif mask.dtype != torch.bool or mask.shape != new.mask.shape:
             raise ValueError(
                 f"mask: expected bool of shape {list(new.mask.shape)}; got {mask.dtype} of "
@@ -268,7 +278,7 @@ class SparseLinear(CompressedLinear):
     # --- the second form on a GPU ---------------------------------------------------------------
 
     @property
-    def gpu_nbytes(self) -> int:
+    def gpu_nbytes(self) -> int:  # type: ignore[override]
         """Bytes of the second form on a GPU, 0 where there is none."""
         form = self._gpu_form
         return 0 if form is None or isinstance(form, SparseWeight) else form.nbytes
@@ -321,7 +331,7 @@ class SparseLinear(CompressedLinear):
                 destination[prefix + "values"] = values if keep_vars else values.detach()
 
     @property
-    def thawed(self) -> bool:
+    def thawed(self) -> bool:  # type: ignore[override]
         """Whether ``values`` is a Parameter."""
         return "values" in self._parameters
 
@@ -357,6 +367,9 @@ class SparseLinear(CompressedLinear):
             return float(self.storage().density)
         return float(self.mask.float().mean()) if self.mask.numel() else 1.0
 
+    def picture(self) -> str | None:
+        return str(self.storage().picture())
+
     def arguments(self) -> dict[str, Any]:
         given = super().arguments()
         if self.activations == "dynamic":
@@ -378,13 +391,13 @@ class SparseLinear(CompressedLinear):
         )
 
 
-def _narrowed(old: SparseLinear, pattern: Pattern, sparsity: float) -> Tensor:
+def _narrowed(old: SparseLinear, pattern: Pattern, sparsity: float, criterion: Criterion) -> Tensor:
     """The mask of a new pattern for a layer that has one; what that dropped does not come back.
 
     The dropped entries still stand in the shared weight, so a block that holds one cannot stay.
     """
     n, k = old.weight.shape
-    mask = pattern.mask(old.masked_weight(), sparsity)
+    mask = criterion(old.masked_weight(), pattern, sparsity)
     if pattern == old.pattern:
         return mask & old.mask
     kept = old.pattern.expand(old.mask, n, k)

@@ -1,4 +1,4 @@
-"""What the arguments of a module in the header of a file may be, before anything is made of them.
+"""What the arguments of a module in a saved file may be, before anything is made of them.
 
 Constructors check little: ``nn.ReLU(inplace="no")`` is a module, and fails in its first call.
 """
@@ -51,6 +51,9 @@ INT = Field("a whole number", _is_int)
 NUMBER = Field("a number", _is_number)
 FLAG = one_of(True, False)
 TEXT = Field("a string", lambda got: isinstance(got, str))
+TABLE = Field(
+    "a table by name", lambda got: isinstance(got, dict) and all(isinstance(n, str) for n in got)
+)
 SIZES = Field(
     "a list of whole numbers from 0",
     lambda got: isinstance(got, list) and all(map(SIZE.takes, got)),
@@ -61,6 +64,13 @@ GATED = one_of(*act.GATED)
 LINEAR = {"in_features": SIZE, "out_features": SIZE, "bias": FLAG}
 ACTIVATED = {**LINEAR, "activation": PLAIN}
 COMPRESSED = {**ACTIVATED, "frozen": FLAG, "y_grid": left_out(FLAG)}
+GATED_MLP = {
+    "in_features": SIZE,
+    "hidden_features": SIZE,
+    "out_features": SIZE,
+    "activation": GATED,
+    "bias": FLAG,
+}
 
 
 def misfit(fields: Mapping[str, Field], arguments: Mapping[str, Any]) -> str | None:
