@@ -21,7 +21,7 @@ from bigops.benches.harness import OWN, Case, Side, compiled, optional_side
 from bigops.benches.limits import Cost
 from bigops.compress import Int8, Sparse
 from bigops.compress.config import Configs
-from bigops.ops.sparse_linear import block_mask
+from bigops.formats.patterns import block_mask
 
 HEAD = 64
 SPARSITY = 0.8

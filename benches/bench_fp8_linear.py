@@ -17,12 +17,12 @@ import bigops
 from bigops.benches import rivals
 from bigops.benches.harness import DTYPES, OWN, Case, LeftOut, Side, copies, in_turn, optional_side
 from bigops.benches.limits import Cost
-from bigops.ops import _fp8_weight as fp8
-from bigops.ops.fp8_linear import Fp8Weight, quantize_fp8
+from bigops.formats import fp8
+from bigops.formats.fp8 import Fp8Weight
 
 ROWS = (1, 16, 256, 4096)
 LAYERS = ((4096, 4096), (4096, 11008), (7168, 2048))  # (K, N)
-# What quantize_fp8 is given.
+# What `Fp8Weight.from_dense` is given.
 FORMATS: dict[str, dict[str, Any]] = {
     "row": {},
     "tensor": {"scales": "tensor"},
@@ -54,7 +54,7 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     x = torch.randn(case.m, case.k, device=device).to(dtype)
     weight = (torch.randn(case.n, case.k, device=device) * case.k**-0.5).to(dtype)
     bias = torch.randn(case.n, device=device).to(dtype)
-    own = quantize_fp8(weight, **FORMATS[str(case.params["form"])])
+    own = Fp8Weight.from_dense(weight, **FORMATS[str(case.params["form"])])
     flops = 2.0 * case.m * case.k * case.n
     moved = x.element_size() * case.m * (case.k + case.n)
     dense = Cost(case.dtype, flops, float(x.element_size() * case.n * case.k + moved))
@@ -80,7 +80,7 @@ def _scaled_mm(case: Case, x: Tensor, weight: Tensor, bias: Tensor, cost: Cost) 
         raise LeftOut(f"torch._scaled_mm is left out of the cases with scales by {form}")
     if x.device.type != "cuda" or torch.cuda.get_device_capability() < (8, 9):
         raise LeftOut("torch._scaled_mm is left out: it needs a GPU of capability 8.9 or later")
-    own = quantize_fp8(weight, form)
+    own = Fp8Weight.from_dense(weight, form)
     take = in_turn(copies(case, own, own.nbytes, _copy))
 
     def rounded() -> tuple[Tensor, Tensor]:
@@ -100,7 +100,7 @@ def _scaled_mm(case: Case, x: Tensor, weight: Tensor, bias: Tensor, cost: Cost) 
 
 
 def _copy(weight: Fp8Weight) -> Fp8Weight:
-    return Fp8Weight._make(t.clone() if isinstance(t, Tensor) else t for t in weight)
+    return weight.map(Tensor.clone)
 
 
 def test_fp8_linear(case: Case, versus: Callable[[Case], None]) -> None:

@@ -18,7 +18,8 @@ import bigops
 from bigops.benches import families, rivals
 from bigops.benches.harness import DTYPES, OWN, Case, Side, clones, copies, in_turn
 from bigops.benches.limits import Cost
-from bigops.ops.packed_linear import PackedWeight, pack_weight, packed_linear
+from bigops.formats.packed import PackedWeight
+from bigops.ops.packed_linear import packed_linear
 
 ROWS = (1, 16, 128, 1024)
 LAYERS = ((768, 3072), (1024, 1024), (4096, 4096))  # (K, N)
@@ -84,14 +85,17 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
         take_dense = in_turn(clones(case, weight))
         cublas = Side("dense", lambda: F.linear(x, take_dense(), bias), full, "cublas")
         return reference, [*sides, dataclasses.replace(cublas, reference=truth)]
-    packs = [in_turn(copies(case, p, p.nbytes, _copy)) for p in (pack_weight(u), pack_weight(v))]
+    packs = [
+        in_turn(copies(case, p, p.nbytes, _copy))
+        for p in (PackedWeight.from_dense(u), PackedWeight.from_dense(v))
+    ]
 
     def packed() -> Tensor:
         return packed_linear(packed_linear(x, packs[1]()), packs[0](), bias)
 
     sides.insert(1, Side("bigops packed", packed, low))
     full, truth = cost(case.k * case.n), [F.linear(x64, w64, b64)]
-    own = pack_weight(weight)
+    own = PackedWeight.from_dense(weight)
     take = in_turn(copies(case, own, own.nbytes, _copy))
     dense = [Side("bigops dense packed", lambda: packed_linear(x, take(), bias), full)]
     family = families.dense_fp32_sides if case.dtype == "fp32" else families.dense_bf16_sides
@@ -104,7 +108,7 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
 
 
 def _copy(weight: PackedWeight) -> PackedWeight:
-    return weight._replace(panels=weight.panels.clone())
+    return weight.replace(panels=weight.panels.clone())
 
 
 def test_low_rank_linear(case: Case, versus: Callable[[Case], None]) -> None:

@@ -17,6 +17,7 @@ import bigops
 from bigops.benches import families, rivals
 from bigops.benches.harness import DTYPES, OWN, Case, Side, clones, copies, in_turn
 from bigops.benches.limits import Cost
+from bigops.formats.packed import PackedWeight
 from bigops.nn import (
     GatedMLP,
     Linear,
@@ -25,7 +26,6 @@ from bigops.nn import (
     PackedLinear,
     PackedLowRankLinear,
 )
-from bigops.ops.packed_linear import PackedWeight, pack_weight
 
 CPU_ONLY = "packed_linear: a layout for CPUs; on a GPU fused_linear serves"
 ROWS = (1, 4, 16, 64, 256, 1024)
@@ -81,7 +81,7 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     cost = Cost(unit, 2.0 * case.m * case.k * case.n, moved)
     plain = rivals.eager(activation, False)
     reference = [plain(*(t.detach().double().cpu() for t in (x, weight, bias)))]
-    own = pack_weight(weight)
+    own = PackedWeight.from_dense(weight)
     take_own = in_turn(copies(case, own, own.nbytes, _copy))
     take_plain, take = in_turn(clones(case, weight)), in_turn(clones(case, weight))
     sides = [
@@ -147,7 +147,7 @@ def _plain_low_rank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def _copy(weight: PackedWeight) -> PackedWeight:
-    return weight._replace(panels=weight.panels.clone())
+    return weight.replace(panels=weight.panels.clone())
 
 
 def test_packed_linear(case: Case, versus: Callable[[Case], None]) -> None:

@@ -17,11 +17,11 @@ import bigops
 from bigops.benches import families, rivals, rivals_cuda
 from bigops.benches.harness import DTYPES, OWN, Case, Side, copies, in_turn
 from bigops.benches.limits import Cost
-from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
+from bigops.formats.quantized import QuantizedWeight
 
 ROWS = (1, 4, 16, 64, 128, 256, 1024)
 LAYERS = ((768, 3072), (1024, 1024), (4096, 4096), (4096, 11008))  # (K, N)
-# What quantize_weight is given, and the dtypes of x that the format is measured with.
+# What `QuantizedWeight.from_dense` is given, and the dtypes of x that the format is measured with.
 FORMATS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "int8": ({}, ("fp32", "bf16")),
     "w4": ({"bits": 4, "group": 64}, ("bf16", "fp32")),
@@ -70,7 +70,7 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     x = torch.randn(case.m, case.k, device=device).to(dtype)
     weight = (torch.randn(case.n, case.k, device=device) * case.k**-0.5).to(dtype)
     bias = torch.randn(case.n, device=device).to(dtype)
-    own = quantize_weight(weight, **FORMATS[form][0])
+    own = QuantizedWeight.from_dense(weight, **FORMATS[form][0])
     if own.activations == "none":
         weight = own.to_dense(dtype)
     flops = 2.0 * case.m * case.k * case.n
@@ -108,8 +108,7 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
 
 
 def _copy(weight: QuantizedWeight) -> QuantizedWeight:
-    kept = (t if t is None else t.clone() for t in weight.tensors)
-    return QuantizedWeight._make((*kept, *weight[5:]))
+    return weight.map(Tensor.clone)
 
 
 def test_quantized_linear(case: Case, versus: Callable[[Case], None]) -> None:

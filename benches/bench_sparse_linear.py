@@ -26,9 +26,11 @@ from bigops.benches.harness import (
     in_turn,
 )
 from bigops.benches.limits import Cost
-from bigops.ops._bitmap_linear import MAX_ROWS as BITMAP_ROWS
-from bigops.ops.quantized_linear import quantize_weight
-from bigops.ops.sparse_linear import Pattern, SparseWeight, bitmap_from_sparse, sparsify_weight
+from bigops.formats.bitmap import BitmapWeight
+from bigops.formats.patterns import Pattern
+from bigops.formats.quantized import QuantizedWeight
+from bigops.formats.sparse import SparseWeight
+from bigops.ops.sparse_linear.bitmap import MAX_ROWS as BITMAP_ROWS
 
 ROWS = (1, 4, 16, 64, 128, 256, 1024)
 SHAPES = ((768, 3072), (1024, 1024), (4096, 4096), (4096, 11008))
@@ -102,7 +104,7 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     mask = pattern.mask(weight, sparsity)
     full = pattern.expand(mask, case.n, case.k)
     weight = torch.where(full, weight, 0).to(dtype)
-    own = sparsify_weight(weight, mask, VALUES[values], (pattern.height, pattern.width))
+    own = SparseWeight.from_mask(weight, mask, VALUES[values], (pattern.height, pattern.width))
     if case.direction.startswith("backward"):
         return _backward(case, x, weight, own, full)
     bias = torch.randn(case.n, device=device).to(dtype)
@@ -145,9 +147,9 @@ def bitmap_side(
     case: Case, x: Tensor, own: SparseWeight, bias: Tensor, activation: str, cost: Cost
 ) -> Side:
     """The same entries as a bitmap and packed values: fewer bytes, for decode steps on a GPU."""
-    packed = bitmap_from_sparse(own)
+    packed = BitmapWeight.from_sparse(own)
     take = in_turn(
-        copies(case, packed, packed.nbytes, lambda w: w._replace(values=w.values.clone()))
+        copies(case, packed, packed.nbytes, lambda w: w.replace(values=w.values.clone()))
     )
     return Side(
         f"{OWN} bitmap",
@@ -160,8 +162,8 @@ def _dense_int8(
     case: Case, x: Tensor, weight: Tensor, bias: Tensor, activation: str, flops: float, moved: int
 ) -> Side:
     """Our own dense int8: sparse int8 is to beat the best dense one, whoever made it."""
-    own = quantize_weight(weight)
-    take = in_turn(copies(case, own, own.nbytes, lambda w: w._replace(values=w.values.clone())))
+    own = QuantizedWeight.from_dense(weight)
+    take = in_turn(copies(case, own, own.nbytes, lambda w: w.replace(values=w.values.clone())))
     return Side(
         "dense int8 of bigops",
         lambda: bigops.quantized_linear(x, take(), bias, None, activation),
@@ -176,7 +178,7 @@ def _backward(
     grad = torch.randn(case.m, case.n, device=x.device).to(x.dtype)
     want_x = case.direction == "backward-x"
     op = torch.ops.bigops.sparse_linear_backward
-    fixed = (*own.tensors, case.n, own.chunk, None, "none", want_x, not want_x, False)
+    fixed = (*own.arguments, None, "none", want_x, not want_x, False)
 
     def ours() -> Tensor:
         gx, gv, _ = op(grad, x, *fixed)
@@ -194,13 +196,13 @@ def _backward(
     mine = Side(OWN, ours, Cost("fp32", total * kept, float(own.nbytes + moved)))
     theirs = Side("eager", eager, Cost(case.dtype, total, float(moved)), "aten mm")
     if not want_x:
-        mine = replace(mine, shown=lambda v: own._replace(values=v, scale=None).to_dense())
+        mine = replace(mine, shown=lambda v: own.replace(values=v, scale=None).to_dense())
         theirs = replace(theirs, shown=lambda g: torch.where(full, g, 0))
     return [truth.cpu()], [mine, theirs]
 
 
 def _copy(weight: SparseWeight) -> SparseWeight:
-    return weight._replace(values=weight.values.clone(), index=weight.index.clone())
+    return weight.replace(values=weight.values.clone(), index=weight.index.clone())
 
 
 def test_sparse_linear(case: Case, versus: Callable[[Case], None]) -> None:

@@ -3,11 +3,11 @@
     python -m bigops.benches.gpu_ladder [--csv FILE] [--seconds 110]
 
 The first thing to time on a GPU that bigops never met: whether the products reach the ceilings that
-torch's own reach on it, and whether the tile that the model (kernels/tile_model.py) chooses is the
-fastest of those that ship. One line per case and provider, printed when it is known: microseconds
-(median of `PAIRS` interleaved rounds, by events), TFLOP/s or GB/s, whichever is nearer to its
-ceiling of the same run, that share, the speed-up over torch, and the distance of the result from
-torch's, since garbage is made fast, too.
+torch's own reach on it, and whether the tile that the model (kernels/common/tile_model.py) chooses
+is the fastest of those that ship. One line per case and provider, printed when it is known:
+microseconds (median of `PAIRS` interleaved rounds, by events), TFLOP/s or GB/s, whichever is nearer
+to its ceiling of the same run, that share, the speed-up over torch, and the distance of the result
+from torch's, since garbage is made fast, too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import bigops
 from bigops import backend, timing
 from bigops.benches import limits_gpu
 from bigops.kernels import fused_linear as kernels
-from bigops.kernels import tiles
+from bigops.kernels.common import tiles
 
 PAIRS = 20
 SETS = 3  # of inputs, in turn
@@ -142,7 +142,7 @@ def eager(rung: Rung, inputs: Inputs) -> Tensor:
 
 def sides(rung: Rung, device: torch.device) -> dict[str, Callable[[Inputs], Tensor]]:
     """Providers of a rung: torch, bigops as it serves, and each shipped tile where asked for."""
-    code = bigops.kernels.activation.NAMES.index(rung.activation)
+    code = bigops.kernels.common.activation.NAMES.index(rung.activation)
 
     def served(inputs: Inputs) -> Tensor:
         return bigops.fused_linear(*inputs, rung.activation)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import bigops
 from bigops import backend, timing
+from bigops.backend import machine
 from bigops.benches.limits import Cost, Limits
 from bigops.benches.rows import OWN as OWN  # bench files take it from here
 from bigops.benches.rows import Row, is_own
@@ -259,7 +260,7 @@ def versions(device: str = "cpu") -> str:
     if device == "cpu":
         return text
     runtime = f"hip={torch.version.hip}" if torch.version.hip else f"cuda={torch.version.cuda}"
-    return f"{text} triton={backend.triton_version()} {runtime}"
+    return f"{text} triton={machine.triton_version()} {runtime}"
 
 
 # --- all cases ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bigops import backend
+from bigops.backend import machine
 from bigops.benches import limits_gpu
 
 UNITS = {"fp32": "f32", "bf16": "bf16", "int8": "s8"}  # our name -> the meter's
@@ -44,7 +44,7 @@ class Limits:
 
         A limit is the best of a few tries: a neighbour on the machine can only make it look lower.
         """
-        extension = backend.extension
+        extension = machine.extension
         threads = torch.get_num_threads()
         if device != "cpu":
             there = torch.device(device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bigops import timing
-from bigops.kernels.tiles import device_arch
+from bigops.kernels.common.tiles import device_arch
 
 SIZE = 8192
 COPIED = 1 << 30  # bytes, past every L2 cache

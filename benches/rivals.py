@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigops import backend
+from bigops.backend import machine
 from bigops.benches.harness import Case, LeftOut, Side, clones, compiled, copies, in_turn
 from bigops.benches.limits import Cost
 
@@ -315,7 +315,7 @@ def dynamic_int8(
 
 
 def _isas() -> list[str]:
-    return list(backend.extension.isas()) if backend.extension else []
+    return list(machine.extension.isas()) if machine.extension else []
 
 
 def eager_side(

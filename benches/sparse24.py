@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bigops
-from bigops import backend
+from bigops.backend import machine
 from bigops.benches import rivals
 from bigops.benches.harness import DTYPES, OWN, Case, LeftOut, Side, compiled, optional_side
 from bigops.benches.limits import Cost
-from bigops.kernels.tiles import device_arch
-from bigops.ops import _sparse24_linear as op
-from bigops.ops._sparse24_weight import Sparse24Weight, pack24, prune24
-from bigops.ops.sparse_linear import transposable_mask
+from bigops.formats.patterns import transposable_mask
+from bigops.formats.sparse24 import Sparse24Weight
+from bigops.kernels.common.tiles import device_arch
+from bigops.ops.family import Call
+from bigops.ops.sparse_linear import sparse24 as op
+from bigops.ops.sparse_linear.sparse24_pack import pack24, prune24
 
 PATTERN = "2:4t packed"
 SHAPES = ((1024, 1024), (4096, 4096), (4096, 11008))
@@ -73,9 +75,7 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     plain = rivals.eager("none", False)
     sides = [Side(OWN, lambda: bigops.sparse_linear(x, own, bias), sparse)]
     if _beside_default(x, own):
-        sides.append(
-            Side("bigops mma.sp", lambda: op._forward(x, *own.tensors, bias, None, "none"), sparse)
-        )
+        sides.append(Side("bigops mma.sp", lambda: op.product(Call(x, own, bias)), sparse))
     sides.append(rivals.eager_side(case, x, weight, (bias,), plain, dense))
     sides.append(rivals.dense_compiled(case, x, weight, bias, plain, dense))
     optional_side(sides, _semi_structured, weight, lambda w: F.linear(x, w, bias), sparse)
@@ -84,9 +84,9 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
 
 def _beside_default(x: Tensor, weight: Sparse24Weight) -> bool:
     """Whether the kernels run on this GPU without being its default."""
-    if not x.is_cuda or backend.cuda_error or op.serves(x, weight.values.dtype):
+    if not x.is_cuda or machine.cuda_error or op.serves(weight.values.dtype, weight.k, x.device):
         return False
-    return backend.cuda_runs_on(device_arch(x.device))
+    return machine.cuda_runs_on(device_arch(x.device))
 
 
 def _backward(
@@ -95,10 +95,12 @@ def _backward(
     """gx = gz W, or gz^T x where values are stored."""
     grad = torch.randn(case.m, case.n, device=x.device).to(x.dtype)
     want_x = case.direction == "backward-x"
-    args = (grad, x, *own.tensors, None, "none", want_x, not want_x, False)
+    args = (grad, x, *own.arguments, None, "none", want_x, not want_x, False)
+
+    needs = {"need_x": want_x, "need_values": not want_x, "need_bias": False}
 
     def shown(found: Any) -> Tensor:
-        return found[0] if want_x else own._replace(values=found[1]).to_dense()
+        return found[0] if want_x else own.replace(values=found[1]).to_dense()
 
     def product(g: Tensor, other: Tensor) -> Tensor:
         return g @ other if want_x else g.t() @ other
@@ -109,7 +111,14 @@ def _backward(
     dense = Cost(case.dtype, total, float(weight.nbytes + moved))
     sides = [Side(OWN, lambda: torch.ops.bigops.sparse24_linear_backward(*args), mine, shown=shown)]
     if _beside_default(x, own):
-        sides.append(Side("bigops mma.sp", lambda: op._backward(*args), mine, shown=shown))
+        sides.append(
+            Side(
+                "bigops mma.sp",
+                lambda: op.gradients(grad, Call(x, own), **needs),
+                mine,
+                shown=shown,
+            )
+        )
     other = weight if want_x else x
     only = None if want_x else lambda g: torch.where(kept, g, 0)
     sides.append(Side("eager", lambda: product(grad, other), dense, "aten mm", shown=only))

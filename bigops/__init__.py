@@ -16,19 +16,18 @@ _HOME = {
     "fused_grad_norm": "bigops.ops.fused_adamw",
     "fused_linear": "bigops.ops.fused_linear",
     "low_rank_linear": "bigops.ops.low_rank_linear",
-    "pack_weight": "bigops.ops.packed_linear",
     "packed_linear": "bigops.ops.packed_linear",
     "fused_sgd": "bigops.ops.fused_adamw",
     "linear_cross_entropy": "bigops.ops.linear_cross_entropy",
-    "quantize_fp8": "bigops.ops.fp8_linear",
-    "quantize_weight": "bigops.ops.quantized_linear",
     "quantized_linear": "bigops.ops.quantized_linear",
     "sparse_linear": "bigops.ops.sparse_linear",
-    "explain": "bigops.backend",
-    "report": "bigops.backend",
-    "fuse_": "bigops.nn.fuse",
-    "pack_": "bigops.nn.pack",
-    "unpack_": "bigops.nn.pack",
+    "explain": "bigops.ops.explain",
+    "report": "bigops.ops.report",
+    "add_lora_": "bigops.graph.add_lora",
+    "fuse_": "bigops.graph.fuse",
+    "pack_": "bigops.graph.pack",
+    "plain": "bigops.graph.plain",
+    "unpack_": "bigops.graph.pack",
     "Fp8": "bigops.compress.config",
     "Int4": "bigops.compress.config",
     "Int8": "bigops.compress.config",
@@ -43,7 +42,18 @@ _HOME = {
     "load": "bigops.compress.store",
     "save": "bigops.compress.store",
 }
-_ROOMS = ("backend", "compress", "nn", "ops", "parallel", "timing", "train")
+_ROOMS = (
+    "backend",
+    "compress",
+    "formats",
+    "graph",
+    "nn",
+    "ops",
+    "optim",
+    "parallel",
+    "timing",
+    "train",
+)
 
 __all__ = [
     "W4A8",
@@ -55,9 +65,11 @@ __all__ = [
     "LowRank",
     "Receipt",
     "Sparse",
+    "add_lora_",
     "compress",
     "compress_",
     "explain",
+    "formats",
     "fp8_linear",
     "freeze_",
     "fuse_",
@@ -71,11 +83,9 @@ __all__ = [
     "nn",
     "ops",
     "pack_",
-    "pack_weight",
     "packed_linear",
     "parallel",
-    "quantize_fp8",
-    "quantize_weight",
+    "plain",
     "quantized_linear",
     "report",
     "save",
@@ -85,22 +95,25 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from bigops import compress, nn, ops, parallel, train
-    from bigops.backend import explain, report
+    from bigops import compress, formats, nn, ops, parallel, train
     from bigops.compress.apply import compress_, freeze_
     from bigops.compress.config import W4A8, Fp8, Int4, Int8, LowRank, Sparse
     from bigops.compress.receipt import Floors, Receipt
     from bigops.compress.store import load, save
     from bigops.files import FormatError
-    from bigops.nn.fuse import fuse_
-    from bigops.nn.pack import pack_, unpack_
-    from bigops.ops.fp8_linear import fp8_linear, quantize_fp8
+    from bigops.graph.add_lora import add_lora_
+    from bigops.graph.fuse import fuse_
+    from bigops.graph.pack import pack_, unpack_
+    from bigops.graph.plain import plain
+    from bigops.ops.explain import explain
+    from bigops.ops.fp8_linear import fp8_linear
     from bigops.ops.fused_adamw import fused_adamw, fused_grad_norm, fused_sgd
     from bigops.ops.fused_linear import fused_linear
     from bigops.ops.linear_cross_entropy import linear_cross_entropy
     from bigops.ops.low_rank_linear import low_rank_linear
-    from bigops.ops.packed_linear import pack_weight, packed_linear
-    from bigops.ops.quantized_linear import quantize_weight, quantized_linear
+    from bigops.ops.packed_linear import packed_linear
+    from bigops.ops.quantized_linear import quantized_linear
+    from bigops.ops.report import report
     from bigops.ops.sparse_linear import sparse_linear
 
 

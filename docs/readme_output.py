@@ -226,12 +226,12 @@ def machine() -> str:
     """The machine of a run, in words."""
     import torch
 
-    from bigops import backend
+    from bigops.backend import machine as here
 
     names = []
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    isa = backend.extension.isa() if backend.extension is not None else "no extension"
+    isa = here.extension.isa() if here.extension is not None else "no extension"
     cpu = names[0] if names else "a CPU"
     return f"{os.cpu_count()} cores of {cpu} ({isa}), torch {torch.__version__}"
 

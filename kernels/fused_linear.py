@@ -1,8 +1,8 @@
 """Triton kernels of `fused_linear`: y = act(x W^T + bias) + residual, forward and backward.
 
-One strided GEMM (gemm.py) serves all three products: x W^T with its epilogue, gz W and gz^T x. The
-gradient of the pre-activation and the column sum for the bias come from one elementwise kernel,
-with no atomics: the order of summation depends on the shape alone.
+One strided GEMM (common/gemm.py) serves all three products: x W^T with its epilogue, gz W and
+gz^T x. The gradient of the pre-activation and the column sum for the bias come from one elementwise
+kernel, with no atomics: the order of summation depends on the shape alone.
 """
 
 import torch
@@ -10,14 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuned
-from .activation import NONE, activate, derivative, split_code
-from .launch import launch_options, on_device
-from .product import product
-from .tiles import (
+from bigops.kernels.common import tuned
+from bigops.kernels.common.activation import NONE, activate, derivative, split_code
+from bigops.kernels.common.launch import check_alike, contiguous, launch_options, on_device
+from bigops.kernels.common.product import product
+from bigops.kernels.common.tiles import (
     DTYPES,
     FORMS,
     TileConfig,
+    arch_of,
     choose_config,
     device_arch,
     pointwise_config,
@@ -25,7 +26,6 @@ from .tiles import (
 )
 
 _MAX_GRID_Y = 65535  # CUDA C++ Programming Guide, "Technical Specifications"
-_MAX_SIZE = 2**31 - 2**12  # tile indices are 32 bit and may overhang an edge by one tile
 
 
 @triton.jit
@@ -108,22 +108,6 @@ def sum_rows(
     tl.store(out + cols, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=in_n)
 
 
-def _check(**tensors: Tensor | None) -> None:
-    present = {name: t for name, t in tensors.items() if t is not None}
-    name0, first = next(iter(present.items()))
-    if first.dtype not in DTYPES:
-        allowed = ", ".join(str(d) for d in DTYPES)
-        raise TypeError(f"{name0}: expected one of {allowed}; got {first.dtype}")
-    for name, t in present.items():
-        if t.dtype != first.dtype or t.device != first.device:
-            raise TypeError(
-                f"{name}: expected {first.dtype} on {first.device} like {name0}; "
-                f"got {t.dtype} on {t.device}"
-            )
-        if max(t.shape, default=0) > _MAX_SIZE:
-            raise ValueError(f"{name}: expected sizes up to {_MAX_SIZE}; got {tuple(t.shape)}")
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -152,11 +136,11 @@ def forward(
         ValueError: unknown activation, or a size past 2^31.
     """
     act, gated = split_code(activation)
-    _check(x=x, weight=weight, bias=bias, residual=residual)
+    check_alike(x=x, weight=weight, bias=bias, residual=residual)
     return product(
         x,
         weight.t(),
-        bias=None if bias is None else bias.contiguous(),
+        bias=contiguous(bias),
         residual=residual,
         act=act,
         gated=gated,
@@ -254,7 +238,7 @@ def backward(
         ValueError: unknown activation, a missing ``preact``, or a size past 2^31.
     """
     act, _ = split_code(activation)
-    _check(x=x, grad=grad, weight=weight, preact=preact)
+    check_alike(x=x, grad=grad, weight=weight, preact=preact)
     plain = act == NONE.value
     if preact is None and not plain:
         raise ValueError(f"preact: expected a tensor for activation {activation}; got None")
@@ -293,12 +277,7 @@ def explain(
         ValueError: an unknown activation or target, or "cuda" where torch sees no GPU.
     """
     _, gated = split_code(activation)
-    if target == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(
-                "device: torch sees no GPU here; expected an architecture such as sm_90; got 'cuda'"
-            )
-        target = device_arch(torch.device("cuda", torch.cuda.current_device()))
+    target = arch_of(target)
     n = rows // 2 if gated else rows
     aligned = n % 16 == 0 and k % 16 == 0
     config = choose_config(target, dtype, m, n, k, gated, aligned, aligned and k > 0)

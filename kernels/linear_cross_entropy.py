@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import TANH, activate
-from .launch import launch_options, on_device
-from .tiles import DTYPES, device_arch, pointwise_config
+from bigops.kernels.common.activation import TANH, activate
+from bigops.kernels.common.launch import check_dtype, contiguous, launch_options, on_device
+from bigops.kernels.common.tiles import device_arch, pointwise_config
 
 _MAX_SIZE = 2**31 - 2**16  # column indices are 32 bit and may overhang the edge by one block
 
@@ -146,9 +146,7 @@ def block_size(arch: str, classes: int) -> tuple[int, int]:
 
 
 def _check(logits: Tensor, **parts: tuple[Tensor | None, int, torch.dtype]) -> None:
-    if logits.dtype not in DTYPES:
-        allowed = ", ".join(str(d) for d in DTYPES)
-        raise TypeError(f"logits: expected one of {allowed}; got {logits.dtype}")
+    check_dtype("logits", logits)
     if logits.dim() != 2 or not logits.is_contiguous() or max(logits.shape) > _MAX_SIZE:
         raise ValueError(
             f"logits: expected contiguous [M, V] of sizes up to {_MAX_SIZE}; "
@@ -214,9 +212,9 @@ def chunk(
         cross_entropy_rows[(m,)](
             logits,
             target.contiguous(),
-            None if bias is None else bias.contiguous(),
-            None if class_weight is None else class_weight.contiguous(),
-            None if scale is None else scale.contiguous(),
+            contiguous(bias),
+            contiguous(class_weight),
+            contiguous(scale),
             losses,
             v,
             ignore_index,

@@ -21,6 +21,10 @@ import torch
 
 import bigops.ops  # noqa: F401  registers the ops
 from bigops import backend
+from bigops.backend import machine
+from bigops.ops import targets
+from bigops.ops.family import Call, LinearOp
+from bigops.ops.library import in_words
 from tests import hostrun
 from tests.guarded import guarded
 from tests.kernels_ran import ISAS, isa
@@ -78,12 +82,11 @@ def built(op: str) -> Iterator[None]:
     """As where bigops/_cuda was built: what it serves goes there."""
     _load("fused_adamw" if op in _STEPS else op)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "cuda_error", "")
-        patch.setattr(backend, "cuda_runs_on", lambda arch: True)
-        sparse24 = sys.modules["bigops.ops._sparse24_linear"]
-        patch.setattr(sparse24, "serves", lambda x, stored: sparse24._fits(x.shape[-1], stored))
-        steps = sys.modules["bigops.ops._cuda_adamw"]
-        patch.setattr(steps, "serves", lambda tensors: op in _STEPS and len(tensors) > 0)
+        patch.setattr(machine, "cuda_error", "")
+        patch.setattr(machine, "cuda_runs_on", lambda arch: True)
+        patch.setattr(targets, "cuda_arch", lambda target: "sm_80")
+        steps = sys.modules["bigops.ops.fused_adamw.cuda"]
+        patch.setattr(steps, "cuda_built_for", lambda target: op in _STEPS)
         yield
 
 
@@ -140,6 +143,24 @@ class Way(NamedTuple):
         assert backward or not gradients, f"{self}: no backward among {names}"
         for fragment in fragments if self.name != "reference" else ():
             assert any(fragment in name for name in names), f"no {fragment!r} among {names}"
+
+
+def serve_by(
+    patch: pytest.MonkeyPatch,
+    op: LinearOp,
+    forward: Callable[[Call], torch.Tensor],
+    backward: Callable[..., tuple[torch.Tensor, ...]] | None = None,
+) -> None:
+    """Let these serve the public calls of an op, as where it is dispatched to their kernels."""
+
+    def gradients(grad: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
+        assert backward is not None
+        call, needs = op.gradients.call(grad, *args)
+        return backward(grad, call, **needs)
+
+    patch.setattr(op, "forward", in_words(op.forward, lambda *args: forward(op.call(*args))))
+    if backward is not None:
+        patch.setattr(op.gradients, "backward", in_words(op.gradients.backward, gradients))
 
 
 @contextlib.contextmanager

@@ -19,18 +19,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigops.ops import _fp8_weight as fp8
-from bigops.ops._quantize import quantize_rows, static_grid
-from bigops.ops.fp8_linear import Fp8Weight, fp8_linear, quantize_fp8
-from bigops.ops.packed_linear import PackedWeight, pack_weight, packed_linear
-from bigops.ops.quantized_linear import quantize_weight, quantized_linear
-from bigops.ops.sparse_linear import Pattern, SparseWeight, sparse_linear, sparsify_weight
+from bigops.formats import fp8
+from bigops.formats.fp8 import Fp8Weight
+from bigops.formats.packed import PackedWeight
+from bigops.formats.patterns import Pattern
+from bigops.formats.quantize import quantize_rows, static_grid
+from bigops.formats.quantized import QuantizedWeight
+from bigops.formats.sparse import SparseWeight
+from bigops.ops.family import Call, LinearOp, op_of
+from bigops.ops.fp8_linear import fp8_linear
+from bigops.ops.packed_linear import packed_linear
+from bigops.ops.quantized_linear import quantized_linear
+from bigops.ops.sparse_linear import sparse_linear
 from tests.kernels_ran import ISAS, threads
 from tests.linear_cases import act, curvature, offset, slope
 from tests.tolerance import check
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-# What quantize_weight is given, by the name of the format.
+# What `QuantizedWeight.from_dense` is given, by the name of the format.
 QUANTISED: dict[str, dict[str, Any]] = {
     "int8": {},
     "int8_zero": {"symmetric": False},
@@ -46,7 +52,7 @@ QUANTISED: dict[str, dict[str, Any]] = {
     "w4a8_zero": {"bits": 4, "group": 128, "symmetric": False, "activations": "symmetric"},
     "w4a8_static": {"bits": 4, "group": 32, "activations": "static"},
 }
-# The same of quantize_fp8.
+# The same of `Fp8Weight.from_dense`.
 FP8: dict[str, dict[str, Any]] = {
     "fp8": {},
     "fp8_tensor": {"scales": "tensor"},
@@ -133,11 +139,19 @@ class Case:
 
     @property
     def storage(self) -> tuple[Any, ...]:
-        """The weight as the raw op takes it: its tensors, then its sizes."""
-        if self.sparse:
-            return (*self.weight.tensors, self.weight.shape[0], self.weight.chunk)
+        """The weight as the raw op takes it."""
         arguments: tuple[Any, ...] = self.weight.arguments
         return arguments
+
+    @property
+    def linear_op(self) -> LinearOp:
+        """What makes the op: its reference, its gradients, its raw overloads."""
+        return op_of(type(self.weight))
+
+    @property
+    def call(self) -> Call:
+        """The call as kernels and references take it."""
+        return Call(self.x, self.weight, self.bias, self.residual, self.name)
 
     @property
     def op(self) -> str:
@@ -147,18 +161,21 @@ class Case:
             return "fp8_linear"
         return "sparse_linear" if self.sparse else "quantized_linear"
 
+    def _stored(self, *values: Tensor | None) -> Any:
+        """The weight, with other values where they are a leaf."""
+        return self.weight.replace(values=values[0]) if values else self.weight
+
     def public(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         """The call by the public function: x, values where they are a leaf, bias, residual."""
         *values, bias, residual = rest
-        weight = self.weight._replace(values=values[0]) if values else self.weight
-        y: Tensor = _PUBLIC[self.op](x, weight, bias, residual, self.name)
+        y: Tensor = _PUBLIC[self.op](x, self._stored(*values), bias, residual, self.name)
         return y
 
     def raw(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         """The call by `torch.ops`."""
         *values, bias, residual = rest
-        storage = (*values, *self.storage[len(values) :])
-        y: Tensor = getattr(torch.ops.bigops, self.op)(x, *storage, bias, residual, self.name)
+        arguments = self._stored(*values).arguments
+        y: Tensor = getattr(torch.ops.bigops, self.op)(x, *arguments, bias, residual, self.name)
         return y
 
     def rows(self, m: int) -> Case:
@@ -168,7 +185,7 @@ class Case:
 
     def with_values(self, values: Tensor) -> Case:
         """The same case with other stored values."""
-        weight = self.weight._replace(values=values)
+        weight = self.weight.replace(values=values)
         return replace(self, weight=weight, dense=weight.to_dense(torch.float64))
 
     def leaves(self) -> list[Tensor | None]:
@@ -352,15 +369,15 @@ def make(
         options = dict(QUANTISED[form])
         if options.get("activations") == "static":
             options["x_grid"] = static_grid(-2.0, 3.0)  # some of x lies outside
-        weight = quantize_weight(w, **options)
+        weight = QuantizedWeight.from_dense(w, **options)
     elif form in FP8:
-        weight = quantize_fp8(w, **FP8[form])
+        weight = Fp8Weight.from_dense(w, **FP8[form])
     elif form == "packed":
-        weight = pack_weight(w.to(DTYPES[dtype]))
+        weight = PackedWeight.from_dense(w.to(DTYPES[dtype]))
     else:
         how = Pattern.parse(pattern)
         stored = VALUES[SPARSE[form]]
-        weight = sparsify_weight(w, how.mask(w, sparsity), stored, (how.height, how.width))
+        weight = SparseWeight.from_mask(w, how.mask(w, sparsity), stored, (how.height, how.width))
     to = DTYPES[dtype]
     return Case(
         x.to(to),

@@ -2,12 +2,14 @@
 
 Each row carries two digests of what decides its machine code. ``digest`` is of what is written: the
 kernel's source with all that it calls, the types and constants of the compilation, the options, the
-device and triton's version; all rows take a second. ``ir`` is of what the compiler gets: the
-intermediate code that triton's front end makes of that, without places in files, and the options
-with their defaults; a row takes 40 ms. While either is that of its row, compiling again gives what
-the row says. So a source that moved (by a branch that this kernel does not take, or an option that
-was the default) costs a row its front end alone, and CI compiles a sample and the rows whose
-intermediate code has moved; all take half an hour of two cores.
+device and triton's version; all rows take a second. ``ir`` is of what the back end gets: the
+intermediate code after triton's first stage, without places in files, and the options with their
+defaults; a row takes 40 ms. That stage inlines what a kernel calls and hoists its constants, whose
+order does not count: so it is the same whichever function of which file holds a line. While either
+is that of its row, compiling again gives what the row says. So a source that moved (to a function
+of its own, by a branch that this kernel does not take, or an option that was the default) costs a
+row that stage alone, and CI compiles a sample and the rows whose intermediate code has moved; all
+take half an hour of two cores.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import ast
 import csv
 import functools
 import hashlib
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,7 +56,7 @@ def digest(source: Any, target: Any, options: Mapping[str, Any]) -> str:
 
 
 def ir_digest(source: Any, target: Any, options: Mapping[str, Any]) -> str:
-    """Of what triton's compiler gets of the same arguments: intermediate code, resolved options."""
+    """Of what triton's first stage makes of the same arguments, and of the resolved options."""
     backend = make_backend(target)
     resolved = backend.parse_options(dict(options))
     context = ir.context()
@@ -66,9 +69,21 @@ def ir_digest(source: Any, target: Any, options: Mapping[str, Any]) -> str:
         backend.get_module_map(),
         context,
     )
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, resolved, source.language)
+    module = stages["ttir"](module, {})
     values = {name: value for name, value in vars(resolved).items() if name not in _PATHS}
-    parts = [triton.__version__, str(target), repr(sorted(values.items())), module.str_nodebug()]
+    code = _without_order_of_constants(module.str_nodebug())
+    parts = [triton.__version__, str(target), repr(sorted(values.items())), code]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _without_order_of_constants(code: str) -> str:
+    """``code`` with each constant where it is used, not at the head of the function."""
+    defined = r"^\s*(%\w+) = (arith\.constant .*)\n"
+    constants = dict(re.findall(defined, code, re.MULTILINE))
+    code = re.sub(defined, "", code, flags=re.MULTILINE)
+    return re.sub(r"%[a-z]\w*", lambda name: constants.get(name[0], name[0]), code)
 
 
 def _text(value: Any) -> str:

@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bigops.kernels import fp8_gradient as gradient
-from bigops.kernels import fp8_linear as kernels
-from bigops.kernels import fp8_tiles
-from bigops.kernels.activation import NAMES, split_code
+from bigops.kernels.fp8_linear import forward as kernels
+from bigops.kernels.fp8_linear import gradient, rows
+from bigops.kernels.fp8_linear import tiles as fp8_tiles
+from tests.gpu_jobs import constants_of, other_activations, pointer
+from tests.gpu_jobs import words as words_of
 
 KERNELS = {
     "fp8_gemm": kernels.fp8_gemm,
-    "quantize_fp8": kernels.quantize_fp8,
+    "quantize_fp8": rows.quantize_fp8,
     "fp8_gradient": gradient.fp8_gradient,
 }
-TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 # The matrix instructions of e4m3: others in such a row would be no fp8 product.
 CODE_COUNTS = {
     "mma": r"QMMA",
@@ -61,9 +61,8 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
                 for form in ("tensor", "block_even", "block_wide", "block_preact"):
                     yield job(arch, "fp8_gemm", f"{kind}_{form}", "bf16", entry.config, "gelu")
             if main and kind == "f8a8":  # the epilogue is that of both kinds
-                for code, name in enumerate(NAMES):
-                    if not split_code(code)[1] and name != "gelu":
-                        yield job(arch, "fp8_gemm", "f8a8_row", "bf16", entry.config, name)
+                for name in other_activations(False, "gelu"):
+                    yield job(arch, "fp8_gemm", "f8a8_row", "bf16", entry.config, name)
     for form, dtype in (
         ("row", "f32"), ("row", "bf16"), ("row", "f16"), ("block", "bf16"), ("static", "bf16"),
         ("row_loose", "bf16"), ("block_loose", "bf16"), ("row_ones", "bf16"),
@@ -99,14 +98,9 @@ def _rows(arch: str, form: str) -> Any:
     )
 
 
-def _words(job: Any) -> list[str]:
-    words: list[str] = job.form.split("_")
-    return words
-
-
 def rounded(job: Any) -> bool:
     """Whether the row multiplies codes by codes, widened or not."""
-    return job.kernel == "fp8_gemm" and _words(job)[0] == "f8a8"
+    return job.kernel == "fp8_gemm" and words_of(job)[0] == "f8a8"
 
 
 def by_unit(job: Any) -> bool:
@@ -116,7 +110,7 @@ def by_unit(job: Any) -> bool:
 
 def unaligned(job: Any) -> tuple[str, ...]:
     """Names of the arguments that do not divide by 16."""
-    words = _words(job)
+    words = words_of(job)
     if job.kernel == "quantize_fp8":  # the rows of q are ours
         loose = {"loose", "ones"} & set(words)
         return ("M", "K", "stride_xm", "stride_xk") if loose else ()
@@ -130,66 +124,29 @@ def unaligned(job: Any) -> tuple[str, ...]:
 
 def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, the types of its run-time arguments, the values of its constants."""
-    fn, words = KERNELS[job.kernel], _words(job)
-    pointer = "*" + TRITON_TYPE[job.dtype]
-    types = dict.fromkeys(fn.arg_names, "i32")
-    constants: dict[str, Any] = {"BLOCK_M": job.tile.block_m, "BLOCK_N": job.tile.block_n}
-    if job.kernel == "fp8_gradient":
-        return fn, *_gradient_arguments(job, types | {"gz": pointer, "gx": pointer}, constants)
-    if "loose" not in words:
-        constants |= {"stride_xk": 1}
-    if "ones" in words:
-        constants |= dict.fromkeys(("M", "K"), 1)
-    if job.kernel == "quantize_fp8":
-        types |= {"x": pointer, "given": "*fp32", "q": "*u8", "x_scale": "*fp32"}
-        constants |= {"GROUP": fp8_tiles.BLOCK if "block" in words else 0}
-        if "static" not in words:
-            constants["given"] = None
-        return fn, types, constants
-    units = fp8_tiles.units_of(job.arch)
+    fn, words, units = KERNELS[job.kernel], words_of(job), fp8_tiles.units_of(job.arch)
     codes = "*fp8e4nv" if units == "e4m3fn" else "*u8"
-    types |= dict.fromkeys(("x", "bias", "residual", "y"), pointer)
+    types = dict.fromkeys(fn.arg_names, "i32")
+    types |= dict.fromkeys(("x", "bias", "residual", "y", "gz", "gx"), pointer(job))
     types |= {"w": codes, "scale": "*fp32", "x_scale": "*fp32"}
+    own: dict[str, Any] = {}
+    if "loose" not in words:
+        own |= dict.fromkeys(("stride_xk", "stride_gn", "stride_rn"), 1)
+    if "ones" in words:
+        own |= dict.fromkeys(("M", "N", "K", "GROUPS"), 1)
+    if job.kernel == "quantize_fp8":
+        types |= {"given": "*fp32", "q": "*u8"}
+        own |= {"GROUP": fp8_tiles.BLOCK if "block" in words else 0}
+        if "static" not in words:
+            own["given"] = None
+        return fn, types, constants_of(fn, job, **own)
+    scales = next(word for word in words if word in kernels.SCALES)
+    own |= {"SCALES": kernels.SCALES[scales], "FNUZ": units == "e4m3fnuz"}
     if "preact" in words:
         types["y"] = "*fp32"
     if rounded(job):
         types["x"] = codes
-        constants["stride_xk"] = 1
+        own["stride_xk"] = 1
     else:
-        constants["x_scale"] = None
-    if "loose" not in words:
-        constants["stride_rn"] = 1
-    if "ones" in words:
-        constants |= {"N": 1, "GROUPS": 1}
-    constants |= {
-        "SCALES": kernels.SCALES[words[1]],
-        "FNUZ": units == "e4m3fnuz",
-        "ACT": split_code(NAMES.index(job.activation))[0],
-        "PRECISION": job.precision,
-        "EVEN_K": "even" in words,
-        "WIDE": "wide" in words,
-        "BLOCK_K": job.tile.block_k,
-        "GROUP_M": job.tile.group_m,
-        "PARTS": job.tile.parts,
-    }
-    return fn, types, constants
-
-
-def _gradient_arguments(
-    job: Any, types: dict[str, str], constants: dict[str, Any]
-) -> tuple[dict[str, str], dict[str, Any]]:
-    words, known = _words(job), fp8_tiles.units_of(job.arch) == "e4m3fn"
-    types |= {"w": "*fp8e4nv" if known else "*u8", "scale": "*fp32"}
-    if "loose" not in words:
-        constants["stride_gn"] = 1
-    if "ones" in words:
-        constants |= dict.fromkeys(("M", "N", "K", "GROUPS"), 1)
-    constants |= {
-        "SCALES": kernels.SCALES[words[0]],
-        "PRECISION": job.precision,
-        "EVEN_N": "even" in words,
-        "WIDE": "wide" in words,
-        "BLOCK_K": job.tile.block_k,
-        "GROUP_M": job.tile.group_m,
-    }
-    return types, constants
+        own["x_scale"] = None
+    return fn, types, constants_of(fn, job, **own)

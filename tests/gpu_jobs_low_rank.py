@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bigops.kernels import form_tiles
-from bigops.kernels import low_rank_linear as kernels
-from bigops.kernels.activation import NAMES, split_code
-from bigops.kernels.low_rank_model import LOOSE, OP
-from bigops.kernels.tiles import pointwise_config
+from bigops.kernels.common import form_tiles
+from bigops.kernels.common.tiles import pointwise_config
+from bigops.kernels.low_rank_linear import kernel as kernels
+from bigops.kernels.low_rank_linear.model import LOOSE, OP
+from tests.gpu_jobs import constants_of, pointer
+from tests.gpu_jobs import words as words_of
 
 KERNELS = {
     "low_rank_product": kernels.low_rank_product,
     "activate_rows": kernels.activate_rows,
 }
-TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 FACTORS = ("stride_vk", "stride_vr", "stride_ur", "stride_un")
 
 
@@ -53,14 +53,9 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
     yield job(arch, "activate_rows", "plain", "bf16", pointwise_config(arch), "gelu")
 
 
-def _words(job: Any) -> list[str]:
-    words: list[str] = job.form.split("_")
-    return words
-
-
 def unaligned(job: Any) -> tuple[str, ...]:
     """Names of the arguments that do not divide by 16."""
-    words = _words(job)
+    words = words_of(job)
     always = ("span", "tile_m")
     if "loose" in words:
         sizes = ("M", "N", "K", "R", "stride_xm", "stride_xk", "stride_bk", "stride_bn")
@@ -70,35 +65,20 @@ def unaligned(job: Any) -> tuple[str, ...]:
 
 def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, the types of its run-time arguments, the values of its constants."""
-    fn, words = KERNELS[job.kernel], _words(job)
+    fn, words = KERNELS[job.kernel], words_of(job)
     types = dict.fromkeys(fn.arg_names, "i32")
     pointers = ("x", "v", "u", "base", "bias", "residual", "y", "inner", "preact", "z")
-    types |= {n: "*" + TRITON_TYPE[job.dtype] for n in pointers if n in fn.arg_names}
-    constants: dict[str, Any] = {
-        "ACT": split_code(NAMES.index(job.activation))[0],
-        "BLOCK_M": job.tile.block_m,
-        "BLOCK_N": job.tile.block_n,
-    }
+    types |= dict.fromkeys(pointers, pointer(job)) | {"scale": "fp32"}
     if job.kernel == "activate_rows":
-        return fn, types, constants | {"stride_rn": 1}
-    types["scale"] = "fp32"
+        return fn, types, constants_of(fn, job, stride_rn=1)
+    own: dict[str, Any] = {"RANK": int(words[1][1:])}
     if words[0] == "factors":
-        constants["base"] = None
+        own["base"] = None
     if "back" in words:
-        constants |= dict.fromkeys(("bias", "residual", "preact"))
-        constants |= {"stride_xk": 1, "stride_vr": 1, "stride_un": 1, "stride_bn": 1}
+        own |= dict.fromkeys(("bias", "residual", "preact"))
+        own |= {"stride_xk": 1, "stride_vr": 1, "stride_un": 1, "stride_bn": 1}
     elif "loose" not in words:
-        constants |= {"stride_xk": 1, "stride_vk": 1, "stride_ur": 1, "stride_bk": 1}
-        constants |= {"stride_rn": 1}
+        own |= {"stride_xk": 1, "stride_vk": 1, "stride_ur": 1, "stride_bk": 1, "stride_rn": 1}
     if not {"parts", "back"} & set(words):
-        constants |= {"inner": None, "preact": None}
-    constants |= {
-        "RANK": int(words[1][1:]),
-        "PRECISION": job.precision,
-        "EVEN_K": False,
-        "WIDE": "wide" in words,
-        "BLOCK_K": job.tile.block_k,
-        "GROUP_M": job.tile.group_m,
-        "PARTS": job.tile.parts,
-    }
-    return fn, types, constants
+        own |= {"inner": None, "preact": None}
+    return fn, types, constants_of(fn, job, **own)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bigops.kernels import tiles
-from bigops.kernels.activation import NAMES, split_code
-from bigops.kernels.gemm_persistent import gemm_persistent
+from bigops.kernels.common import tiles
+from bigops.kernels.common.gemm_persistent import gemm_persistent
+from tests.gpu_jobs import constants_of, largest, other_activations, pointer
+from tests.gpu_jobs import words as words_of
 
 KERNELS = {"gemm_persistent": gemm_persistent}
-TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 MAPS = 2  # of a and b: each is published by one atomic exchange (tensormap.cp_fenceproxy)
 
 
@@ -29,12 +29,11 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
                 for order, activation in forms:
                     yield job(arch, "gemm_persistent", order, dtype, entry.config, activation,
                               precision)  # fmt: skip
-        if entry != tiles.largest(entries, entry.form, entry.dtypes[0]) or "f32" in entry.dtypes:
+        if entry != largest(entries, entry.form, entry.dtypes[0]) or "f32" in entry.dtypes:
             continue
         yield job(arch, "gemm_persistent", f"{form}_rows", "bf16", entry.config, worst)
-        for code, name in enumerate(NAMES):
-            if split_code(code)[1] == (form == "gated") and name != worst:
-                yield job(arch, "gemm_persistent", form, "bf16", entry.config, name)
+        for name in other_activations(form == "gated", worst):
+            yield job(arch, "gemm_persistent", form, "bf16", entry.config, name)
 
 
 def unaligned(job: Any) -> tuple[str, ...]:
@@ -45,23 +44,16 @@ def unaligned(job: Any) -> tuple[str, ...]:
 def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, the types of its run-time arguments, the values of its constants."""
     fn = KERNELS[job.kernel]
-    act, gated = split_code(NAMES.index(job.activation))
     types = dict.fromkeys(fn.arg_names, "i32")
-    pointers = ("a", "b", "bias", "residual", "c", "preact")
-    types |= dict.fromkeys(pointers, "*" + TRITON_TYPE[job.dtype])
-    constants: dict[str, Any] = {
-        "ACT": act,
-        "GATED": gated,
-        "PRECISION": job.precision,
+    types |= dict.fromkeys(("a", "b", "bias", "residual", "c", "preact"), pointer(job))
+    own: dict[str, Any] = {
+        "GATED": words_of(job)[0] == "gated",
         "A_ROWS": job.form != "tn",
         "B_ROWS": job.form in ("nn", "tn"),
-        "BLOCK_M": job.tile.block_m,
-        "BLOCK_N": job.tile.block_n,
-        "BLOCK_K": job.tile.block_k,
-        "GROUP_M": job.tile.group_m,
-        "PARTS": job.tile.parts,
     }
     if job.form in ("nn", "tn"):
         # No residual: its strides are 0, which triton passes as arguments of 32 bits.
-        return fn, types, constants | dict.fromkeys(("bias", "residual", "preact"))
-    return fn, types, constants | {"stride_rn": 1}
+        own |= dict.fromkeys(("bias", "residual", "preact"))
+    else:
+        own["stride_rn"] = 1
+    return fn, types, constants_of(fn, job, **own)

@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bigops.kernels import quantized_gradient as gradient
-from bigops.kernels import quantized_linear as kernels
-from bigops.kernels import quantized_tiles
-from bigops.kernels.activation import NAMES, split_code
+from bigops.kernels.quantized_linear import forward as kernels
+from bigops.kernels.quantized_linear import gradient, rows
+from bigops.kernels.quantized_linear import tiles as quantized_tiles
+from tests.gpu_jobs import TRITON_TYPE, constants_of, other_activations, pointer
+from tests.gpu_jobs import words as words_of
 
 KERNELS = {
     "quantized_gemm": kernels.quantized_gemm,
-    "quantize_rows": kernels.quantize_rows,
+    "quantize_rows": rows.quantize_rows,
     "quantized_gradient": gradient.quantized_gradient,
 }
-TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 # The matrix instructions of whole numbers: others in such a row would be no int8 product.
 WHOLE_COUNTS = {
     "mma": r"IMMA",
@@ -48,7 +48,7 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
     """
 
     def gemm(form: str, dtype: str, entry: Any, activation: str = "gelu", **more: str) -> Any:
-        tile = kernels._within(entry.config, _group(form))
+        tile = kernels.within(entry.config, _group(form))
         return job(arch, "quantized_gemm", form, dtype, tile, activation, **more)
 
     table = quantized_tiles.table_for(arch)
@@ -75,10 +75,9 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
                 for variant in ("even", "wide", "preact", *(["zero_far"] * (kind == "w8a8"))):
                     yield gemm(f"{kind}_{variant}", "bf16", entry)
             if main and kind == "w8a8":  # the epilogue is that of all kinds
-                for code, name in enumerate(NAMES):
-                    if not split_code(code)[1]:
-                        yield gemm(kind, "bf16", entry, name)
-    for mode in kernels.MODES:
+                for name in other_activations(False, ""):
+                    yield gemm(kind, "bf16", entry, name)
+    for mode in rows.MODES:
         for dtype in TRITON_TYPE if mode == "dynamic" else ("bf16",):
             yield job(arch, "quantize_rows", mode, dtype, table.rows, "none")
     for end in ("loose", "ones"):
@@ -106,23 +105,18 @@ def _gradients(arch: str, job: Callable[..., Any], entry: Any) -> Iterator[Any]:
         yield product(f"{kind}_zero", "f32", "tf32")
 
 
-def _words(job: Any) -> list[str]:
-    words: list[str] = job.form.split("_")
-    return words
-
-
 def _group(form: str) -> int:
     return next((int(w[1:]) for w in form.split("_") if w[0] == "g" and w[1:].isdigit()), 0)
 
 
 def whole(job: Any) -> bool:
     """Whether the row multiplies whole numbers."""
-    return job.kernel == "quantized_gemm" and _words(job)[0].endswith("a8")
+    return job.kernel == "quantized_gemm" and words_of(job)[0].endswith("a8")
 
 
 def unaligned(job: Any) -> tuple[str, ...]:
     """Names of the arguments that do not divide by 16."""
-    words = _words(job)
+    words = words_of(job)
     if not {"odd", "loose", "ones"} & set(words):
         # K and the lines are whatever the layer's width gives; the other sizes are as in gemm
         return ()
@@ -136,73 +130,31 @@ def unaligned(job: Any) -> tuple[str, ...]:
 
 def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, the types of its run-time arguments, the values of its constants."""
-    fn, words = KERNELS[job.kernel], _words(job)
-    pointer = "*" + TRITON_TYPE[job.dtype]
+    fn, words = KERNELS[job.kernel], words_of(job)
+    stored = "*i8" if job.form[1] == "8" else "*u8"
     types = dict.fromkeys(fn.arg_names, "i32")
-    constants: dict[str, Any] = {"BLOCK_M": job.tile.block_m, "BLOCK_N": job.tile.block_n}
-    if job.kernel == "quantized_gradient":
-        return fn, *_gradient_arguments(job, types | {"gz": pointer, "gx": pointer}, constants)
+    types |= dict.fromkeys(("x", "bias", "residual", "y", "gz", "gx"), pointer(job))
+    types |= {"values": stored, "scale": "*fp32", "zero_point": "*i8", "x_scale": "*fp32"}
+    types |= {"x_zero": "*i32", "x_sum": "*i32"}
+    own: dict[str, Any] = {}
     if "loose" not in words:
-        constants |= {"stride_xk": 1}
+        own |= dict.fromkeys(("stride_xk", "stride_gn", "stride_rn"), 1)
     if "ones" in words:
-        constants |= dict.fromkeys(("M", "K"), 1)
+        own |= dict.fromkeys(("M", "N", "K", "LINES"), 1)
     if job.kernel == "quantize_rows":
-        types |= {"x": pointer, "grid": "*fp32", "q": "*i8", "x_scale": "*fp32"}
-        types |= {"x_zero": "*i32", "x_sum": "*i32"}
-        constants |= {"MODE": kernels.MODES[words[0]]}
+        types |= {"grid": "*fp32", "q": "*i8"}
+        own |= {"MODE": rows.MODES[words[0]]}
         if words[0] != "static":
-            constants["grid"] = None
-        return fn, types, constants
-    bits, group = int(job.form[1]), _group(job.form)
-    types |= dict.fromkeys(("x", "bias", "residual", "y"), pointer)
-    types |= {"values": "*i8" if bits == 8 else "*u8", "scale": "*fp32", "zero_point": "*i8"}
+            own["grid"] = None
+        return fn, types, constants_of(fn, job, **own)
     if "preact" in words:
         types["y"] = "*fp32"
     if whole(job):
-        constants["stride_xk"] = 1
-        types |= {"x": "*i8", "row_sum": "*i32" if bits == 8 else "*fp32", "x_scale": "*fp32"}
-        types |= {"x_zero": "*i32", "x_sum": "*i32"}
+        own["stride_xk"] = 1
+        types |= {"x": "*i8", "row_sum": "*i32" if job.form[1] == "8" else "*fp32"}
     else:
-        constants |= dict.fromkeys(("row_sum", "x_scale", "x_zero", "x_sum"))
+        own |= dict.fromkeys(("row_sum", "x_scale", "x_zero", "x_sum"))
     if "zero" not in words:
-        constants["zero_point"] = None
-    if "loose" not in words:
-        constants["stride_rn"] = 1
-    if "ones" in words:
-        constants |= {"N": 1, "LINES": 1}
-    constants |= {
-        "BITS": bits,
-        "GROUP": group,
-        "ACT": split_code(NAMES.index(job.activation))[0],
-        "PRECISION": job.precision,
-        "EVEN_K": "even" in words,
-        "EXACT": "far" not in words,
-        "WIDE": "wide" in words,
-        "BLOCK_K": job.tile.block_k,
-        "GROUP_M": job.tile.group_m,
-        "PARTS": job.tile.parts,
-    }
-    return fn, types, constants
-
-
-def _gradient_arguments(
-    job: Any, types: dict[str, str], constants: dict[str, Any]
-) -> tuple[dict[str, str], dict[str, Any]]:
-    words, bits = _words(job), int(job.form[1])
-    types |= {"values": "*i8" if bits == 8 else "*u8", "scale": "*fp32", "zero_point": "*i8"}
-    if "zero" not in words:
-        constants["zero_point"] = None
-    if "loose" not in words:
-        constants["stride_gn"] = 1
-    if "ones" in words:
-        constants |= dict.fromkeys(("M", "N", "K", "LINES"), 1)
-    constants |= {
-        "BITS": bits,
-        "GROUP": _group(job.form),
-        "PRECISION": job.precision,
-        "EVEN_N": "even" in words,
-        "WIDE": "wide" in words,
-        "BLOCK_K": job.tile.block_k,
-        "GROUP_M": job.tile.group_m,
-    }
-    return types, constants
+        own["zero_point"] = None
+    own |= {"BITS": int(job.form[1]), "GROUP": _group(job.form), "EXACT": "far" not in words}
+    return fn, types, constants_of(fn, job, **own)

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bigops.kernels import form_tiles
-from bigops.kernels import sparse_linear as kernels
-from bigops.kernels.activation import NAMES, split_code
+from bigops.kernels.common import form_tiles
+from bigops.kernels.sparse_linear import kernels, launch
+from tests.gpu_jobs import constants_of, pointer
+from tests.gpu_jobs import words as words_of
 
 KERNELS = {"block_product": kernels.block_product, "block_samples": kernels.block_samples}
-TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 
 
 def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
@@ -30,7 +30,7 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
         activation = "gelu" if entry.form == "forward" else "none"
         return job(arch, kernel, f"{entry.form}_{form}", dtype, entry.config, activation, **more)
 
-    for entry in form_tiles.table_for(kernels.OP, arch).entries:
+    for entry in form_tiles.table_for(launch.OP, arch).entries:
         for dtype in ("bf16", "f32"):
             if dtype in entry.dtypes:
                 yield row("32" if entry.aligned else "32_loose", dtype, entry)
@@ -46,14 +46,9 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
                 yield row("32", "f32", entry, precision="tf32")
 
 
-def _words(job: Any) -> list[str]:
-    words: list[str] = job.form.split("_")
-    return words
-
-
 def unaligned(job: Any) -> tuple[str, ...]:
     """Names of the arguments that do not divide by 16."""
-    if "loose" in _words(job):
+    if "loose" in words_of(job):
         return ("M", "N", "K", "WORDS", "stride_xm", "stride_xk", "stride_rm", "stride_rn",
                 "stride_gm", "stride_gn")  # fmt: skip
     return ("WORDS",)
@@ -61,38 +56,29 @@ def unaligned(job: Any) -> tuple[str, ...]:
 
 def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, the types of its run-time arguments, the values of its constants."""
-    fn, words = KERNELS[job.kernel], _words(job)
+    fn, words = KERNELS[job.kernel], words_of(job)
+    product, kind, *_ = words
+    transposed, columns = product == "transposed", 1 if job.dtype == "f32" else 2
+    side = int(kind.removeprefix("w"))
     types = dict.fromkeys(fn.arg_names, "i32")
-    held = "*" + TRITON_TYPE[job.dtype]  # values
-    given = "*bf16" if "mixed" in words else held
+    given = "*bf16" if "mixed" in words else pointer(job)
     types |= dict.fromkeys(("x", "gz", "bias", "residual", "y"), given)
-    types |= dict.fromkeys(("values", "out"), held)
+    types |= dict.fromkeys(("values", "out"), pointer(job))
     tables = ("across", "step", "first", "order", "task_line", "task_first")
     types |= dict.fromkeys(tables, "*i32")
-    constants: dict[str, Any] = {
-        "C": 1 if job.dtype == "f32" else 2,
-        "HEIGHT": int(words[1].removeprefix("w")),
-        "WIDTH": int(words[1].removeprefix("w")),
+    own: dict[str, Any] = {
+        "C": columns,
+        "HEIGHT": side,
+        "WIDTH": side,
         "BY_WORD": False,
-        "PRECISION": job.precision,
+        "TRANSPOSED": transposed,
         "EVEN": False,
-        "WIDE": "wide" in words,
-        "BLOCK_K": job.tile.block_k,
+        "COLUMNS": launch.TASK,
     }
-    if words[1] == "w16":
-        transposed = words[0] == "transposed"
-        constants |= {"WIDTH": 16 if transposed else constants["C"], "BY_WORD": transposed}
+    if kind == "w16":
+        own |= {"WIDTH": 16 if transposed else columns, "BY_WORD": transposed}
     if "loose" not in words:
-        constants |= {"stride_xk": 1, "stride_rn": 1, "stride_gn": 1}
-    if words[0] == "sampled":
-        constants["COLUMNS"] = kernels.TASK
-    else:
-        constants |= {
-            "TRANSPOSED": words[0] == "transposed",
-            "ACT": split_code(NAMES.index(job.activation))[0],
-            "BLOCK_M": job.tile.block_m,
-        }
-        if words[0] == "transposed":
-            constants |= {"bias": None, "residual": None}
-    named = set(fn.arg_names)
-    return fn, types, {name: value for name, value in constants.items() if name in named}
+        own |= {"stride_xk": 1, "stride_rn": 1, "stride_gn": 1}
+    if transposed:
+        own |= {"bias": None, "residual": None}
+    return fn, types, constants_of(fn, job, **own)

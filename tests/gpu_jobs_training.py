@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import triton.language as tl
 
-from bigops.kernels import fused_adamw
 from bigops.kernels import linear_cross_entropy as loss
-from bigops.kernels import optimizer_launch as launch
+from bigops.kernels.fused_adamw import kernels as fused_adamw
+from bigops.kernels.fused_adamw import launch
+from tests.gpu_jobs import constants_of
+from tests.gpu_jobs import words as words_of
 
 KERNELS = {
     "cross_entropy_rows": loss.cross_entropy_rows,
@@ -55,11 +57,6 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
     yield row("norm_of_sums", "plain", "f64")
 
 
-def _words(job: Any) -> list[str]:
-    words: list[str] = job.form.split("_")
-    return words
-
-
 def unaligned(job: Any) -> tuple[str, ...]:
     """Names of the arguments that do not divide by 16."""
     return ("V", "ignore_index", "count", "depth", "n")
@@ -67,7 +64,7 @@ def unaligned(job: Any) -> tuple[str, ...]:
 
 def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, the types of its run-time arguments, the values of its constants."""
-    fn, words = KERNELS[job.kernel], _words(job)
+    fn, words = KERNELS[job.kernel], words_of(job)
     types = dict.fromkeys(fn.arg_names, "fp32")
     types |= dict.fromkeys(("V", "ignore_index", "count", "depth", "n"), "i32")
     held = {"f32": "*fp32", "bf16": "*bf16", "f16": "*fp16", "f64": "*fp64"}[job.dtype]
@@ -102,5 +99,4 @@ def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     if not coded:
         names = ("signed_values", "signed_buckets", "unsigned_values", "unsigned_buckets")
         constants |= dict.fromkeys(names)
-    named = set(fn.arg_names)
-    return fn, types, {name: value for name, value in constants.items() if name in named}
+    return fn, types, constants_of(fn, job, **constants)

@@ -43,9 +43,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from bigops.kernels import fused_linear, gemm, tiles
-from bigops.kernels.activation import NAMES, split_code
-from bigops.kernels.launch import launch_options
+from bigops.kernels import fused_linear
+from bigops.kernels.common import gemm, tiles
+from bigops.kernels.common.activation import NAMES, split_code
+from bigops.kernels.common.launch import launch_options
 from tests import gpu_golden, gpu_plot
 from tests import gpu_jobs_fp8 as fp8
 from tests import gpu_jobs_low_rank as low_rank
@@ -55,9 +56,9 @@ from tests import gpu_jobs_sparse as sparse
 from tests import gpu_jobs_training as training
 from tests.gpu_devices import ARCHS, occupancy
 from tests.gpu_golden import GOLDEN, KEY, Row, regressions
+from tests.gpu_jobs import TRITON_TYPE, constants_of, largest, launched, other_activations, pointer
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TRITON_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 
 # Kernels that must use a matrix unit; those of the first line read aligned tiles by cp.async.
 PRODUCTS = (
@@ -108,7 +109,7 @@ class Job(NamedTuple):
 
     @property
     def key(self) -> tuple[str, ...]:
-        tile = str(tuple(self.tile)[: tiles.LAUNCHED])
+        tile = str(launched(self.tile))
         parts = (self.arch, self.kernel, self.form, self.dtype, tile)
         return (*parts, self.activation, self.precision)
 
@@ -151,13 +152,12 @@ def jobs(arch: str) -> Iterator[Job]:
                     forms += [("nn", "none"), ("tn", "none")]
                 for shape, activation in forms:
                     yield Job(arch, "gemm", shape, dtype, entry.config, activation, precision)
-            main = entry == tiles.largest(pointer, entry.form, dtype)
+            main = entry == largest(pointer, entry.form, dtype)
             if main and entry.aligned and dtype != "f16":
                 for variant in ("rows", "even", "wide"):
                     yield Job(arch, "gemm", f"{form}_{variant}", dtype, entry.config, worst)
-                for code, name in enumerate(NAMES):
-                    if split_code(code)[1] == (form == "gated") and name != worst:
-                        yield Job(arch, "gemm", form, dtype, entry.config, name)
+                for name in other_activations(form == "gated", worst):
+                    yield Job(arch, "gemm", form, dtype, entry.config, name)
     for code, name in enumerate(NAMES):
         form = "gated" if split_code(code)[1] else "plain"
         dtypes = TRITON_TYPE if name in ("gelu", "geglu") else ("bf16",)
@@ -215,39 +215,26 @@ def _arguments(job: Job) -> tuple[Any, dict[str, str], dict[str, Any]]:
     if job.kernel in OWNERS:
         found: tuple[Any, dict[str, str], dict[str, Any]] = OWNERS[job.kernel].arguments(job)
         return found
-    fn = KERNELS[job.kernel]
-    pointer = "*" + TRITON_TYPE[job.dtype]
+    fn, typed = KERNELS[job.kernel], pointer(job)
     types = {name: "i32" for name in fn.arg_names if name.islower()} | dict.fromkeys("MNKR", "i32")
-    constants: dict[str, Any] = {"BLOCK_M": job.tile.block_m, "BLOCK_N": job.tile.block_n}
-    act, gated = split_code(NAMES.index(job.activation))
     if job.kernel == "sum_rows":
-        types |= {"partial": "*fp32", "out": pointer}
-        return fn, types, constants
-    constants |= {"ACT": act, "GATED": gated}
+        types |= {"partial": "*fp32", "out": typed}
+        return fn, types, constants_of(fn, job)
+    own: dict[str, Any] = {"GATED": split_code(NAMES.index(job.activation))[1]}
     if job.kernel == "activation_backward":
-        types |= dict.fromkeys(("grad", "preact", "gz"), pointer) | {"partial": "*fp32"}
-        constants |= {"stride_gn": 1, "stride_zn": 1}
+        types |= dict.fromkeys(("grad", "preact", "gz"), typed) | {"partial": "*fp32"}
+        own |= {"stride_gn": 1, "stride_zn": 1}
         if job.activation == "none":
-            constants |= {"preact": None, "gz": None}
-        return fn, types, constants
-    assert isinstance(job.tile, tiles.TileConfig)
-    types |= dict.fromkeys(("a", "b", "bias", "residual", "c", "preact"), pointer)
-    constants |= {
-        "PRECISION": job.precision,
-        "EVEN_K": job.form.endswith("_even"),
-        "WIDE": job.form.endswith("_wide"),
-        "BLOCK_K": job.tile.block_k,
-        "GROUP_M": job.tile.group_m,
-        "PARTS": job.tile.parts,
-    }
-    loose = job.form.endswith("_loose")
+            own |= {"preact": None, "gz": None}
+        return fn, types, constants_of(fn, job, **own)
+    types |= dict.fromkeys(("a", "b", "bias", "residual", "c", "preact"), typed)
     if job.form.startswith(("nt", "gated")):
-        if not loose:
-            constants |= {"stride_ak": 1, "stride_bk": 1, "stride_rn": 1}
+        if not job.form.endswith("_loose"):
+            own |= {"stride_ak": 1, "stride_bk": 1, "stride_rn": 1}
     else:
-        constants |= {"bias": None, "residual": None, "preact": None, "stride_bn": 1}
-        constants["stride_ak" if job.form == "nn" else "stride_am"] = 1
-    return fn, types, constants
+        own |= {"bias": None, "residual": None, "preact": None, "stride_bn": 1}
+        own["stride_ak" if job.form == "nn" else "stride_am"] = 1
+    return fn, types, constants_of(fn, job, **own)
 
 
 class Compilation(NamedTuple):

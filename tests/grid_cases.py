@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigops.ops._quantize import from_grid, static_grid, to_grid
+from bigops.formats.quantize import from_grid, static_grid, to_grid
 from bigops.ops.quantized_linear import quantized_linear
 from bigops.ops.sparse_linear import sparse_linear
 from tests.compressed_cases import SPARSE, Case, kernel_of, make

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import bigops
-from bigops.nn.atomic import MODES
+from bigops.graph.atomic import MODES
 
 ROOT = str(Path(bigops.__file__).parent)
 

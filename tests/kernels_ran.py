@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from bigops import backend
+from bigops.backend import machine
 
 needs_extension = pytest.mark.skipif(
-    backend.extension is None, reason=f"no C++ extension: {backend.extension_error}"
+    machine.extension is None, reason=f"no C++ extension: {machine.extension_error}"
 )
-ISAS: list[str] = list(backend.extension.isas()) if backend.extension else []
+ISAS: list[str] = list(machine.extension.isas()) if machine.extension else []
 
 
 def named(op: str, fragment: str) -> str:
     """Part of the names of the kernels that serve ``op``; without them that of the reference."""
-    return f"reference.{op}" if backend.extension is None else fragment
+    return f"reference.{op}" if machine.extension is None else fragment
 
 
 @contextlib.contextmanager
@@ -35,14 +36,14 @@ def threads(count: int) -> Iterator[None]:
 @contextlib.contextmanager
 def isa(name: str) -> Iterator[None]:
     """Run CPU kernels at an instruction set of this machine."""
-    assert backend.extension is not None
-    before = backend.extension.set_isa(name)
-    backend.extension.set_bf16_dot(True)  # every kernel of the level, whether it pays here or not
+    assert machine.extension is not None
+    before = machine.extension.set_isa(name)
+    machine.extension.set_bf16_dot(True)  # every kernel of the level, whether it pays here or not
     try:
         yield
     finally:
-        backend.extension.set_isa(before)
-        backend.extension.set_bf16_dot(backend.crossovers().bf16_dot)
+        machine.extension.set_isa(before)
+        machine.extension.set_bf16_dot(machine.crossovers().bf16_dot)
 
 
 @contextlib.contextmanager
@@ -58,9 +59,9 @@ def expect(*fragments: str) -> Iterator[None]:
 @contextlib.contextmanager
 def crossover(op: str, dtype: str, max_rows: int, max_flops: int) -> Iterator[None]:
     """Move the hand-over between our kernel and torch's product for one dtype."""
-    assert backend.extension is not None
+    assert machine.extension is not None
     try:
-        backend.extension.set_crossover(op, dtype, max_rows, max_flops)
+        machine.extension.set_crossover(op, dtype, max_rows, max_flops)
         yield
     finally:
-        backend.apply_crossovers()
+        machine.apply_crossovers()

@@ -21,7 +21,7 @@ CURVATURE = 1.2  # largest |act''| among the smooth activations (gelu at 0: 0.8;
 
 
 def act(name: str, z: Tensor) -> Tensor:
-    """The epilogue in torch's own functions: independent of bigops.ops._activation."""
+    """The epilogue in torch's own functions: independent of bigops.ops.activation."""
     if name in GATED:
         gate, up = z.chunk(2, dim=-1)
         return act(GATED[name], gate) * up

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 import bigops
+from bigops.formats.bitmap import BitmapWeight
+from bigops.formats.quantize import static_grid
+from bigops.formats.sparse import SparseWeight
 from bigops.ops.low_rank_linear import low_rank_linear
-from bigops.ops.quantized_linear import static_grid
-from bigops.ops.sparse_linear import bitmap_from_sparse, from_dense, prune24
+from bigops.ops.sparse_linear.sparse24_pack import prune24
 
 Call = Callable[[], Any]
 
@@ -83,11 +85,17 @@ def linear_forms() -> dict[str, Callable[[Tensor], Tensor]]:
     torch.manual_seed(0)
     w, pair, bias = torch.randn(16, 16), torch.randn(32, 16), torch.randn(16)
     u, v, target = torch.randn(16, 4), torch.randn(4, 16), torch.randint(0, 16, (3,))
-    packed, int8 = bigops.pack_weight(w), bigops.quantize_weight(w)
-    sparse = from_dense(w, torch.int8)
-    int4 = bigops.quantize_weight(w, bits=4, group=32)
-    fp8, weight24 = bigops.quantize_fp8(w), prune24(torch.randn(16, 64), dtype=torch.bfloat16)
-    bitmap = bitmap_from_sparse(from_dense(w))
+    packed, int8 = (
+        bigops.formats.PackedWeight.from_dense(w),
+        bigops.formats.QuantizedWeight.from_dense(w),
+    )
+    sparse = SparseWeight.from_dense(w, torch.int8)
+    int4 = bigops.formats.QuantizedWeight.from_dense(w, bits=4, group=32)
+    fp8, weight24 = (
+        bigops.formats.Fp8Weight.from_dense(w),
+        prune24(torch.randn(16, 64), dtype=torch.bfloat16),
+    )
+    bitmap = BitmapWeight.from_sparse(SparseWeight.from_dense(w))
     return {
         "fused_linear": lambda x: bigops.fused_linear(x, w, bias, None, "gelu"),
         "fused_linear_gated": lambda x: bigops.fused_linear(x, pair, None, None, "swiglu"),
@@ -116,15 +124,15 @@ def calls() -> dict[str, Call]:
     for name, f in linear_forms().items():
         found[name] = lambda f=f: f(x)  # type: ignore[misc]
         found[f"{name}, backward"] = _both(f, x)
-    grid, sparse = static_grid(-3.0, 5.0), from_dense(w, torch.int8)
-    static = bigops.quantize_weight(w, activations="static", x_grid=grid)
-    dense = from_dense(w)
+    grid, sparse = static_grid(-3.0, 5.0), SparseWeight.from_dense(w, torch.int8)
+    static = bigops.formats.QuantizedWeight.from_dense(w, activations="static", x_grid=grid)
+    dense = SparseWeight.from_dense(w)
     large, square = torch.randn(256, 64), torch.randn(64, 64)
     found |= {
         "quantized_linear, grid": lambda: bigops.quantized_linear(x, static, y_grid=grid),
         "sparse_linear, grid": lambda: bigops.sparse_linear(x, sparse, x_grid=grid, y_grid=grid),
         "sparse_linear, values": _both(
-            lambda v: bigops.sparse_linear(x, dense._replace(values=v)), dense.values
+            lambda v: bigops.sparse_linear(x, dense.replace(values=v)), dense.values
         ),
         "fused_linear, a library": lambda: bigops.fused_linear(large, square),
         "fused_linear, a library, backward": _both(

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from bigops import fused_adamw
-from bigops.ops import _optimizer_states as states
-from bigops.ops.fused_adamw import reference_adamw
+from bigops.ops.fused_adamw import reference_adamw, states
 
 DTYPES = {
     "f32": torch.float32,

@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from bigops.ops._library import encoder
+from bigops.ops.family import LinearOp
+from bigops.ops.library import encoder
 
 Op = Callable[..., Tensor]  # f(*tensors) -> y
 Grads = list[Tensor | None]
@@ -18,6 +20,23 @@ Grads = list[Tensor | None]
 def opcheck(packet: Any, args: Sequence[Any], **options: Any) -> None:
     """`torch.library.opcheck` of the overload that has kernels; the arguments in words."""
     torch.library.opcheck(packet.code, tuple(encoder(packet.code)(args)), **options)
+
+
+def plant(
+    monkeypatch: pytest.MonkeyPatch, op: LinearOp, **wrong: Callable[[Tensor], Tensor]
+) -> None:
+    """Make gradients of an op wrong on every road: ``need_x``, ``need_bias`` or ``need_values``."""
+    gradients = op.gradients
+    for name in ("backward", "_expression"):
+        true = getattr(gradients, name)
+
+        def planted(*args: Any, true: Any = true) -> tuple[Tensor | None, ...]:
+            found = dict(zip(gradients.needs, true(*args), strict=True))
+            for need, change in wrong.items():
+                found[need] = None if found[need] is None else change(found[need])
+            return tuple(found.values())
+
+        monkeypatch.setattr(gradients, name, planted)
 
 
 def _gradients(f: Op, leaves: Sequence[Tensor | None], grad: Tensor) -> Grads:

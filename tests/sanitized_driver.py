@@ -30,17 +30,21 @@ import torch  # noqa: E402  torch's libraries must be there before the extension
 
 load(sys.argv[1])
 
-from bigops import backend  # noqa: E402
-from bigops.ops._quantize import static_grid, to_grid  # noqa: E402
+from bigops.backend import machine  # noqa: E402
+from bigops.formats.packed import PackedWeight  # noqa: E402
+from bigops.formats.patterns import Pattern  # noqa: E402
+from bigops.formats.quantize import static_grid, to_grid  # noqa: E402
+from bigops.formats.quantized import QuantizedWeight  # noqa: E402
+from bigops.formats.sparse import SparseWeight  # noqa: E402
 from bigops.ops.fused_linear import fused_linear  # noqa: E402
 from bigops.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
-from bigops.ops.packed_linear import pack_weight, packed_linear  # noqa: E402
-from bigops.ops.quantized_linear import quantize_weight, quantized_linear  # noqa: E402
-from bigops.ops.sparse_linear import Pattern, sparse_linear, sparsify_weight  # noqa: E402
+from bigops.ops.packed_linear import packed_linear  # noqa: E402
+from bigops.ops.quantized_linear import quantized_linear  # noqa: E402
+from bigops.ops.sparse_linear import sparse_linear  # noqa: E402
 from bigops.train import SGD, AdamW  # noqa: E402
 
-extension: Any = backend.extension
-assert extension is not None, backend.extension_error
+extension: Any = machine.extension
+assert extension is not None, machine.extension_error
 assert extension.__file__ == sys.argv[1]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 PLAIN = ("none", "relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
@@ -110,7 +114,7 @@ def run_packed_linear() -> None:
 
     def run(level: str, m: int, n: int, k: int) -> None:
         for i, dtype in enumerate(DTYPES.values()):
-            weight, name = pack_weight(torch.randn(n, k).to(dtype)), next(names)
+            weight, name = PackedWeight.from_dense(torch.randn(n, k).to(dtype)), next(names)
             both_ways(
                 lambda x, *rest, name=name, weight=weight: packed_linear(x, weight, *rest, name),
                 *tensors(m, n, k, dtype, i == 0),
@@ -145,7 +149,7 @@ def run_quantized_linear() -> None:
 
     def run(level: str, m: int, n: int, k: int) -> None:
         for options in QUANTISED:
-            weight: Any = quantize_weight(torch.randn(n, k), **options)
+            weight: Any = QuantizedWeight.from_dense(torch.randn(n, k), **options)
             for i, dtype in enumerate(DTYPES.values()):
                 name = next(names)
                 both_ways(
@@ -176,7 +180,7 @@ def with_grids(call: Callable[..., torch.Tensor], x: torch.Tensor, u8: bool) -> 
 def sparse(n: int, k: int, pattern: str, dtype: torch.dtype) -> Any:
     how = Pattern.parse(pattern)
     w = torch.randn(n, k)
-    return sparsify_weight(w, how.mask(w, 0.7), dtype, (how.height, how.width))
+    return SparseWeight.from_mask(w, how.mask(w, 0.7), dtype, (how.height, how.width))
 
 
 def run_sparse_linear() -> None:
@@ -194,7 +198,7 @@ def run_sparse_linear() -> None:
 
                 def call(x: Any, bias: Any, residual: Any, values: Any = None, w: Any = weight,
                          name: str = name) -> torch.Tensor:  # fmt: skip
-                    full = w if values is None else w._replace(values=values)
+                    full = w if values is None else w.replace(values=values)
                     return sparse_linear(x, full, bias, residual, name)
 
                 both_ways(call, *leaves, *([weight.values] if trains else []))
@@ -212,7 +216,7 @@ def run_sparse_linear() -> None:
     for stored in (torch.int8, torch.float32):  # many tasks, the 64-bit sums of a long row
         weight = sparse(600, 1500, "1x1", stored)
         both_ways(lambda x, w=weight: sparse_linear(x, w), torch.randn(70, 1500))
-    weight = sparsify_weight(torch.ones(3, 70000), torch.ones(3, 17500).bool())
+    weight = SparseWeight.from_mask(torch.ones(3, 70000), torch.ones(3, 17500).bool())
     both_ways(lambda x: sparse_linear(x, weight), torch.ones(9, 70000))
 
 
@@ -259,8 +263,8 @@ def run_broken_storage() -> None:
                 if not tensor.numel():
                     continue
                 tensor.view(-1)[at] = value
-                weight = good._replace(**{name: tensor})
-                arguments = (*weight.tensors, n, weight.chunk, None)
+                weight = good.replace(**{name: tensor})
+                arguments = (*weight.arguments, None)
                 x, g = torch.randn(m, k), torch.randn(m, n)
                 for call in (
                     lambda x=x, a=arguments: torch.ops.bigops.sparse_linear(x, *a, None, "none"),

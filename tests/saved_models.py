@@ -16,12 +16,21 @@ from bigops import W4A8, Fp8, Int4, Int8, LowRank, Sparse
 from bigops.compress import file_format
 from bigops.compress.build import Choice, build
 from bigops.compress.config import Config
-from bigops.nn import GatedMLP, Linear, PackedGatedMLP, PackedLinear, PackedLowRankLinear
+from bigops.formats import Fp8Weight
+from bigops.nn import (
+    CompressedLinear,
+    GatedMLP,
+    Linear,
+    PackedGatedMLP,
+    PackedLinear,
+    PackedLowRankLinear,
+)
 
 K, N = 36, 10
 
 DENSE = "dense"
 PACKED: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "by its format": lambda old: CompressedLinear.from_linear(Fp8Weight, old, scales="tensor"),
     "packed": PackedLinear.from_linear,
     "packed low rank": lambda old: PackedLowRankLinear(old.in_features, old.out_features, 6),
     "packed gated": lambda old: PackedGatedMLP(

@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bigops.formats.fp8 import Fp8Weight
+from bigops.formats.packed import PackedWeight
+from bigops.formats.patterns import block_mask
+from bigops.formats.quantize import static_grid
+from bigops.formats.quantized import QuantizedWeight
+from bigops.formats.sparse import SparseWeight
 from bigops.nn import Linear
-from bigops.ops.fp8_linear import fp8_linear, quantize_fp8
+from bigops.ops.fp8_linear import fp8_linear
 from bigops.ops.fused_linear import fused_linear
-from bigops.ops.packed_linear import pack_weight, packed_linear
-from bigops.ops.quantized_linear import quantize_weight, quantized_linear, static_grid
-from bigops.ops.sparse_linear import (
-    Sparse24Weight,
-    SparseWeight,
-    block_mask,
-    prune24,
-    sparse_linear,
-    sparsify_weight,
-)
+from bigops.ops.packed_linear import packed_linear
+from bigops.ops.quantized_linear import quantized_linear
+from bigops.ops.sparse_linear import sparse_linear
+from bigops.ops.sparse_linear.sparse24_pack import prune24
 from bigops.parallel import init
 from tests import sharding_factors
 
@@ -104,15 +104,15 @@ def stored(op: str, weight: Any) -> Any:
     if op == "fused":
         return weight.clone().requires_grad_()
     if op == "packed":
-        return pack_weight(weight)
+        return PackedWeight.from_dense(weight)
     if op == "quantized":
-        return quantize_weight(weight)
+        return QuantizedWeight.from_dense(weight)
     if op[:3] == "fp8":
-        return quantize_fp8(weight, op[4:] or "row", "none")
+        return Fp8Weight.from_dense(weight, op[4:] or "row", "none")
     if op == "values":
-        weight = sparsify_weight(weight, block_mask(weight, 0.5), torch.float32)
-        return weight._replace(values=weight.values.requires_grad_())
-    return sparsify_weight(weight, block_mask(weight, 0.5))
+        weight = SparseWeight.from_mask(weight, block_mask(weight, 0.5), torch.float32)
+        return weight.replace(values=weight.values.requires_grad_())
+    return SparseWeight.from_mask(weight, block_mask(weight, 0.5))
 
 
 def run_case(name: str, mesh: Any) -> dict[str, Any]:
@@ -137,12 +137,12 @@ def run_case(name: str, mesh: Any) -> dict[str, Any]:
     if case.op == "fused":
         weight = leaves["weight"] = spread(weight.detach(), layout["weight"]).requires_grad_()
     elif case.op == "packed":
-        weight = weight._replace(panels=spread(weight.panels, layout["weight"]))
+        weight = weight.replace(panels=spread(weight.panels, layout["weight"]))
     elif case.op[:3] == "fp8":
         # gloo takes no float8: codes are spread as bytes
         codes = spread(weight.values.view(torch.uint8), layout["weight"])
         local = codes.to_local().view(torch.float8_e4m3fn)
-        weight = weight._replace(
+        weight = weight.replace(
             values=DTensor.from_local(
                 local, mesh, codes.placements, shape=codes.shape, stride=codes.stride()
             ),
@@ -151,16 +151,15 @@ def run_case(name: str, mesh: Any) -> dict[str, Any]:
     elif case.op == "quantized":
         # scale [groups, N] follows the tiles of the weight; its columns are no split of it
         rows = layout["weight"] == "0"
-        weight = weight._replace(
+        weight = weight.replace(
             values=spread(weight.values, layout["weight"]),
             scale=spread(weight.scale, "1" if rows else "R"),
             row_sum=spread(weight.row_sum, "0" if rows else "R"),
         )
     else:
-        spreads = [spread(t if t is None else t.detach(), "R") for t in weight.tensors]
+        weight = weight.map(lambda t: spread(t.detach(), "R"))
         if case.op == "values":
-            leaves["weight"] = spreads[0] = spreads[0].requires_grad_()
-        weight = SparseWeight(*spreads, weight.shape, weight.chunk)
+            leaves["weight"] = weight.values.requires_grad_()
     with CommDebugMode() as talk:
         y = call(case.op, weight, leaves["x"], leaves["bias"], leaves["residual"], case.activation)
     if case.silent:
@@ -201,9 +200,9 @@ def grid_chain(op: str, x: Tensor, spread: Any, columns: bool = False) -> Tensor
     for w, grid, y_grid in ((w1, grids[0], grids[1]), (w2, grids[1], None)):
         placed = None if y_grid is None else spread(y_grid, "R")
         if op == "quantized":
-            weight: Any = quantize_weight(w, activations="static", x_grid=grid)
+            weight: Any = QuantizedWeight.from_dense(w, activations="static", x_grid=grid)
             rows = columns and w is w1
-            weight = weight._replace(
+            weight = weight.replace(
                 values=spread(weight.values, "0" if rows else "R"),
                 scale=spread(weight.scale, "1" if rows else "R"),
                 row_sum=spread(weight.row_sum, "0" if rows else "R"),
@@ -211,9 +210,7 @@ def grid_chain(op: str, x: Tensor, spread: Any, columns: bool = False) -> Tensor
             )
             y = quantized_linear(y, weight, activation="gelu", y_grid=placed)
         else:
-            weight = sparsify_weight(w, block_mask(w, 0.5))
-            tensors_ = [None if t is None else spread(t, "R") for t in weight.tensors]
-            weight = SparseWeight(*tensors_, weight.shape, weight.chunk)
+            weight = SparseWeight.from_mask(w, block_mask(w, 0.5)).map(lambda t: spread(t, "R"))
             y = sparse_linear(y, weight, activation="gelu", x_grid=spread(grid, "R"), y_grid=placed)
     return y
 
@@ -244,10 +241,9 @@ def train_2_4(spread: Any) -> dict[str, Tensor]:
     w, *rest = (torch.randint(-3, 4, s, generator=generator).bfloat16() for s in shapes)
     weight = prune24(w, transposable=True)
     x, bias, grad = (spread(t, letter) for t, letter in zip(rest, "0R0", strict=True))
-    values, meta, _, _, meta_t = (None if t is None else spread(t, "R") for t in weight.tensors)
-    leaves = [t.detach().requires_grad_() for t in (x, values, bias)]
-    weight = Sparse24Weight(leaves[1], meta, None, None, weight.shape, meta_t)
-    y = sparse_linear(leaves[0], weight, leaves[2], None, "relu")
+    weight = weight.map(lambda t: spread(t, "R"))
+    leaves = x, values, bias = [t.detach().requires_grad_() for t in (x, weight.values, bias)]
+    y = sparse_linear(x, weight.replace(values=values), bias, None, "relu")
     found = torch.autograd.grad(y, leaves, grad)
     return dict(zip(("y", "x", "values", "bias"), (y.detach(), *found), strict=True))
 

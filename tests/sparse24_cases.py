@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigops.ops import _activation as act
-from bigops.ops._sparse24_weight import Sparse24Weight, from_sparse, prune24, sample
+from bigops.formats.sparse24 import Sparse24Weight, sample
+from bigops.ops import activation as act
 from bigops.ops.sparse_linear import sparse_linear
+from bigops.ops.sparse_linear.sparse24_pack import prune24
 from tests.compressed_cases import DTYPES, Case, make
 
 # Stored as, and x: int8 values take x of any dtype, others their own.
@@ -24,7 +25,7 @@ def make24(stored: str, lead: int | list[int], n: int, k: int, dtype: str, name:
            **more: Any) -> tuple[Case, Sparse24Weight]:  # fmt: skip
     """A case of `sparse_linear` with a 2:4 pattern, and its weight compressed."""
     case = make(FORM[stored], lead, n, k, dtype, name, pattern="2:4", **more)
-    weight = from_sparse(case.weight, STORED[stored])
+    weight = Sparse24Weight.from_sparse(case.weight, STORED[stored])
     return replace(case, dense=weight.to_dense(torch.float64)), weight
 
 
@@ -34,13 +35,13 @@ class Trained24(Case):
 
     def public(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         values, bias, residual = rest
-        weight = self.weight._replace(values=values)
+        weight = self.weight.replace(values=values)
         return sparse_linear(x, weight, bias, residual, self.name)
 
     def raw(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         values, bias, residual = rest
-        fixed = (values, *self.weight.tensors[1:])
-        y: Tensor = torch.ops.bigops.sparse24_linear(x, *fixed, bias, residual, self.name)
+        arguments = self.weight.replace(values=values).arguments
+        y: Tensor = torch.ops.bigops.sparse24_linear(x, *arguments, bias, residual, self.name)
         return y
 
     def at_stored(self, dense: Tensor) -> Tensor:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bigops.formats.packed import PackedWeight
+from bigops.formats.quantized import QuantizedWeight
 from bigops.ops.fused_linear import fused_linear
-from bigops.ops.packed_linear import pack_weight, packed_linear
-from bigops.ops.quantized_linear import quantize_weight, quantized_linear
+from bigops.ops.packed_linear import packed_linear
+from bigops.ops.quantized_linear import quantized_linear
 from tests.backends import CPU, HOSTRUN, REFERENCE, TRITON, Way, covering
 from tests.linear_cases import ACTIVATIONS, GATED, PLAIN, act
 from tests.tolerance import check
@@ -57,7 +59,7 @@ def fused(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
 def packed(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
     """The same by `packed_linear`, which stands for all compressed weights."""
     bias = z.detach().clone().requires_grad_()
-    weight = pack_weight(torch.zeros(len(z), 1, dtype=z.dtype))
+    weight = PackedWeight.from_dense(torch.zeros(len(z), 1, dtype=z.dtype))
     y = packed_linear(torch.zeros(1, 1, dtype=z.dtype), weight, bias, None, name)
     return y.detach()[0], torch.autograd.grad(y.sum(), bias)[0]
 
@@ -113,7 +115,7 @@ def test_large_and_small_values_of_compressed_layers(way: Way, dtype: torch.dtyp
 def test_large_and_small_values_of_cuda_kernels(dtype: torch.dtype) -> None:
     for name in PLAIN:
         z = points(dtype, SIZES)
-        weight = quantize_weight(torch.zeros(len(z), 32), bits=4, group=32)
+        weight = QuantizedWeight.from_dense(torch.zeros(len(z), 32), bits=4, group=32)
         with HOSTRUN.serving("quantized_linear"):
             y = quantized_linear(torch.zeros(1, 32, dtype=dtype), weight, z, None, name)
         hold(y[0], act(name, z.double()), len(z) // 2, f"{name} of {z.tolist()}")

@@ -1,4 +1,4 @@
-"""bigops.nn.add_lora_: idle patterns are refused, and an error leaves the model whole."""
+"""bigops.add_lora_: idle patterns are refused, and an error leaves the model whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from bigops.nn import GatedMLP, LoRALinear, add_lora_
+from bigops.graph import add_lora_
+from bigops.nn import GatedMLP, LoRALinear
 
 
 class Block(nn.Module):

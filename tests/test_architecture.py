@@ -11,6 +11,8 @@ import fnmatch
 import re
 import subprocess
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,32 +21,31 @@ from torch.utils._device import _device_constructors
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (".py", ".cpp", ".h", ".inl", ".cu", ".cuh")
-MAX_LINES = 500
+LONG = 450  # lines of a file that looks for its seam
+MOST_FILES = 18  # of one folder; about 15 are meant
 
 # Room -> rooms it may import. Not listed: every room may import itself and the leaves.
-LEAVES = {"backend", "crossover", "gpu_tiles", "timing", "files", "_C"}
-BELOW_RECIPES = {"nn", "ops", "kernels", "train", "compress", "parallel"}
+LEAVES = {"backend", "timing", "files", "_C"}
+BELOW_OPTIM = {"kernels", "formats", "ops", "nn", "graph"}
+BELOW_RECIPES = {*BELOW_OPTIM, "optim", "train", "compress", "parallel"}
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
-    "ops": {"kernels"},
-    "nn": {"ops", "kernels"},
-    "train": {"nn", "ops", "kernels"},
-    "compress": {"nn", "ops", "kernels"},
-    "parallel": {"nn", "ops", "kernels"},
+    "formats": {"kernels"},
+    "ops": {"kernels", "formats"},
+    "nn": {"kernels", "formats", "ops"},
+    "graph": {"kernels", "formats", "ops", "nn"},
+    "optim": BELOW_OPTIM,
+    "train": {*BELOW_OPTIM, "optim"},
+    "compress": {*BELOW_OPTIM, "optim"},
+    "parallel": {*BELOW_OPTIM, "optim"},
     "recipes": BELOW_RECIPES,
     "benches": BELOW_RECIPES,  # beside recipes: measures what stands below both
-    "doctor": set(),
-    "tune": {"ops"},  # measures them for this machine
-    "tune_gpu": {"ops", "kernels", "tune_problems"},
-    "tune_problems": {"ops", "kernels"},
-    "cli": {*BELOW_RECIPES, "recipes", "benches", "doctor", "tune", "tune_gpu"},
+    "tune": {"formats", "ops", "kernels"},  # measures them for this machine
+    "cli": {*BELOW_RECIPES, "recipes", "benches", "tune"},
     "__main__": {"cli"},
     "": BELOW_RECIPES,  # bigops/__init__.py re-exports
 }
 KERNELS_MAY_IMPORT = {"torch", "triton", "bigops"}
-# (importing room, imported room): the ops register their answers to explain() when imported, so
-# the leaf that holds explain() imports them when it is first asked.
-LAZY_EXCEPTIONS = {("backend", "ops")}
 
 Check = Callable[[Path], list[str]]
 
@@ -111,18 +112,58 @@ def wrong_imports(root: Path) -> list[str]:
             if other not in MAY_IMPORT and other not in LEAVES:
                 continue  # a name of bigops/__init__.py itself, such as __version__
             allowed = other == room or other in MAY_IMPORT.get(room, set())
-            allowed = allowed or (other in LEAVES and room != "kernels")
-            if not (allowed or (lazy and (room, other) in LAZY_EXCEPTIONS)):
+            if not (allowed or (other in LEAVES and room != "kernels")):
                 found.append(f"{where}:{line}: {room or 'bigops'} imports {name}")
     return found
 
 
 def long_files(root: Path) -> list[str]:
-    """Source files past the limit: a larger one becomes a folder of the same name."""
+    """Source files that had better become a folder of the same name: a warning, no failure."""
     return [
-        f"{file.relative_to(root)}: {lines} lines"
+        f"{file.relative_to(root)}: {lines} lines; make it a folder"
         for file in tracked(root)
-        if file.suffix in SOURCES and (lines := len(file.read_text().splitlines())) > MAX_LINES
+        if file.suffix in SOURCES and (lines := len(file.read_text().splitlines())) > LONG
+    ]
+
+
+def full_folders(root: Path) -> list[str]:
+    """Folders of the house with more files than a person takes in at a glance."""
+    files = Counter(file.parent for _, file in python_files(root) if file.name != "__init__.py")
+    return [
+        f"{folder.relative_to(root)}: {count} files; make folders in it"
+        for folder, count in files.items()
+        if count > MOST_FILES and folder.name != "benches"
+    ]
+
+
+def borrowed_privates(root: Path) -> list[str]:
+    """Names with a leading underscore that come from another folder."""
+    found = []
+    for module, file in python_files(root):
+        folder = module if file.name == "__init__.py" else module.rpartition(".")[0]
+        for line, name, _ in imported(module, file):
+            home, _, leaf = name.rpartition(".")
+            private = any(part[:1] == "_" and part[:2] != "__" for part in name.split("."))
+            inside = home in (folder, module) or home.rpartition(".")[0] == folder
+            if name.startswith("bigops.") and private and leaf != "_C" and not inside:
+                found.append(f"{file.relative_to(root)}:{line}: imports {name}")
+    return found
+
+
+ARGUMENTS = {"args", "rest", "fixed", "inputs", "arguments", "given"}
+
+
+def argument_slices(root: Path) -> list[str]:
+    """Slices of arguments by position: names say what an argument is."""
+    return [
+        f"{file.relative_to(root)}:{node.lineno}: {ast.unparse(node)}"
+        for module, file in python_files(root)
+        if room_of(module) != "benches"
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Subscript)
+        and isinstance(node.slice, ast.Slice)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ARGUMENTS
     ]
 
 
@@ -178,14 +219,14 @@ def unplaced_tensors(root: Path) -> list[str]:
 
 
 def missing_stems(root: Path) -> list[str]:
-    """Ops without a test or a bench of their stem."""
+    """Ops, which are the folders of bigops/ops, without a test or a bench of their stem."""
     found = []
-    for file in sorted((root / "bigops" / "ops").iterdir()):
-        if file.name.startswith(("_", ".")):
+    for folder in sorted((root / "bigops" / "ops").iterdir()):
+        if not (folder / "__init__.py").exists() or folder.name == "family":  # which has no op
             continue
-        for wanted in (f"tests/test_{file.stem}.py", f"benches/bench_{file.stem}.py"):
+        for wanted in (f"tests/test_{folder.name}.py", f"benches/bench_{folder.name}.py"):
             if not (root / wanted).exists() and not (root / wanted[:-3]).is_dir():
-                found.append(f"{file.stem}: {wanted} is missing")
+                found.append(f"{folder.name}: {wanted} is missing")
     return found
 
 
@@ -220,7 +261,9 @@ def tracked(root: Path) -> list[Path]:
 
 CHECKS: dict[str, Check] = {
     "imports": wrong_imports,
-    "length": long_files,
+    "folders": full_folders,
+    "privates": borrowed_privates,
+    "slices": argument_slices,
     "syntax": newer_syntax,
     "paths": machine_paths,
     "devices": unplaced_tensors,
@@ -234,12 +277,25 @@ def test_the_tree_keeps_the_rule(name: str) -> None:
     assert CHECKS[name](ROOT) == []
 
 
+def test_long_files_are_named(tmp_path: Path) -> None:
+    plant(tmp_path, "csrc/cpu/one.cpp", "\n" * (LONG + 1))
+    assert long_files(tmp_path) == [f"csrc/cpu/one.cpp: {LONG + 1} lines; make it a folder"]
+    for line in long_files(ROOT):
+        warnings.warn(line, stacklevel=1)
+
+
+def test_a_full_folder_is_found(tmp_path: Path) -> None:
+    for number in range(MOST_FILES + 1):
+        plant(tmp_path, f"bigops/nn/file{number}.py", "")
+    assert full_folders(tmp_path) == [f"bigops/nn: {MOST_FILES + 1} files; make folders in it"]
+
+
 def test_the_tree_is_seen() -> None:
     """The checks above look at something: the rooms are found, and git's list is the tree."""
     rooms = {room_of(module) for module, _ in python_files(ROOT)}
     assert {"ops", "kernels", "benches", "cli", "backend"} <= rooms
     names = {str(file.relative_to(ROOT)) for file in tracked(ROOT)}
-    assert {"setup.py", "bigops/cli.py", "bigops/py.typed", "Makefile"} <= names
+    assert {"setup.py", "bigops/cli/__init__.py", "bigops/py.typed", "Makefile"} <= names
 
 
 def test_type_marker_and_symlinked_rooms() -> None:
@@ -256,12 +312,23 @@ PLANTED = {
     "imports up lazily": ("imports", "bigops/nn/a.py", "def f():\n    import bigops.compress\n"),
     "imports up relatively": ("imports", "bigops/nn/a.py", "from ..compress import plan\n"),
     "imports sideways": ("imports", "bigops/train/a.py", "import bigops.compress.plan\n"),
-    "leaf imports a room": ("imports", "bigops/backend.py", "import bigops.ops\n"),
+    "leaf imports a room": ("imports", "bigops/backend/a.py", "import bigops.ops\n"),
+    "leaf imports a room lazily": (
+        "imports",
+        "bigops/backend/a.py",
+        "def explain():\n    import bigops.ops\n",
+    ),
     "kernel imports the package": ("imports", "kernels/a.py", "from bigops.ops import one\n"),
     "kernel imports a leaf": ("imports", "kernels/a.py", "from bigops import backend\n"),
     "kernel imports numpy": ("imports", "kernels/a.py", "import numpy\n"),
     "unknown room": ("imports", "bigops/utils.py", "x = 1\n"),
-    "long file": ("length", "csrc/cpu/one.cpp", "\n" * 501),
+    "a private name of another folder": (
+        "privates",
+        "bigops/nn/a.py",
+        "from bigops.ops.one import _two\n",
+    ),
+    "a private file of another folder": ("privates", "bigops/nn/a.py", "import bigops.ops._two\n"),
+    "a slice of arguments": ("slices", "bigops/ops/one/a.py", "def f(*args):\n    g(args[1:3])\n"),
     "match is fine, type is not": ("syntax", "bigops/nn/a.py", "type X = int\n"),
     "except group": ("syntax", "bigops/nn/a.py", "try:\n    f()\nexcept* ValueError:\n    g()\n"),
     "a path": ("paths", "README.md", "see /ho" + "me/somebody/notes\n"),
@@ -271,7 +338,7 @@ PLANTED = {
         "import torch\ntorch.ones(2)\n",
     ),
     "a number on it": ("devices", "kernels/a.py", "import torch\nx = 2 * torch.tensor([1]).t()\n"),
-    "an op without test and bench": ("stems", "bigops/ops/two.py", "x = 1\n"),
+    "an op without test and bench": ("stems", "bigops/ops/two/__init__.py", "x = 1\n"),
     "an unlisted data file": ("data", "kernels/configs/h.toml", "x = 1\n"),
 }
 
@@ -281,12 +348,12 @@ def small_tree(root: Path) -> Path:
     good = {
         "pyproject.toml": '[tool.setuptools.package-data]\n"*" = ["*.json", "py.typed"]\n',
         "bigops/__init__.py": "from bigops.ops import one\n",
-        "bigops/backend.py": "def explain():\n    import bigops.ops\n",
+        "bigops/backend/__init__.py": "from bigops.backend import machine\n",
         "bigops/py.typed": "",
         "bigops/ops/__init__.py": "from bigops.ops import one\n",
-        "bigops/ops/one.py": "from bigops import backend\nfrom bigops.kernels import one as k\n",
+        "bigops/ops/one/__init__.py": "from bigops import backend\nimport bigops.kernels as k\n",
         "bigops/nn/a.py": "from bigops import __version__\nfrom bigops.ops.one import k\n",
-        "bigops/cli.py": "def demo():\n    from bigops.recipes import demo\n",
+        "bigops/cli/__init__.py": "def demo():\n    from bigops.recipes import demo\n",
         "kernels/one.py": "import math\nimport torch\nfrom bigops.kernels import tiles\n",
         "kernels/configs/a.json": "{}\n",
         "benches/bench_one.py": "import bigops\nfrom bigops.benches import harness\n",
@@ -313,6 +380,6 @@ def test_a_planted_violation_is_found(fault: str, tmp_path: Path) -> None:
     root = small_tree(tmp_path)
     plant(root, file, text)
     found = CHECKS[check](root)
-    stem = Path(file).stem
+    stem = Path(file).parent.name if file.endswith("__init__.py") else Path(file).stem
     assert found, f"{fault}: not found"
     assert all(stem in line for line in found), found

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import bigops
-import bigops.nn.atomic as atomic_module
-from bigops.nn.atomic import atomic
-from bigops.nn.looking import looking
+import bigops.graph.atomic as atomic_module
+from bigops.graph.atomic import atomic
+from bigops.graph.looking import looking
 from tests.interrupts import check_every_line, lines, state
 from tests.verbs import PARAMETERS, VERBS, Counts, X, dense, half_frozen, level  # noqa: F401
 
@@ -63,7 +63,7 @@ def test_ctrl_c_pressed_again_during_the_rollback(
             verb(model)
 
     # looking, which puts back as well, has ended where the exchange begins
-    monkeypatch.setattr("bigops.nn.looking.Before", Untouched)
+    monkeypatch.setattr("bigops.graph.looking.Before", Untouched)
     _, place = lines(interrupt_twice, count - 1)
     assert place is not None
     assert len(calls) > 2

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from bigops import timing
 from bigops.benches import gpu_ladder, limits_gpu
 from bigops.benches.gpu_ladder import LADDER, Rung
-from bigops.kernels import tiles
+from bigops.kernels.common import tiles
 from tests import triton_interpreter
 
 triton_interpreter.install()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import bigops
 from bigops import Int4, Int8, LowRank, Sparse, compress_
 from bigops.compress.calibrate import calibrate
-from bigops.nn import sites as sites_module
-from bigops.ops import _quantize as quantize
+from bigops.formats import quantize
+from bigops.graph import sites as sites_module
 from bigops.timing import Ratio
 
 STATIC = Int8(activations="static")

@@ -17,8 +17,10 @@ import pytest
 from torch import nn
 
 import bigops
-from bigops import backend, cli, doctor, save
+from bigops import cli, save
+from bigops.backend import machine
 from bigops.benches import harness, rows
+from bigops.cli import doctor
 from tests.kernels_ran import named
 from tests.test_bench_harness import COLUMNS, ROW
 
@@ -151,7 +153,7 @@ def test_a_fault_of_ours_is_not_dressed_up_as_a_mistake(monkeypatch: Any) -> Non
     def broken() -> None:
         raise AssertionError("ours")
 
-    monkeypatch.setattr(backend, "report", broken)
+    monkeypatch.setattr(bigops, "report", broken)
     with pytest.raises(AssertionError, match="ours"):
         cli.main(["doctor"])
 
@@ -307,20 +309,20 @@ def test_control_c_in_the_middle_of_a_real_bench(tmp_path: Path) -> None:
 def test_doctor_tells_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "doctor")
     assert code == 0
-    report = backend.report()
+    report = bigops.report()
     for op, served in report["ops"].items():
         assert op in out
         assert served["cpu"] in out
         assert served["gpu"] in out
     assert report["torch"] in out
-    if backend.extension is not None:
-        assert f"instruction set  {backend.extension.isa()} " in out
+    if machine.extension is not None:
+        assert f"instruction set  {machine.extension.isa()} " in out
 
 
 def test_doctor_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "doctor", "--json")
     assert code == 0
-    assert json.loads(out) == json.loads(json.dumps(backend.report()))
+    assert json.loads(out) == json.loads(json.dumps(bigops.report()))
 
 
 def fake_report(**more: Any) -> dict[str, Any]:
@@ -385,7 +387,7 @@ def test_doctor_without_the_extension_says_so() -> None:
     assert "crossovers       none (needs the extension)" in text
 
 
-@pytest.mark.parametrize("op", sorted(backend.report()["ops"]))
+@pytest.mark.parametrize("op", sorted(bigops.report()["ops"]))
 def test_explain_names_a_kernel_and_a_reason(op: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "explain", op, "--k", "64", "--n", "32", "--activation", "relu")
     assert code == 0, err

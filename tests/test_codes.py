@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import bigops.ops
-from bigops import backend
-from bigops.ops import _codes as codes
-from bigops.ops._library import encoder
-from bigops.ops.sparse_linear import from_dense
+from bigops.backend import machine
+from bigops.formats.sparse import SparseWeight
+from bigops.ops import codes
+from bigops.ops.library import encoder
 from tests.kernels_ran import needs_extension
 
 ops = torch.ops.bigops
@@ -63,8 +63,8 @@ def test_tables_only_grow_at_their_ends() -> None:
 
 @needs_extension
 def test_kernels_have_the_same_tables() -> None:
-    assert backend.extension is not None
-    theirs = backend.extension.codes()
+    assert machine.extension is not None
+    theirs = machine.extension.codes()
     assert {"activation", "activations", "choice", "dtype"} == theirs.keys()
     assert not differs(codes.TABLES, theirs)
     assert not differs(theirs, {name: codes.TABLES[name] for name in theirs})
@@ -72,7 +72,7 @@ def test_kernels_have_the_same_tables() -> None:
 
 def test_triton_kernels_have_the_same_activations() -> None:
     pytest.importorskip("triton")
-    from bigops.kernels import activation
+    from bigops.kernels.common import activation
 
     assert codes.TABLES["activation"] == activation.NAMES
 
@@ -120,14 +120,18 @@ def case(name: str) -> tuple[Any, tuple[Any, ...]]:
     if name == "linear_cross_entropy":
         return ops.linear_cross_entropy, (x, w, target, None, None, "sum", -100, 0.1, 0.0, 0.0)
     if name == "packed_linear":
-        return ops.packed_linear, (x, *bigops.pack_weight(w).arguments, *tail)
+        return ops.packed_linear, (x, *bigops.formats.PackedWeight.from_dense(w).arguments, *tail)
     if name == "quantized_linear":
-        return ops.quantized_linear, (x, *bigops.quantize_weight(w).arguments, *tail)
+        return ops.quantized_linear, (
+            x,
+            *bigops.formats.QuantizedWeight.from_dense(w).arguments,
+            *tail,
+        )
     if name == "fp8_linear":
-        weight = bigops.quantize_fp8(w, scales="tensor")
+        weight = bigops.formats.Fp8Weight.from_dense(w, scales="tensor")
         return ops.fp8_linear, (x, *weight.arguments, *tail)
-    weight = from_dense(w)
-    return ops.sparse_linear, (x, *weight.tensors, 8, weight.chunk, *tail)
+    weight = SparseWeight.from_dense(w)
+    return ops.sparse_linear, (x, *weight.arguments, *tail)
 
 
 FORMS = ("fused_linear", "low_rank_linear", "linear_cross_entropy", "packed_linear",

@@ -12,8 +12,8 @@ import bigops
 from bigops.compress import config as configs
 from bigops.compress.apply import compress_, freeze_
 from bigops.compress.config import W4A8, Int4, Int8, Sparse, SparseInt8
+from bigops.graph import sites as sites_module
 from bigops.nn import GatedMLP, Linear, QuantLinear, SparseLinear
-from bigops.nn import sites as sites_module
 from bigops.timing import Ratio
 
 
@@ -401,11 +401,11 @@ def test_a_failure_midway_changes_nothing(monkeypatch, broken: str) -> None:  # 
     if broken == "build":
         real, calls = QuantLinear.freeze, []
 
-        def freeze(layer: QuantLinear) -> QuantLinear:
+        def freeze(layer: QuantLinear, *storage: object) -> QuantLinear:
             calls.append(layer)
             if len(calls) == 3:
                 raise MemoryError("planted")
-            return real(layer)
+            return real(layer, *storage)
 
         monkeypatch.setattr(QuantLinear, "freeze", freeze)
     elif broken == "swap":

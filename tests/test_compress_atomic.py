@@ -100,7 +100,7 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def convert(model: nn.Module, name: str) -> bigops.nn.record.Record:
+def convert(model: nn.Module, name: str) -> bigops.graph.record.Record:
     freeze = name != "recovery"
     return compress_(model, CONFIGS[name], data=[X], freeze=freeze, low_memory=True)
 

@@ -11,10 +11,19 @@ from torch import nn
 
 import bigops
 from bigops import Fp8, Int4, Int8, LowRank, Sparse, compress_, freeze_
+from bigops.backend import machine
 from bigops.compress import build, choose, measure
-from bigops.nn import Fp8Linear, Linear, QuantLinear, QuantLowRankLinear
-from bigops.nn import sites as sites_module
-from bigops.nn.sites import Sites
+from bigops.graph import sites as sites_module
+from bigops.graph.sites import Sites
+from bigops.nn import (
+    Fp8Linear,
+    Linear,
+    LowRankLinear,
+    QuantLinear,
+    QuantLowRankLinear,
+    SparseLinear,
+)
+from bigops.ops.choice import Choice
 from bigops.timing import Ratio
 from tests.kernels_ran import needs_extension
 
@@ -169,10 +178,10 @@ def test_known_sizes_are_those_of_the_frozen_layer() -> None:
                    Fp8(), Fp8(scales="block"), LowRank(5) + Int8(),
                    Int8(activations="static")):  # fmt: skip
         layer = build.build(dense, build.Choice(config, (0.1, 3.0)))
-        known = build._least_bytes(layer)
+        known = layer.least_bytes()
         assert known == nbytes(layer.freeze()), config  # type: ignore[operator]
     factors = build.build(dense, build.Choice(LowRank(5)))
-    assert build._least_bytes(factors) == nbytes(factors)
+    assert factors.least_bytes() == nbytes(factors)
 
 
 def test_a_layer_to_be_trained_has_its_size_said_and_decided_when_frozen() -> None:
@@ -204,14 +213,16 @@ def test_a_layer_that_no_kernel_serves_stays_unless_all_is_asked_for() -> None:
 @needs_extension
 @pytest.mark.parametrize("config", [Int8(), Sparse(0.9), LowRank(4), LowRank(4) + Int8()], ids=str)
 def test_the_chooser_of_the_op_is_asked(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, asked = bigops.backend.explain, []
+    asked = []
+    for kind in (QuantLinear, SparseLinear, LowRankLinear, QuantLowRankLinear):
+        real: Any = kind.explain
 
-    def explain(op: str, *args: Any, **kwargs: Any) -> bigops.backend.Explanation:
-        asked.append(op)
-        found = real(op, *args, **kwargs)
-        return bigops.backend.Explanation(op, f"reference.{op}", f"planted for {found.op}")
+        def explain(layer: Any, x: torch.Tensor, real: Any = real) -> Choice:
+            found = real(layer, x)
+            asked.append(found.op)
+            return Choice.of(found.op, f"reference.{found.op}", f"planted for {found.op}")
 
-    monkeypatch.setattr(bigops.backend, "explain", explain)
+        monkeypatch.setattr(kind, "explain", explain)
     model = nn.Sequential(nn.Linear(64, 64))
     record = compress_(model, config)
     assert "no kernel serves it on cpu: planted for" in (record.reason("0") or "")
@@ -222,7 +233,7 @@ def test_an_installation_without_kernels_keeps_all_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(measure, "without_kernel", lambda module, x: "no kernel serves it: none")
-    monkeypatch.setattr(bigops.backend, "extension", None)
+    monkeypatch.setattr(machine, "extension", None)
     model = nn.Sequential(nn.Linear(64, 64))
     record = compress_(model, Int8())
     assert type(model[0]) is QuantLinear

@@ -11,8 +11,8 @@ import bigops
 from bigops import Int4, Int8, LowRank, Receipt, Sparse, compress_, freeze_
 from bigops.compress import config as configs
 from bigops.compress.config import LowRankInt8
+from bigops.graph import sites as sites_module
 from bigops.nn import Linear, LowRankLinear, QuantLinear, QuantLowRankLinear
-from bigops.nn import sites as sites_module
 from bigops.timing import Ratio
 from tests import tolerance
 

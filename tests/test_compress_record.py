@@ -14,8 +14,8 @@ from torch import nn
 import bigops
 from bigops import W4A8, Fp8, Int4, Int8, LowRank, Sparse, compress_, freeze_
 from bigops.compress import measure
-from bigops.nn import sites as sites_module
-from bigops.nn.record import account
+from bigops.graph import sites as sites_module
+from bigops.graph.record import account
 from bigops.timing import Ratio
 from tests.kernels_ran import needs_extension
 

@@ -17,19 +17,17 @@ from torch import Tensor
 
 import bigops
 from bigops import backend
+from bigops.backend import machine
 from bigops.benches import harness
 from bigops.benches.limits import Cost
+from bigops.formats.bitmap import BitmapWeight
 from bigops.nn import Linear, SparseLinear
-from bigops.ops import _activation as act
-from bigops.ops import _bitmap_linear as op
-from bigops.ops._library import in_words
-from bigops.ops.sparse_linear import (
-    BitmapWeight,
-    bitmap_from_sparse,
-    pack_bitmap,
-    sparse_linear,
-)
+from bigops.ops import activation as act
+from bigops.ops.family import Call
+from bigops.ops.sparse_linear import bitmap as op
+from bigops.ops.sparse_linear import sparse_linear
 from tests import hostrun, roads
+from tests.backends import serve_by
 from tests.compressed_cases import DTYPES, Case, make
 from tests.kernels_ran import expect
 from tests.linear_cases import PLAIN
@@ -56,7 +54,7 @@ def make_bitmap(
     """A case of `sparse_linear` with single entries, and its weight as a bitmap."""
     form = "sparse_bf16" if dtype == "bf16" else "sparse_float"
     case = make(form, lead, n, k, dtype, name, **{"pattern": "1x1", **more})
-    weight = bitmap_from_sparse(case.weight, DTYPES[dtype])
+    weight = BitmapWeight.from_sparse(case.weight, DTYPES[dtype])
     return replace(case, dense=weight.to_dense(torch.float64)), weight
 
 
@@ -75,7 +73,7 @@ def run(dtype: str, lead: int | list[int], n: int, k: int, name: str = "none", *
     """One case by the road that a GPU takes: values by the rule, the kernel by its name."""
     case, weight = make_bitmap(dtype, lead, n, k, name, **more)
     with expect(f"cuda.bitmap_linear.{dtype}"):
-        y = op._forward(case.x, *weight.tensors, n, case.bias, case.residual, name)
+        y = op._forward(Call(case.x, weight, case.bias, case.residual, name))
     case.check_forward(y)
 
 
@@ -146,7 +144,7 @@ def test_every_schedule_gives_the_same_bits(library: Path, dtype: str, m: int) -
 def test_what_stands_at_zeros_of_w_is_not_read_into_a_sum() -> None:
     case, _ = make_bitmap("f16", 4, 20, 300)
     mask = torch.rand(300) < 0.5
-    packed = pack_bitmap(torch.randn(20, 300).half(), mask.expand(20, 300))
+    packed = BitmapWeight.from_mask(torch.randn(20, 300).half(), mask.expand(20, 300))
     x = torch.where(mask, case.x, math.nan)
     y = decode(case, packed, x=x)
     clean = torch.where(mask, x, 0)
@@ -227,16 +225,16 @@ def test_gradients_on_every_road(road: str) -> None:
 def test_opcheck() -> None:
     case, weight = make_bitmap("bf16", 5, 12, 33, "gelu")
     x, bias, residual = case.leaves()
-    roads.opcheck(torch.ops.bigops.bitmap_linear, (x, *weight.tensors, 12, bias, residual, "gelu"))
+    roads.opcheck(torch.ops.bigops.bitmap_linear, (x, *weight.arguments, bias, residual, "gelu"))
 
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where bigops/_cuda was built."""
-    monkeypatch.setattr(backend, "cuda_archs", ("80", "90a"))
-    backend.cuda_runs_on.cache_clear()
+    monkeypatch.setattr(machine, "cuda_archs", ("80", "90a"))
+    machine.cuda_runs_on.cache_clear()
     yield
-    backend.cuda_runs_on.cache_clear()
+    machine.cuda_runs_on.cache_clear()
 
 
 @pytest.mark.usefixtures("built")
@@ -276,14 +274,15 @@ def test_a_frozen_layer_takes_the_kernel(values: str, monkeypatch: pytest.Monkey
     case = Case(
         x, general, general.to_dense(torch.float64), False, bias, residual, residual, "relu"
     )
-    monkeypatch.setattr(op._op, "forward", in_words(op._op.forward, op._forward))
+    serve_by(monkeypatch, op.op, op._forward)
     with torch.no_grad(), backend.record() as plain:
         layer(x, residual)
-    monkeypatch.setattr(op, "serves", lambda x: x.shape[:-1].numel() <= 16)
+    monkeypatch.setattr(op, "serves", lambda rows, target: rows <= 16)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # which the layer asks first
     with torch.no_grad(), expect("cuda.bitmap_linear"):
         y = layer(x, residual)
     case.check_forward(y)
-    packed = bitmap_from_sparse(general)
+    packed = BitmapWeight.from_sparse(general)
     assert packed.nbytes < general.nbytes
     assert layer.nbytes == before + packed.nbytes
     with torch.no_grad(), backend.record() as many:
@@ -344,12 +343,12 @@ def test_bad_arguments() -> None:
     for args, error, message in (
         ((x.float(), weight), TypeError, "x: expected dtype bfloat16; got float32"),
         ((x[:, :60], weight), ValueError, r"x: expected shape \[.., 300\] for .*; got \[4, 60\]"),
-        ((x, weight._replace(ptr=weight.ptr + 1)), ValueError, "ptr: expected the sums of what"),
+        ((x, weight.replace(ptr=weight.ptr + 1)), ValueError, "ptr: expected the sums of what"),
         ((x, weight, None, None, "swiglu"), ValueError, "activation"),
     ):
         with pytest.raises(error, match=message):
             sparse_linear(*args)
-    with pytest.raises(ValueError, match="x_grid, y_grid: expected None with a weight stored as"):
+    with pytest.raises(ValueError, match="x_grid, y_grid: expected None with a BitmapWeight"):
         sparse_linear(x, weight, y_grid=torch.ones(2))
 
 
@@ -361,7 +360,7 @@ def arguments(case: Case, weight: BitmapWeight, splits: int = 2) -> tuple[Tensor
     (n, k), m = weight.shape, case.x.shape[0]
     y = torch.full((m, n), math.nan, dtype=case.x.dtype)
     partial = torch.full((splits, m, n), math.nan)
-    tensors = (case.x, *weight.tensors, case.bias, case.residual, y, partial)
+    tensors = (case.x, *weight.tensors().values(), case.bias, case.residual, y, partial)
     total = weight.values.nbytes // 16
     types = list(DTYPES.values())
     last = (act.CODES[case.name], splits, types.index(case.x.dtype))
@@ -455,14 +454,14 @@ def test_thread_sanitizer(barrier: bool, early: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(backend.cuda_error), reason=backend.cuda_error)
+@pytest.mark.skipif(bool(machine.cuda_error), reason=machine.cuda_error)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("m", [1, 4, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_a_gpu(dtype: str, m: int) -> None:
     for n, k in ((4096, 4096), (1000, 5003)):
         case, packed = make_bitmap(dtype, m, n, k, "gelu", sparsity=0.5)
-        weight = packed._make(t.cuda() if isinstance(t, Tensor) else t for t in packed)
+        weight = packed.map(Tensor.cuda)
         x, *rest = (None if t is None else t.cuda() for t in case.inputs)
         assert x is not None
         with expect(f"cuda.bitmap_linear.{dtype}"):

@@ -114,14 +114,14 @@ library, stub, torch.version.cuda = sys.argv[1], sys.argv[2], sys.argv[3] or Non
 if stub:
     ctypes.CDLL(stub, mode=ctypes.RTLD_GLOBAL)
 sys.modules["bigops._C"] = None
-import bigops
-from bigops import backend
-from bigops.ops.quantized_linear import quantize_weight
-print(backend.cuda_archs, backend.cuda_error)
+import bigops, bigops.ops
+from bigops.backend import machine
+from bigops.formats import QuantizedWeight
+print(machine.cuda_archs, machine.cuda_error)
 decode = "bigops::quantized_linear_decode.code"
 print(torch._C._dispatch_has_kernel_for_dispatch_key(decode, "CUDA"))
-print(backend.report()["cuda"]["kernels"])
-x, w = torch.zeros(4, 64), quantize_weight(torch.ones(8, 64), 4, 32)
+print(bigops.report()["cuda"]["kernels"])
+x, w = torch.zeros(4, 64), QuantizedWeight.from_dense(torch.ones(8, 64), 4, 32)
 print(bigops.explain("quantized_linear", x, w, device="sm_90").kernel)
 """
 

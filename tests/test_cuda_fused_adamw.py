@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 import bigops
-from bigops import backend, fused_adamw, fused_grad_norm
+from bigops import fused_adamw, fused_grad_norm
+from bigops.backend import machine
 from bigops.benches import harness
-from bigops.ops import _cuda_adamw as road
-from bigops.ops import _optimizer_states as states
-from bigops.ops import _triton_loss
-from bigops.ops.fused_adamw import reference_adamw, reference_norm
+from bigops.ops.fused_adamw import choose, reference_adamw, reference_norm, schema, states
+from bigops.ops.fused_adamw import cuda as road
+from bigops.ops.fused_adamw.triton import maps_of
 from tests import hostrun
 from tests.kernels_ran import expect
 from tests.optimizer_cases import Problem, round_roots, same
@@ -45,9 +45,11 @@ def library() -> Path:
 def _on_cuda(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ops as a GPU takes them."""
     hostrun.schedule(library, 0, False)
-    monkeypatch.setattr(road, "serves", lambda tensors: len(tensors) > 0)
-    monkeypatch.setattr(module, "step_adamw", module._cuda_adamw)
-    monkeypatch.setattr(module, "_norm", module._cuda_norm)
+    real = road.cuda_built_for
+    here = lambda target: isinstance(target, torch.device) or real(target)  # noqa: E731
+    monkeypatch.setattr(road, "cuda_built_for", here)
+    monkeypatch.setattr(module, "step_adamw", choose.adamw)
+    monkeypatch.setattr(module, "norm_op", choose.norm)
     round_roots(monkeypatch)
 
 
@@ -173,8 +175,7 @@ def test_versions_are_counted() -> None:
     for more in ({}, {"norm": torch.ones((), dtype=torch.float64)}):
         before = [t._version for t in (ours.params[0], ours.first[0], ours.steps[0])]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "step_adamw", lambda *args: module._below_autograd(
-                torch.ops.bigops.fused_adamw.default, *args))  # fmt: skip
+            patch.setattr(module, "step_adamw", schema.step_adamw)
             ours.adamw(0, **more)
         after = [t._version for t in (ours.params[0], ours.first[0], ours.steps[0])]
         assert all(b > a for a, b in zip(before, after, strict=True)), more
@@ -182,7 +183,7 @@ def test_versions_are_counted() -> None:
 
 def given(problem: Problem, step: int = 0, on_device: bool = True, **more: Any) -> tuple[Any, ...]:
     """The arguments of the op by itself."""
-    maps = _triton_loss.maps_of(torch.device("cpu")) if problem.eight_bit else ()
+    maps = maps_of(torch.device("cpu")) if problem.eight_bit else ()
     scales = (problem.first_scales, problem.second_scales) if problem.eight_bit else ((), ())
     usual = {
         "params": problem.params, "grads": problem.grads(step), "first": problem.first,
@@ -254,7 +255,7 @@ def test_offsets_past_32_bits(tmp_path: Path) -> None:
         small.params[0], g[-77:], small.first[0], small.second[0], small.steps[0],
         small.first_scales[0], small.second_scales[0], None, 1e-2, 0.8, 0.95, 1e-6, 0.1, 1.0,
     )  # fmt: skip
-    maps = _triton_loss.maps_of(torch.device("cpu"))
+    maps = maps_of(torch.device("cpu"))
     library = hostrun.build(SOURCE)
     loaded = ctypes.CDLL(str(library))
     loaded.hostrun_only(ctypes.c_int64(1 + (n - 1) // 8192))
@@ -290,10 +291,10 @@ def test_the_bench_clips_without_the_host() -> None:
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where bigops/_cuda was built."""
-    monkeypatch.setattr(backend, "cuda_archs", ("80", "90a"))
-    backend.cuda_runs_on.cache_clear()
+    monkeypatch.setattr(machine, "cuda_archs", ("80", "90a"))
+    machine.cuda_runs_on.cache_clear()
     yield
-    backend.cuda_runs_on.cache_clear()
+    machine.cuda_runs_on.cache_clear()
 
 
 @pytest.mark.usefixtures("built")
@@ -315,11 +316,15 @@ def test_explain_names_the_kernel() -> None:
 
 
 def test_what_the_kernels_do_not_serve() -> None:
-    one, two = torch.ones(2), torch.ones(2).double()
-    step = torch.zeros(())
-    assert road.serves_step([one], [step])
-    assert not road.serves_step([one, two], [step, step])
-    assert not road.serves_step([one, one], [step, torch.zeros((), device="meta")])
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    single, double = torch.float32, torch.float64
+
+    def kernels(*given: Any) -> object:
+        return choose.choose("fused_adamw", *given)[0]
+
+    assert kernels({single}, cpu, {cpu}) is road
+    assert kernels({single, double}, cpu, {cpu}) is not road
+    assert kernels({single}, cpu, {cpu, meta}) is not road
 
 
 def test_bad_arguments_change_nothing() -> None:
@@ -359,7 +364,7 @@ def test_bad_arguments_change_nothing() -> None:
 
 ON_GPU = [
     pytest.mark.gpu,
-    pytest.mark.skipif(bool(backend.cuda_error), reason=backend.cuda_error),
+    pytest.mark.skipif(bool(machine.cuda_error), reason=machine.cuda_error),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
 ]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigops.ops import _triton_loss
 from bigops.ops.fused_adamw import reference_adamw, reference_norm
+from bigops.ops.fused_adamw.triton import maps_of
 from tests import hostrun
 from tests.optimizer_cases import Problem, round_roots, same
 from tests.tolerance import check
@@ -48,7 +48,7 @@ def arguments(problem: Problem, **more: Any) -> tuple[Any, ...]:
     return (
         p0, grads[0], m0, v0, p0.numel(), types[p0.dtype], p1, grads[1], m1, v1,
         problem.first_scales[1], problem.second_scales[1], copy, p1.numel(), types[p1.dtype], 3,
-        *problem.steps, torch.zeros(4), *_triton_loss.maps_of(torch.device("cpu")),
+        *problem.steps, torch.zeros(4), *maps_of(torch.device("cpu")),
         more.get("norm"), 1,
     )  # fmt: skip
 

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 import bigops
-from bigops import backend
-from bigops.ops import _activation as act
-from bigops.ops import _cuda_quantized as road
-from bigops.ops._quantized_weight import pack
-from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
+from bigops.backend import machine
+from bigops.formats.quantized import QuantizedWeight, pack
+from bigops.ops import activation as act
+from bigops.ops.quantized_linear import cuda as road
 from tests import hostrun
 from tests.compressed_cases import DTYPES, QUANTISED, Case, make
 from tests.kernels_ran import expect
@@ -43,13 +42,18 @@ def _schedule(library: Path) -> None:
     hostrun.schedule(library, 0, False)
 
 
+def decoded(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tensors that the kernels read."""
+    return weight.values, weight.scale, weight.zero_point
+
+
 def decode(case: Case, weight: QuantizedWeight | None = None, splits: int | None = None) -> Tensor:
     """The op on a case with x [M, K], as it is called on a GPU."""
     weight = weight or case.weight
     if splits is None:
         splits = road.splits_for(weight.n, weight.k, weight.bits)
     y: Tensor = torch.ops.bigops.quantized_linear_decode(
-        case.x, *weight.tensors[:3], -weight.n % 16, weight.k, weight.bits, weight.group,
+        case.x, *decoded(weight), -weight.n % 16, weight.k, weight.bits, weight.group,
         case.bias, case.residual, case.name, splits,
     )  # fmt: skip
     return y
@@ -85,17 +89,17 @@ def test_any_strides() -> None:
     case = make("w4_zero", 7, 20, 64, "bf16", "gelu")
     want = decode(case)
 
-    def odd(t: Tensor | None) -> Any:
+    def odd(t: Any) -> Any:
         return None if t is None else t.repeat_interleave(2, -1)[..., ::2]
 
-    def moved(t: Tensor | None) -> Any:  # to an address that does not divide by 16
+    def moved(t: Any) -> Any:  # to an address that does not divide by 16
         if t is None:
             return None
         room = torch.empty(t.numel() + 1, dtype=t.dtype)
         return room[1:].view(t.shape).copy_(t)
 
     for move in (odd, moved):
-        weight = QuantizedWeight._make((*map(move, case.weight.tensors), *case.weight[5:]))
+        weight = case.weight.map(move)
         case.x, case.bias, case.residual = move(case.x), move(case.bias), move(case.residual)
         assert torch.equal(decode(case, weight), want)
 
@@ -106,9 +110,9 @@ def test_every_number_in_every_column_is_itself(dtype: str) -> None:
     for bits, low, high in ((8, -128, 127), (4, -8, 7)):
         count = high - low + 1
         q = (torch.arange(48).unsqueeze(1) * 7 + torch.arange(64)) % count + low
-        base = quantize_weight(torch.zeros(48, 64), bits, 32, False, "none")
+        base = QuantizedWeight.from_dense(torch.zeros(48, 64), bits, 32, False, "none")
         for zero in (low, 0, high):
-            weight = base._replace(
+            weight = base.replace(
                 values=pack(q.float(), bits),
                 scale=torch.ones_like(base.scale),
                 zero_point=torch.full_like(base.zero_point, zero),
@@ -116,7 +120,7 @@ def test_every_number_in_every_column_is_itself(dtype: str) -> None:
             x = torch.eye(64, dtype=DTYPES[dtype])
             for rows in x.split(16):
                 y = torch.ops.bigops.quantized_linear_decode(
-                    rows, *weight.tensors[:3], 0, 64, bits, 32, None, None, "none", 1
+                    rows, *decoded(weight), 0, 64, bits, 32, None, None, "none", 1
                 )
                 want = rows.float() @ (q - zero).float().t()
                 assert torch.equal(y, want.to(DTYPES[dtype]))
@@ -126,13 +130,13 @@ def test_float32_keeps_its_24_bits() -> None:
     """One weight of 1 a row: the product gives x back to the bit, the largest floats as well."""
     q = torch.zeros(64, 64)
     q[range(64), range(64)] = 1
-    weight = quantize_weight(torch.ones(64, 64), 8, None, True, "none")._replace(
+    weight = QuantizedWeight.from_dense(torch.ones(64, 64), 8, None, True, "none").replace(
         values=pack(q, 8), scale=torch.ones(1, 64)
     )
     x = torch.randn(16, 64) * torch.logspace(-30, 30, 16).unsqueeze(1)
     x[0, :2] = torch.tensor([torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max])
     y = torch.ops.bigops.quantized_linear_decode(
-        x, *weight.tensors[:3], 0, 64, 8, 0, None, None, "none", 1
+        x, *decoded(weight), 0, 64, 8, 0, None, None, "none", 1
     )
     assert torch.equal(y, x)
 
@@ -162,7 +166,7 @@ def test_offsets_past_32_bits(tmp_path: Path) -> None:
             shape
         )
 
-    last = quantize_weight(torch.randn(16, 8), 4, None, True, "none")
+    last = QuantizedWeight.from_dense(torch.randn(16, 8), 4, None, True, "none")
     values = sparse("values", [tiles, 1, 16, 4], torch.uint8)
     scale = sparse("scale", [1, n], torch.float32)
     values[-1], scale[:, -16:] = last.values[0], last.scale
@@ -184,7 +188,7 @@ def test_each_byte_is_read_once(library: Path) -> None:
     case = make("w4_zero", 4, 128, 1024, "bf16")
     hostrun.counts(library)
     decode(case, splits=2)
-    values, scale, zero = case.weight.tensors[:3]
+    values, scale, zero = decoded(case.weight)
     copied, _ = hostrun.counts(library)
     blocks = 2  # of 64 rows: each reads x
     assert copied == values.nbytes + scale.nbytes + zero.nbytes + blocks * case.x.nbytes
@@ -196,17 +200,17 @@ def test_each_byte_is_read_once(library: Path) -> None:
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where bigops/_cuda was built, for other architectures than all."""
-    monkeypatch.setattr(backend, "cuda_archs", ("80", "90a", "120"))
-    backend.cuda_runs_on.cache_clear()
+    monkeypatch.setattr(machine, "cuda_archs", ("80", "90a", "120"))
+    machine.cuda_runs_on.cache_clear()
     yield
-    backend.cuda_runs_on.cache_clear()
+    machine.cuda_runs_on.cache_clear()
 
 
 @pytest.mark.usefixtures("built")
 def test_code_runs_on_later_devices_of_its_generation() -> None:
     on = {arch for arch in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103",
                             "sm_120", "sm_121", "gfx942", "interpreter")
-          if backend.cuda_runs_on(arch)}  # fmt: skip
+          if machine.cuda_runs_on(arch)}  # fmt: skip
     assert on == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_120", "sm_121"}
 
 
@@ -233,14 +237,14 @@ def test_explain_leaves_to_triton_what_these_do_not_serve() -> None:
 
 
 def test_without_the_library_triton_serves() -> None:
-    if backend.cuda_archs:
+    if machine.cuda_archs:
         pytest.skip("bigops/_cuda is built here")
     pytest.importorskip("triton")
-    assert "not built" in backend.cuda_error
+    assert "not built" in machine.cuda_error
     case = make("w4", 4, 48, 256, "bf16")
     said = bigops.explain("quantized_linear", case.x, case.weight, device="sm_90")
     assert said.kernel.startswith("triton.")
-    assert not road.serves(case.x, "none")
+    assert not road.serves(case.call, case.weight, torch.device("cuda"))
 
 
 def test_splits_fill_a_device_and_leave_each_block_a_pipeline() -> None:
@@ -259,7 +263,7 @@ def test_bad_arguments() -> None:
                  "residual", "activation", "splits")  # fmt: skip
         usual = (
             case.x,
-            *case.weight.tensors[:3],
+            *decoded(case.weight),
             12,
             64,
             4,
@@ -301,7 +305,7 @@ def arguments(case: Case, splits: int) -> tuple[Tensor, tuple[Any, ...]]:
     """(y, the arguments of `run_decode`) for a case with x [M, K]."""
     weight = case.weight
     m, n = case.x.shape[0], weight.n
-    values, scale, zero_point = weight.tensors[:3]
+    values, scale, zero_point = decoded(weight)
     y = torch.full((m, n), math.nan, dtype=case.x.dtype)
     partial = torch.full((splits, m, scale.shape[1]), math.nan) if splits > 1 else None
     tensors = (case.x, values, scale, zero_point, case.bias, case.residual, y, partial)
@@ -413,7 +417,7 @@ def test_thread_sanitizer(barrier: str, early: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(backend.cuda_error), reason=backend.cuda_error)
+@pytest.mark.skipif(bool(machine.cuda_error), reason=machine.cuda_error)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("m", [1, 8, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -421,9 +425,7 @@ def test_thread_sanitizer(barrier: str, early: bool, tmp_path: Path) -> None:
 def test_on_a_gpu(form: str, dtype: str, m: int) -> None:
     for n, k in ((4096, 4096), (1000, 5003)):
         case = make(form, m, n, k, dtype, "gelu")
-        weight = QuantizedWeight._make(
-            t.cuda() if isinstance(t, Tensor) else t for t in case.weight
-        )
+        weight = case.weight.map(Tensor.cuda)
         inputs = [None if t is None else t.cuda() for t in case.inputs]
         with expect(f"cuda.quantized_linear.{dtype}"):
             y = bigops.quantized_linear(inputs[0], weight, *inputs[1:], "gelu")

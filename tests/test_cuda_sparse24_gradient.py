@@ -16,13 +16,15 @@ from torch import Tensor
 
 import bigops
 from bigops import backend
-from bigops.ops import _sparse24_linear as op
-from bigops.ops import _sparse24_pack as kernels
-from bigops.ops._library import in_words
-from bigops.ops._sparse24_weight import Sparse24Weight, prune24, sample
+from bigops.backend import machine
+from bigops.formats.sparse24 import Sparse24Weight, sample
+from bigops.ops.family import Call
+from bigops.ops.sparse_linear import sparse24 as op
+from bigops.ops.sparse_linear import sparse24_pack as kernels
 from bigops.ops.sparse_linear import sparse_linear
+from bigops.ops.sparse_linear.sparse24_pack import prune24
 from tests import hostrun, roads
-from tests.backends import covering
+from tests.backends import covering, serve_by
 from tests.compressed_cases import DTYPES
 from tests.kernels_ran import expect
 from tests.linear_cases import PLAIN
@@ -170,8 +172,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests import triton_interpreter
 
     triton_interpreter.install()
-    monkeypatch.setattr(op._op, "forward", in_words(op._op.forward, op._forward))
-    monkeypatch.setattr(op._op, "backward", in_words(op._op.backward, op._backward))
+    serve_by(monkeypatch, op.op, op.product, op.gradients)
 
 
 def run(case: Trained24) -> list[Tensor | None]:
@@ -245,7 +246,7 @@ def test_only_what_is_wanted_is_computed(wanted: tuple[int, ...]) -> None:
 def test_without_triton_plain_torch_makes_the_gradient_before_the_product(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backend, "has_triton", lambda: False)
+    monkeypatch.setattr(machine, "has_triton", lambda: False)
     for name in ("none", "gelu"):
         run(trained24(9, 20, 72, "bf16", name))
 
@@ -262,13 +263,13 @@ def test_training_keeps_the_pattern_of_both() -> None:
     for _ in range(8):
         optimizer.zero_grad()
         with expect("cuda.sparse24_gradient"):
-            y = sparse_linear(case.x, case.weight._replace(values=values))
+            y = sparse_linear(case.x, case.weight.replace(values=values))
             loss = (y - want).float().square().mean()
             loss.backward()
         losses.append(float(loss.detach()))
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0], losses
-    weight = case.weight._replace(values=values.detach())
+    weight = case.weight.replace(values=values.detach())
     before = case.weight.to_dense() != 0
     assert not (weight.to_dense() != 0)[~before].any()
     run(Trained24(case.x, weight, weight.to_dense(torch.float64), False, case.bias, None,
@@ -293,14 +294,8 @@ def test_gradients_on_every_road(road: str) -> None:
 @pytest.mark.parametrize("road", ["raw", *roads.ROADS])
 def test_a_wrong_gradient_is_seen(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault: gradients of the values, and no others, 5 % off."""
-    case, true_gradients = trained24(5, 12, 36, "bf16", "gelu"), op._op._gradients
-
-    def off(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = list(true_gradients(ctx, grad))
-        found[1] = found[1] * 1.05
-        return tuple(found)
-
-    monkeypatch.setattr(op._op, "_gradients", off)
+    case = trained24(5, 12, 36, "bf16", "gelu")
+    roads.plant(monkeypatch, op.op, need_values=lambda g: g * 1.05)
     travel = roads.eager if road == "raw" else roads.ROADS[road]
     with pytest.raises(AssertionError, match="gradient of values"):
         case.check_gradients(
@@ -314,7 +309,7 @@ def test_double_backward_is_that_of_the_reference() -> None:
     case = trained24(4, 8, 12, "f16", "silu", residual=False)
     x, values, bias, _ = case.leaves()
     grad = case.grad.clone().requires_grad_()
-    fixed, wanted = case.weight.tensors[1:], [grad, x, values, bias]
+    weight, wanted = case.weight.replace(values=values), [grad, x, values, bias]
 
     def second(first: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         total = sum(g.float().square().sum() for g in first)
@@ -323,10 +318,10 @@ def test_double_backward_is_that_of_the_reference() -> None:
     def first(y: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, [x, values, bias], grad, create_graph=True)  # type: ignore
 
-    want = second(first(op.reference(x, values, *fixed, bias, None, "silu")))  # type: ignore
+    want = second(first(op.op.reference(x, weight, bias, None, "silu")))  # type: ignore
     assert x is not None
     raw = torch.ops.bigops.sparse24_linear_backward(
-        grad, x, values, *fixed, bias, "silu", True, True, True
+        grad, x, *weight.arguments, bias, "silu", True, True, True
     )
     for got in (second(first(case.public(x, values, bias, None))), second(raw)):
         for a, b in zip(got, want, strict=True):
@@ -338,22 +333,22 @@ def test_opcheck() -> None:
     for transposable in (False, True):
         case = trained24(5, 12, 36, "bf16", "gelu", transposable=transposable)
         x, values, bias, residual = case.leaves()
-        rest = case.weight.tensors[1:]
-        roads.opcheck(torch.ops.bigops.sparse24_linear, (x, values, *rest, bias, residual, "gelu"))
+        given = (x, *case.weight.replace(values=values).arguments, bias, residual, "gelu")
+        roads.opcheck(torch.ops.bigops.sparse24_linear, given)
         for wanted in ((True, True, True), (False, True, False)):
             roads.opcheck(
                 torch.ops.bigops.sparse24_linear_backward,
-                (case.grad, case.x, *case.weight.tensors, case.bias, "gelu", *wanted),
+                (case.grad, case.x, *case.weight.arguments, case.bias, "gelu", *wanted),
             )
 
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where bigops/_cuda was built."""
-    monkeypatch.setattr(backend, "cuda_archs", ("80", "89", "90a"))
-    backend.cuda_runs_on.cache_clear()
+    monkeypatch.setattr(machine, "cuda_archs", ("80", "89", "90a"))
+    machine.cuda_runs_on.cache_clear()
     yield
-    backend.cuda_runs_on.cache_clear()
+    machine.cuda_runs_on.cache_clear()
 
 
 @pytest.mark.usefixtures("built")
@@ -382,7 +377,7 @@ def test_int8_values_have_no_gradient() -> None:
           .expand(3, 64), weight.to_dense(torch.float64).abs().sum(0))  # fmt: skip
     with pytest.raises(TypeError, match="values: expected a floating-point dtype .*; got int8"):
         torch.ops.bigops.sparse24_linear_backward(
-            torch.randn(3, 8), x, *weight.tensors, None, "none", False, True, False
+            torch.randn(3, 8), x, *weight.arguments, None, "none", False, True, False
         )
 
 
@@ -474,7 +469,7 @@ def test_thread_sanitizer(barrier: str, early: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(backend.cuda_error), reason=backend.cuda_error)
+@pytest.mark.skipif(bool(machine.cuda_error), reason=machine.cuda_error)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("m", [7, 3000])
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
@@ -483,11 +478,11 @@ def test_on_a_gpu(dtype: str, m: int) -> None:
     for n, k in ((4096, 1024), (1000, 5000)):
         case = trained24(m, n, k, dtype, "gelu")
         x, grad, bias = case.x.cuda(), case.grad.cuda(), case.bias
-        tensors = [None if t is None else t.cuda() for t in case.weight.tensors]
         assert bias is not None
-        args = (grad, x, *tensors, bias.cuda(), "gelu", True, True, True)
+        call = Call(x, case.weight.map(Tensor.cuda), bias.cuda(), None, "gelu")
         with expect("cuda.sparse24_linear_grad_x", "cuda.sparse24_gradient"):
-            gx, gv, gb = op._backward(*args)
-        for one, other in zip(op._backward(*args), (gx, gv, gb), strict=True):
+            gx, gv, gb = op.gradients(grad, call, True, True, True)
+        again = op.gradients(grad, call, True, True, True)
+        for one, other in zip(again, (gx, gv, gb), strict=True):
             assert torch.equal(one, other)
         case.check_gradients([gx.cpu(), gv.cpu(), gb.cpu(), case.grad], "on a GPU")

@@ -19,13 +19,16 @@ from torch import Tensor
 
 import bigops
 from bigops import backend
+from bigops.backend import machine
+from bigops.formats.sparse24 import Sparse24Weight, padded
 from bigops.nn import Linear, SparseLinear
-from bigops.ops import _activation as act
-from bigops.ops import _sparse24_linear as op
-from bigops.ops._library import in_words
-from bigops.ops._sparse24_weight import Sparse24Weight, from_sparse, pack24, padded
+from bigops.ops import activation as act
+from bigops.ops.family import Call
+from bigops.ops.sparse_linear import sparse24 as op
 from bigops.ops.sparse_linear import sparse_linear
+from bigops.ops.sparse_linear.sparse24_pack import pack24
 from tests import hostrun
+from tests.backends import serve_by
 from tests.compressed_cases import DTYPES, Case
 from tests.kernels_ran import expect, needs_extension
 from tests.sparse24_cases import KINDS, make24
@@ -180,10 +183,10 @@ def test_offsets_past_32_bits(tmp_path: Path) -> None:
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where bigops/_cuda was built."""
-    monkeypatch.setattr(backend, "cuda_archs", ("80", "89", "90a"))
-    backend.cuda_runs_on.cache_clear()
+    monkeypatch.setattr(machine, "cuda_archs", ("80", "89", "90a"))
+    machine.cuda_runs_on.cache_clear()
     yield
-    backend.cuda_runs_on.cache_clear()
+    machine.cuda_runs_on.cache_clear()
 
 
 @pytest.mark.usefixtures("built")
@@ -221,16 +224,17 @@ def test_a_frozen_2_4_layer_takes_the_kernel(stored: str, monkeypatch: pytest.Mo
     bias = layer.bias.detach()
     dense = general.to_dense(torch.float64)
     case = Case(x, general, dense, stored == "s8", bias, residual, residual, "relu")
-    monkeypatch.setattr(op._op, "forward", in_words(op._op.forward, op._forward))
+    serve_by(monkeypatch, op.op, op.product)
     with torch.no_grad(), backend.record() as names:
         layer(x, residual)
     assert names
     assert not any("sparse24" in name for name in names), names
-    monkeypatch.setattr(op, "serves", lambda x, stored: True)
+    monkeypatch.setattr(op, "serves", lambda stored, k, target: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # which the layer asks first
     with torch.no_grad(), expect(f"cuda.sparse24_linear.bf16.{stored}"):
         y = layer(x, residual)
     case.check_forward(y)
-    packed = from_sparse(general)
+    packed = Sparse24Weight.from_sparse(general)
     assert layer.nbytes == before + packed.nbytes
     with torch.no_grad(), backend.record() as names:
         layer(x[:16])  # a decode step
@@ -255,7 +259,8 @@ def test_a_frozen_2_4_layer_takes_the_kernel(stored: str, monkeypatch: pytest.Mo
 def test_a_layer_with_full_words_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As training of bfloat16 values leaves them."""
     layer = SparseLinear.from_linear(Linear(64, 16), None, "2:4", "bf16").bfloat16().freeze()
-    monkeypatch.setattr(op, "serves", lambda x, stored: True)
+    monkeypatch.setattr(op, "serves", lambda stored, k, target: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     before = layer.nbytes
     with torch.no_grad():
         layer.values.fill_(1.0)  # whole words: more than two of four
@@ -290,12 +295,12 @@ def test_bad_arguments() -> None:
         ((x.float(), weight), TypeError, "x: expected dtype bfloat16; got float32"),
         ((x[:, :60], weight), ValueError, r"x: expected shape \[.., 64\] for .*; got \[4, 60\]"),
         ((x, whole, x), ValueError, r"bias: expected shape \[20\]; got \[4, 64\]"),
-        ((x, weight._replace(meta=weight.meta[:1])), ValueError, r"meta: expected shape \[2, 1"),
+        ((x, weight.replace(meta=weight.meta[:1])), ValueError, r"meta: expected shape \[2, 1"),
         ((x, weight, None, None, "swiglu"), ValueError, "activation"),
     ):
         with pytest.raises(error, match=message):
             sparse_linear(*args)
-    with pytest.raises(ValueError, match="x_grid, y_grid: expected None with a weight compressed"):
+    with pytest.raises(ValueError, match="x_grid, y_grid: expected None with a Sparse24Weight"):
         sparse_linear(x, weight, y_grid=torch.ones(2))
 
 
@@ -416,7 +421,7 @@ def test_thread_sanitizer(barrier: str, early: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(backend.cuda_error), reason=backend.cuda_error)
+@pytest.mark.skipif(bool(machine.cuda_error), reason=machine.cuda_error)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("m", [7, 300])
 @pytest.mark.parametrize(("stored", "dtype"), KINDS)
@@ -424,11 +429,10 @@ def test_on_a_gpu(stored: str, dtype: str, m: int) -> None:
     """The kernel itself, also where it is not the default (sm_90 and up)."""
     for n, k in ((4096, 4096), (1000, 5003)):
         case, packed = make24(stored, m, n, k, dtype, "gelu")
-        weight = packed._make(t.cuda() if isinstance(t, Tensor) else t for t in packed)
+        weight = packed.map(Tensor.cuda)
         x, *rest = (None if t is None else t.cuda() for t in case.inputs)
         assert x is not None
         with expect(f"cuda.sparse24_linear.{dtype}.{stored}"):
-            y = op._forward(x, *weight.tensors, *rest, "gelu")
-            again = op._forward(x, *weight.tensors, *rest, "gelu")
+            y, again = (op.product(Call(x, weight, *rest, "gelu")) for _ in range(2))
         assert torch.equal(y, again)
         case.check_forward(y.cpu())

@@ -13,18 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigops import backend
-from bigops.ops import _sparse24_pack as kernels
-from bigops.ops._sparse24_weight import (
-    Sparse24Weight,
-    _pack,
-    meta_shape,
-    pack24,
-    padded,
-    prune24,
-    turn,
-)
-from bigops.ops.sparse_linear import n_m_mask, transposable_mask
+from bigops.backend import machine
+from bigops.formats.patterns import n_m_mask, transposable_mask
+from bigops.formats.sparse24 import Sparse24Weight, meta_shape, padded, turn
+from bigops.ops.sparse_linear import sparse24_pack as kernels
+from bigops.ops.sparse_linear.sparse24_pack import pack24, prune24
 from tests import hostrun
 from tests.kernels_ran import expect
 
@@ -78,11 +71,14 @@ def same(found: kernels.Packed, want: Sparse24Weight) -> None:
 def test_every_dtype(source: str, stored: str) -> None:
     to, w = STORED[stored], weight(70, 136, source)
     with expect(f"cuda.sparse24_pack.{source}.{stored}"):
-        same(kernels.pack(w, None, "largest", to, False), _pack(w, n_m_mask(w), to, False))
+        same(
+            kernels.pack(w, None, "largest", to, False),
+            Sparse24Weight.from_mask(w, n_m_mask(w), to, False),
+        )
     w = weight(68, 136, source)
     mask = transposable_mask(w)
-    same(kernels.pack(w, None, "largest", to, True), _pack(w, mask, to, True))
-    same(kernels.pack(w, mask, "given", to, True), _pack(w, mask, to, True))
+    same(kernels.pack(w, None, "largest", to, True), Sparse24Weight.from_mask(w, mask, to, True))
+    same(kernels.pack(w, mask, "given", to, True), Sparse24Weight.from_mask(w, mask, to, True))
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["random", "ties"])
@@ -91,11 +87,14 @@ def test_shapes(shape: tuple[int, int], ties: bool) -> None:
     """The two largest, fewer by a mask, and what is not 0."""
     w, to = weight(*shape, ties=ties), torch.bfloat16
     mask = n_m_mask(w)
-    same(kernels.pack(w, None, "largest", to, False), _pack(w, mask, to, False))
+    same(kernels.pack(w, None, "largest", to, False), Sparse24Weight.from_mask(w, mask, to, False))
     few = mask & (torch.rand(shape) < 0.6)
-    same(kernels.pack(w, few, "given", to, False), _pack(w, few, to, False))
+    same(kernels.pack(w, few, "given", to, False), Sparse24Weight.from_mask(w, few, to, False))
     held = torch.where(few, w, 0)
-    same(kernels.pack(held, None, "given", to, False), _pack(held, held != 0, to, False))
+    same(
+        kernels.pack(held, None, "given", to, False),
+        Sparse24Weight.from_mask(held, held != 0, to, False),
+    )
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["random", "ties"])
@@ -103,7 +102,7 @@ def test_shapes(shape: tuple[int, int], ties: bool) -> None:
 def test_transposable(shape: tuple[int, int], ties: bool) -> None:
     w, to = weight(*shape, "f32", ties), torch.float16
     mask = transposable_mask(w)
-    want = _pack(w, mask, to, True)
+    want = Sparse24Weight.from_mask(w, mask, to, True)
     found = kernels.pack(w, None, "largest", to, True)
     same(found, want)
     same(kernels.pack(w, mask, "given", to, True), want)
@@ -116,10 +115,10 @@ def test_empty_and_any_strides() -> None:
     for shape in ((0, 8), (4, 0), (0, 0)):
         w = torch.zeros(shape).bfloat16()
         for transposable in (False, True):
-            want = _pack(w, w != 0, torch.bfloat16, transposable)
+            want = Sparse24Weight.from_mask(w, w != 0, torch.bfloat16, transposable)
             same(kernels.pack(w, None, "largest", torch.bfloat16, transposable), want)
     w = weight(24, 136)
-    want = _pack(w, n_m_mask(w), torch.bfloat16, False)
+    want = Sparse24Weight.from_mask(w, n_m_mask(w), torch.bfloat16, False)
     shifted = torch.empty(24 * 136 + 1, dtype=torch.bfloat16)[1:].view(24, 136).copy_(w)
     assert shifted.data_ptr() % 16 != 0
     for odd in (w.t().contiguous().t(), shifted):
@@ -133,7 +132,7 @@ def test_empty_and_any_strides() -> None:
 
 def test_every_schedule_gives_the_same_bits(library: Path) -> None:
     w = weight(68, 136)
-    want = _pack(w, transposable_mask(w), torch.bfloat16, True)
+    want = Sparse24Weight.from_mask(w, transposable_mask(w), torch.bfloat16, True)
     assert want.meta_t is not None
     for seed, early in hostrun.SCHEDULES:
         hostrun.schedule(library, seed, early)
@@ -182,7 +181,7 @@ def test_offsets_past_32_bits(tmp_path: Path) -> None:
         hostrun.call(built, "run_turn", values, meta, meta_t, again, n, k, 0)
     finally:
         loaded.hostrun_only(ctypes.c_int64(-1))
-    want = _pack(last, transposable_mask(last), to, True)
+    want = Sparse24Weight.from_mask(last, transposable_mask(last), to, True)
     assert want.meta_t is not None
     turned = turn(want.values, want.meta, want.meta_t, k)
     assert torch.equal(values[-64:], want.values)
@@ -238,13 +237,14 @@ def test_the_public_functions_take_the_kernel(monkeypatch: pytest.MonkeyPatch) -
     w = weight(20, 68, "f32")
     with expect("cuda.sparse24_pack.f32.bf16"):
         found = prune24(w)
-    want = _pack(w, n_m_mask(w), torch.bfloat16, False)
+    want = Sparse24Weight.from_mask(w, n_m_mask(w), torch.bfloat16, False)
     with expect("cuda.sparse24_pack.f32.f16"):
         both = pack24(w, transposable_mask(w), torch.float16, transposable=True)
-    want_both = _pack(w, transposable_mask(w), torch.float16, True)
+    want_both = Sparse24Weight.from_mask(w, transposable_mask(w), torch.float16, True)
     for one, other in ((found, want), (both, want_both)):
         assert one.shape == other.shape
-        for a, b in zip(one.tensors, other.tensors, strict=True):
+        for name, b in other.tensors().items():
+            a = getattr(one, name)
             assert (a is None and b is None) or torch.equal(a, b)
     assert prune24(w, torch.int8).scale is not None
 
@@ -300,13 +300,13 @@ def run(library: Path, w: Tensor, call: Any = hostrun.call, **how: Any) -> tuple
     broken = torch.zeros(-(-n // 64) * -(-k // 64), dtype=torch.int32)
     given = (w, None, values, meta, values_t, meta_t, broken, n, k, 2, 1, 0)
     done = call(library, "run_pack", *given, **how)
-    want = _pack(w, transposable_mask(w), to, True)
+    want = Sparse24Weight.from_mask(w, transposable_mask(w), to, True)
     assert want.meta_t is not None
     turned = turn(want.values, want.meta, want.meta_t, k)
     other = call(library, "run_turn", want.values, want.meta, want.meta_t, again, n, k, 0, **how)
     pairs = ((values, want.values), (values_t, turned), (again, turned), (meta, want.meta))
     good = all(torch.equal(a, b) for a, b in (*pairs, (meta_t, want.meta_t)))
-    largest, mask = _pack(w, n_m_mask(w), to, False), n_m_mask(w)
+    largest, mask = Sparse24Weight.from_mask(w, n_m_mask(w), to, False), n_m_mask(w)
     for given_mask, choice in ((None, 1), (mask, 0)):
         few = torch.zeros_like(meta)
         tensors = (w, given_mask, values, few, None, None, broken)
@@ -376,7 +376,7 @@ def test_thread_sanitizer(fault: tuple[str, str] | None, tmp_path: Path) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(backend.cuda_error), reason=backend.cuda_error)
+@pytest.mark.skipif(bool(machine.cuda_error), reason=machine.cuda_error)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("source", SOURCES)
@@ -386,12 +386,14 @@ def test_on_a_gpu(source: str, stored: str) -> None:
         w = weight(1000, 5003, source, ties)
         with expect(f"cuda.sparse24_pack.{source}.{stored}"):
             found = prune24(w.cuda(), to)
-        assert torch.equal(found.meta.cpu(), _pack(w, n_m_mask(w), to, False).meta)
+        assert torch.equal(
+            found.meta.cpu(), Sparse24Weight.from_mask(w, n_m_mask(w), to, False).meta
+        )
         w = weight(1000, 5004, source, ties)
         packed = kernels.pack(w.cuda(), None, "largest", to, True)
         same(
             kernels.Packed(*(t.cpu() for t in packed)),
-            _pack(w, transposable_mask(w), to, True),
+            Sparse24Weight.from_mask(w, transposable_mask(w), to, True),
         )
         turned = kernels.turn(packed.values, packed.meta, packed.meta_t, 5004)
         assert torch.equal(turned, packed.values_t)

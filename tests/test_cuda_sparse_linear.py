@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import bigops
-from bigops import backend
-from bigops.ops import _activation as act
-from bigops.ops import _cuda_sparse as road
-from bigops.ops._sparse_weight import sizes
-from bigops.ops.sparse_linear import sparsify_weight
+from bigops.backend import machine
+from bigops.formats.sparse import SparseWeight
+from bigops.formats.sparse_layout import sizes
+from bigops.ops import activation as act
+from bigops.ops.sparse_linear import cuda as road
 from tests import hostrun
 from tests.compressed_cases import DTYPES, SPARSE, Case, make, served
 from tests.kernels_ran import expect
@@ -42,13 +42,12 @@ def _schedule(library: Path) -> None:
 
 def decode(case: Case, splits: int = 1, **given: Any) -> Tensor:
     """The op on a case with floating values and x [M, K], as it is called on a GPU."""
-    values, index, rows, _, ptr, *_ = case.weight.tensors
-    n, k = case.weight.shape
+    weight = case.weight
     usual = {
-        "x": case.x, "x_scale": None, "x_zero": None, "like": case.x, "values": values,
-        "index": index, "rows": rows, "ptr": ptr, "scale": None, "sums": None, "n": n, "k": k,
-        "chunk": case.weight.chunk, "bias": case.bias, "residual": case.residual,
-        "activation": case.name, "splits": splits,
+        "x": case.x, "x_scale": None, "x_zero": None, "like": case.x, "values": weight.values,
+        "index": weight.index, "rows": weight.rows, "ptr": weight.ptr, "scale": None, "sums": None,
+        "n": weight.n, "k": weight.k, "chunk": weight.chunk,
+        "bias": case.bias, "residual": case.residual, "activation": case.name, "splits": splits,
     }  # fmt: skip
     y: Tensor = torch.ops.bigops.sparse_linear_decode(*{**usual, **given}.values())
     return y
@@ -64,7 +63,7 @@ def run(form: str, dtype: str, lead: int | list[int], n: int, k: int, name: str 
         triton_interpreter.install()
     case = make(form, lead, n, k, dtype, name, **more)
     with expect(f"cuda.sparse_linear.{dtype}.{SPARSE[form]}"):
-        y = road.forward(case.x, *case.storage, case.bias, case.residual, name)
+        y = road.forward(case.call)
     case.check_forward(y)
 
 
@@ -93,9 +92,7 @@ def test_any_strides() -> None:
     def odd(t: Tensor) -> Tensor:
         return t.repeat_interleave(2, -1)[..., ::2]
 
-    names = ("values", "index", "rows", "length", "ptr")
-    spread = {n: odd(t) for n, t in zip(names, case.weight.tensors, strict=False)}
-    del spread["length"]
+    spread = {name: odd(getattr(case.weight, name)) for name in ("values", "index", "rows", "ptr")}
     assert torch.equal(decode(case, x=odd(case.x), **spread), want)
 
 
@@ -119,7 +116,9 @@ def test_blocks_that_share_panels(splits: int) -> None:
 def test_whole_numbers_are_exact_in_every_split() -> None:
     """Products at their ends: x and W all -128, and a K whose sums need all of int32."""
     n, k, m = 16, 131068, 2
-    weight = sparsify_weight(torch.ones(n, k), torch.ones(n, k // 4).bool(), torch.int8, (1, 4))
+    weight = SparseWeight.from_mask(
+        torch.ones(n, k), torch.ones(n, k // 4).bool(), torch.int8, (1, 4)
+    )
     values = torch.full_like(weight.values, -128)
     x = torch.full((m, k), -128, dtype=torch.int8)
     one = torch.ones(m)
@@ -137,10 +136,7 @@ def test_whole_numbers_are_exact_in_every_split() -> None:
 def test_a_broken_storage_gives_nan_and_no_wild_access(name: str, value: int) -> None:
     case = make("sparse_float", 3, 150, 70, "f32")
     want = decode(case)
-    storage = dict(
-        zip(("values", "index", "rows", "length", "ptr"), case.weight.tensors, strict=False)
-    )
-    wrong = storage[name].clone()
+    wrong = getattr(case.weight, name).clone()
     wrong[wrong.shape[0] // 2] = value
     y = decode(case, **{name: wrong})
     broken = y.isnan()
@@ -157,10 +153,10 @@ def test_a_broken_storage_gives_nan_and_no_wild_access(name: str, value: int) ->
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where bigops/_cuda was built."""
-    monkeypatch.setattr(backend, "cuda_archs", ("80", "90a"))
-    backend.cuda_runs_on.cache_clear()
+    monkeypatch.setattr(machine, "cuda_archs", ("80", "90a"))
+    machine.cuda_runs_on.cache_clear()
     yield
-    backend.cuda_runs_on.cache_clear()
+    machine.cuda_runs_on.cache_clear()
 
 
 @pytest.mark.usefixtures("built")
@@ -210,14 +206,15 @@ def test_bad_arguments() -> None:
 
 def arguments(case: Case, splits: int) -> tuple[Tensor, tuple[Any, ...]]:
     """(y, the arguments of `run_decode`) for a case with floating values and x [M, K]."""
-    values, index, rows, _, ptr, *_ = case.weight.tensors
-    (n, k), m, chunk = case.weight.shape, case.x.shape[0], case.weight.chunk
+    weight, m = case.weight, case.x.shape[0]
+    n, k, chunk, values, index = weight.n, weight.k, weight.chunk, weight.values, weight.index
     size = sizes(n, k, chunk, values.dtype)
     y = torch.full((m, n), math.nan, dtype=case.x.dtype)
     partial = torch.full((splits, m, size.chunks * chunk), math.nan)
     group_bits = {16: 0, 4: 2, 1: 4}[index.shape[1]]
     types = list(DTYPES.values())
-    tensors = (case.x, None, None, values, index, rows, ptr, None, None, case.bias, case.residual)
+    stored = (values, index, weight.rows, weight.ptr)
+    tensors = (case.x, None, None, *stored, None, None, case.bias, case.residual)
     numbers = (m, n, k, k, values.shape[0], size.panels, size.chunks, chunk, group_bits)
     last = (act.CODES[case.name], splits, types.index(case.x.dtype))
     word = [torch.float32, torch.bfloat16, torch.int8].index(values.dtype)
@@ -303,7 +300,7 @@ def test_thread_sanitizer(whole: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(backend.cuda_error), reason=backend.cuda_error)
+@pytest.mark.skipif(bool(machine.cuda_error), reason=machine.cuda_error)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("m", [1, 4, 16])
 @pytest.mark.parametrize(
@@ -312,7 +309,7 @@ def test_thread_sanitizer(whole: bool, tmp_path: Path) -> None:
 def test_on_a_gpu(form: str, dtype: str, m: int) -> None:
     for n, k in ((4096, 4096), (1000, 5003)):
         case = make(form, m, n, k, dtype, "gelu", sparsity=0.9)
-        weight = case.weight._make(t.cuda() if isinstance(t, Tensor) else t for t in case.weight)
+        weight = case.weight.map(Tensor.cuda)
         inputs = [None if t is None else t.cuda() for t in case.inputs]
         with expect(f"cuda.sparse_linear.{dtype}"):
             y = bigops.sparse_linear(inputs[0], weight, *inputs[1:], "gelu")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import bigops
-from bigops.ops import _optimizer_states as states
+from bigops.ops.fused_adamw import states
 from bigops.parallel import World
 from bigops.recipes.data import load
 from bigops.train import SGD, AdamW, MixedPrecision, load_checkpoint, save_checkpoint
@@ -114,7 +114,7 @@ def layer_job(_: Path) -> list[Tensor]:
     fused = model()
     bigops.fuse_(fused)
     tuned = model()
-    bigops.nn.add_lora_(tuned, rank=2, dropout=0.1)
+    bigops.add_lora_(tuned, rank=2, dropout=0.1)
     layer = tuned[0]
     assert isinstance(layer, bigops.nn.LoRALinear)
     with torch.no_grad():

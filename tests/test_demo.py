@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from bigops import Receipt, backend, load
+from bigops import Receipt, load
+from bigops.backend import machine
 from bigops.compress.receipt import Side
 from bigops.compress.store import save
 from bigops.nn import Linear, QuantLinear
@@ -122,8 +123,8 @@ def test_latency_is_asked_for_where_there_are_kernels(monkeypatch, tmp_path, cap
         return _fake_run(_receipt())(args, *rest)
 
     monkeypatch.setattr(demo, "_run", run)
-    monkeypatch.setattr(backend, "extension", None if error else object())
-    monkeypatch.setattr(backend, "extension_error", error)
+    monkeypatch.setattr(machine, "extension", None if error else object())
+    monkeypatch.setattr(machine, "extension_error", error)
     assert demo.main(_args(tmp_path)) == 0
     assert asked == [not error]
     assert ("the C++ extension is not built" in capsys.readouterr().out) == bool(error)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bigops import backend
+from bigops.backend import machine
 from tests.test_extension import ROOT, isa_flags
 
 pytestmark = [
@@ -66,7 +66,7 @@ WITH_TORCH = {
 }
 
 
-@pytest.mark.skipif(backend.extension is None, reason="no C++ extension here")
+@pytest.mark.skipif(machine.extension is None, reason="no C++ extension here")
 def test_the_whole_extension_on_an_older_cpu() -> None:
     """Its own tests, each of which asserts the values and that the kernel of this level ran."""
     chosen = " or ".join(

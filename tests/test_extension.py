@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import bigops.ops  # noqa: F401  defines the schemas
-from bigops import backend
+from bigops.backend import machine
 from tests.kernels_ran import needs_extension
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,8 +36,8 @@ def torch_symbols(undefined: list[str]) -> set[str]:
 @needs_extension
 @needs_nm
 def test_only_symbols_of_torch_2_10_are_used() -> None:
-    assert backend.extension is not None
-    undefined = [row[-1] for row in nm("-D", "--undefined-only", backend.extension.__file__)]
+    assert machine.extension is not None
+    undefined = [row[-1] for row in nm("-D", "--undefined-only", machine.extension.__file__)]
     known = set(GOLDEN.read_text().split())
     used = torch_symbols(undefined)
     assert "torch_call_dispatcher" in used
@@ -139,9 +139,9 @@ def test_an_unknown_bigops_isa_is_said_and_ignored() -> None:
 
 @needs_extension
 def test_set_isa_refuses_what_is_not_there() -> None:
-    assert backend.extension is not None
+    assert machine.extension is not None
     with pytest.raises(ValueError, match="isa: expected portable, .*; got amx"):
-        backend.extension.set_isa("amx")
+        machine.extension.set_isa("amx")
 
 
 def test_without_the_extension_the_reference_serves_and_says_so() -> None:
@@ -150,7 +150,7 @@ def test_without_the_extension_the_reference_serves_and_says_so() -> None:
         + SHOW
         + """
 print(bigops.explain('fused_linear', torch.randn(2, 3), torch.randn(4, 3)))
-print(backend.report()['ops']['fused_linear']['cpu'])
+print(bigops.report()['ops']['fused_linear']['cpu'])
 """
     )
     lines = shown.stdout.splitlines()

@@ -9,6 +9,7 @@ import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -236,14 +237,17 @@ def test_checksums_are_written_where_torch_was_told_to_write_none(tmp_path: Path
 
 
 def test_json_that_tuning_writes_goes_through_the_same_writer(tmp_path: Path) -> None:
-    from bigops import tune, tune_gpu
+    from bigops.tune.measured import TunedFile
 
     link = tmp_path / "link.json"
     link.symlink_to(tmp_path / "real.json")
-    tune._write(link, {"machine": "this"}, {"a": 1})
+    kind = SimpleNamespace(FORMAT=1, tuned_file=lambda _: link, read=lambda *_: {})
+    file = TunedFile(kind, {"machine": "this"}, ())  # type: ignore[arg-type]
+    with file.editing() as data:
+        data["a"] = 1
     assert link.is_symlink()
     assert json.loads((tmp_path / "real.json").read_text())["a"] == 1
     (tmp_path / "real.json").unlink()
-    tune_gpu._write(link, {"machine": "this"}, None, {})
+    file.prepare()
     assert link.is_symlink()
     assert (tmp_path / "real.json").exists()

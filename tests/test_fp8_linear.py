@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bigops
+from bigops.formats.fp8 import Fp8Weight
 from bigops.ops import fp8_linear as function
-from bigops.ops._fp8_weight import Fp8Weight, quantize_fp8
 from tests import roads
 from tests.compressed_cases import DTYPES, FP8, Case, make
 from tests.linear_cases import PLAIN
@@ -80,17 +80,11 @@ def test_gradients_on_every_road(road: str, dtype: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("road", ["raw", *roads.ROADS])
 def test_a_wrong_gradient_is_seen(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib
-
-    op: Any = importlib.import_module("bigops.ops.fp8_linear")._op
-    true_gradients = op._gradients
-
-    def off(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(None if g is None else g * 1.05 for g in true_gradients(ctx, grad))
-
-    monkeypatch.setattr(op, "_gradients", off)
+    case = make("fp8", 3, 4, 5, "f32", "gelu")
+    off = {need: lambda g: g * 1.05 for need in ("need_x", "need_bias")}
+    roads.plant(monkeypatch, case.linear_op, **off)
     with pytest.raises(AssertionError, match="gradient of"):
-        travel(road, make("fp8", 3, 4, 5, "f32", "gelu"))
+        travel(road, case)
     torch._dynamo.reset()
 
 
@@ -130,12 +124,12 @@ def test_opcheck(form: str) -> None:
     utils = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     x, bias, residual = case.leaves()
     ops = torch.ops.bigops
-    before = [None if t is None else t.clone() for t in case.weight.tensors]
+    before = [None if t is None else t.clone() for t in case.weight.tensors().values()]
     forward = (x, *case.storage, bias, residual, "relu")
     backward = (case.grad, case.x, *case.storage, case.bias, "relu", True, True)
     roads.opcheck(ops.fp8_linear, forward, test_utils=utils)
     roads.opcheck(ops.fp8_linear_backward, backward, test_utils=utils)
-    for old, t in zip(before, case.weight.tensors, strict=True):
+    for old, t in zip(before, case.weight.tensors().values(), strict=True):
         assert t is old or torch.equal(t.float(), old.float())  # type: ignore[union-attr]
 
 
@@ -188,27 +182,33 @@ def test_explain_says_what_runs_on_this_cpu(form: str) -> None:
 
 
 def test_bad_arguments() -> None:
-    weight, x = quantize_fp8(torch.randn(5, 8)), torch.randn(4, 8)
+    weight, x = Fp8Weight.from_dense(torch.randn(5, 8)), torch.randn(4, 8)
     bad: list[tuple[tuple[Any, ...], type[Exception], str]] = [
         ((x[:, 1:], weight), ValueError, r"x: expected shape \[.., 8\] for a weight of \[5, 8\]"),
         ((x.double(), weight), TypeError, "x: expected dtype float32, bfloat16, float16"),
+        (
+            (x[0, 0], weight),
+            ValueError,
+            r"x: expected shape \[.., 8\] for a weight of .*; got \[\]",
+        ),
         (([1.0], weight), TypeError, "x: expected a torch.Tensor; got list"),
         ((x, weight, torch.randn(4)), ValueError, r"bias: expected shape \[5\]"),
         ((x, weight, torch.randn(5).half()), TypeError, "bias: expected dtype float32"),
         ((x, weight, None, torch.randn(4, 8)), ValueError, r"residual: expected shape \[4, 5\]"),
         ((x, weight, None, None, "swiglu"), ValueError, "activation: expected one of"),
-        ((x, weight._replace(scales="none")), ValueError, "scales: expected one of tensor"),
-        ((x, weight._replace(scale=weight.scale[:2])), ValueError, "scale: expected shape"),
+        ((x, weight.replace(scales="none")), ValueError, "scales: expected one of tensor"),
+        ((x, weight.replace(scale=weight.scale[:2])), ValueError, "scale: expected shape"),
     ]
     for args, error, message in bad:
         with pytest.raises(error, match=message):
             function(*args)
     scale = weight.scale.clone().requires_grad_()
     with pytest.raises(ValueError, match="scale: expected a tensor that needs no gradient"):
-        function(x, weight._replace(scale=scale))
+        function(x, weight.replace(scale=scale))
 
 
 def test_arguments_of_a_weight_make_it_again() -> None:
-    weight = quantize_fp8(torch.randn(5, 8), "block", "none")
-    assert Fp8Weight(*weight.arguments) == weight
+    weight = Fp8Weight.from_dense(torch.randn(5, 8), "block", "none")
+    again = Fp8Weight.of(8, *weight.arguments)
+    assert vars(again) == vars(weight)
     assert weight.shape == (5, 8)

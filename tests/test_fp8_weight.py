@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigops.ops import _fp8_weight as fp8
-from bigops.ops.fp8_linear import Fp8Weight, fp8_linear, quantize_fp8
+from bigops.formats import fp8
+from bigops.formats.fp8 import Fp8Weight
+from bigops.ops.fp8_linear import fp8_linear
 from tests.compressed_cases import FP8
 from tests.tolerance import snr_db
 
@@ -65,13 +66,13 @@ def test_casts_round_to_nearest_even_and_saturate() -> None:
     [(1, 1, torch.bfloat16), (20, 133, torch.float16), (9, 20, torch.float64),
      (130, 300, torch.float32)],
 )  # fmt: skip
-def test_quantize_fp8_rounds_to_the_nearest_number(
+def test_from_dense_rounds_to_the_nearest_number(
     n: int, k: int, scales: str, dtype: torch.dtype
 ) -> None:
     w = torch.randn(n, k) * torch.logspace(-3, 3, n).unsqueeze(1)
     w[n // 2] = 0
     w = w.to(dtype)
-    q = quantize_fp8(w, scales)
+    q = Fp8Weight.from_dense(w, scales)
     q.validate()
     assert q.shape == w.shape
     assert list(q.scale.shape) == fp8.scale_shape(n, k, scales)
@@ -133,8 +134,8 @@ def test_signal_to_noise(form: str) -> None:
     """Of weight and product; with one bit of fraction less both fall below the floor."""
     w, x = torch.randn(200, 320), torch.randn(50, 320)
     given = FP8[form] | ({"x_scale": 4.5 / 448} if "x_scale" in FP8[form] else {})
-    weight = quantize_fp8(w, **given)
-    coarse = weight._replace(values=_coarser(weight.values))
+    weight = Fp8Weight.from_dense(w, **given)
+    coarse = weight.replace(values=_coarser(weight.values))
     assert snr_db(weight.to_dense(), w) > SNR_FLOOR_DB["weight"] > snr_db(coarse.to_dense(), w)
     truth = x.double() @ w.double().t()
     kind = "weight" if weight.activations == "none" else "rounded"
@@ -149,18 +150,18 @@ def _coarser(values: Tensor) -> Tensor:
 
 
 def test_storage_is_a_byte_a_weight() -> None:
-    q = quantize_fp8(torch.randn(20, 33))
+    q = Fp8Weight.from_dense(torch.randn(20, 33))
     assert list(q.values.shape) == [20, 48]
     assert q.nbytes == 20 * 48 + 20 * 4
     assert q.activations == "dynamic"
-    again = quantize_fp8(q.to_dense())
+    again = Fp8Weight.from_dense(q.to_dense())
     assert torch.equal(again.values.view(torch.uint8), q.values.view(torch.uint8))
 
 
 def test_validate_accepts_what_is_made_and_refuses_the_rest() -> None:
     w = torch.randn(20, 70)
-    row, block = quantize_fp8(w), quantize_fp8(w, "block", "none")
-    static = quantize_fp8(w, "tensor", "static", 0.5)
+    row, block = Fp8Weight.from_dense(w), Fp8Weight.from_dense(w, "block", "none")
+    static = Fp8Weight.from_dense(w, "tensor", "static", 0.5)
     for good in (row, block, static):
         good.validate()
     odd = row.values.view(torch.uint8).clone()
@@ -169,24 +170,24 @@ def test_validate_accepts_what_is_made_and_refuses_the_rest() -> None:
     past[3, 75] = 1
     codes = torch.float8_e4m3fn
     bad: list[tuple[Fp8Weight, type[Exception], str]] = [
-        (row._replace(values=row.values.float()), TypeError, "values: expected dtype float8_e4m3"),
-        (row._replace(values=row.values[:, :70]), ValueError, r"values: expected shape \[20, 80\]"),
-        (row._replace(values=odd.view(codes)), ValueError, "values: expected numbers; got NaN"),
-        (row._replace(values=past.view(codes)), ValueError, "values: expected zeros beyond col"),
-        (row._replace(scale=row.scale[:1]), ValueError, r"scale: expected shape \[20, 1\]"),
-        (row._replace(scale=row.scale.double()), TypeError, "scale: expected dtype float32"),
-        (row._replace(scale=row.scale * 0), ValueError, "scale: expected finite values above 0"),
-        (row._replace(scale=row.scale / 0), ValueError, "scale: expected finite values above 0"),
-        (row._replace(k=-1), ValueError, "k: expected at least 0; got -1"),
-        (row._replace(scales="column"), ValueError, "scales: expected one of tensor, row, block"),
-        (row._replace(activations="u8"), ValueError, "activations: expected one of none, dyn"),
-        (row._replace(x_scale=torch.ones(1)), ValueError, "x_scale: expected None with activ"),
-        (static._replace(x_scale=None), ValueError, "x_scale: expected a tensor with activations"),
-        (static._replace(x_scale=torch.ones(2)), ValueError, r"x_scale: expected shape \[1\]"),
-        (static._replace(x_scale=-torch.ones(1)), ValueError, "x_scale: expected finite values"),
-        (block._replace(scale=row.scale), ValueError, r"scale: expected shape \[1, 1\]"),
+        (row.replace(values=row.values.float()), TypeError, "values: expected dtype float8_e4m3"),
+        (row.replace(values=row.values[:, :70]), ValueError, r"values: expected shape \[20, 80\]"),
+        (row.replace(values=odd.view(codes)), ValueError, "values: expected numbers; got NaN"),
+        (row.replace(values=past.view(codes)), ValueError, "values: expected zeros beyond col"),
+        (row.replace(scale=row.scale[:1]), ValueError, r"scale: expected shape \[20, 1\]"),
+        (row.replace(scale=row.scale.double()), TypeError, "scale: expected dtype float32"),
+        (row.replace(scale=row.scale * 0), ValueError, "scale: expected finite values above 0"),
+        (row.replace(scale=row.scale / 0), ValueError, "scale: expected finite values above 0"),
+        (row.replace(k=-1), ValueError, "k: expected at least 0; got -1"),
+        (row.replace(scales="column"), ValueError, "scales: expected one of tensor, row, block"),
+        (row.replace(activations="u8"), ValueError, "activations: expected one of none, dyn"),
+        (row.replace(x_scale=torch.ones(1)), ValueError, "x_scale: expected None with activ"),
+        (static.replace(x_scale=None), ValueError, "x_scale: expected a tensor with activations"),
+        (static.replace(x_scale=torch.ones(2)), ValueError, r"x_scale: expected shape \[1\]"),
+        (static.replace(x_scale=-torch.ones(1)), ValueError, "x_scale: expected finite values"),
+        (block.replace(scale=row.scale), ValueError, r"scale: expected shape \[1, 1\]"),
         (
-            block._replace(activations="static", x_scale=torch.ones(1)),
+            block.replace(activations="static", x_scale=torch.ones(1)),
             ValueError,
             "activations: expected 'none' or 'dynamic' with scales 'block'",
         ),
@@ -215,4 +216,4 @@ def test_validate_accepts_what_is_made_and_refuses_the_rest() -> None:
 )
 def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        quantize_fp8(**{"w": torch.randn(4, 5), **options})
+        Fp8Weight.from_dense(**{"w": torch.randn(4, 5), **options})

@@ -1,14 +1,12 @@
 """quantized_linear and sparse_linear: gradients on every road, and the contract of a torch op.
 
-Both get their roads from bigops/ops/_frozen.py, so both are held to them here. The gradient of
+Both get their roads from bigops/ops/family, so both are held to them here. The gradient of
 sparse values travels them in test_sparse_values.py.
 """
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bigops
-from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
-from bigops.ops.sparse_linear import block_mask, sparse_linear, sparsify_weight
+from bigops.formats.patterns import block_mask
+from bigops.formats.quantized import QuantizedWeight
+from bigops.formats.sparse import SparseWeight
+from bigops.ops.quantized_linear import quantized_linear
+from bigops.ops.sparse_linear import sparse_linear
 from tests import roads
 from tests.backends import covering
 from tests.compressed_cases import DTYPES, FORMATS, QUANTISED, Case, dtype_of, make, served
@@ -36,10 +37,6 @@ SNR_FLOOR_DB = {"f32": 110, "bf16": 40}
 def needs(case: Case, x: bool, bias: bool, values: bool = False) -> tuple[bool, ...]:
     """What the backward op is asked for."""
     return (x, values, bias) if case.sparse else (x, bias)
-
-
-def module_of(case: Case) -> ModuleType:
-    return importlib.import_module(f"bigops.ops.{case.op}")  # the name is the function's, too
 
 
 def travel(road: str, case: Case) -> None:
@@ -84,13 +81,8 @@ def test_an_input_without_gradient(form: str, frozen: int) -> None:
 def test_a_wrong_gradient_is_seen(form: str, road: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault: gradients 5 % off."""
     case = make(form, 3, 4, 5, dtype_of(form), "gelu")
-    op = module_of(case)._op
-    true_gradients = op._gradients
-
-    def off(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(None if g is None else g * 1.05 for g in true_gradients(ctx, grad))
-
-    monkeypatch.setattr(op, "_gradients", off)
+    off = {need: lambda g: g * 1.05 for need in ("need_x", "need_bias")}
+    roads.plant(monkeypatch, case.linear_op, **off)
     with pytest.raises(AssertionError, match="gradient of"):
         travel(road, case)
     torch._dynamo.reset()
@@ -132,7 +124,7 @@ def test_backward_op_is_differentiable(form: str) -> None:
         gx, *_, gb = f(g, x, *case.storage, b, "gelu", *needs(case, True, True))
         return torch.autograd.grad(gx.sum() + gb.square().sum(), tensors)
 
-    for a, b in zip(loss(backward), loss(module_of(case).reference_backward), strict=True):
+    for a, b in zip(loss(backward), loss(case.linear_op.gradients.reference), strict=True):
         # the kernel's gb enters through its square
         assert snr_db(a, b) > SNR_FLOOR_DB[dtype_of(form)]
 
@@ -144,7 +136,7 @@ def test_a_scale_that_wants_a_gradient_is_refused(form: str, road: str) -> None:
     scale = case.weight.scale
 
     def call(scale: Tensor) -> Tensor:
-        changed = replace(case, weight=case.weight._replace(scale=scale))
+        changed = replace(case, weight=case.weight.replace(scale=scale))
         return (changed.raw if road == "raw" else changed.public)(*case.inputs)
 
     def refused() -> None:
@@ -180,7 +172,7 @@ def test_vmap_over_weights() -> None:
                for name in ("values", "scale", "row_sum")]  # fmt: skip
 
     def f(values: Tensor, scale: Tensor, row_sum: Tensor) -> Tensor:
-        changed = one.weight._replace(values=values, scale=scale, row_sum=row_sum)
+        changed = one.weight.replace(values=values, scale=scale, row_sum=row_sum)
         return quantized_linear(one.x, changed)
 
     got = torch.vmap(f)(*stacked)
@@ -273,13 +265,13 @@ def test_explain_says_that_no_gpu_kernel_serves(form: str) -> None:
     assert said.kernel == f"reference.{case.op}"
     assert "no GPU kernel" in said.reason
     with pytest.raises(ValueError, match="x: expected shape"):
-        bigops.explain(case.op, torch.randn(4, 41), case.weight)
+        bigops.explain(case.op, case.x[:, 1:], case.weight)
 
 
 def test_small_networks_train_through_frozen_layers() -> None:
     """What the gradients are for: a trainable layer before a frozen one learns its target."""
     w = torch.randn(8, 16) / 4
-    for weight in (quantize_weight(w), sparsify_weight(w, block_mask(w, 0.25))):
+    for weight in (QuantizedWeight.from_dense(w), SparseWeight.from_mask(w, block_mask(w, 0.25))):
         torch.manual_seed(1)
         first = torch.nn.Linear(4, 16)
         x, target = torch.randn(32, 4), torch.randn(32, 8)

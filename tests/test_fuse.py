@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import bigops
-from bigops.nn import Linear, fuse_, plain
-from bigops.nn import sites as sites_module
+from bigops.graph import fuse_, plain
+from bigops.graph import sites as sites_module
+from bigops.nn import Linear
 from bigops.timing import Ratio
 from tests import tolerance
 
@@ -286,7 +287,7 @@ def test_example_inputs_time_each_layer(training: bool) -> None:
 def test_the_original_stays_where_it_wins(monkeypatch, low, high, swapped) -> None:  # type: ignore[no-untyped-def]
     value = (low + high) / 2
     result = sites_module.Contest(10.0, 10.0 / value, Ratio(value, low, high))
-    monkeypatch.setattr("bigops.nn.fuse.contest", lambda *a, **k: result)
+    monkeypatch.setattr("bigops.graph.fuse.contest", lambda *a, **k: result)
     model = Traced()
     before = _snapshot(model)
     record = fuse_(model, (torch.randn(2, 8),))
@@ -304,7 +305,7 @@ def test_layers_that_share_an_activation_stay_together(monkeypatch) -> None:  # 
         ratio = 0.5 if len(calls) == 2 else 2.0
         return sites_module.Contest(1.0, 1.0 / ratio, Ratio(ratio, ratio, ratio))
 
-    monkeypatch.setattr("bigops.nn.fuse.contest", contest)
+    monkeypatch.setattr("bigops.graph.fuse.contest", contest)
     model = Traced()
     model.b = nn.Linear(8, 8, bias=False)  # another shape of call than a
     old = copy.deepcopy(model)

@@ -5,7 +5,6 @@ A step has no gradient, so the roads are those of the step itself.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -14,11 +13,12 @@ from torch import Tensor
 
 import bigops
 from bigops import backend, fused_adamw, fused_grad_norm, fused_sgd
+from bigops.backend import machine
+from bigops.ops.fused_adamw import AdamWStep, reference
 from tests import tolerance
 from tests.kernels_ran import expect, needs_extension
 from tests.optimizer_cases import ADAMW, DTYPES, Problem
 
-module = importlib.import_module("bigops.ops.fused_adamw")  # the name is the function's, too
 pytestmark = needs_extension
 
 
@@ -221,7 +221,7 @@ def test_explain_names_the_kernel_that_runs() -> None:
             problem.adamw(0)
         assert bigops.explain("fused_adamw", problem.params).kernel == names[0]
     said = bigops.explain("fused_sgd", [torch.ones(2)], device="sm_90")
-    if backend.has_triton():
+    if machine.has_triton():
         assert said.kernel == "triton.fused_sgd.f32.fused"
         if not torch.cuda.is_available():  # as of every op with Triton kernels
             with pytest.raises(ValueError, match="torch sees no GPU here"):
@@ -233,7 +233,7 @@ def test_the_reference_serves_other_devices_and_says_so() -> None:
     ours, theirs = (Problem(torch.float32, shapes=[(300,)], eight_bit=True) for _ in range(2))
     ours.adamw(0)
     with backend.record() as names:
-        module._serve_adamw(*raw_arguments(theirs, theirs.grads(0)))
+        reference.adamw(AdamWStep(*raw_arguments(theirs, theirs.grads(0))))
     assert names == ["reference.fused_adamw"]
     for a, b in zip(ours.all(), theirs.all(), strict=True):
         if a.dtype == torch.uint8:

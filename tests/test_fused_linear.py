@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bigops
-from bigops import backend
+from bigops.backend import machine
 from bigops.ops.fused_linear import fused_linear, reference
 from tests.backends import CPU, REFERENCE, TRITON, Way, covering
 from tests.kernels_ran import crossover, expect, needs_extension, threads
@@ -103,12 +103,12 @@ def test_ragged_shapes(way: Way, dtype: str, m: int, n: int, k: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["none", "silu", "geglu"])
 def test_large_products_go_through_a_library(dtype: str, name: str, library: str) -> None:
-    if library == "onednn" and not backend._has_onednn():
+    if library == "onednn" and not machine._has_onednn():
         pytest.skip("this torch has no fp32 product by oneDNN")
     by_onednn = library == "onednn" and dtype in ("f32", "f16")
     form = "onednn_linear" if by_onednn else "torch_linear"
     form += "_via_f32" if dtype == "f16" else ""
-    backend.extension.set_float_product(library)  # crossover() sets the committed one again
+    machine.extension.set_float_product(library)  # crossover() sets the committed one again
     run(make(300, 70, 520, DTYPES[dtype], name), CPU[-1], dtype, form)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bigops.nn import GatedMLP
-from bigops.ops import _activation as act
+from bigops.ops import activation as act
 from tests import tolerance
 
 

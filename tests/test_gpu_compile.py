@@ -66,12 +66,20 @@ def test_a_sample_of_all_rows_passes_the_gate(
     record_property("gpu_rows", rows)
 
 
-DIGESTS = """
+DIGESTS = '''
 import json
 import gpu_report as report
-from bigops.kernels import gemm
+from bigops.kernels.common import gemm
 from tests import gpu_golden as golden
 
+CALLED = "    tile_m, tile_n = banded_tile(pid, tiles_m, GROUP_M * tl.cdiv(N, BLOCK_N), GROUP_M)\\n"
+WRITTEN_OUT = """
+    band = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first_m = (pid // band) * GROUP_M
+    band_rows = tl.minimum(tiles_m - first_m, GROUP_M)
+    tile_m = first_m + (pid % band) % band_rows
+    tile_n = (pid % band) // band_rows
+"""
 jobs, rows = report.all_jobs(), golden.read()
 first = report.quick_jobs()[0]
 asked = report.compilation(first)
@@ -82,8 +90,10 @@ changes = {
     "remark": source + "    # a remark\\n",
     "place": "\\n" * 7 + source,
     "branch not taken": source.replace("u_tile = b_tile + ", "u_tile = b_tile - "),
-    "code": source.replace("tile_m = first_m + ", "tile_m = first_m - "),
+    "written out": source.replace(CALLED, WRITTEN_OUT),
+    "code": source.replace("rm < M", "rm <= M"),
 }
+assert CALLED in source
 for name, changed in changes.items():
     fn._unsafe_update_src(changed)
     golden._sources.cache_clear()
@@ -113,7 +123,7 @@ print(json.dumps({
     "faults": [row for row in rows if row["verdict"] != "ok"],
     "judged": judged,
 }))
-"""
+'''
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +153,7 @@ def test_a_digest_moves_with_the_code_and_not_with_remarks(table: dict) -> None:
     digests = table["digests"]
     written, got = digests["same"]
     assert digests["remark"] == digests["place"] == [written, got]
-    for moved in ("branch not taken", "default"):  # the compiler gets the same
+    for moved in ("branch not taken", "written out", "default"):  # the compiler gets the same
         assert digests[moved][0] != written, moved
         assert digests[moved][1] == got, moved
     for moved in ("code", "option"):
@@ -277,7 +287,7 @@ def test_the_persistent_form_takes_no_atomic_but_to_publish_its_maps() -> None:
 PLANTED = """
 import json
 import gpu_report as report
-from bigops.kernels.tiles import TileConfig
+from bigops.kernels.common.tiles import TileConfig
 
 spilling = report.Job("sm_80", "gemm", "nt", "bf16", TileConfig(128, 128, 32, 8, 4, 4, 1), "gelu")
 # by 16 bytes, and by none without --regAllocOptLevel=2, which triton gives ptxas

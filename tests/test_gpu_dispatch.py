@@ -23,11 +23,18 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import bigops
-from bigops import backend, doctor
-from bigops.kernels import form_tiles, quantized_tiles, tiles
-from bigops.ops import _triton, _triton_loss, _triton_sparse
-from bigops.ops.quantized_linear import quantize_weight
-from bigops.ops.sparse_linear import block_mask, sparsify_weight
+from bigops import backend
+from bigops.backend import machine
+from bigops.cli import doctor
+from bigops.formats.patterns import block_mask
+from bigops.formats.quantized import QuantizedWeight
+from bigops.formats.sparse import SparseWeight
+from bigops.kernels.common import form_tiles, tiles
+from bigops.kernels.quantized_linear import tiles as quantized_tiles
+from bigops.ops import targets
+from bigops.ops.linear_cross_entropy import triton as _triton_loss
+from bigops.ops.report import triton_limits
+from bigops.ops.sparse_linear import triton as _triton_sparse
 from tests import triton_interpreter
 from tests.optimizer_cases import Problem
 
@@ -45,9 +52,8 @@ def _calls() -> dict[str, tuple[str, Run, Run]]:
     """Each op as a GPU takes it: (name that explain knows, call, explain of it on ``device``)."""
     x, w, bias = torch.randn(M, K), torch.randn(N, K), torch.randn(N)
     grad, u, v = torch.randn(M, N), torch.randn(N, 4), torch.randn(4, K)
-    quantised = quantize_weight(w)
-    sparse = sparsify_weight(w, block_mask(w, 0.5, (16, 16)), torch.float32, (16, 16))
-    stored = (*sparse.tensors, N, sparse.chunk)
+    quantised = QuantizedWeight.from_dense(w)
+    sparse = SparseWeight.from_mask(w, block_mask(w, 0.5, (16, 16)), torch.float32, (16, 16))
     logits, target = torch.randn(M, N), torch.randint(N, (M,))
     loss = (target, None, None, None, float(N), -100, 0.0, 0.0, 0.0, True)
     dense, low, adamw = (_module(f) for f in ("fused_linear", "low_rank_linear", "fused_adamw"))
@@ -55,7 +61,7 @@ def _calls() -> dict[str, tuple[str, Run, Run]]:
     needs = (True, True, True)
 
     def step() -> None:
-        before, adamw.step_adamw = adamw.step_adamw, adamw._cuda_adamw
+        before, adamw.step_adamw = adamw.step_adamw, adamw.choose.adamw
         grads = problem.grads(0)
         problem.grads = lambda _: grads  # type: ignore[method-assign]
         try:
@@ -66,7 +72,7 @@ def _calls() -> dict[str, tuple[str, Run, Run]]:
 
     def norm() -> None:
         with triton_interpreter.reachable([x]):
-            adamw._cuda_norm([x])
+            adamw.choose.norm([x])
 
     def said(op: str, *args: Any) -> Callable[[], Any]:
         return lambda device="sm_90": bigops.explain(op, *args, device=device)
@@ -95,16 +101,18 @@ def _calls() -> dict[str, tuple[str, Run, Run]]:
             said("low_rank_linear", x, u, v, bias),
         ),
         "quantized_linear": (
-            lambda: _module("quantized_linear")._cuda(x, *quantised.arguments, bias, None, "relu"),
+            lambda: _module("quantized_linear").op._cuda(
+                x, *quantised.arguments, bias, None, "relu"
+            ),
             said("quantized_linear", x, quantised, bias),
         ),
         "sparse_linear": (
-            lambda: _module("sparse_linear")._cuda(x, *stored, bias, None, "relu"),
+            lambda: _module("sparse_linear").op._cuda(x, *sparse.arguments, bias, None, "relu"),
             said("sparse_linear", x, sparse, bias),
         ),
         "sparse_linear_backward": (
-            lambda: _module("sparse_linear")._cuda_backward(
-                grad, x, *stored, None, "none", True, True, False
+            lambda: _module("sparse_linear").op.gradients._cuda(
+                grad, x, *sparse.arguments, None, "none", True, True, False
             ),
             said("sparse_linear", x, sparse),
         ),
@@ -129,7 +137,7 @@ def _afresh() -> Iterator[None]:
 
 
 def forget() -> None:
-    memos = (_triton.unserved, _triton_sparse._no_tile, backend._find_triton, tiles.tables,
+    memos = (targets.unserved, _triton_sparse._no_tile, machine._find_triton, tiles.tables,
              tiles.table_for, tiles.choose_config, form_tiles._tables, form_tiles.choose_config,
              quantized_tiles._tables, quantized_tiles.choose_config)  # fmt: skip
     for memo in memos:
@@ -172,6 +180,14 @@ def test_a_name_of_no_architecture_is_refused() -> None:
     for device in ("h100", "sm_", "sm_9x"):
         with pytest.raises(ValueError, match=f"arch: expected sm_80 or later.*got '{device}'"):
             bigops.explain("fused_linear", x, w, device=device)
+        for op, weight in (
+            ("quantized_linear", QuantizedWeight.from_dense(w)),
+            ("sparse_linear", SparseWeight.from_dense(w, torch.int8)),
+        ):
+            for grid in (None, torch.tensor([0.1, 3.0])):
+                said = f"arch: expected sm_80 or later.*got '{device}'"
+                with pytest.raises(ValueError, match=said):
+                    bigops.explain(op, x, weight, device=device, y_grid=grid)
 
 
 # --- triton missing, broken, too old ----------------------
@@ -218,11 +234,11 @@ def test_without_a_triton_that_serves_torch_does(
     swap, why = BAD_TRITON[bad]
     swap(monkeypatch)
     torch_serves(op, why)
-    report = backend.report()
+    report = bigops.report()
     assert why in report["triton_error"]
     assert why in report["ops"]["fused_linear"]["gpu"]
     assert why in doctor.text(report)
-    assert report["triton_limits"] == backend.triton_limits(report["triton"])
+    assert report["triton_limits"] == triton_limits(report["triton"])
     report["cuda"]["available"] = True
     assert any(why in hint and "pip install -U triton" in hint for hint in doctor.advice(report))
 
@@ -230,8 +246,8 @@ def test_without_a_triton_that_serves_torch_does(
 @pytest.mark.parametrize("version", ["3.8.0", "3.9.0+rocm7", "3.10.1", "4.0.0"])
 def test_later_versions_of_triton_serve(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _triton_is(version)(monkeypatch)
-    assert backend.triton_error() == ""
-    assert backend.triton_version() == version
+    assert machine.triton_error() == ""
+    assert machine.triton_version() == version
 
 
 @pytest.mark.parametrize(
@@ -255,8 +271,8 @@ def test_doctor_says_what_a_triton_cannot_and_what_serves_instead(
     version: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _triton_is(version)(monkeypatch)
-    report = backend.report()
-    old = bool(backend.triton_error())
+    report = bigops.report()
+    old = bool(machine.triton_error())
     for kernels, instead in (
         ("loaded, for sm_90", "; torch serves what CUDA C++ kernels do not"),
         ("the CUDA C++ kernels are not built", "; torch serves every op on a GPU"),
@@ -271,7 +287,7 @@ def test_doctor_says_what_a_triton_cannot_and_what_serves_instead(
 
 @pytest.mark.parametrize("version", ["unknown", None])
 def test_no_limits_are_said_of_what_is_no_version(version: str | None) -> None:
-    assert backend.triton_limits(version) == ""
+    assert triton_limits(version) == ""
 
 
 # --- config files ----------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bigops
-from bigops.ops._quantize import from_grid, to_grid
-from bigops.ops.quantized_linear import quantize_weight, quantized_linear, static_grid
+from bigops.formats.quantize import from_grid, static_grid, to_grid
+from bigops.formats.quantized import QuantizedWeight
+from bigops.ops.family import GridOp
+from bigops.ops.quantized_linear import quantized_linear
 from bigops.ops.sparse_linear import sparse_linear
 from tests import roads
 from tests.backends import covering
-from tests.compressed_cases import DTYPES, make, served
+from tests.compressed_cases import DTYPES, Case, make, served
 from tests.grid_cases import (
     FORMS,
     U8_FORMS,
@@ -28,7 +29,6 @@ from tests.grid_cases import (
     check_u8,
     grid_of,
     kernel,
-    module_name,
     on_grid,
     raw,
     raw_arguments,
@@ -42,8 +42,10 @@ pytestmark = needs_extension
 ONE_OF_EACH = ("int8_static", "sparse_int8")
 
 
-def reference(form: str) -> Any:
-    return importlib.import_module(f"bigops.ops.{module_name(form)}").reference_grid
+def grid_op(case: Case) -> GridOp:
+    twin = case.linear_op.twin
+    assert twin is not None
+    return twin
 
 
 # values ------------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ def test_dtype_of_a_floating_result_of_u8(form: str) -> None:
 def test_static_grid_of_sparse_x_is_what_quantized_linear_does() -> None:
     """The same whole numbers, whoever multiplies them."""
     case = make("sparse_int8", 9, 20, 33, sparsity=0.0)
-    dense = quantize_weight(case.dense.float(), activations="static", x_grid=X_GRID)
+    dense = QuantizedWeight.from_dense(case.dense.float(), activations="static", x_grid=X_GRID)
     assert torch.equal(dense.to_dense(), case.weight.to_dense())
     with expect(".sparse_linear.f32.s8_columns", ".quantized_linear.f32.w8a8"):
         y = sparse_linear(case.x, case.weight, case.bias, x_grid=X_GRID)
@@ -172,10 +174,10 @@ def test_a_chain_of_u8_gives_the_numbers_of_a_chain_of_floats(level: str) -> Non
     x = torch.randn(30, 40)
     b1, b2 = torch.randn(96), torch.randn(50)
     grid = static_grid(-0.2, 4.0)
-    first = quantize_weight(
+    first = QuantizedWeight.from_dense(
         torch.randn(96, 40) / 6, activations="static", x_grid=static_grid(-3, 3)
     )
-    second = quantize_weight(torch.randn(50, 96) / 9, activations="static", x_grid=grid)
+    second = QuantizedWeight.from_dense(torch.randn(50, 96) / 9, activations="static", x_grid=grid)
     with isa(level), expect(".f32.w8a8_u8", ".u8.w8a8"):
         u8 = quantized_linear(x, first, b1, activation="gelu", y_grid=second.x_grid)
         y = quantized_linear(u8, second, b2)
@@ -226,8 +228,10 @@ def test_nan_and_infinity_never_become_numbers(level: str, form: str) -> None:
 def test_the_reference_refuses_them_too(form: str) -> None:
     case = make(form, 3, 19, 37)
     case.x[1, 3] = float("nan")
+    op = grid_op(case)
+    arguments = raw_arguments(case, case.x, grid_of(make(form, 3, 19, 37)))
     with pytest.raises(RuntimeError, match="y: expected finite values, since u8"):
-        reference(form)(*raw_arguments(case, case.x, grid_of(make(form, 3, 19, 37))))
+        op.reference(op.call(*arguments))
 
 
 @pytest.mark.parametrize("level", ISAS)
@@ -428,11 +432,10 @@ def test_a_wrong_number_and_a_stand_in_are_seen() -> None:
     truncated = (case.truth(torch.float64)[0] / grid[0] + grid[1]).clamp(0, 255).to(torch.uint8)
     with pytest.raises(AssertionError, match="u8 off by"):
         check_u8(case, truncated, grid)
-    module = importlib.import_module("bigops.ops.quantized_linear")
 
     def stand_in() -> None:
         with expect("_u8"):
-            module._grid._serve(*raw_arguments(case, case.x, grid))
+            grid_op(case)._serve(*raw_arguments(case, case.x, grid))
 
     with pytest.raises(AssertionError, match="no '_u8' among"):
         stand_in()

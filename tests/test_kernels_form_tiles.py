@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from bigops.kernels import form_tiles, low_rank_model, tiles
+from bigops.kernels.common import form_tiles, tiles
+from bigops.kernels.low_rank_linear import model as low_rank_model
+from tests.tile_files import changed, check_refusal
 
 SM_90 = tiles.CONFIG_DIR / "low_rank_linear" / "sm_90.json"
 OPS = tuple(form_tiles.FORMS)
@@ -80,13 +82,7 @@ def test_unserved_dtype_and_device() -> None:
         form_tiles.choose_config("sparse_linear", "sm_75", "forward", torch.float16, 1, 16)
 
 
-def _with(path: tuple[Any, ...], value: Any) -> str:
-    data = json.loads(SM_90.read_text())
-    place = data
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    return json.dumps(data)
+_with = functools.partial(changed, SM_90)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +111,6 @@ def _with(path: tuple[Any, ...], value: Any) -> str:
 def test_bad_file_gives_an_error_that_names_the_place(
     text: str, message: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "sm_90.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="sm_90.json: ") as caught:
-        form_tiles.read_table(path, "low_rank_linear")
-    assert message in str(caught.value)
+    check_refusal(
+        tmp_path, functools.partial(form_tiles.read_table, op="low_rank_linear"), text, message
+    )

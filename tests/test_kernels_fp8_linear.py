@@ -12,21 +12,27 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from triton.runtime.errors import InterpreterError
 
 import bigops
-from bigops.kernels import fp8_linear as kernels
-from bigops.kernels import fp8_tiles
-from bigops.kernels.tiles import TileConfig
-from bigops.ops import _activation as act
-from bigops.ops import _fp8_weight as fp8
-from bigops.ops import _triton_fp8 as road
-from bigops.ops.fp8_linear import Fp8Weight, quantize_fp8
+from bigops.formats import fp8
+from bigops.formats.fp8 import Fp8Weight
+from bigops.kernels.common.tiles import TileConfig
+from bigops.kernels.fp8_linear import forward as kernels
+from bigops.kernels.fp8_linear import rows
+from bigops.kernels.fp8_linear import tiles as fp8_tiles
+from bigops.ops import activation as act
+from bigops.ops.fp8_linear import triton as road
 from tests import triton_interpreter
 from tests.compressed_cases import DTYPES, FP8, Case, make
+from tests.kernel_checks import (
+    check_refusals,
+    check_rows_that_are_not_finite,
+    in_far_rows,
+    rows_of_all_kinds,
+)
 from tests.kernels_ran import expect
 from tests.linear_cases import PLAIN
-from tests.planted import plant
+from tests.planted import CAUGHT, plant
 from tests.test_kernels_fused_linear import guarded
 
 triton_interpreter.install()
@@ -53,7 +59,7 @@ def call(case: Case, module: ModuleType = kernels, **given: Any) -> Tensor:
     form = (weight.scales, weight.activations)
     with guarded():
         y: Tensor = module.forward(
-            x, *weight.tensors, *form, bias, residual, act.CODES[case.name], **given
+            x, *weight.tensors().values(), *form, bias, residual, act.CODES[case.name], **given
         )
     return y
 
@@ -63,7 +69,7 @@ def run(form: str, dtype: str, lead: int | list[int], n: int, k: int, name: str 
     """One case by the road that a GPU takes: values by the rule, the kernel by its name."""
     case = make(form, lead, n, k, dtype, name, **more)
     with guarded(), expect(kernel_of(form, dtype)):
-        y = road.forward(case.x, *case.storage, case.bias, case.residual, name)
+        y = road.forward(case.call)
     case.check_forward(y)
 
 
@@ -72,7 +78,7 @@ def run(form: str, dtype: str, lead: int | list[int], n: int, k: int, name: str 
 
 def assert_rows(x: Tensor, block: bool, given: Tensor | None = None) -> None:
     with guarded():
-        q, scale = kernels.quantize_activations(x, block, given)
+        q, scale = rows.quantize_activations(x, block, given)
     want = fp8.quantize_rows(x, block, given)
     k = x.shape[1]
     assert torch.equal(scale.t().isnan(), want.scale.isnan())
@@ -87,12 +93,8 @@ def assert_rows(x: Tensor, block: bool, given: Tensor | None = None) -> None:
 @pytest.mark.parametrize("how", ["row", "block", "static"])
 @pytest.mark.parametrize("k", [1, 64, 150])
 def test_rows_are_rounded_to_the_bit_as_the_reference_does(k: int, how: str, dtype: str) -> None:
-    x = torch.randn(40, k) * torch.logspace(-6, 4, 40).unsqueeze(1)
-    x[1], x[2], x[3], x[4] = x[1].abs(), -x[2].abs(), 0, 1e-42
-    x[5, 0], x[6, -1], x[7, 0] = float("nan"), float("inf"), float("-inf")
-    x[8], x[9] = 3e38, torch.where(torch.arange(k) % 2 == 0, 3e38, -3e38)
     given = torch.tensor([0.01]) if how == "static" else None
-    assert_rows(x.to(DTYPES[dtype]), how == "block", given)
+    assert_rows(rows_of_all_kinds(k).to(DTYPES[dtype]), how == "block", given)
 
 
 def test_every_code_and_tie_is_rounded_as_torch_casts() -> None:
@@ -106,9 +108,9 @@ def test_every_code_and_tie_is_rounded_as_torch_casts() -> None:
 def test_rows_of_any_strides_are_rounded_alike() -> None:
     x = torch.randn(5, 170)
     for block in (False, True):
-        want = kernels.quantize_activations(x, block)
+        want = rows.quantize_activations(x, block)
         for layout in (x.t().contiguous().t(), x.repeat_interleave(2, 1)[:, ::2]):
-            got = kernels.quantize_activations(layout, block)
+            got = rows.quantize_activations(layout, block)
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -183,7 +185,7 @@ def test_any_strides(form: str) -> None:
         return None if t is None else t.repeat_interleave(2, -1)[..., ::2]
 
     values = case.weight.values.view(torch.uint8)
-    weight = case.weight._replace(
+    weight = case.weight.replace(
         values=odd(values).view(torch.float8_e4m3fn),
         scale=case.weight.scale.t().contiguous().t(),
         x_scale=odd(case.weight.x_scale),
@@ -194,27 +196,13 @@ def test_any_strides(form: str) -> None:
     case.check_forward(call(case, weight=weight))
 
 
-@pytest.mark.parametrize("form", ["fp8", "fp8_block", "fp8_static", "w_fp8"])
-def test_a_row_with_nan_or_infinity_is_nan_and_no_other(form: str) -> None:
-    floating = form == "w_fp8"
-    case = make(form, 20, 19, 137, "bf16", "relu")
-    case.x[1, 136] = float("nan")
-    if not floating:  # in floating point an infinity may well stay one
-        case.x[3, 0], case.x[4, 20] = float("inf"), float("-inf")
-    y = call(case)
-    bad = torch.zeros(20, dtype=torch.bool)
-    bad[[1] if floating else [1, 3, 4]] = True
-    assert bool(y[bad].isnan().all())
-    assert bool(y[~bad].isfinite().all())
-
-
 @pytest.mark.parametrize("form", ["fp8", "fp8_tensor", "fp8_block"])
 def test_rows_of_zeros_and_scales_whose_product_is_none(form: str) -> None:
     """1e-36 by 1e-6, summed up over large numbers of neither: scales meet the sums in turn."""
     case = make(form, 5, 20, 130, "f32", bias=False, residual=False)
     case.x[0] = 0
     case.x[1] *= 1e-36
-    weight = quantize_fp8(torch.randn(20, 130) * 1e-6, **FP8[form])
+    weight = Fp8Weight.from_dense(torch.randn(20, 130) * 1e-6, **FP8[form])
     case.weight, case.dense = weight, weight.to_dense(torch.float64)
     y = call(case)
     assert not y[0].any()
@@ -226,17 +214,17 @@ def test_rows_of_zeros_and_scales_whose_product_is_none(form: str) -> None:
     assert bool(y[1][held].any())
 
 
-def test_offsets_past_32_bits(tmp_path: Path) -> None:
-    """Rows 2^27 elements apart in a sparse file: row 17 starts past element 2^31."""
-    step, m, k = 1 << 27, 18, 40
-    size = step * (m - 1) + k
-    storage = torch.from_file(str(tmp_path / "x"), shared=True, size=size, dtype=torch.float16)
-    for form in KINDS:
-        case = make(form, m, 20, k, "f16", "gelu")
-        x = storage.as_strided((m, k), (step, 1))
-        x.copy_(case.x)
-        case.x = x
-        case.check_forward(call(case))
+@pytest.mark.parametrize("form", ["fp8", "fp8_block", "fp8_static", "w_fp8"])
+def test_a_row_with_nan_or_infinity_is_nan_and_no_other(form: str) -> None:
+    case = make(form, 20, 19, 137, "bf16", "relu")
+    check_rows_that_are_not_finite(case, call, form == "w_fp8")
+
+
+@pytest.mark.parametrize("form", KINDS)
+def test_offsets_past_32_bits(form: str, tmp_path: Path) -> None:
+    case = make(form, 18, 20, 40, "f16", "gelu")
+    case.x = in_far_rows(tmp_path, case.x)
+    case.check_forward(call(case))
 
 
 def test_bitwise_equal_from_run_to_run() -> None:
@@ -246,17 +234,7 @@ def test_bitwise_equal_from_run_to_run() -> None:
 
 
 def test_bad_arguments() -> None:
-    weight = quantize_fp8(torch.randn(5, 8))
-    form = ("row", "dynamic")
-    x = torch.randn(4, 8)
-    with pytest.raises(TypeError, match=r"x: expected one of .*; got torch.float64"):
-        kernels.forward(x.double(), *weight.tensors, *form)
-    with pytest.raises(TypeError, match=r"bias: expected torch.float32, that of x; got .*float16"):
-        kernels.forward(x, *weight.tensors, *form, torch.zeros(5).half())
-    with pytest.raises(ValueError, match=r"values: expected device cpu, that of x; got meta"):
-        kernels.forward(x, weight.values.to("meta"), *weight.tensors[1:], *form)
-    with pytest.raises(ValueError, match=r"activation: expected the code of no gated pair; got 8"):
-        kernels.forward(x, *weight.tensors, *form, activation=8)
+    check_refusals(kernels, Fp8Weight.from_dense(torch.randn(5, 8)), "row", "dynamic")
 
 
 # which kernel ------------------------------------------------------------------------------
@@ -280,44 +258,6 @@ def test_explain_names_kernel_config_and_unit(form: str, arch: str, units: str) 
     assert f"aligned {kind} bf16 tile for 64 rows from kernels/configs/{file}; " in said.reason
     how = {"none": "has no unit", "e4m3fn": "e4m3fn units", "e4m3fnuz": "converted in the kernel"}
     assert ("widened to the dtype of x" if kind == "f8" else how[units]) in said.reason
-
-
-def test_configs_of_every_device() -> None:
-    from bigops.kernels import tiles
-
-    assert {p.stem for p in fp8_tiles.CONFIG_DIR.glob("*.json")} == set(tiles.tables())
-    for arch in ("sm_80", "sm_89", "sm_90a", "sm_120", "gfx90a", "interpreter"):
-        for kind in fp8_tiles.KINDS:
-            for dtype in tiles.DTYPES:
-                for aligned in (True, False):
-                    small = fp8_tiles.choose_config(arch, kind, dtype, 1, aligned)
-                    large = fp8_tiles.choose_config(arch, kind, dtype, 10**6, aligned)
-                    assert small.block_m <= large.block_m
-        assert fp8_tiles.row_config(arch).block_n >= 16
-    with pytest.raises(TypeError, match=r"dtype: expected one of .*; got torch.float64"):
-        fp8_tiles.choose_config("sm_90", "f8", torch.float64, 1)
-    with pytest.raises(ValueError, match="arch: expected sm_80 or later"):
-        fp8_tiles.choose_config("sm_75", "f8", torch.float16, 1)
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="torch sees no GPU here"):
-            kernels.explain("cuda", torch.float16, 1, 1, 1, "none")
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("[128, 128, 128]", "[128, 256, 128]", "expected at most 128 columns of y"),
-        ('"f8a8"', '"w8a8"', "kinds: expected some of"),
-        ("bigops-fp8-tiles-1", "bigops-quantized-tiles-1", "format: expected 'bigops-fp8-tiles-1'"),
-    ],
-)
-def test_bad_config_files(tmp_path: Path, old: str, new: str, message: str) -> None:
-    text = (fp8_tiles.CONFIG_DIR / "sm_90.json").read_text()
-    assert old in text
-    path = tmp_path / "bad.json"
-    path.write_text(text.replace(old, new))
-    with pytest.raises(ValueError, match=message):
-        fp8_tiles.read_table(path)
 
 
 # --- planted faults: the checks above must see each of them -----------------------------------
@@ -362,17 +302,17 @@ def planted_case(form: str) -> tuple[Case, dict[str, Any]]:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_caught(fault: str, tmp_path: Path) -> None:
     form, old, new = FAULTS[fault]
-    module = plant(kernels, tmp_path, old, new)
+    module = plant(kernels, tmp_path, old, new, rows)
     case, how = planted_case(form)
     case.dense = case.weight.to_dense(torch.float64)
 
     def held() -> None:
         case.check_forward(call(case, module, **how))
         got = module.quantize_activations(case.x, False, case.weight.x_scale)
-        want = kernels.quantize_activations(case.x, False, case.weight.x_scale)
+        want = rows.quantize_activations(case.x, False, case.weight.x_scale)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
-    with pytest.raises((AssertionError, IndexError, RuntimeError, InterpreterError)):
+    with pytest.raises(CAUGHT):
         held()
 
 
@@ -381,7 +321,7 @@ def test_planted_fault_is_caught(fault: str, tmp_path: Path) -> None:
 def test_a_copy_without_a_fault_passes(form: str, tmp_path: Path) -> None:
     case, how = planted_case(form)
     case.dense = case.weight.to_dense(torch.float64)
-    case.check_forward(call(case, plant(kernels, tmp_path, "M,", "M,"), **how))
+    case.check_forward(call(case, plant(kernels, tmp_path, "M,", "M,", rows), **how))
 
 
 # on a GPU ---------------------------------------------------------------------------------------
@@ -404,7 +344,7 @@ def test_on_a_gpu(form: str, m: int) -> None:
         case.check_forward(y.cpu())
         if not form.startswith("w"):
             assert inputs[0] is not None
-            q, by = kernels.quantize_activations(inputs[0], form == "fp8_block", weight.x_scale)
+            q, by = rows.quantize_activations(inputs[0], form == "fp8_block", weight.x_scale)
             want = fp8.quantize_rows(case.x, form == "fp8_block", case.weight.x_scale)
             codes = q[:, :k].view(torch.float8_e4m3fn)
             assert torch.equal(codes.float().cpu(), want.q)

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from bigops import fused_adamw
-from bigops.ops import _optimizer_states as states
+from bigops.ops.fused_adamw import choose, reference, states
 from tests import triton_interpreter
 from tests.kernels_ran import expect
 from tests.optimizer_cases import Problem
@@ -31,9 +31,9 @@ MIXED = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture(autouse=True)
 def _on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ops as a GPU takes them."""
-    monkeypatch.setattr(module, "step_adamw", module._cuda_adamw)
-    monkeypatch.setattr(module, "step_sgd", module._cuda_sgd)
-    monkeypatch.setattr(module, "_norm", module._cuda_norm)
+    monkeypatch.setattr(module, "step_adamw", choose.adamw)
+    monkeypatch.setattr(module, "step_sgd", choose.sgd)
+    monkeypatch.setattr(module, "norm_op", choose.norm)
 
 
 def same(problem: Problem, reference: Problem) -> None:
@@ -86,7 +86,9 @@ def test_buckets_find_the_nearest_value() -> None:
 
 
 def test_float64_takes_the_reference() -> None:
-    assert not module._triton_loss.serves_step([torch.ones(2), torch.ones(2).double()])
+    cpu, dtypes = torch.device("cpu"), (torch.float32, torch.float64)
+    for op in ("fused_adamw", "fused_sgd"):
+        assert choose.choose(op, dtypes, cpu) == (reference, "no Triton kernel for float64")
 
 
 def test_perturbed_result_fails() -> None:

@@ -14,14 +14,14 @@ import torch
 pytest.importorskip("triton")
 
 from bigops.kernels import linear_cross_entropy as kernels
-from bigops.ops import _triton_loss
 from bigops.ops import linear_cross_entropy as op
+from bigops.ops.linear_cross_entropy import triton as _triton_loss
 from tests import triton_interpreter
 from tests.cross_entropy_cases import ALL, make
 from tests.planted import plant
 
 triton_interpreter.install()
-module = sys.modules["bigops.ops.linear_cross_entropy"]
+schema = sys.modules["bigops.ops.linear_cross_entropy.schema"]
 assert op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,7 +30,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def _on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pass over a chunk as a GPU takes it."""
-    monkeypatch.setattr(module, "_chunk", _triton_loss.serve_chunk)
+    monkeypatch.setattr(schema, "chunk_op", _triton_loss.serve_chunk)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

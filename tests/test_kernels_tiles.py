@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from bigops.kernels import fused_linear, gemm, tiles
+from bigops.kernels import fused_linear
+from bigops.kernels.common import launch, tiles
+from tests.tile_files import changed, check_refusal
 
 SM_90 = tiles.CONFIG_DIR / "sm_90.json"
 
@@ -61,13 +62,7 @@ def test_unserved_dtype() -> None:
         tiles.choose_config("sm_90", torch.float64, 1, 1, 1)
 
 
-def _with(path: tuple[Any, ...], value: Any) -> str:
-    data = json.loads(SM_90.read_text())
-    place = data
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    return json.dumps(data)
+_with = functools.partial(changed, SM_90)
 
 
 @pytest.mark.parametrize(
@@ -104,11 +99,7 @@ def _with(path: tuple[Any, ...], value: Any) -> str:
 def test_bad_file_gives_an_error_that_names_the_place(
     text: str, message: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "sm_90.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="sm_90.json: ") as caught:
-        tiles.read_table(path)
-    assert message in str(caught.value)
+    check_refusal(tmp_path, tiles.read_table, text, message)
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -139,11 +130,11 @@ def test_explain_names_the_config_of_a_device_that_is_not_here() -> None:
 
 def test_tf32_only_where_torch_allows_it() -> None:
     before = torch.get_float32_matmul_precision()
-    assert gemm.dot_precision(torch.float32) == "ieee"
+    assert launch.dot_precision(torch.float32) == "ieee"
     try:
         torch.set_float32_matmul_precision("high")
-        assert gemm.dot_precision(torch.float32) == "tf32"
-        assert gemm.dot_precision(torch.float16) == "ieee"
+        assert launch.dot_precision(torch.float32) == "tf32"
+        assert launch.dot_precision(torch.float16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert gemm.dot_precision(torch.float32) == "ieee"
+    assert launch.dot_precision(torch.float32) == "ieee"

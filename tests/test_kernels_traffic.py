@@ -19,17 +19,18 @@ pytest.importorskip("triton")
 
 import bigops
 from bigops.kernels import fused_linear as linear_kernels
-from bigops.kernels import gemm as gemm_kernels
 from bigops.kernels import linear_cross_entropy as loss_kernels
-from bigops.kernels import low_rank_linear as low_rank_kernels
-from bigops.kernels import product as products
-from bigops.kernels import tiles
-from bigops.kernels.activation import NAMES
-from bigops.kernels.tiles import TileConfig
-from bigops.ops import _triton as linear_road
-from bigops.ops import _triton_fp8 as fp8_road
-from bigops.ops import _triton_low_rank as low_rank_road
-from bigops.ops import _triton_quantized as quantized_road
+from bigops.kernels.common import gemm as gemm_kernels
+from bigops.kernels.common import product as products
+from bigops.kernels.common import tiles
+from bigops.kernels.common.activation import NAMES
+from bigops.kernels.common.tiles import TileConfig
+from bigops.kernels.low_rank_linear import kernel as low_rank_kernels
+from bigops.ops.fp8_linear import triton as fp8_road
+from bigops.ops.fused_linear import triton as linear_road
+from bigops.ops.low_rank_linear import triton as low_rank_road
+from bigops.ops.quantized_linear import triton as quantized_road
+from bigops.ops.sparse_linear import triton as sparse_road
 from tests import compressed_cases, linear_cases, low_rank_cases, triton_interpreter
 from tests.kernels_ran import expect
 from tests.optimizer_cases import Problem
@@ -157,7 +158,7 @@ def test_weight_only_products_read_the_codes(form: str) -> None:
     """x, codes, scales and zero points once each, and y written: no dequantised weight."""
     case = compressed_cases.make(form, M, 48, 128, "bf16", "gelu")
     with counting() as traffic, expect("triton.quantized_linear.bf16"):
-        y = quantized_road.forward(case.x, *case.storage, case.bias, case.residual, "gelu")
+        y = quantized_road.forward(case.call)
     assert traffic.kernels == ["quantized_gemm"]
     stored = size(case.weight.values, case.weight.scale, case.weight.zero_point)
     check_epilogue(traffic, size(*case.inputs) + stored, size(y))
@@ -170,7 +171,7 @@ def test_quantised_rows_are_written_once(form: str) -> None:
     """The one intermediate: x in one byte, with three numbers a row."""
     case = compressed_cases.make(form, M, 48, 128, "bf16", "gelu")
     with counting() as traffic, expect("triton.quantized_linear.bf16"):
-        y = quantized_road.forward(case.x, *case.storage, case.bias, case.residual, "gelu")
+        y = quantized_road.forward(case.call)
     assert traffic.kernels == ["quantize_rows", "quantized_gemm"]
     weight, rows = case.weight, M * 128 + 3 * 4 * M
     used = 0 if weight.zero_point is None else 4 * M  # sums of q, for the zero points of W
@@ -184,7 +185,7 @@ def test_fp8_weights_are_read_as_they_are_stored(form: str) -> None:
     """One byte a number. Where x is rounded, its codes and scales are the one intermediate."""
     case = compressed_cases.make(form, M, 48, 128, "bf16", "gelu")
     with counting() as traffic, expect("triton.fp8_linear.bf16"):
-        y = fp8_road.forward(case.x, *case.storage, case.bias, case.residual, "gelu")
+        y = fp8_road.forward(case.call)
     rounded = case.weight.activations != "none"
     assert traffic.kernels == ["quantize_fp8"] * rounded + ["fp8_gemm"]
     rows = (M * 128 + 4 * M) * rounded
@@ -196,10 +197,9 @@ def test_fp8_weights_are_read_as_they_are_stored(form: str) -> None:
 def test_the_gradient_of_x_reads_the_codes(form: str) -> None:
     """gz once, codes, scales and zero points once, gx written: no dequantised weight."""
     case = compressed_cases.make(form, M, 48, 128, "bf16", residual=False)
-    back = (case.grad, case.x, *case.storage, case.bias, "none")
     of, road = ("fp8", fp8_road) if "fp8" in form else ("quantized", quantized_road)
     with counting() as traffic, expect(f"triton.{of}_linear_backward.bf16"):
-        gx, _ = road.backward(*back, True, False)
+        gx, _ = road.backward(case.grad, case.call, True, False)
     assert traffic.kernels == [f"{of}_gradient"]
     zero_point = getattr(case.weight, "zero_point", None)
     stored = size(case.weight.values, case.weight.scale, zero_point)
@@ -209,7 +209,6 @@ def test_the_gradient_of_x_reads_the_codes(form: str) -> None:
 @pytest.mark.parametrize("pattern", ["16x16", "32x32"])
 def test_sparse_products_read_the_stored_blocks(pattern: str) -> None:
     """Forward and both gradients: values once, only x where blocks are; no dense W or gradient."""
-    op = sys.modules["bigops.ops.sparse_linear"]
     case = compressed_cases.make(
         "sparse_bf16", M, 64, 96, "bf16", pattern=pattern, sparsity=0.7, bias=False,
         residual=False, values=True,
@@ -220,6 +219,9 @@ def test_sparse_products_read_the_stored_blocks(pattern: str) -> None:
     values = case.weight.values
     assert values.nbytes == int(full.sum()) * side * side * 2
 
+    blocks, why = sparse_road.blocks_of(case.call, "interpreter")
+    assert blocks is not None, why
+
     def moved(traffic: Traffic) -> tuple[list[str], dict[str, int], dict[str, int]]:
         tables = ("across", "step", "first", "order", "task_line", "task_first")
         (launch,) = traffic
@@ -229,18 +231,17 @@ def test_sparse_products_read_the_stored_blocks(pattern: str) -> None:
         return traffic.kernels, read, dict(launch.once["written"])
 
     with counting() as traffic, expect("triton.sparse_linear.bf16"):
-        y = op._cuda(case.x, *case.storage, None, None, "none")
+        y = sparse_road.forward(case.call, blocks)
     assert moved(traffic) == (
         ["block_product"], {"x": M * columns * 2, "values": values.nbytes}, {"y": size(y)},
     )  # fmt: skip
-    back = (case.grad, case.x, *case.storage, None, "none")
     with counting() as traffic:
-        gx, *_ = op._cuda_backward(*back, True, False, False)
+        gx, *_ = sparse_road.backward(case.grad, case.call, blocks, True, False, False)
     assert moved(traffic) == (
         ["block_product"], {"x": M * lines * 2, "values": values.nbytes}, {"y": size(gx)},
     )  # fmt: skip
     with counting() as traffic:
-        _, gv, _ = op._cuda_backward(*back, False, True, False)
+        _, gv, _ = sparse_road.backward(case.grad, case.call, blocks, False, True, False)
     assert moved(traffic) == (
         ["block_samples"], {"x": M * columns * 2, "gz": M * lines * 2}, {"out": size(gv)},
     )  # fmt: skip
@@ -266,7 +267,7 @@ def test_the_loss_writes_its_gradient_over_the_logits(gradient: bool) -> None:
 def test_adamw_moves_each_number_once(eight_bit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read: parameter, gradient, both states; written: all but the gradient."""
     op = sys.modules["bigops.ops.fused_adamw"]
-    monkeypatch.setattr(op, "step_adamw", op._cuda_adamw)
+    monkeypatch.setattr(op, "step_adamw", op.choose.adamw)
     problem = Problem(torch.float32, shapes=[(257,), (7, 11, 13)], eight_bit=eight_bit)
     grads = problem.grads(0)
     monkeypatch.setattr(problem, "grads", lambda _: grads)
@@ -286,8 +287,8 @@ def test_adamw_moves_each_number_once(eight_bit: bool, monkeypatch: pytest.Monke
 
 def test_sgd_and_the_norm_move_each_number_once(monkeypatch: pytest.MonkeyPatch) -> None:
     op = sys.modules["bigops.ops.fused_adamw"]
-    monkeypatch.setattr(op, "step_sgd", op._cuda_sgd)
-    monkeypatch.setattr(op, "_norm", op._cuda_norm)
+    monkeypatch.setattr(op, "step_sgd", op.choose.sgd)
+    monkeypatch.setattr(op, "norm_op", op.choose.norm)
     problem = Problem(torch.float32, shapes=[(257,), (7, 11, 13)])
     grads = problem.grads(0)
     with triton_interpreter.reachable([*problem.all(), *grads]), counting() as traffic:

@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigops.ops.packed_linear import pack_weight, packed_linear
-from bigops.ops.quantized_linear import quantize_weight, quantized_linear
-from bigops.ops.sparse_linear import block_mask, sparse_linear, sparsify_weight
+from bigops.formats.packed import PackedWeight
+from bigops.formats.patterns import block_mask
+from bigops.formats.quantized import QuantizedWeight
+from bigops.formats.sparse import SparseWeight
+from bigops.ops.packed_linear import packed_linear
+from bigops.ops.quantized_linear import quantized_linear
+from bigops.ops.sparse_linear import sparse_linear
 from tests.kernels_ran import expect, needs_extension
 
 ROWS, FEATURES, K = (1 << 16) + 40, 1 << 15, 8
@@ -24,20 +28,20 @@ def _free() -> int:
 
 def _sparse(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     def product(x: Tensor, w: Tensor) -> Tensor:
-        return sparse_linear(x, sparsify_weight(w, block_mask(w, 0.5), dtype))
+        return sparse_linear(x, SparseWeight.from_mask(w, block_mask(w, 0.5), dtype))
 
     return product
 
 
 def _quantised(bits: int) -> Callable[[Tensor, Tensor], Tensor]:
     def product(x: Tensor, w: Tensor) -> Tensor:
-        return quantized_linear(x, quantize_weight(w, bits=bits))
+        return quantized_linear(x, QuantizedWeight.from_dense(w, bits=bits))
 
     return product
 
 
 def _packed(x: Tensor, w: Tensor) -> Tensor:
-    return packed_linear(x, pack_weight(w.bfloat16()))
+    return packed_linear(x, PackedWeight.from_dense(w.bfloat16()))
 
 
 FORMS = {

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import bigops
 from bigops import backend
-from bigops.ops import _chunked_loss as chunked
-from bigops.ops._cross_entropy import serve_chunk
-from bigops.ops.linear_cross_entropy import linear_cross_entropy
+from bigops.backend import machine
+from bigops.ops.linear_cross_entropy import chunked, linear_cross_entropy, schema
+from bigops.ops.linear_cross_entropy.reference import serve_chunk
 from tests.backends import CPU, REFERENCE, TRITON, Way
 from tests.cross_entropy_cases import ALL, Case, make
 from tests.kernels_ran import ISAS, expect, isa, needs_extension
@@ -258,7 +258,7 @@ def test_the_plan_keeps_to_its_memory(m: int, v: int) -> None:
 def test_the_reference_pass(
     dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_chunk", serve_chunk)
+    monkeypatch.setattr(schema, "chunk_op", serve_chunk)
     with backend.record() as names:
         make(21, 33, 9, dtype, **options).check()
     assert set(names) == {"reference.linear_cross_entropy"}
@@ -280,7 +280,7 @@ def test_explain_names_the_kernel_that_runs() -> None:
         case.check()
     assert "chunks of 9 tokens" in explained.reason
     gpu = bigops.explain("linear_cross_entropy", case.x, case.weight, device="sm_90")
-    if backend.has_triton():
+    if machine.has_triton():
         assert gpu.kernel == "triton.linear_cross_entropy.bf16.gradient"
 
 
@@ -364,13 +364,13 @@ def test_the_rule_fails_on_a_perturbed_result() -> None:
 
 def test_a_pass_that_forgets_an_option_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the numbers that the pass takes matters to the checks above."""
-    true_chunk = module._chunk
+    true_chunk = schema.chunk_op
     for place, name in ((5, "weighted"), (7, "smoothed"), (8, "z_loss"), (9, "softcap")):
 
         def forgetful(*args: Any, place: int = place) -> Tensor:
             return true_chunk(*(0.0 if i == place else a for i, a in enumerate(args)))  # type: ignore[no-any-return]
 
-        monkeypatch.setattr(module, "_chunk", forgetful)
+        monkeypatch.setattr(schema, "chunk_op", forgetful)
         case: Case = make(21, 33, 9, **ALL[name])
         with pytest.raises(AssertionError, match="float64 says"):
             case.check(name)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigops.ops import _chunked_loss as chunked
-from bigops.ops.linear_cross_entropy import linear_cross_entropy
+from bigops.ops.linear_cross_entropy import chunked, linear_cross_entropy
 from tests import roads
 from tests.backends import covering
 from tests.cross_entropy_cases import ALL, Case, Leaves, make

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigops.formats.packed import PackedWeight
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.linear_cross_entropy import linear_cross_entropy
-from bigops.ops.packed_linear import pack_weight, packed_linear
+from bigops.ops.packed_linear import packed_linear
 from bigops.ops.quantized_linear import quantized_linear
 from bigops.ops.sparse_linear import sparse_linear
 from tests import compressed_cases
@@ -130,7 +131,7 @@ def test_gradients_of_bias(name: str) -> None:
     rows = 8_192
     x, w, bias = torch.randn(rows, 1), torch.randn(512, 1), torch.randn(512)
     grad = torch.randn(rows, 512)
-    packed = pack_weight(w)
+    packed = PackedWeight.from_dense(w)
 
     def torchs(bias: Tensor) -> Tensor:
         return act(name, F.linear(x.to(bias.dtype), w.to(bias.dtype), bias))
@@ -155,7 +156,7 @@ def test_gradients_of_stored_values() -> None:
     for level in ISAS:
         with isa(level):
             (values,) = gradients(
-                lambda v: sparse_linear(case.x, case.weight._replace(values=v)),
+                lambda v: sparse_linear(case.x, case.weight.replace(values=v)),
                 case.grad,
                 case.weight.values,
             )

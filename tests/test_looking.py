@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import bigops
 from bigops.compress import measure
-from bigops.nn.looking import looking
+from bigops.graph.looking import looking
 
 X = torch.randn(4, 8)
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import bigops
 from bigops import Fp8
 from bigops.compress.config import from_json, to_json
+from bigops.formats.fp8 import Fp8Weight
 from bigops.nn import Fp8Linear
-from bigops.ops.fp8_linear import fp8_linear, quantize_fp8
+from bigops.ops.fp8_linear import fp8_linear
 from tests.tolerance import snr_db
 
 CONFIGS = (Fp8(), Fp8("tensor"), Fp8("block"), Fp8("block", "none"), Fp8(activations="none"))
@@ -38,7 +39,7 @@ def test_compress_makes_fp8_layers_that_save_and_load(config: Fp8, tmp_path: Pat
         assert SNR_FLOOR_DB < snr_db(y, dense(x)) < 60
     if not model[0].frozen:
         bigops.freeze_(model)
-    weight = quantize_fp8(dense[2].weight, config.scales, config.activations)
+    weight = Fp8Weight.from_dense(dense[2].weight, config.scales, config.activations)
     assert torch.equal(model[2].values.float(), weight.values.float())
     assert torch.equal(model[2].scale, weight.scale)
     bigops.save(model, tmp_path / "m.safetensors")
@@ -57,7 +58,7 @@ def test_the_recovery_state_trains_straight_through() -> None:
     with torch.enable_grad():
         y = layer(x)
         y.sum().backward()
-    dense = quantize_fp8(layer.weight, "block").to_dense()
+    dense = Fp8Weight.from_dense(layer.weight, "block").to_dense()
     twin: Tensor = dense.clone().requires_grad_()
     want = bigops.fused_linear(x, twin, layer.bias.detach(), None, "gelu")
     want.sum().backward()
@@ -67,7 +68,7 @@ def test_the_recovery_state_trains_straight_through() -> None:
 
 def test_a_frozen_layer_is_the_op() -> None:
     layer = Fp8Linear(33, 20, activation="silu").eval()
-    weight = quantize_fp8(layer.weight)
+    weight = Fp8Weight.from_dense(layer.weight)
     layer.freeze()
     x, residual = torch.randn(5, 33), torch.randn(5, 20)
     want = fp8_linear(x, weight, layer.bias, residual, "silu")
@@ -86,7 +87,9 @@ def test_broken_storage_is_refused() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             layer.load_state_dict({**state, key: value})
-    with pytest.raises(RuntimeError, match="values: expected 20 rows, the layer's out_features"):
+    with pytest.raises(
+        RuntimeError, match=r"values: expected a weight of \[20, 33\]; got \[21, 33\]"
+    ):
         layer.load_state_dict({**other.state_dict(), "bias": layer.bias})
     layer.load_state_dict(state)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bigops.nn import Linear
-from bigops.ops import _activation as act
+from bigops.ops import activation as act
 from tests import tolerance
 
 

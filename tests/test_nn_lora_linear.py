@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from bigops.nn import Linear, LoRALinear, add_lora_
-from bigops.ops import _activation as act
+from bigops.graph import add_lora_
+from bigops.nn import Linear, LoRALinear
+from bigops.ops import activation as act
 from tests import tolerance
 
 

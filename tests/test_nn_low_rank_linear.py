@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bigops.nn import Linear, LowRankLinear
-from bigops.ops import _activation as act
+from bigops.ops import activation as act
 from tests import tolerance
 
 

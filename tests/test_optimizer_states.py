@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigops.ops import _optimizer_states as states
-from bigops.ops.fused_adamw import fused_adamw, fused_sgd
+from bigops.ops.fused_adamw import fused_adamw, fused_sgd, states
 from tests.kernels_ran import ISAS, expect, isa, needs_extension
 
 

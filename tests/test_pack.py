@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import bigops
-from bigops import backend
+from bigops.backend import machine
 from bigops.compress import measure
+from bigops.formats.packed import PackedWeight
+from bigops.graph import pack
+from bigops.graph.sites import Contest
 from bigops.nn import (
     GatedMLP,
     Linear,
@@ -22,10 +25,7 @@ from bigops.nn import (
     PackedGatedMLP,
     PackedLinear,
     QuantLinear,
-    pack,
 )
-from bigops.nn.sites import Contest
-from bigops.ops.packed_linear import pack_weight
 from bigops.timing import Ratio
 from tests.kernels_ran import needs_extension
 from tests.packed_cases import make, same_state, state_of
@@ -36,7 +36,7 @@ pytestmark = needs_extension
 @pytest.fixture(autouse=True)
 def _packing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU without AMX, where it does in every dtype."""
-    monkeypatch.setattr(backend, "packs", lambda dtype: True)
+    monkeypatch.setattr(machine, "packs", lambda dtype: True)
 
 
 # --- memory --------------------------------------------------------------------------------
@@ -135,14 +135,14 @@ def test_every_layer_that_is_left_has_its_reason() -> None:
 def test_hooks_below_a_block_and_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(GatedMLP(96, 96), nn.Linear(96, 96).bfloat16(), nn.Linear(96, 96))
     model[0].down_proj.register_forward_hook(lambda *args: None)
-    monkeypatch.setattr(backend, "packs", lambda dtype: dtype != torch.bfloat16)
+    monkeypatch.setattr(machine, "packs", lambda dtype: dtype != torch.bfloat16)
     record = bigops.pack_(model)
     assert record.reason("0") == "down_proj: it has a forward hook, which a swap would lose"
     assert "panels do not pay for torch.bfloat16" in (record.reason("1") or "")
     assert [d.name for d in record.done] == ["2"]
     bigops.unpack_(model)
-    monkeypatch.setattr(backend, "extension", None)
-    monkeypatch.setattr(backend, "extension_error", "the C++ extension is not built")
+    monkeypatch.setattr(machine, "extension", None)
+    monkeypatch.setattr(machine, "extension_error", "the C++ extension is not built")
     assert bigops.pack_(model).reason("2") == "weight: the C++ extension is not built"
 
 
@@ -237,8 +237,7 @@ def test_an_exception_leaves_the_model_as_it_was(
     elif where == "contest":
         monkeypatch.setattr(pack, "contest", second(pack.contest, error))
     else:
-        target = "bigops.nn.packed_linear.pack_weight"
-        monkeypatch.setattr(target, second(pack_weight, error))
+        monkeypatch.setattr(PackedWeight, "from_dense", second(PackedWeight.from_dense, error))
     with pytest.raises((type(error), RuntimeError)):
         bigops.pack_(model, example)
     assert all(dict(model.named_modules())[n] is m for n, m in modules.items())

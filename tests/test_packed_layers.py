@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import bigops
 from bigops import backend
+from bigops.backend import machine
 from bigops.nn import (
     GatedMLP,
     Linear,
@@ -22,7 +23,7 @@ from bigops.nn import (
     PackedLowRankLinear,
     QuantLinear,
 )
-from bigops.ops import _activation as act
+from bigops.ops import activation as act
 from tests import tolerance
 from tests.kernels_ran import expect, needs_extension
 from tests.packed_cases import make, same_state, state_of
@@ -34,7 +35,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def _packing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU without AMX, where it does in every dtype."""
-    monkeypatch.setattr(backend, "packs", lambda dtype: True)
+    monkeypatch.setattr(machine, "packs", lambda dtype: True)
 
 
 # --- values --------------------------------------------------------------------------------

@@ -5,8 +5,6 @@ Gradients on every road are in test_frozen_linear_roads.py.
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,13 +12,14 @@ from hypothesis import strategies as st
 
 import bigops
 from bigops import backend
-from bigops.ops.packed_linear import pack_weight, packed_linear, reference
+from bigops.formats.packed import PackedWeight
+from bigops.ops.family import Call
+from bigops.ops.packed_linear import op, packed_linear
 from tests.compressed_cases import DTYPES, Case, make
 from tests.kernels_ran import ISAS, expect, isa, needs_extension, threads
 from tests.linear_cases import PLAIN
 
 pytestmark = needs_extension
-module = importlib.import_module("bigops.ops.packed_linear")  # the name is the function's, too
 raw = torch.ops.bigops.packed_linear
 
 
@@ -92,7 +91,7 @@ def test_layout(dtype: str) -> None:
     """Panels of 64 rows, word by word; what fills up is zero; unpacking gives the matrix back."""
     to = DTYPES[dtype]
     w = torch.arange(70.0 * 5).view(70, 5).remainder(200).to(to)
-    weight = pack_weight(w)
+    weight = PackedWeight.from_dense(w)
     per = 2 if dtype == "bf16" else 1
     assert weight.panels.shape == (2, -(-5 // per), 64, per)
     assert weight.panels.dtype == to
@@ -150,7 +149,7 @@ def test_explain_names_the_kernel() -> None:
 
 def test_autocast_keeps_the_dtype_of_the_weight() -> None:
     x, w = torch.randn(3, 8), torch.randn(5, 8)
-    weight = pack_weight(w.bfloat16())
+    weight = PackedWeight.from_dense(w.bfloat16())
     with torch.autocast("cpu", torch.float16):
         y = packed_linear(x, weight)
     assert torch.equal(y, packed_linear(x.bfloat16(), weight))
@@ -161,7 +160,7 @@ def test_a_word_left_out_is_seen() -> None:
     case = make("packed", 4, 20, 33, "bf16", residual=False)
     panels = case.weight.panels.clone()
     panels[:, -1] = 0
-    y = packed_linear(case.x, case.weight._replace(panels=panels), case.bias)
+    y = packed_linear(case.x, case.weight.replace(panels=panels), case.bias)
     with pytest.raises(AssertionError, match="float64 says"):
         case.check_forward(y)
 
@@ -174,36 +173,44 @@ def test_a_word_left_out_is_seen() -> None:
         ({"panels": torch.zeros(1, 4, 32, 1)}, r"panels: expected shape \[1, 4, 64, 1\]"),
         ({"pad": 64}, "pad: expected the rows that fill up"),
         ({"pad": -1}, "pad: expected the rows that fill up"),
-        ({"k": -1}, "k: expected at least 0"),
+        ({"k": -1}, "n, k: expected at least 0; got 10, -1"),
         ({"x": torch.zeros(2, 5)}, r"x: expected shape \[.., 4\]"),
     ],
 )
 def test_errors_of_values(change: dict[str, object], message: str) -> None:
-    panels, pad, k = pack_weight(torch.zeros(10, 4)).arguments
+    panels, pad, k = PackedWeight.from_dense(torch.zeros(10, 4)).arguments
     given = {"x": torch.zeros(2, 4), "panels": panels, "pad": pad, "k": k, **change}
-    arguments = [*given.values(), None, None, "none"]
     with pytest.raises(RuntimeError):
-        raw(*arguments)  # the kernel checks again
+        raw(*given.values(), None, None, "none")  # the kernel checks again
+    x, *arguments = given.values()
+
+    def named() -> None:
+        Call(x, PackedWeight.of(4, *arguments)).check()  # type: ignore[arg-type]
+
     with pytest.raises(ValueError, match=message):
-        module.check(*arguments)
+        named()
+    with pytest.raises(ValueError, match=message):
+        op(x, tuple(arguments), 4)  # type: ignore[arg-type]
 
 
 def test_errors_of_types() -> None:
-    x, weight = torch.zeros(2, 4), pack_weight(torch.zeros(10, 4))
-    with pytest.raises(TypeError, match="panels: expected the dtype of x"):
-        packed_linear(x.bfloat16(), pack_weight(torch.zeros(10, 4, dtype=torch.float16)))
+    x, weight = torch.zeros(2, 4), PackedWeight.from_dense(torch.zeros(10, 4))
+    with pytest.raises(TypeError, match="x: expected dtype float16; got bfloat16"):
+        packed_linear(
+            x.bfloat16(), PackedWeight.from_dense(torch.zeros(10, 4, dtype=torch.float16))
+        )
     with pytest.raises(TypeError, match="x: expected"):
         packed_linear(x.double(), weight)
     with pytest.raises(TypeError, match="w: expected"):
-        pack_weight(torch.zeros(3, 4, dtype=torch.float64))
+        PackedWeight.from_dense(torch.zeros(3, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match="w: expected 2 dimensions"):
-        pack_weight(torch.zeros(3))
+        PackedWeight.from_dense(torch.zeros(3))
     with pytest.raises(ValueError, match="activation: expected one of"):
         packed_linear(x, weight, activation="swiglu")
     with pytest.raises(ValueError, match="panels: expected a tensor that needs no gradient"):
-        packed_linear(x, weight._replace(panels=weight.panels.requires_grad_()))
+        packed_linear(x, weight.replace(panels=weight.panels.requires_grad_()))
 
 
 def test_reference_is_the_meaning() -> None:
     case = make("packed", 5, 70, 33, "bf16", "gelu")
-    case.check_forward(reference(case.x, *case.storage, case.bias, case.residual, "gelu"))
+    case.check_forward(op.reference(case.x, case.weight, case.bias, case.residual, "gelu"))

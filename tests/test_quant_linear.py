@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import bigops.backend as backend
+from bigops.formats.quantized import QuantizedWeight
 from bigops.nn import Linear, QuantLinear
-from bigops.ops.quantized_linear import quantize_weight, quantized_linear
+from bigops.ops.quantized_linear import quantized_linear
 from tests import tolerance
 from tests.kernels_ran import named
 
@@ -41,7 +42,9 @@ def test_inference_runs_the_int8_op_on_the_quantised_weight() -> None:
     with torch.inference_mode():
         out = layer(x, residual)
         names = _kernels(lambda: layer(x))
-    expected = quantized_linear(x, quantize_weight(layer.weight), layer.bias, residual, "relu")
+    expected = quantized_linear(
+        x, QuantizedWeight.from_dense(layer.weight), layer.bias, residual, "relu"
+    )
     assert torch.equal(out, expected.detach())
     assert names
     assert all("quantized_linear" in name for name in names), names

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 import bigops
 from bigops import backend
+from bigops.backend import machine
+from bigops.formats.low_rank import LowRankWeight
+from bigops.formats.quantized import QuantizedWeight
 from bigops.nn import LowRankLinear, QuantLinear, QuantLowRankLinear
-from bigops.ops._quantized_factors import QuantizedFactors, quantize_factors
 from bigops.ops.low_rank_linear import low_rank_linear
-from bigops.ops.quantized_linear import quantize_weight, reference
+from bigops.ops.quantized_linear import op as product
 from tests import tolerance
 from tests.compressed_cases import DTYPES, LEVELS, Case, kernel_of
 from tests.kernels_ran import expect, isa, needs_extension
@@ -40,7 +42,7 @@ def _outer(layer: QuantLowRankLinear, x: Tensor, residual: Tensor | None) -> Cas
     tests/test_quantized_linear.py, and in float32 it is the same to the bit.
     """
     factors = layer.storage()
-    h = reference(x.detach(), *factors.v.arguments)
+    h = product.reference(x.detach(), factors.v)
     bias = None if layer.bias is None else layer.bias.detach()
     dense = factors.u.to_dense(torch.float64)
     grad = torch.randn(*x.shape[:-1], layer.out_features).to(x.dtype)
@@ -58,7 +60,7 @@ def test_frozen_forward(dtype: str, activation: str) -> None:
     x, residual = _input(layer, 3, 4, dtype=dtype)
     with torch.no_grad(), backend.record() as names:
         y = layer(x, residual)
-    assert names == [kernel_of("int8", backend.extension.isa(), dtype)] * 2
+    assert names == [kernel_of("int8", machine.extension.isa(), dtype)] * 2
     _outer(layer, x, residual).check_forward(y)
 
 
@@ -120,9 +122,9 @@ def test_signal_to_noise_against_the_float_factors(k: int, n: int, rank: int, dt
 
 
 def test_the_floor_fails_on_six_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    def coarse(layer: QuantLowRankLinear) -> QuantizedFactors:
+    def coarse(layer: QuantLowRankLinear) -> LowRankWeight:
         step = layer.u.detach().abs().amax(1, keepdim=True) / 31
-        return quantize_factors((layer.u / step).round() * step, layer.v)
+        return LowRankWeight.from_factors((layer.u / step).round() * step, layer.v, QuantizedWeight)
 
     layer, x = _layer(256, 128, 32), torch.randn(64, 256)
     monkeypatch.setattr(QuantLowRankLinear, "make_storage", coarse)
@@ -341,17 +343,19 @@ def test_explain_names_the_kernel_that_runs() -> None:
             "bias: expected dtype bfloat16, that of x; got float32",
         ),
         (
-            lambda: quantize_factors(torch.full((3, 2), torch.nan), torch.ones(2, 4)),
+            lambda: LowRankWeight.from_factors(
+                torch.full((3, 2), torch.nan), torch.ones(2, 4), QuantizedWeight
+            ),
             ValueError,
             "^u: expected finite values",
         ),
         (
-            lambda: quantize_factors(torch.ones(3, 2), torch.ones(1, 4)),
+            lambda: LowRankWeight.from_factors(torch.ones(3, 2), torch.ones(1, 4), QuantizedWeight),
             ValueError,
             r"v: expected 2 rows for u of \[3, 2\]; got \[1, 4\]",
         ),
         (
-            lambda: quantize_factors(torch.ones(3, 4), torch.ones(4, 5)),
+            lambda: LowRankWeight.from_factors(torch.ones(3, 4), torch.ones(4, 5), QuantizedWeight),
             ValueError,
             r"u, v: expected a rank of at most 3.*got 4",
         ),
@@ -364,7 +368,7 @@ def test_errors_name_the_argument(call: Any, kind: type[Exception], message: str
 
 def test_the_op_refuses_factors_of_two_kinds() -> None:
     u, v = torch.randn(5, 2), torch.randn(2, 6)
-    x, q, w = torch.randn(3, 6), quantize_weight(u), quantize_weight(v)
+    x, q, w = torch.randn(3, 6), QuantizedWeight.from_dense(u), QuantizedWeight.from_dense(v)
     with pytest.raises(TypeError, match="v: expected a QuantizedWeight, as the other"):
         low_rank_linear(x, q, v)
     with pytest.raises(TypeError, match="u: expected a QuantizedWeight, as the other"):

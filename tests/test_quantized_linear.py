@@ -7,7 +7,6 @@ faults, is in test_kernels_quantized_linear.py and test_cuda_quantized_linear.py
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from typing import Any
 
@@ -17,15 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bigops.ops._codes import code_of
-from bigops.ops._library import encoder
-from bigops.ops._quantize import quantize_rows, static_grid
-from bigops.ops._quantized_weight import pack
-from bigops.ops.quantized_linear import (
-    QuantizedWeight,
-    quantize_weight,
-    quantized_linear,
-)
+from bigops.formats.quantize import quantize_rows, static_grid
+from bigops.formats.quantized import QuantizedWeight, pack
+from bigops.ops.codes import code_of
+from bigops.ops.library import encoder
+from bigops.ops.quantized_linear import op, quantized_linear
 from tests.backends import CPU, HOSTRUN, REFERENCE, TRITON, Way, covering
 from tests.compressed_cases import (
     DTYPES,
@@ -40,7 +35,6 @@ from tests.kernels_ran import ISAS, expect, isa, needs_extension
 from tests.linear_cases import PLAIN
 from tests.tolerance import check, snr_db
 
-module = importlib.import_module("bigops.ops.quantized_linear")  # the name is the function's, too
 raw = torch.ops.bigops.quantized_linear
 pytestmark = needs_extension
 
@@ -155,10 +149,10 @@ def test_weights_from_memory_go_by_parts_of_k(level: str, form: str) -> None:
 def whole(q: Tensor, zero: float | None = None) -> QuantizedWeight:
     """An int8 weight of these numbers [N, K] with scales of 1."""
     n, k = q.shape
-    weight = quantize_weight(torch.zeros(n, k), symmetric=zero is None)
+    weight = QuantizedWeight.from_dense(torch.zeros(n, k), symmetric=zero is None)
     points = None if zero is None else torch.full_like(weight.scale, zero).to(torch.int8)
     sums = torch.nn.functional.pad(q.sum(1), (0, -n % 16)).to(torch.int32)
-    weight = weight._replace(values=pack(q, 8), zero_point=points, row_sum=sums)
+    weight = weight.replace(values=pack(q, 8), zero_point=points, row_sum=sums)
     weight.validate()
     return weight
 
@@ -182,8 +176,8 @@ def test_integer_extremes(level: str, k: int) -> None:
 def test_int4_extremes(level: str) -> None:
     """Every nibble at an end, zero points at the other: sums of a group stay exact."""
     for value, zero in ((7, -8), (-8, 7), (-8, -8)):
-        base = quantize_weight(torch.zeros(20, 300), 4, 128, False, "none")
-        weight = base._replace(
+        base = QuantizedWeight.from_dense(torch.zeros(20, 300), 4, 128, False, "none")
+        weight = base.replace(
             values=pack(torch.full((20, 300), float(value)), 4),
             zero_point=torch.full_like(base.zero_point, zero),
         )
@@ -323,7 +317,7 @@ def test_any_strides(form: str, m: int) -> None:
     for name in ("values", "scale", "zero_point", "row_sum", "x_grid"):
         part = getattr(case.weight, name)
         if part is not None:
-            changed = case.weight._replace(**{name: odd(part)})
+            changed = case.weight.replace(**{name: odd(part)})
             layouts[name] = (x, changed, bias, residual)
     for what, args in layouts.items():
         assert torch.equal(quantized_linear(*args, activation="gelu"), want), what
@@ -368,7 +362,7 @@ SNR_FLOOR_DB = {"int8": 38.0, "w8_group": 43.0, "w4_row": 15.5, "w4": 18.5, "w4_
 def test_signal_to_noise_against_the_original_weight(form: str) -> None:
     for k in (256, 784, 2048):
         w, x = torch.randn(128, k), torch.randn(64, k)
-        y = quantized_linear(x, quantize_weight(w, **QUANTISED[form]))
+        y = quantized_linear(x, QuantizedWeight.from_dense(w, **QUANTISED[form]))
         assert snr_db(y, x.double() @ w.double().t()) > SNR_FLOOR_DB[form]
 
 
@@ -376,7 +370,7 @@ def test_signal_to_noise_against_the_original_weight(form: str) -> None:
 
 
 def refusals() -> list[tuple[str, type[Exception], str, dict[str, object]]]:
-    good = quantize_weight(torch.randn(5, 4))
+    good = QuantizedWeight.from_dense(torch.randn(5, 4))
     return [
         ("activation", ValueError, "activation: expected one of none, .*; got 'swiglu'",
          {"activation": "swiglu"}),
@@ -389,18 +383,17 @@ def refusals() -> list[tuple[str, type[Exception], str, dict[str, object]]]:
          {"x": torch.randn(3, 3)}),
         ("x scalar", ValueError, r"x: expected shape .*; got \[\]", {"x": torch.tensor(1.0)}),
         ("values dtype", TypeError, "values: expected dtype int8; got float32",
-         {"weight": good._replace(values=good.values.float())}),
+         {"weight": good.replace(values=good.values.float())}),
         ("scale shape", ValueError, r"scale: expected shape \[1, 16\]; got \[1, 4\]",
-         {"weight": good._replace(scale=good.scale[:, :4])}),
+         {"weight": good.replace(scale=good.scale[:, :4])}),
         ("row_sum", ValueError, "row_sum: expected a tensor with activations 'dynamic'; got None",
-         {"weight": good._replace(row_sum=None)}),
+         {"weight": good.replace(row_sum=None)}),
         ("x_grid", ValueError, "x_grid: expected a tensor with activations 'static'; got None",
-         {"weight": good._replace(activations="static")}),
+         {"weight": good.replace(activations="static")}),
         ("group", ValueError, "group: expected None, 32, 64 or 128; got 48",
-         {"weight": good._replace(group=48)}),
+         {"weight": good.replace(group=48)}),
         ("weight device", ValueError, "values: expected device cpu, that of x; got meta",
-         {"weight": QuantizedWeight(*(t if t is None else t.to("meta") for t in good.tensors),
-                                    *good[5:])}),
+         {"weight": good.map(lambda t: t.to("meta"))}),
         ("bias shape", ValueError, r"bias: expected shape \[5\]; got \[4\]",
          {"bias": torch.randn(4)}),
         ("bias dtype", TypeError, "bias: expected dtype float32, that of x; got float64",
@@ -419,7 +412,7 @@ def test_errors_name_argument_expected_and_got(
 ) -> None:
     arguments: dict[str, object] = {
         "x": torch.randn(3, 4),
-        "weight": quantize_weight(torch.randn(5, 4)),
+        "weight": QuantizedWeight.from_dense(torch.randn(5, 4)),
         "residual": torch.randn(3, 5).requires_grad_(graph),
     }
     arguments.update(change)
@@ -451,7 +444,7 @@ def test_errors_name_argument_expected_and_got(
     ],
 )
 def test_raw_op_checks_again(change: dict[int, object], message: str) -> None:
-    weight = quantize_weight(torch.randn(5, 4))
+    weight = QuantizedWeight.from_dense(torch.randn(5, 4))
     args = encoder(raw.code)([torch.randn(3, 4), *weight.arguments, None, None, "none"])
     for i, value in change.items():
         args[i] = value
@@ -467,7 +460,7 @@ def test_a_stand_in_is_seen() -> None:
 
     def stand_in() -> None:
         with expect(".quantized_linear.f32.w8a8"):
-            module._op._serve(case.x, *case.storage, None, None, "none")
+            op.serve(case.call)
 
     with pytest.raises(AssertionError, match="no '.quantized_linear.f32.w8a8' among"):
         stand_in()

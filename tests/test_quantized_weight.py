@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import bigops
-from bigops.ops import _quantized_weight as storage
-from bigops.ops._quantize import static_grid
-from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
+from bigops.formats import quantized as storage
+from bigops.formats.quantize import static_grid
+from bigops.formats.quantized import QuantizedWeight
 from tests.compressed_cases import DTYPES, QUANTISED
 
 
@@ -46,7 +46,7 @@ def test_unpack_is_the_inverse(bits: int, n: int, k: int) -> None:
 
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float64])
 @pytest.mark.parametrize("form", QUANTISED)
-def test_quantize_weight_rounds_to_the_nearest_step(form: str, dtype: torch.dtype) -> None:
+def test_from_dense_rounds_to_the_nearest_step(form: str, dtype: torch.dtype) -> None:
     """Half a step off at most (a zero point is rounded too: one step at the ends of a range)."""
     w = torch.randn(20, 133).to(dtype)
     w[3] = 0
@@ -55,7 +55,7 @@ def test_quantize_weight_rounds_to_the_nearest_step(form: str, dtype: torch.dtyp
     options = dict(QUANTISED[form])
     if options.get("activations") == "static":
         options["x_grid"] = static_grid(-1, 1)
-    q = quantize_weight(w, **options)
+    q = QuantizedWeight.from_dense(w, **options)
     q.validate()
     grid = q.grid()
     steps = storage.quantize.widen(grid.scale, q.group, 133).double()
@@ -72,35 +72,35 @@ def test_quantize_weight_rounds_to_the_nearest_step(form: str, dtype: torch.dtyp
 def test_int8_takes_the_whole_range_and_rounds_once() -> None:
     w = torch.randn(20, 33)
     w[3] = 0
-    q = quantize_weight(w)
+    q = QuantizedWeight.from_dense(w)
     assert q.grid().q.abs().amax(1).tolist() == [127] * 3 + [0] + [127] * 16
-    assert torch.equal(quantize_weight(q.to_dense()).values, q.values)
+    assert torch.equal(QuantizedWeight.from_dense(q.to_dense()).values, q.values)
     assert q.nbytes == 32 * 36 + 32 * 4 + 32 * 4
     assert q.activations == "dynamic"
-    assert quantize_weight(w, 4).activations == "none"
+    assert QuantizedWeight.from_dense(w, 4).activations == "none"
 
 
 def test_validate_accepts_what_is_made_and_refuses_the_rest() -> None:
     w = torch.randn(20, 70)
-    int8 = quantize_weight(w)
-    int4 = quantize_weight(w, 4, 32, symmetric=False, activations="dynamic")
-    static = quantize_weight(w, activations="static", x_grid=static_grid(-1, 1))
+    int8 = QuantizedWeight.from_dense(w)
+    int4 = QuantizedWeight.from_dense(w, 4, 32, symmetric=False, activations="dynamic")
+    static = QuantizedWeight.from_dense(w, activations="static", x_grid=static_grid(-1, 1))
     assert int8.row_sum is not None
     assert int4.row_sum is not None
     zero = int4.zero_point
     assert zero is not None
     bad: list[tuple[QuantizedWeight, type[Exception], str]] = [
-        (int8._replace(values=int8.values.float()), TypeError, "values: expected dtype int8"),
-        (int8._replace(values=int8.values[:1]), ValueError, r"values: expected shape \[2, 18, 16"),
-        (int8._replace(scale=int8.scale * 0), ValueError, "scale: expected finite"),
-        (int8._replace(scale=int8.scale * float("inf")), ValueError, "scale: expected finite"),
-        (int8._replace(row_sum=int8.row_sum + 1), ValueError, "row_sum: expected the sums"),
-        (int4._replace(row_sum=int4.row_sum * 1.01), ValueError, "row_sum: expected the sums"),
-        (int4._replace(zero_point=zero + 16), ValueError, r"zero_point: expected values in -8..7"),
-        (int8._replace(bits=3), ValueError, "bits: expected 8 or 4; got 3"),
-        (int8._replace(k=-1), ValueError, "n, k: expected at least 0"),
-        (static._replace(x_grid=torch.tensor([0.0, 3.0])), ValueError, "x_grid: expected a finite"),
-        (static._replace(x_grid=torch.tensor([1.0, 2.5])), ValueError, "x_grid: expected a finite"),
+        (int8.replace(values=int8.values.float()), TypeError, "values: expected dtype int8"),
+        (int8.replace(values=int8.values[:1]), ValueError, r"values: expected shape \[2, 18, 16"),
+        (int8.replace(scale=int8.scale * 0), ValueError, "scale: expected finite"),
+        (int8.replace(scale=int8.scale * float("inf")), ValueError, "scale: expected finite"),
+        (int8.replace(row_sum=int8.row_sum + 1), ValueError, "row_sum: expected the sums"),
+        (int4.replace(row_sum=int4.row_sum * 1.01), ValueError, "row_sum: expected the sums"),
+        (int4.replace(zero_point=zero + 16), ValueError, r"zero_point: expected values in -8..7"),
+        (int8.replace(bits=3), ValueError, "bits: expected 8 or 4; got 3"),
+        (int8.replace(k=-1), ValueError, "n, k: expected at least 0"),
+        (static.replace(x_grid=torch.tensor([0.0, 3.0])), ValueError, "x_grid: expected a finite"),
+        (static.replace(x_grid=torch.tensor([1.0, 2.5])), ValueError, "x_grid: expected a finite"),
     ]
     for good in (int8, int4, static):
         good.validate()
@@ -130,11 +130,11 @@ def test_validate_accepts_what_is_made_and_refuses_the_rest() -> None:
         ),
     ],
 )
-def test_quantize_weight_refuses(
+def test_from_dense_refuses(
     w: Tensor, options: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message):
-        quantize_weight(w, **options)
+        QuantizedWeight.from_dense(w, **options)
 
 
 @pytest.mark.parametrize("ends", [(1.0, 0.0), (float("nan"), 1.0), (0.0, float("inf"))])
@@ -144,17 +144,17 @@ def test_static_grid_refuses(ends: tuple[float, float]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "form", "maker"),
+    ("op", "forms"),
     [
-        ("quantized_linear", "QuantizedWeight", "quantize_weight"),
-        ("fp8_linear", "Fp8Weight", "quantize_fp8"),
-        ("sparse_linear", "SparseWeight", "sparsify_weight"),
-        ("packed_linear", "PackedWeight", "pack_weight"),
+        ("quantized_linear", "QuantizedWeight"),
+        ("fp8_linear", "Fp8Weight"),
+        ("sparse_linear", "SparseWeight or Sparse24Weight or BitmapWeight"),
+        ("packed_linear", "PackedWeight"),
     ],
 )
-def test_a_dense_weight_in_place_of_a_stored_one(op: str, form: str, maker: str) -> None:
+def test_a_dense_weight_in_place_of_a_stored_one(op: str, forms: str) -> None:
     call = getattr(importlib.import_module(f"bigops.ops.{op}"), op)
-    said = f"weight: expected {form}, as {maker} gives; got Tensor"
+    said = f"weight: expected a {forms}; got Tensor"
     with pytest.raises(TypeError, match=said):
         call(torch.randn(2, 8), torch.randn(4, 8))
     with pytest.raises(TypeError, match=said):
@@ -177,7 +177,7 @@ SUMMED = [
 @pytest.mark.parametrize("form", SUMMED, ids=str)
 def test_each_sum_is_compared_with_the_packed_numbers(form: dict, size: tuple) -> None:
     scale, k = size
-    weight = quantize_weight(torch.randn(37, k) * scale, **form)
+    weight = QuantizedWeight.from_dense(torch.randn(37, k) * scale, **form)
     weight.validate()
     assert weight.row_sum is not None
     for row in (0, 36):
@@ -188,20 +188,20 @@ def test_each_sum_is_compared_with_the_packed_numbers(form: dict, size: tuple) -
             else:  # by the least step of the grid: what a number that is off by one makes
                 sums[row] += way * weight.scale[:, row].min()
             with pytest.raises(ValueError, match="row_sum: expected the sums"):
-                weight._replace(row_sum=sums).validate()
+                weight.replace(row_sum=sums).validate()
     if weight.bits == 4:
         with pytest.raises(ValueError, match="row_sum: expected the sums"):
-            weight._replace(row_sum=weight.row_sum + torch.nan).validate()
+            weight.replace(row_sum=weight.row_sum + torch.nan).validate()
     sums = weight.row_sum.clone()
     sums[37:] = 3  # rows that only fill up a tile are nobody's
-    weight._replace(row_sum=sums).validate()
+    weight.replace(row_sum=sums).validate()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_numbers_beyond_the_last_column_are_zeros(bits: int) -> None:
-    weight = quantize_weight(torch.randn(20, 37), bits, activations="none")
+    weight = QuantizedWeight.from_dense(torch.randn(20, 37), bits, activations="none")
     for at in ((0, 3), (1, 3)):
         values = weight.values.clone()
         values[at[0], -1, 0, at[1]] ^= 0x70
         with pytest.raises(ValueError, match="values: expected zeros beyond column 37"):
-            weight._replace(values=values).validate()
+            weight.replace(values=values).validate()

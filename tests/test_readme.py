@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from bigops import backend, cli
+from bigops import cli
+from bigops.backend import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -71,7 +72,7 @@ def test_a_block_runs_alone_and_prints_what_is_shown(name: str, ran: Any) -> Non
 
 def _depends_on_the_machine(shown: str) -> bool:
     """Whether times, or which kernel there is, are in an output or decide what is."""
-    return backend.extension is None or bool(re.search(r"\d us\b|faster|cpu\.", shown))
+    return machine.extension is None or bool(re.search(r"\d us\b|faster|cpu\.", shown))
 
 
 def _words(text: str) -> str:
@@ -161,7 +162,7 @@ def test_the_command_lines_of_the_readme_parse() -> None:
     commands = {"demo", "bench", "doctor", "explain", "show", "tune"}
     assert {line.split()[1] for line in LINES} == commands
     for line in LINES:
-        cli._parser().parse_args(shlex.split(line, comments=True)[1:])
+        cli.parser().parse_args(shlex.split(line, comments=True)[1:])
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith(CHEAP)])

@@ -17,7 +17,8 @@ from bigops import Floors, Int8, Receipt, Sparse, compress_, save
 from bigops.compress import measure
 from bigops.compress.receipt import Candidate, FloorBreached, Layer, Side
 from bigops.compress.store import read_header
-from bigops.nn import GatedMLP, Linear, QuantLinear, plain
+from bigops.graph import plain
+from bigops.nn import GatedMLP, Linear, QuantLinear
 from bigops.timing import Ratio
 
 

@@ -68,7 +68,7 @@ def test_every_kind_and_every_format_comes_back(tmp_path: Path) -> None:
         *saved.KINDS, "Sequential", "ModuleList", "ModuleDict", "bigops.QuantLinear",
         "bigops.Fp8Linear", "bigops.SparseLinear", "bigops.QuantLowRankLinear",
         "bigops.LowRankLinear", "bigops.PackedLinear", "bigops.PackedGatedMLP",
-        "bigops.PackedLowRankLinear",
+        "bigops.PackedLowRankLinear", "bigops.CompressedLinear",
     } - {"GatedMLP compressed"}  # fmt: skip
 
 

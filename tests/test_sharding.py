@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bigops.ops import _activation as act
+from bigops.ops import activation as act
 from bigops.ops.fused_linear import reference
 from tests import cross_entropy_cases, low_rank_cases, tolerance
 from tests import sharding_factors as factors

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from bigops import backend
 from bigops.compress import Sparse, compress_
+from bigops.formats.patterns import Pattern, n_m_mask, transposable_mask
+from bigops.formats.sparse24 import Sparse24Weight, to_dense
 from bigops.nn import Linear, SparseLinear
-from bigops.ops import _sparse24_linear as op
-from bigops.ops import _sparse24_pack as packing
-from bigops.ops._library import in_words
-from bigops.ops._sparse24_weight import from_sparse, to_dense
-from bigops.ops.sparse_linear import Pattern, n_m_mask, transposable_mask
+from bigops.ops.sparse_linear import sparse24 as op
+from bigops.ops.sparse_linear import sparse24_pack as packing
 from tests import hostrun
+from tests.backends import serve_by
 from tests.kernels_ran import expect, named
 from tests.sparse24_cases import Trained24
 
@@ -45,9 +45,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     triton_interpreter.install()
     for stem in ("sparse24_linear", "sparse24_pack", "sparse24_gradient"):
         hostrun.schedule(hostrun.load_op(stem), 0, False)
-    monkeypatch.setattr(op._op, "forward", in_words(op._op.forward, op._forward))
-    monkeypatch.setattr(op._op, "backward", in_words(op._op.backward, op._backward))
-    monkeypatch.setattr(op, "serves", lambda x, stored: True)
+    serve_by(monkeypatch, op.op, op.product, op.gradients)
+    monkeypatch.setattr(op, "serves", lambda stored, k, target: True)
     monkeypatch.setattr(packing, "serves", lambda w, stored: True)
 
 
@@ -123,7 +122,7 @@ def test_a_step_on_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         gx, gw, gb, gr = gradients(layer, x, residual, grad)
     assert gw.dtype == torch.float32
     assert not gw[~layer.mask].any()
-    weight = from_sparse(layer.storage())
+    weight = Sparse24Weight.from_sparse(layer.storage())
     bias = layer.bias.detach().bfloat16()
     case = Trained24(x, weight, weight.to_dense(torch.float64), False, bias, residual.detach(),
                      grad, "gelu", True)  # fmt: skip

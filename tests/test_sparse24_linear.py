@@ -89,4 +89,4 @@ def test_gradients_on_every_road(stored: str, dtype: str, road: str) -> None:
 def test_opcheck() -> None:
     case, weight = make24("bf16", 5, 12, 33, "bf16", "gelu")
     x, bias, residual = case.leaves()
-    roads.opcheck(torch.ops.bigops.sparse24_linear, (x, *weight.tensors, bias, residual, "gelu"))
+    roads.opcheck(torch.ops.bigops.sparse24_linear, (x, *weight.arguments, bias, residual, "gelu"))

@@ -10,18 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigops.ops._sparse24_weight import (
-    _bits,
-    check_storage,
-    from_sparse,
-    pack24,
-    prune24,
-    sample,
-    to_dense,
-    turn,
-)
-from bigops.ops._sparse_convert import _BLOCKS
-from bigops.ops.sparse_linear import n_m_mask, sparsify_weight, transposable_mask
+from bigops.formats.patterns import _BLOCKS, n_m_mask, transposable_mask
+from bigops.formats.sparse import SparseWeight
+from bigops.formats.sparse24 import Sparse24Weight, _bits, sample, to_dense, turn
+from bigops.ops.sparse_linear.sparse24_pack import pack24, prune24
 from tests import hostrun
 
 SOURCE = Path(__file__).parent / "hostrun_kernels.cu"
@@ -182,23 +174,22 @@ def test_round_trip(kind: str, shape: tuple[int, int]) -> None:
     w = torch.randn(shape).to(torch.bfloat16)
     mask = n_m_mask(w) & (torch.rand(shape) < 0.9)  # some fours keep fewer than two
     packed = pack24(w, mask, DTYPES[kind])
-    check_storage(*packed.tensors[:4], shape[1])
+    assert packed.shape == shape
+    packed.validate()
     want = torch.where(mask, w.float(), 0)
     if kind == "s8":
-        general = sparsify_weight(w, mask, torch.int8, (1, 1))
+        general = SparseWeight.from_mask(w, mask, torch.int8, (1, 1))
         assert torch.equal(packed.to_dense(), general.to_dense())
         assert packed.sums is not None
         assert general.sums is not None
         assert torch.equal(packed.sums, general.sums)
     else:
         assert torch.equal(packed.to_dense(), want)
-        general = sparsify_weight(w, mask, torch.bfloat16, (1, 1))
-    again = from_sparse(general, DTYPES[kind])
-    for one, other in zip(packed.tensors, again.tensors, strict=True):
-        if one is None:
-            assert other is None
-        elif kind != "s8" or one is not packed.meta:  # a kept entry may have rounded to 0
-            assert other is not None
+        general = SparseWeight.from_mask(w, mask, torch.bfloat16, (1, 1))
+    again = Sparse24Weight.from_sparse(general, DTYPES[kind])
+    assert {name for name, t in again.tensors().items() if t is None} == {
+        name for name, t in packed.tensors().items() if t is None
+    }
     assert torch.equal(again.to_dense(), packed.to_dense())
     if kind != "s8":
         assert torch.equal(again.values, packed.values)
@@ -266,7 +257,7 @@ def test_a_transposable_pack_holds_both(dtype: torch.dtype) -> None:
     w = torch.randn(36, 72).to(dtype)
     packed = prune24(w, transposable=True)
     assert packed.meta_t is not None
-    check_storage(*packed.tensors[:4], 72, packed.meta_t)
+    packed.validate()
     want = torch.where(transposable_mask(w), w, 0)
     assert torch.equal(packed.to_dense(dtype), want)
     values_t = turn(packed.values, packed.meta, packed.meta_t, 72)
@@ -297,9 +288,9 @@ def test_what_is_not_transposable_is_refused() -> None:
     packed = prune24(w, transposable=True)
     assert packed.meta_t is not None
     with pytest.raises(ValueError, match=r"meta_t: expected shape \[4, 1, 32\]; got \[3, 1, 32\]"):
-        check_storage(*packed.tensors[:4], 64, packed.meta_t[:3])
+        packed.replace(meta_t=packed.meta_t[:3]).check()
     with pytest.raises(ValueError, match="meta_t: expected None unless values are bfloat16"):
-        check_storage(*prune24(w, torch.int8).tensors[:4], 64, packed.meta_t)
+        prune24(w, torch.int8).replace(meta_t=packed.meta_t).check()
 
 
 def test_errors() -> None:
@@ -310,11 +301,11 @@ def test_errors() -> None:
         pack24(w, n_m_mask(w), torch.float32)
     with pytest.raises(ValueError, match=r"mask: expected shape \[8, 64\]; got \[8, 60\]"):
         pack24(w, n_m_mask(w)[:, :60])
-    general = sparsify_weight(w, n_m_mask(w), torch.int8, (1, 1))
+    general = SparseWeight.from_mask(w, n_m_mask(w), torch.int8, (1, 1))
     with pytest.raises(TypeError, match="dtype: expected int8 for values of s8; got torch.float16"):
-        from_sparse(general, torch.float16)
+        Sparse24Weight.from_sparse(general, torch.float16)
     packed = pack24(w, n_m_mask(w))
     with pytest.raises(ValueError, match=r"values: expected shape \[N, 64\]; got \[8, 32\]"):
-        check_storage(*packed.tensors[:4], 65)
+        packed.replace(k=65).check()
     with pytest.raises(TypeError, match="scale: expected a tensor with int8 values and None with"):
-        check_storage(packed.values, packed.meta, torch.ones(8), None, 64)
+        packed.replace(scale=torch.ones(8)).check()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigops.ops.sparse_linear import SparseWeight, block_mask, sparse_linear, sparsify_weight
+import bigops
+from bigops.formats.bitmap import BitmapWeight
+from bigops.formats.patterns import block_mask, n_m_mask
+from bigops.formats.sparse import SparseWeight
+from bigops.ops.family import Call
+from bigops.ops.sparse_linear import op, sparse_linear
+from bigops.ops.sparse_linear.sparse24_pack import pack24
 from tests.kernels_ran import ISAS, isa, needs_extension
 
-module = importlib.import_module("bigops.ops.sparse_linear")  # the name is the function's, too
 raw = torch.ops.bigops.sparse_linear
 raw_backward = torch.ops.bigops.sparse_linear_backward
 pytestmark = needs_extension
@@ -22,7 +26,7 @@ pytestmark = needs_extension
 def small(dtype: torch.dtype = torch.int8) -> SparseWeight:
     """[5, 4], dense: with int8 values one word a row, so one step of one slice of 16 rows."""
     w = torch.randn(5, 4)
-    return sparsify_weight(w, block_mask(w, 0), dtype)
+    return SparseWeight.from_mask(w, block_mask(w, 0), dtype)
 
 
 # public function ---------------------------------------------------------------------------
@@ -41,24 +45,24 @@ def refusals() -> list[tuple[str, type[Exception], str, dict[str, Any]]]:
          {"x": torch.randn(3, 7)}),
         ("x scalar", ValueError, r"x: expected shape .*; got \[\]", {"x": torch.tensor(1.0)}),
         ("values dtype", TypeError, "values: expected dtype float32, bfloat16, int8; got float16",
-         {"weight": good._replace(values=good.values.half())}),
+         {"weight": good.replace(values=good.values.half())}),
         ("values shape", ValueError, r"values: expected shape \[steps, 16, 4\]; got \[1, 16, 3\]",
-         {"weight": good._replace(values=good.values[..., :3])}),
+         {"weight": good.replace(values=good.values[..., :3])}),
         ("scale beside floats", TypeError, "scale: expected a tensor with int8 values and None",
-         {"weight": small(torch.float32)._replace(scale=torch.ones(5))}),
+         {"weight": small(torch.float32).replace(scale=torch.ones(5))}),
         ("no sums", TypeError, "sums: expected a tensor with int8 .*; got None with int8",
-         {"weight": good._replace(sums=None)}),
+         {"weight": good.replace(sums=None)}),
         ("index", ValueError, r"index: expected shape \[1, 16\], .*; got \[0, 16\]",
-         {"weight": good._replace(index=good.index[:0].expand(0, 16))}),
+         {"weight": good.replace(index=good.index[:0].expand(0, 16))}),
         ("rows", ValueError, r"rows: expected shape \[4, 16\]; got \[3, 16\]",
-         {"weight": good._replace(rows=good.rows[:3].expand(3, 16), index=torch.zeros(
+         {"weight": good.replace(rows=good.rows[:3].expand(3, 16), index=torch.zeros(
              1, 16, dtype=torch.uint8), length=torch.zeros(4, 16, dtype=torch.uint8))}),
         ("ptr", ValueError, r"ptr: expected shape \[5\]; got \[4\]",
-         {"weight": good._replace(ptr=good.ptr[:4])}),
+         {"weight": good.replace(ptr=good.ptr[:4])}),
         ("chunk", ValueError, "chunk: expected 64, 128 or 256; got 32",
-         {"weight": good._replace(chunk=32)}),
+         {"weight": good.replace(chunk=32)}),
         ("device", ValueError, "index: expected device cpu, that of x; got meta",
-         {"weight": good._replace(index=good.index.to("meta"))}),
+         {"weight": good.replace(index=good.index.to("meta"))}),
         ("bias shape", ValueError, r"bias: expected shape \[5\]; got \[4\]",
          {"bias": torch.randn(4)}),
         ("residual dtype", TypeError, "residual: expected dtype float32, that of x; got float16",
@@ -85,9 +89,27 @@ def test_errors_name_argument_expected_and_got(
         sparse_linear(**arguments)
 
 
-# raw op ------------------------------------------------------------------------------------
+def test_u8_rows_are_refused_by_name_where_no_weight_takes_them() -> None:
+    """2:4 and bitmap weights have no twin with grids."""
+    w, x = torch.randn(20, 64), torch.zeros(3, 64, dtype=torch.uint8)
+    for weight in (
+        pack24(w, n_m_mask(w), torch.bfloat16),
+        pack24(w, n_m_mask(w), torch.int8),
+        BitmapWeight.from_mask(w),
+    ):
+        names = ", ".join(str(d).removeprefix("torch.") for d in weight.x_dtypes)
+        for call in (sparse_linear, lambda *args: bigops.explain("sparse_linear", *args)):
+            with pytest.raises(TypeError, match=f"x: expected dtype {names}; got uint8"):
+                call(x, weight)
+        grid = torch.tensor([1.0, 0.0])
+        said = f"x_grid, y_grid: expected None with a {type(weight).__name__}"
+        with pytest.raises(ValueError, match=said):
+            sparse_linear(x, weight, x_grid=grid)
+        with pytest.raises(ValueError, match=said):
+            bigops.explain("sparse_linear", x, weight, y_grid=grid)
 
-NAMES = ("x", *module.TENSORS, "n", "chunk", "bias", "residual", "activation")
+
+# raw op ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -121,15 +143,15 @@ NAMES = ("x", *module.TENSORS, "n", "chunk", "bias", "residual", "activation")
     ],
 )
 def test_raw_op_checks_again(change: dict[str, Any], message: str) -> None:
-    weight = small()._replace(
+    weight = small().replace(
         index=torch.zeros(1, 16, dtype=torch.uint8),
         rows=torch.arange(64, dtype=torch.uint8).view(4, 16),
         length=torch.ones(4, 16, dtype=torch.uint8),
         values=torch.ones(1, 16, 4, dtype=torch.int8),
         ptr=torch.tensor([0, 1, 1, 1, 1], dtype=torch.int32),
     )
-    values = (torch.randn(3, 4), *weight.tensors, 5, 64, None, None, "none")
-    args = dict(zip(NAMES, values, strict=True))
+    values = (torch.randn(3, 4), *weight.arguments, None, None, "none")
+    args = dict(zip(op.arguments, values, strict=True))
     raw(*args.values())
     args.update(change)
     with pytest.raises(RuntimeError, match=message):
@@ -140,9 +162,9 @@ def test_raw_op_refuses_bf16_values_beside_another_x() -> None:
     weight = small(torch.bfloat16)
     x, g = torch.randn(3, 4), torch.randn(3, 5)
     with pytest.raises(RuntimeError, match="x: expected dtype bf16, that of the values; got f32"):
-        raw(x, *weight.tensors, 5, 64, None, None, "none")
+        raw(x, *weight.arguments, None, None, "none")
     with pytest.raises(RuntimeError, match="x: expected dtype bf16, that of the values; got f32"):
-        raw_backward(g, x, *weight.tensors, 5, 64, None, "none", True, True, False)
+        raw_backward(g, x, *weight.arguments, None, "none", True, True, False)
 
 
 def test_raw_backward_checks_again() -> None:
@@ -154,7 +176,7 @@ def test_raw_backward_checks_again() -> None:
         (torch.randn(3, 5), (True, True, False), "values: expected a floating-point dtype .* s8"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            raw_backward(grad, x, *weight.tensors, 5, 64, None, "none", *needs)
+            raw_backward(grad, x, *weight.arguments, None, "none", *needs)
 
 
 # broken contents ---------------------------------------------------------------------------
@@ -197,16 +219,15 @@ def test_broken_contents_raise_and_nothing_is_read_through_them(
     level: str, what: str, dtype: torch.dtype
 ) -> None:
     w = torch.randn(70, 1030)
-    good = sparsify_weight(w, block_mask(w, 0.5, (1, 1)), dtype, (1, 1))
+    good = SparseWeight.from_mask(w, block_mask(w, 0.5, (1, 1)), dtype, (1, 1))
     name, change, message = BROKEN[what]
     if name == "ptr" and what == "a fall in the second chunk":
         assert good.ptr.shape[0] > 26
     tensor = getattr(good, name).clone()
     change(tensor)
-    weight = good._replace(**{name: tensor})
+    weight = good.replace(**{name: tensor})
     with pytest.raises(ValueError, match=message):
         weight.validate()
-    sizes = (*weight.tensors, 70, weight.chunk)
     with isa(level):
         for m in (1, 3, 70):
             x = torch.randn(m, 1030)
@@ -215,37 +236,44 @@ def test_broken_contents_raise_and_nothing_is_read_through_them(
             for need_values in (False, dtype != torch.int8):
                 with pytest.raises(RuntimeError, match="storage is broken"):
                     raw_backward(
-                        torch.randn(m, 70), x, *sizes, None, "none", True, need_values, False
+                        torch.randn(m, 70),
+                        x,
+                        *weight.arguments,
+                        None,
+                        "none",
+                        True,
+                        need_values,
+                        False,
                     )
     with pytest.raises(ValueError, match=message):
-        module._op._serve(torch.randn(2, 1030), *sizes, None, None, "none")
+        op.serve(Call(torch.randn(2, 1030), weight))
 
 
 @pytest.mark.parametrize("level", ISAS)
 @pytest.mark.parametrize("height", [4, 16])
 def test_broken_groups_of_rows_raise(level: str, height: int) -> None:
     w = torch.randn(70, 200)
-    good = sparsify_weight(w, block_mask(w, 0.5, (height, 1)), torch.float32, (height, 1))
+    good = SparseWeight.from_mask(w, block_mask(w, 0.5, (height, 1)), torch.float32, (height, 1))
     assert good.group == height
     rows = good.rows.clone()
     rows[-1, -1] = 64 // height
     with isa(level):
         for m in (1, 40):
             with pytest.raises(RuntimeError, match="storage is broken"):
-                sparse_linear(torch.randn(m, 200), good._replace(rows=rows))
+                sparse_linear(torch.randn(m, 200), good.replace(rows=rows))
     with pytest.raises(ValueError, match=f"rows: expected each of 0..{64 // height - 1} once"):
-        good._replace(rows=rows).validate()
+        good.replace(rows=rows).validate()
 
 
 @pytest.mark.parametrize("level", ISAS)
 def test_wrong_sums_and_wrong_lengths_stay_inside_memory(level: str) -> None:
     """No check reads them on a call: a wrong number comes out, and no other row's memory."""
-    weight = small()._replace(sums=torch.full((5,), 2**31 - 1, dtype=torch.int32))
+    weight = small().replace(sums=torch.full((5,), 2**31 - 1, dtype=torch.int32))
     floats = small(torch.float32)
-    floats = floats._replace(length=torch.full_like(floats.length, 255))
+    floats = floats.replace(length=torch.full_like(floats.length, 255))
     with isa(level):
         for m in (1, 40):
             assert sparse_linear(torch.randn(m, 4), weight).shape == (m, 5)
             values = floats.values.clone().requires_grad_()
-            sparse_linear(torch.randn(m, 4), floats._replace(values=values)).sum().backward()
+            sparse_linear(torch.randn(m, 4), floats.replace(values=values)).sum().backward()
             assert values.grad is not None

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 import bigops.backend as backend
+from bigops.formats.patterns import block_mask, n_m_mask
+from bigops.formats.sparse import SparseWeight
 from bigops.nn import Linear, QuantLinear, SparseLinear
 from bigops.nn.sparse_linear import VALUES
-from bigops.ops.sparse_linear import block_mask, n_m_mask, sparse_linear, sparsify_weight
+from bigops.ops.sparse_linear import sparse_linear
 from tests import tolerance
 
 PATTERNS = ("1x1", "1x4", "4x1", "16x1", "16x16", "32x32", "2:4")
@@ -25,7 +27,7 @@ def sparse_layer(
 
 def _stored(layer: SparseLinear) -> Any:
     block = (layer.pattern.height, layer.pattern.width)
-    return sparsify_weight(layer.weight, layer.mask, VALUES[layer.stored], block)
+    return SparseWeight.from_mask(layer.weight, layer.mask, VALUES[layer.stored], block)
 
 
 @pytest.mark.parametrize("values", VALUES)

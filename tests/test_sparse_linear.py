@@ -7,7 +7,6 @@ what is the GPU kernels' own in test_kernels_sparse_linear.py and test_cuda_spar
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -17,7 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bigops
-from bigops.ops.sparse_linear import block_mask, sparse_linear, sparsify_weight
+from bigops.formats.patterns import block_mask
+from bigops.formats.sparse import SparseWeight
+from bigops.ops.sparse_linear import op, sparse_linear
 from tests.backends import HOSTRUN, REFERENCE, TRITON, Way, covering
 from tests.compressed_cases import (
     DTYPES,
@@ -33,7 +34,6 @@ from tests.kernels_ran import ISAS, expect, isa, needs_extension
 from tests.linear_cases import PLAIN
 from tests.tolerance import snr_db
 
-module = importlib.import_module("bigops.ops.sparse_linear")  # the name is the function's, too
 pytestmark = needs_extension
 
 FORMS = {values: form for form, values in SPARSE.items()}
@@ -59,16 +59,10 @@ def dtypes(kind: str) -> list[str]:
 
 def form_of(m: int) -> str:
     """The form that serves m rows of x, as the package says (tuning may move the hand-over)."""
-    weight = sparsify_weight(torch.ones(1, 4), torch.ones(1, 1, dtype=torch.bool))
-    said = bigops.explain("sparse_linear", torch.empty(m, 4, device="meta"), _on_meta(weight))
+    weight = SparseWeight.from_mask(torch.ones(1, 4), torch.ones(1, 1, dtype=torch.bool))
+    on_meta = weight.map(lambda t: t.to("meta"))
+    said = bigops.explain("sparse_linear", torch.empty(m, 4, device="meta"), on_meta)
     return said.kernel.rsplit("_", 1)[1]
-
-
-def _on_meta(weight: Any) -> Any:
-    return weight._replace(**{
-        name: None if t is None else t.to("meta")
-        for name, t in zip(module.TENSORS, weight.tensors, strict=True)
-    })  # fmt: skip
 
 
 # Most rows of x that the rows form takes.
@@ -291,8 +285,10 @@ def test_integer_extremes(level: str, k: int) -> None:
     for sign in (1, -1):
         for height in (1, 4, 16):
             mask = torch.ones(-(-3 // height), k, dtype=torch.bool)
-            weight = sparsify_weight(torch.full((3, k), float(sign)), mask, block=(height, 1))
-            weight = weight._replace(scale=torch.ones(3))
+            weight = SparseWeight.from_mask(
+                torch.full((3, k), float(sign)), mask, block=(height, 1)
+            )
+            weight = weight.replace(scale=torch.ones(3))
             for m in (2, ROWS_FORM + 3):
                 x = torch.full((m, k), 255.0)
                 x[1, 0] = 0
@@ -319,7 +315,7 @@ def test_empty_rows_and_uneven_rows(kind: str, level: str, m: int) -> None:
     for bias in (True, False):
         case = make(kind, m, 300, 1100, dtypes(kind)[0], "sigmoid", bias=bias,
                     values=kind in TRAINED)  # fmt: skip
-        case.weight = sparsify_weight(w, mask, VALUES[kind])
+        case.weight = SparseWeight.from_mask(w, mask, VALUES[kind])
         case.dense = case.weight.to_dense(torch.float64)
         run(case, level, dtypes(kind)[0], m)
         if not bias:
@@ -337,7 +333,7 @@ def test_any_strides(kind: str) -> None:
     weight = case.weight
     spread = bias.new_empty(10, 3)
     spread[:, 1] = bias
-    stored = weight._replace(
+    stored = weight.replace(
         values=weight.values.transpose(0, 2).contiguous().transpose(0, 2),
         index=weight.index.repeat_interleave(2, 0)[::2],
         rows=weight.rows.t().contiguous().t(),
@@ -442,7 +438,7 @@ def test_signal_to_noise_against_the_pruned_weight() -> None:
         w, x = torch.randn(128, k), torch.randn(64, k)
         mask = block_mask(w, 0.8)
         pruned = w.double() * mask.repeat_interleave(4, 1)
-        y = sparse_linear(x, sparsify_weight(w, mask))
+        y = sparse_linear(x, SparseWeight.from_mask(w, mask))
         assert snr_db(y, x.double() @ pruned.t()) > SNR_FLOOR_DB
 
 
@@ -454,7 +450,7 @@ def test_a_stand_in_is_seen() -> None:
 
     def stand_in() -> None:
         with expect(".sparse_linear.f32.s8_rows"):
-            module._op._serve(case.x, *case.storage, None, None, "none")
+            op.serve(case.call)
 
     with pytest.raises(AssertionError, match=r"no '.sparse_linear.f32.s8_rows' among"):
         stand_in()
@@ -472,7 +468,7 @@ def test_a_wrong_kernel_is_seen(kind: str) -> None:
     at = missing.abs().float().sum(-1).flatten().argmax()
     missing.flatten(0, 1)[at] = 0
     fewer = sparse_linear(
-        case.x, case.weight._replace(values=missing), case.bias, case.residual, "gelu"
+        case.x, case.weight.replace(values=missing), case.bias, case.residual, "gelu"
     )
     with pytest.raises(AssertionError, match="float64 says"):
         case.check_forward(fewer)

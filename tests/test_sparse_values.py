@@ -5,7 +5,6 @@ The kernels are held to the rule at every instruction set in test_sparse_linear.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -13,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigops.ops.sparse_linear import block_mask, sparse_linear, sparsify_weight
+from bigops.formats.patterns import block_mask
+from bigops.formats.sparse import SparseWeight
+from bigops.ops.sparse_linear import sparse_linear
 from tests import roads
 from tests.backends import covering
 from tests.compressed_cases import Case, dtype_of, make, served
 from tests.kernels_ran import expect, needs_extension
 from tests.test_frozen_linear_roads import SNR_FLOOR_DB, travel
 
-module = importlib.import_module("bigops.ops.sparse_linear")  # the name is the function's, too
 ops = torch.ops.bigops
 pytestmark = needs_extension
 
@@ -57,14 +57,7 @@ def test_inductor_computes_the_same(form: str) -> None:
 def test_a_wrong_gradient_is_seen(form: str, road: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault: gradients of the values, and no others, 5 % off."""
     case = trained(form, 3, 4, 5)
-    true_gradients = module._op._gradients
-
-    def off(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = list(true_gradients(ctx, grad))
-        found[1] = found[1] * 1.05
-        return tuple(found)
-
-    monkeypatch.setattr(module._op, "_gradients", off)
+    roads.plant(monkeypatch, case.linear_op, need_values=lambda g: g * 1.05)
     with pytest.raises(AssertionError, match="gradient of values"):
         travel(road, case)
     torch._dynamo.reset()
@@ -146,10 +139,12 @@ def test_backward_op_is_differentiable(form: str) -> None:
 
     def loss(f: Any) -> tuple[Tensor, ...]:
         x, values, bias, _ = leaves
-        found = f(grad, x, values, *case.storage[1:], bias, "gelu", True, True, True)
+        arguments = case.weight.replace(values=values).arguments
+        found = f(grad, x, *arguments, bias, "gelu", True, True, True)
         return torch.autograd.grad(sum(g.square().sum() for g in found), wanted)  # type: ignore[arg-type]
 
-    for a, b in zip(loss(ops.sparse_linear_backward), loss(module.reference_backward), strict=True):
+    reference = case.linear_op.gradients.reference
+    for a, b in zip(loss(ops.sparse_linear_backward), loss(reference), strict=True):
         noise = (a.double() - b.double()).square().sum().clamp_min(1e-300)
         ratio = 10 * torch.log10(b.double().square().sum() / noise)
         assert float(ratio) > SNR_FLOOR_DB[dtype_of(form)]
@@ -162,8 +157,8 @@ def test_backward_op_is_differentiable(form: str) -> None:
 def test_opcheck(form: str, pattern: str) -> None:
     case = trained(form, 4, 6, 5, name="relu", pattern=pattern)
     x, values, bias, residual = case.leaves()
-    rest = case.storage[1:]
-    roads.opcheck(ops.sparse_linear, (x, values, *rest, bias, residual, "relu"))
+    arguments = case.weight.replace(values=values).arguments
+    roads.opcheck(ops.sparse_linear, (x, *arguments, bias, residual, "relu"))
     for wanted in ((True, True, True), (False, True, False)):
         roads.opcheck(
             ops.sparse_linear_backward,
@@ -202,19 +197,19 @@ def test_training_the_values_keeps_the_pattern(form: str, pattern: str) -> None:
     target = x @ w.t()
     mask = block_mask(w, 0.5, (height, 1))
     dtype = torch.bfloat16 if form == "sparse_bf16" else torch.float32
-    weight = sparsify_weight(w, mask, dtype, (height, 1))
+    weight = SparseWeight.from_mask(w, mask, dtype, (height, 1))
     kept = weight.pattern()
     values = weight.values.requires_grad_()
     optimizer = torch.optim.SGD([values], lr=2.0, momentum=0.9)
     losses = []
     for _ in range(30):
-        y = sparse_linear(x.to(dtype), weight._replace(values=values))
+        y = sparse_linear(x.to(dtype), weight.replace(values=values))
         loss = F.mse_loss(y.float(), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
-    after = weight._replace(values=values.detach())
+    after = weight.replace(values=values.detach())
     after.validate()
     assert not after.to_dense()[~kept].any()

@@ -9,14 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigops.ops.sparse_linear import (
-    Pattern,
-    SparseWeight,
-    block_mask,
-    from_dense,
-    n_m_mask,
-    sparsify_weight,
-)
+from bigops.formats.patterns import Pattern, block_mask, n_m_mask
+from bigops.formats.sparse import SparseWeight
 from tests.compressed_cases import PATTERNS, VALUES
 
 COLUMNS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # of a word
@@ -37,7 +31,7 @@ def store(
     """The storage and the matrix that it holds before any rounding."""
     how = Pattern.parse(pattern)
     mask = how.mask(w, sparsity)
-    weight = sparsify_weight(w, mask, dtype, (how.height, how.width))
+    weight = SparseWeight.from_mask(w, mask, dtype, (how.height, how.width))
     n, k = w.shape
     return weight, torch.where(full_mask(pattern, mask, (n, k)), w, 0)
 
@@ -100,12 +94,12 @@ def assert_sizes(weight: SparseWeight, kept: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_from_dense_drops_zeros(dtype: torch.dtype) -> None:
     w = (torch.randn(40, 90) * (torch.rand(40, 90) > 0.8)).to(dtype)
-    weight = from_dense(w)
+    weight = SparseWeight.from_dense(w)
     weight.validate()
     assert weight.values.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     assert torch.equal(weight.to_dense(dtype), w.float().to(dtype))
-    assert from_dense(w, torch.int8).scale is not None
-    assert from_dense(torch.zeros(3, 5)).density == 0
+    assert SparseWeight.from_dense(w, torch.int8).scale is not None
+    assert SparseWeight.from_dense(torch.zeros(3, 5)).density == 0
 
 
 # layout ------------------------------------------------------------------------------------
@@ -116,7 +110,7 @@ def test_layout_as_documented() -> None:
     w = torch.zeros(3, 66)
     w[0, 5], w[0, 63], w[1, 2] = 1, 2, 3  # panel 0: rows of length 2, 1, 0
     w[2, 64], w[2, 65], w[1, 65] = 4, 5, 6  # panel 1: rows of length 0, 1, 2
-    weight = from_dense(w)
+    weight = SparseWeight.from_dense(w)
     assert (weight.shape, weight.chunk, weight.group) == ((3, 66), 64, 1)
     assert weight.ptr.tolist() == [0, 2, 2, 2, 2, 4, 4, 4, 4]
     assert weight.values[:, :3, 0].tolist() == [[1, 3, 0], [2, 0, 0], [4, 6, 0], [5, 0, 0]]
@@ -136,7 +130,7 @@ def test_layout_of_a_group_and_of_int8() -> None:
     w[:4, 1] = torch.tensor([127.0, -127, 127, 127])
     w[:4, 8] = torch.tensor([1.0, 2, 3, 4])
     w[4:, 5] = 127
-    weight = from_dense(w, torch.int8)
+    weight = SparseWeight.from_dense(w, torch.int8)
     assert (weight.group, weight.chunk) == (4, 64)
     assert weight.ptr.tolist() == [0, 2, 2, 2, 2]
     assert weight.rows.flatten().tolist() == list(range(16))
@@ -161,11 +155,11 @@ def test_the_group_is_the_tallest_that_holds_everywhere(n: int) -> None:
         if n > height:
             mask[0], mask[1] = True, False  # neighbours differ
         want = group if n > height else 16
-        assert sparsify_weight(w, mask, torch.float32, (height, 1)).group == want
+        assert SparseWeight.from_mask(w, mask, torch.float32, (height, 1)).group == want
     if n >= 16:
         one_off = torch.ones(n, 40, dtype=torch.bool)
         one_off[n // 2, 3] = False
-        assert sparsify_weight(torch.randn(n, 40), one_off, torch.float32, (1, 1)).group == 1
+        assert SparseWeight.from_mask(torch.randn(n, 40), one_off, torch.float32, (1, 1)).group == 1
 
 
 def test_pattern_shows_what_fills_a_word() -> None:
@@ -176,7 +170,7 @@ def test_pattern_shows_what_fills_a_word() -> None:
         (torch.bfloat16, {(0, 0), (0, 1), (1, 8)}),
         (torch.int8, {(0, 0), (0, 1), (0, 2), (0, 3), (1, 8)}),
     ):
-        weight = from_dense(w, dtype)
+        weight = SparseWeight.from_dense(w, dtype)
         assert {tuple(at) for at in weight.pattern().nonzero().tolist()} == stored
         assert weight.density == 2 / (2 * -(-9 // COLUMNS[dtype]))
 
@@ -185,11 +179,11 @@ def test_picture() -> None:
     w = torch.zeros(8, 16)
     w[:4, :8] = 1
     w[4, 15] = 1
-    lines = from_dense(w).picture(4, 4).splitlines()
+    lines = SparseWeight.from_dense(w).picture(4, 4).splitlines()
     assert lines[0].startswith("8 x 16, 25.8% stored as f32, ")
     assert lines[1:] == ["+----+", "|@@  |", "|@@  |", "|   :|", "|    |", "+----+"]
-    assert from_dense(torch.zeros(0, 4)).picture() == "[0 x 4, empty]"
-    tall = from_dense(torch.ones(300, 2)).picture().splitlines()
+    assert SparseWeight.from_dense(torch.zeros(0, 4)).picture() == "[0 x 4, empty]"
+    tall = SparseWeight.from_dense(torch.ones(300, 2)).picture().splitlines()
     assert len(tall) == 24 + 3
     assert set(tall[2:-1]) == {"|@@|"}
 
@@ -203,7 +197,7 @@ def test_numpy_round_trip(dtype: torch.dtype) -> None:
     again = SparseWeight.from_numpy(arrays)
     assert again.shape == weight.shape
     assert again.chunk == weight.chunk
-    for a, b in zip(again.tensors, weight.tensors, strict=True):
+    for a, b in zip(again.tensors().values(), weight.tensors().values(), strict=True):
         assert (a is None) == (b is None)
         assert a is None or b is None or torch.equal(a, b)
     del arrays["length"]
@@ -265,18 +259,20 @@ def test_patterns_are_read_and_written() -> None:
         (lambda: Pattern.parse(4), TypeError, "pattern: expected a string .*; got int"),  # type: ignore[arg-type]
         (lambda: Pattern(1, 4).mask(torch.ones(2, 4), None), ValueError,
          "sparsity: expected a number for the pattern 1x4; got None"),
-        (lambda: sparsify_weight(torch.ones(2, 8), torch.ones(2, 8).bool()), ValueError,
+        (lambda: SparseWeight.from_mask(torch.ones(2, 8), torch.ones(2, 8).bool()), ValueError,
          r"mask: expected shape \[2, 2\]; got \[2, 8\]"),
-        (lambda: sparsify_weight(torch.ones(2, 8), torch.ones(2, 2)), TypeError,
+        (lambda: SparseWeight.from_mask(torch.ones(2, 8), torch.ones(2, 2)), TypeError,
          "mask: expected dtype bool; got float32"),
-        (lambda: sparsify_weight(torch.ones(2, 8), None), TypeError,  # type: ignore[arg-type]
+        (lambda: SparseWeight.from_mask(torch.ones(2, 8), None), TypeError,  # type: ignore[arg-type]
          "mask: expected a torch.Tensor; got NoneType"),
-        (lambda: sparsify_weight(torch.ones(2, 8), torch.ones(2, 2).bool(), torch.float16),
+        (lambda: SparseWeight.from_mask(torch.ones(2, 8), torch.ones(2, 2).bool(), torch.float16),
          TypeError, "dtype: expected int8, bfloat16 or float32; got torch.float16"),
-        (lambda: sparsify_weight(torch.ones(2, 8), torch.ones(2, 2).bool(), block=(1, -4)),
+        (lambda: SparseWeight.from_mask(torch.ones(2, 8), torch.ones(2, 2).bool(), block=(1, -4)),
          ValueError, "block: expected two sizes of at least 1"),
-        (lambda: from_dense(torch.full((2, 2), float("nan"))), ValueError, "w: expected finite"),
-        (lambda: from_dense([[1.0]]), TypeError, "w: expected a torch.Tensor; got list"),  # type: ignore[arg-type]
+        (lambda: SparseWeight.from_dense(torch.full((2, 2), float("nan"))),
+         ValueError, "w: expected finite"),
+        (lambda: SparseWeight.from_dense([[1.0]]),
+         TypeError, "w: expected a torch.Tensor; got list"),
     ],
 )  # fmt: skip
 def test_conversions_refuse(call: Any, kind: type[Exception], message: str) -> None:
@@ -323,47 +319,48 @@ def test_conversions_refuse(call: Any, kind: type[Exception], message: str) -> N
         ({"sums": torch.zeros(6)}, TypeError, "sums: expected dtype int32"),
         ({"values": None}, TypeError, "values: expected a torch.Tensor; got None"),
         ({"ptr": 3}, TypeError, "ptr: expected a torch.Tensor; got int"),
-        ({"shape": (-1, 8)}, ValueError, "shape: expected two sizes of at least 0"),
-        ({"shape": (6, 5)}, ValueError, "index: expected words inside the 5 columns"),
-        ({"shape": (70, 12)}, ValueError, r"rows: expected shape \[8, 4\]"),
+        ({"n": -1}, ValueError, "n, k: expected at least 0; got -1, "),
+        ({"k": -1}, ValueError, "n, k: expected at least 0; got 6, -1"),
+        ({"k": 5}, ValueError, "index: expected words inside the 5 columns"),
+        ({"n": 70}, ValueError, r"rows: expected shape \[8, 4\]"),
         ({"chunk": 32}, ValueError, "chunk: expected 64, 128 or 256; got 32"),
     ],
 )
 def test_validate(change: dict[str, Any], kind: type[Exception], message: str) -> None:
     w = torch.zeros(6, 12)
     w[:4, 1], w[:4, 8], w[4:, 5] = 1, 2, 3
-    good = from_dense(w, torch.int8)
+    good = SparseWeight.from_dense(w, torch.int8)
     good.validate()
     assert good.index.shape == (2, 4)
     with pytest.raises(kind, match=message):
-        good._replace(**change).validate()
+        good.replace(**change).validate()
 
 
 def test_validate_refuses_values_that_are_not_finite() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        good = from_dense(torch.eye(5), dtype)
+        good = SparseWeight.from_dense(torch.eye(5), dtype)
         for bad in (float("nan"), float("inf")):
             values = good.values.clone()
             values[0, 0, 0] = bad
             with pytest.raises(ValueError, match="values: expected finite values; got NaN or inf"):
-                good._replace(values=values).validate()
+                good.replace(values=values).validate()
 
 
 def test_validate_refuses_words_past_the_columns() -> None:
     """The last of 1030 columns lies in word 257: index 1 of panel 4 is the last one of it."""
-    good = sparsify_weight(torch.randn(6, 1030), torch.ones(6, 258).bool())
+    good = SparseWeight.from_mask(torch.randn(6, 1030), torch.ones(6, 258).bool())
     at, last = good.positions(), good.index.clone()
     step = int((at.word == 257).nonzero()[0, 0])
     last[step] = 2
     with pytest.raises(ValueError, match="index: expected words inside the 1030 columns"):
-        good._replace(index=last).validate()
+        good.replace(index=last).validate()
 
 
 def test_positions_say_where_each_word_lies() -> None:
     """By hand from the layout, for the tiny matrix of test_layout_as_documented."""
     w = torch.zeros(3, 66)
     w[0, 5], w[0, 63], w[2, 65] = 1, 2, 5
-    weight = from_dense(w)
+    weight = SparseWeight.from_dense(w)
     at = weight.positions()
     found = {
         (int(at.row[s, i]), int(at.word[s, i])): weight.values[s, i, 0].item()
@@ -380,7 +377,7 @@ def test_positions_say_where_each_word_lies() -> None:
 def test_words_of_a_row_rise_and_come_once(dtype: torch.dtype, pattern: str) -> None:
     how = Pattern.parse(pattern)
     w = torch.randn(48, 80)
-    weight = sparsify_weight(w, how.mask(w, 0.5), dtype, (how.height, how.width))
+    weight = SparseWeight.from_mask(w, how.mask(w, 0.5), dtype, (how.height, how.width))
     weight.validate()
     first = int(weight.ptr.diff().argmax())
     start = int(weight.ptr[first])
@@ -390,27 +387,27 @@ def test_words_of_a_row_rise_and_come_once(dtype: torch.dtype, pattern: str) -> 
     turned[[start, start + 1], 0] = turned[[start + 1, start], 0]
     for index in (twice, turned):
         with pytest.raises(ValueError, match="index: expected the words of a row to rise"):
-            weight._replace(index=index).validate()
+            weight.replace(index=index).validate()
 
 
 def test_a_slice_has_no_more_steps_than_a_panel_has_words() -> None:
     w = torch.randn(16, 64)
-    weight = sparsify_weight(w, torch.ones(16, 64, dtype=torch.bool), torch.float32, (1, 1))
+    weight = SparseWeight.from_mask(w, torch.ones(16, 64, dtype=torch.bool), torch.float32, (1, 1))
     longer = torch.cat([weight.values, torch.zeros(1, *weight.values.shape[1:])])
     index = torch.cat([weight.index, weight.index[:1]])
     ptr = weight.ptr.clone()
     ptr[1:] += 1
     with pytest.raises(ValueError, match="ptr: expected at most 64 steps in a slice.*got 65"):
-        weight._replace(values=longer, index=index, ptr=ptr).validate()
+        weight.replace(values=longer, index=index, ptr=ptr).validate()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_what_is_wrong_is_found_in_any_part_that_is_looked_at(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigops.ops._sparse_weight.BLOCK", 7)  # many parts of a small weight
+    monkeypatch.setattr("bigops.formats.sparse.BLOCK", 7)  # many parts of a small weight
     w = torch.randn(150, 600)
-    weight = sparsify_weight(w, torch.rand(150, 600) < 0.1, dtype, (1, 1))
+    weight = SparseWeight.from_mask(w, torch.rand(150, 600) < 0.1, dtype, (1, 1))
     weight.validate()
     stored = weight.positions().stored
     for step in (0, len(weight.values) // 2, len(weight.values) - 1):
@@ -418,13 +415,13 @@ def test_what_is_wrong_is_found_in_any_part_that_is_looked_at(
         index = weight.index.clone()
         index[step, lane // weight.group] = 64
         with pytest.raises(ValueError, match="index: expected words below 64"):
-            weight._replace(index=index).validate()
+            weight.replace(index=index).validate()
         values = weight.values.clone()
         values[step, lane] = torch.nan if dtype == torch.float32 else -values[step, lane] - 1
         with pytest.raises(ValueError, match="values: expected finite|sums: expected the sum"):
-            weight._replace(values=values).validate()
+            weight.replace(values=values).validate()
         if not bool(stored[step].all()):
             values = weight.values.clone()
             values[step, int(stored[step].long().argmin())] = 1
             with pytest.raises(ValueError, match="values: expected 0 in the padding"):
-                weight._replace(values=values).validate()
+                weight.replace(values=values).validate()

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import bigops
 from bigops.compress import config, store
+from bigops.formats.quantize import from_grid, quantize_rows, static_grid, to_grid
 from bigops.nn import Linear, QuantLinear, SparseLinear
 from bigops.nn.compressed_linear import CompressedLinear
-from bigops.ops._quantize import from_grid, quantize_rows, static_grid, to_grid
 from tests.kernels_ran import expect, needs_extension
 from tests.saved_models import rewrite_as_older
 from tests.tolerance import check

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import bigops.backend as backend
+from bigops.backend import machine
 from bigops.nn import Linear, SparseLinear
 from tests import tolerance
 from tests.kernels_ran import named
@@ -51,7 +52,7 @@ def test_a_thawed_layer_trains_as_the_masked_dense_one(pattern: str) -> None:
             assert layer.values.grad is not None
             assert not layer.values.grad[padding].any()
             optimiser.step()
-    if backend.extension is not None:
+    if machine.extension is not None:
         assert not any(name.startswith("reference") for name in names), names
         assert any(name.endswith("f32_sample") for name in names), names
     assert not layer.values[padding].any()
@@ -164,7 +165,7 @@ def test_a_planted_gradient_in_the_padding_moves_no_weight_and_no_file_may_hold_
     assert torch.equal(layer.dense_weight(), before)
     layer.storage().validate()
     with pytest.raises(ValueError, match="values: expected 0 in the padding"):
-        layer.storage()._replace(values=layer.values).validate()
+        layer.storage().replace(values=layer.values).validate()
 
 
 def test_freezing_a_thawed_layer_refuses_nan_and_leaves_it() -> None:

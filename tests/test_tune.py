@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigops import backend, cli, crossover, tune
-from bigops.nn import Linear, pack_
+import bigops
+from bigops import backend, cli
+from bigops.backend import crossover, machine
+from bigops.graph import pack_
+from bigops.nn import Linear
+from bigops.tune import crossovers as tune
 from tests.kernels_ran import expect, needs_extension
 
 pytestmark = needs_extension
@@ -25,15 +29,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty user's cache; afterwards the crossovers are this session's again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     yield tmp_path
-    backend.crossovers.cache_clear()
-    backend.apply_crossovers()
+    machine.crossovers.cache_clear()
+    machine.apply_crossovers()
 
 
 def reread() -> crossover.Table:
     """What a new process would serve by."""
-    backend.crossovers.cache_clear()
-    backend.apply_crossovers()
-    return backend.crossovers()
+    machine.crossovers.cache_clear()
+    machine.apply_crossovers()
+    return machine.crossovers()
 
 
 def point(m: int, own: float, library: float, packed: float = 1.0, k: int = 100) -> tune.Point:
@@ -112,7 +116,7 @@ def test_what_was_measured_serves_from_the_next_start_on() -> None:
     assert table.source == str(path)
     assert not table.ignored
     assert table.fused_linear["f32"] == crossover.Limits(0, 0)
-    assert table.fused_linear["f64"] == crossover.committed(backend.extension).fused_linear["f64"]
+    assert table.fused_linear["f64"] == crossover.committed(machine.extension).fused_linear["f64"]
     model, x = torch.nn.Sequential(Linear(300, 300)).eval(), torch.randn(1, 300)
     assert "panels do not pay" in (pack_(model).reason("0") or "")
     with torch.inference_mode(), expect("torch_linear"):
@@ -154,15 +158,19 @@ def test_a_run_that_was_cut_off_goes_on() -> None:
 
 @pytest.mark.usefixtures("small")
 def test_two_processes_lose_nothing_of_each_other() -> None:
-    of = crossover.machine(backend.extension)
+    of = crossover.machine(machine.extension)
     path = tune.tune(["f32"], timer=Scripted(OWN_FIRST))
     code = (
-        "import sys, time; from pathlib import Path; from bigops import tune, crossover, backend\n"
-        "of = crossover.machine(backend.extension); path = Path(sys.argv[1])\n"
+        "import sys, time; from pathlib import Path; from bigops.tune import crossovers\n"
+        "from bigops.backend import crossover, machine\n"
+        "from bigops.tune.measured import TunedFile\n"
+        "of, path = crossover.machine(machine.extension), Path(sys.argv[1])\n"
+        "file = TunedFile(crossover, of, crossovers.SECTIONS)\n"
         "(path.parent / f'{sys.argv[2]} is ready').touch()\n"
         "while len(list(path.parent.glob('* is ready'))) < 2: time.sleep(1e-3)\n"
         "for i in range(15):\n"
-        "    tune._write(path, of, {'points': {sys.argv[2] + str(i): []}})"
+        "    with file.editing() as data:\n"
+        "        data['points'][sys.argv[2] + str(i)] = []"
     )
     running = [
         subprocess.Popen([sys.executable, "-c", code, str(path), name], env={**os.environ})
@@ -193,7 +201,7 @@ def test_two_processes_lose_nothing_of_each_other() -> None:
 def test_a_file_that_cannot_serve_is_named_and_changes_nothing(
     change: dict | None, message: str
 ) -> None:
-    committed = crossover.committed(backend.extension)
+    committed = crossover.committed(machine.extension)
     path = tune.tune(["f32"], timer=Scripted(LIBRARY_FIRST))
     text = path.read_text()
     path.write_text(text[:40] if change is None else json.dumps(json.loads(text) | change))
@@ -202,13 +210,13 @@ def test_a_file_that_cannot_serve_is_named_and_changes_nothing(
     assert table == committed  # `ignored` aside
     assert message in table.ignored
     assert str(path) in table.ignored
-    assert table.ignored in backend.report()["crossovers"]["ignored"]
+    assert table.ignored in bigops.report()["crossovers"]["ignored"]
     tune.tune(["f32"], timer=Scripted(LIBRARY_FIRST))  # writes a sound one in its place
     assert reread().source == str(path)
 
 
 def test_a_file_is_of_one_machine() -> None:
-    of = crossover.machine(backend.extension)
+    of = crossover.machine(machine.extension)
     names = {crossover.tuned_file(of)}
     for key, value in {"cpu": "other", "isa": "other", "threads": 99, "torch": "2.99"}.items():
         names.add(crossover.tuned_file({**of, key: value}))

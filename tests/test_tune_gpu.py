@@ -18,12 +18,17 @@ import torch
 
 pytest.importorskip("triton")
 
-from bigops import backend, cli, explain, gpu_tiles, timing, tune_gpu
-from bigops.kernels import tuned
-from bigops.kernels.tiles import TileConfig
-from bigops.ops import _triton, _triton_tuned
-from bigops.tune_gpu import Target
-from bigops.tune_problems import PROBLEMS
+import bigops
+from bigops import cli, explain, timing
+from bigops.backend import gpu_tiles
+from bigops.kernels.common import tuned
+from bigops.kernels.common.tiles import TileConfig
+from bigops.ops import targets
+from bigops.ops import tuned as _triton_tuned
+from bigops.tune import tiles as tune_gpu
+from bigops.tune.measured import TunedFile
+from bigops.tune.problems import PROBLEMS
+from bigops.tune.tiles import Target
 from tests import triton_interpreter
 from tests.backends import covering
 from tests.kernels_ran import expect
@@ -34,6 +39,7 @@ module = sys.modules["bigops.ops.fused_linear"]
 
 MACHINE = gpu_tiles.machine("Some GPU 80GB", "interpreter", "3.9.0")
 TARGET = Target(torch.device("cpu"), MACHINE)
+FILE = TunedFile(gpu_tiles, MACHINE, tune_gpu.SECTIONS)
 TILES = [TileConfig(32, 32, 32, 2, 4, stages, 2) for stages in (2, 3, 4)]
 NAMES = [json.dumps(list(tile)) for tile in TILES]
 SHAPE = (20, 48, 32)
@@ -50,7 +56,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def forget() -> None:
-    for memo in (_triton_tuned.tables, _triton_tuned.hand_over, _triton.unserved):
+    for memo in (_triton_tuned.tables, _triton_tuned.hand_over, targets.unserved):
         getattr(memo, "cache_clear", lambda: None)()
     tuned.clear()
 
@@ -87,7 +93,7 @@ def fill() -> Path:
     """A file that holds what a run would write, without one."""
     path = gpu_tiles.tuned_file(MACHINE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tune_gpu._write(path, MACHINE, KEY, {"20x48x32": point(3, 2, 1)})
+    tune_gpu.keep(FILE, KEY, "20x48x32", point(3, 2, 1))
     return path
 
 
@@ -220,14 +226,18 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped() -> None:
 def test_two_processes_lose_nothing_of_each_other() -> None:
     path = fill()
     code = (
-        "import json, sys, time; from pathlib import Path; from bigops import tune_gpu\n"
+        "import json, sys, time; from pathlib import Path\n"
+        "from bigops.backend import gpu_tiles\n"
+        "from bigops.tune import tiles\n"
+        "from bigops.tune.measured import TunedFile\n"
         "path, of, name = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]\n"
+        "file = TunedFile(gpu_tiles, of, tiles.SECTIONS)\n"
         "point = {'seconds': {'[32, 32, 32, 2, 4, 2, 2]': 1.0}, 'failed': {}}\n"
         "(path.parent / f'{name} is ready').touch()\n"
         "while len(list(path.parent.glob('* is ready'))) < 2: time.sleep(1e-3)\n"
         "for i in range(8):\n"
-        "    tune_gpu._write(path, of, f'fused_linear: {name}', {str(i): point})\n"
-        "    tune_gpu._write(path, of, 'fused_linear: both', {name + str(i): point})"
+        "    tiles.keep(file, f'fused_linear: {name}', str(i), point)\n"
+        "    tiles.keep(file, 'fused_linear: both', name + str(i), point)"
     )
     running = [
         subprocess.Popen(
@@ -287,7 +297,7 @@ def test_a_file_that_cannot_serve_is_named_and_ignored(
             "fused_linear", torch.ones(20, 32), torch.ones(48, 32), device=MACHINE["arch"]
         )
     assert served.config["file"] == "interpreter.json"
-    assert backend.report()["tiles"][0]["ignored"] == table.ignored
+    assert bigops.report()["tiles"][0]["ignored"] == table.ignored
     fill()  # writes a sound one in its place
     assert serve(monkeypatch).source == str(path)
 
@@ -347,7 +357,7 @@ def test_what_was_measured_serves_from_the_next_start_on(monkeypatch: pytest.Mon
     case.check_forward(y)
     other = explain("fused_linear", torch.randn(200, 32), weight, device="interpreter")
     assert "kernels/configs" in other.reason  # another bucket
-    assert backend.report()["tiles"] == [
+    assert bigops.report()["tiles"] == [
         {"device": "Some GPU 80GB", "source": table.source, "tiles": 2, "ignored": ""}
     ]
 
@@ -356,15 +366,16 @@ def test_what_was_measured_serves_from_the_next_start_on(monkeypatch: pytest.Mon
 def test_explain_of_the_other_ops_names_the_tuned_file(
     op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bigops.ops.quantized_linear import quantize_weight
-    from bigops.ops.sparse_linear import block_mask, sparsify_weight
+    from bigops.formats.patterns import block_mask
+    from bigops.formats.quantized import QuantizedWeight
+    from bigops.formats.sparse import SparseWeight
 
     x, w = torch.randn(20, 64), torch.randn(64, 64)
     given: tuple[Any, ...] = (w[:, :16], w[:16])
     if op == "sparse_linear":
-        given = (sparsify_weight(w, block_mask(w, 0.5, (16, 16)), torch.float32, (16, 16)),)
+        given = (SparseWeight.from_mask(w, block_mask(w, 0.5, (16, 16)), torch.float32, (16, 16)),)
     elif op == "quantized_linear":
-        given = (quantize_weight(w),)
+        given = (QuantizedWeight.from_dense(w),)
     before = explain(op, x, *given, device="interpreter")
     run(Scripted(), ops=[op], shapes=[(20, 64, 64)])
     table = serve(monkeypatch)

@@ -26,18 +26,19 @@ from torch import Tensor
 
 import bigops
 from bigops import backend
+from bigops.formats import checks
+from bigops.formats.quantize import quantize_rows
 from bigops.kernels import fused_linear as linear_kernels
-from bigops.kernels import quantized_linear as quantized_kernels
-from bigops.kernels.activation import NAMES
-from bigops.kernels.tiles import TileConfig
-from bigops.ops import _checks as checks
-from bigops.ops import _triton as linear_road
-from bigops.ops import _triton_fp8 as fp8_road
-from bigops.ops import _triton_loss as loss_road
-from bigops.ops import _triton_low_rank as low_rank_road
-from bigops.ops import _triton_quantized as quantized_road
-from bigops.ops._quantize import quantize_rows
+from bigops.kernels.common.activation import NAMES
+from bigops.kernels.common.tiles import TileConfig
+from bigops.kernels.quantized_linear import rows as quantized_rows
+from bigops.ops.fp8_linear import triton as fp8_road
 from bigops.ops.fused_adamw import reference_norm, reference_sgd
+from bigops.ops.fused_linear import triton as linear_road
+from bigops.ops.linear_cross_entropy import triton as loss_road
+from bigops.ops.low_rank_linear import triton as low_rank_road
+from bigops.ops.quantized_linear import triton as quantized_road
+from bigops.ops.sparse_linear import triton as sparse_road
 from tests import compressed_cases, cross_entropy_cases, linear_cases, low_rank_cases
 from tests.optimizer_cases import Problem
 from tests.planted import plant
@@ -79,32 +80,30 @@ def low_rank(dtype: torch.dtype, base: bool, rank: int = 9) -> None:
 
 def quantized(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    y = quantized_road.forward(case.x, *case.storage, case.bias, case.residual, "gelu")
-    case.check_forward(y)
+    case.check_forward(quantized_road.forward(case.call))
 
 
 def fp8(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    y = fp8_road.forward(case.x, *case.storage, case.bias, case.residual, "gelu")
-    case.check_forward(y)
+    case.check_forward(fp8_road.forward(case.call))
 
 
 def fp8_backward(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    back = (case.grad, case.x, *case.storage, case.bias, "gelu")
-    case.check_gradients([*fp8_road.backward(*back, True, True), case.grad], stored=True)
+    grads = fp8_road.backward(case.grad, case.call, True, True)
+    case.check_gradients([*grads, case.grad], stored=True)
 
 
 def quantized_backward(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    back = (case.grad, case.x, *case.storage, case.bias, "gelu")
-    case.check_gradients([*quantized_road.backward(*back, True, True), case.grad], stored=True)
+    grads = quantized_road.backward(case.grad, case.call, True, True)
+    case.check_gradients([*grads, case.grad], stored=True)
 
 
 def rows_as_integers(activations: str) -> None:
     x = torch.randn(ROWS, 150) * torch.logspace(-3, 3, ROWS).unsqueeze(1)
     grid = torch.tensor([0.02, 120.0]) if activations == "static" else None
-    q, scale, _, sums = quantized_kernels.quantize_activations(x, activations, grid)
+    q, scale, _, sums = quantized_rows.quantize_activations(x, activations, grid)
     want = quantize_rows(x, activations, grid)
     assert torch.equal(q[:, :150] + 128.0, want.q), "other whole numbers than the reference"
     assert torch.equal(scale, want.scale[:, 0]), "another scale than the reference"
@@ -112,22 +111,22 @@ def rows_as_integers(activations: str) -> None:
 
 
 def sparse(form: str, pattern: str, dtype: str, m: int = 35) -> None:
-    op = sys.modules["bigops.ops.sparse_linear"]
     case = compressed_cases.make(form, m, 48, 70, dtype, "gelu", pattern=pattern, values=True)
-    y = op._cuda(case.x, *case.storage, case.bias, case.residual, "gelu")
-    case.check_forward(y)
-    found = op._cuda_backward(case.grad, case.x, *case.storage, case.bias, "gelu", True, True, True)
-    case.check_gradients([*found, case.grad], stored=True)
+    blocks, why = sparse_road.blocks_of(case.call, "interpreter")
+    assert blocks is not None, why
+    case.check_forward(sparse_road.forward(case.call, blocks))
+    grads = sparse_road.backward(case.grad, case.call, blocks, True, True, True)
+    case.check_gradients([*grads, case.grad], stored=True)
 
 
 def loss(dtype: torch.dtype, options: str) -> None:
     """Rows of more than one block; the public function, with the pass over logits of a GPU."""
-    op = sys.modules["bigops.ops.linear_cross_entropy"]
-    before, op._chunk = op._chunk, loss_road.serve_chunk  # type: ignore[attr-defined]
+    op = sys.modules["bigops.ops.linear_cross_entropy.schema"]
+    before, op.chunk_op = op.chunk_op, loss_road.serve_chunk  # type: ignore[attr-defined]
     try:
         cross_entropy_cases.make(5, 700, 9, dtype, **cross_entropy_cases.ALL[options]).check()
     finally:
-        op._chunk = before  # type: ignore[attr-defined]
+        op.chunk_op = before  # type: ignore[attr-defined]
 
 
 SHAPES = [(1,), (), (255,), (257,), (7, 11, 13)]
@@ -146,7 +145,7 @@ def adamw(eight_bit: bool, streams: bool) -> None:
     random = {"streams": range(len(SHAPES)), "seed": 5, "rounding_step": 0} if streams else {}
     grads = ours.grads(0)
     ours.grads = lambda _: grads  # type: ignore[method-assign]
-    with reachable([*ours.all(), *grads]), _on_gpu("step_adamw", "_cuda_adamw"):
+    with reachable([*ours.all(), *grads]), _on_gpu("step_adamw", "adamw"):
         ours.adamw(0, **random)
     theirs.adamw_reference(0, streams)
     _same(ours, theirs)
@@ -156,7 +155,7 @@ def sgd(nesterov: bool) -> None:
     ours, theirs = (Problem(F32, BF16, F16, shapes=SHAPES) for _ in range(2))
     grads = ours.grads(0)
     how = (0.1, 0.9, 0.2, 0.1, nesterov, False)
-    with reachable([*ours.all(), *grads]), _on_gpu("step_sgd", "_cuda_sgd"):
+    with reachable([*ours.all(), *grads]), _on_gpu("step_sgd", "sgd"):
         bigops.fused_sgd(
             ours.params, grads, ours.first, lr=how[0], momentum=how[1], dampening=how[2],
             weight_decay=how[3], nesterov=nesterov, first_step=False,
@@ -169,7 +168,7 @@ def sgd(nesterov: bool) -> None:
 def norm() -> None:
     grads = [torch.randn(s).to((F32, BF16, F16)[i % 3]) for i, s in enumerate(SHAPES)]
     grads.append(torch.randn(300, dtype=torch.float64))
-    with reachable(grads), _on_gpu("_norm", "_cuda_norm"):
+    with reachable(grads), _on_gpu("norm_op", "norm"):
         found = bigops.fused_grad_norm(grads)
     truth = reference_norm(grads)
     check(found, truth, truth, truth)
@@ -180,7 +179,7 @@ def _on_gpu(name: str, served_by: str) -> Iterator[None]:
     """The optimiser step as a GPU takes it."""
     op = sys.modules["bigops.ops.fused_adamw"]
     before = getattr(op, name)
-    setattr(op, name, getattr(op, served_by))
+    setattr(op, name, getattr(op.choose, served_by))
     try:
         yield
     finally:
@@ -249,11 +248,11 @@ def leaves_some_out() -> None:
 
 def planted(old: str, new: str) -> None:
     """fused_linear with a fault in the epilogue of its GEMM."""
-    from bigops.kernels import gemm
-    from bigops.kernels import product as products
+    from bigops.kernels.common import epilogue, gemm, tile_walk
+    from bigops.kernels.common import product as products
 
     with tempfile.TemporaryDirectory() as folder:
-        copy: ModuleType = plant(gemm, Path(folder), old, new)
+        copy: ModuleType = plant(gemm, Path(folder), old, new, epilogue, tile_walk)
         case = linear_cases.make(ROWS, 45, 70, F32, "gelu", residual=False)
         before, products.gemm = products.gemm, copy.gemm
         try:

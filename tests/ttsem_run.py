@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from bigops import backend
+import bigops
+from bigops.backend import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(sys.prefix) / "ttsem"
@@ -47,9 +48,9 @@ def _environment() -> dict[str, str]:
 @functools.cache
 def lacks() -> str:
     """Why nothing can be run under ttsem here, or ""."""
-    if not backend.has_triton():
+    if not machine.has_triton():
         return "triton is not installed"
-    version = backend.report()["triton"]
+    version = bigops.report()["triton"]
     if not version.startswith(TRIED):
         return f"ttsem 0.1.0 was tried with triton {'x and '.join(TRIED)}x; this is {version}"
     if not FOLDER.is_dir() and importlib.util.find_spec("ttsem") is None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import bigops
-from bigops import Fp8, Int8, LowRank, Sparse, backend
+from bigops import Fp8, Int8, LowRank, Sparse
+from bigops.backend import machine
 from tests.kernels_ran import needs_extension
 
 X = torch.randn(3, 32)
@@ -24,8 +25,8 @@ def level(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is timed, nothing is faster, and panels pay on every CPU."""
     same = lambda sides, **_: {name: np.ones(30) for name in sides}  # noqa: E731
     monkeypatch.setattr("bigops.timing.interleave", same)
-    monkeypatch.setattr(backend, "packs", lambda dtype: True)
-    monkeypatch.setattr("bigops.nn.pack._LEAST", 16)
+    monkeypatch.setattr(machine, "packs", lambda dtype: True)
+    monkeypatch.setattr("bigops.graph.pack._LEAST", 16)
 
 
 def dense() -> nn.Sequential:
@@ -81,7 +82,7 @@ def half_frozen() -> nn.Module:
 
 def adapted() -> nn.Module:
     model = dense()
-    bigops.nn.add_lora_(model, rank=2, targets=["0", "2"])
+    bigops.add_lora_(model, rank=2, targets=["0", "2"])
     return model
 
 
@@ -124,8 +125,8 @@ VERBS: dict[str, tuple[Callable[[], nn.Module], Verb]] = {
     "fuse_ timed": (Counts, lambda m: bigops.fuse_(m, X)),
     "fuse_ untraced": (Untraced, bigops.fuse_),
     "fuse_ half": (half_frozen, lambda m: bigops.fuse_(m, X)),
-    "add_lora_": (dense, lambda m: bigops.nn.add_lora_(m, rank=2)),
-    "add_lora_ again": (adapted, lambda m: bigops.nn.add_lora_(m, rank=3, name="second")),
+    "add_lora_": (dense, lambda m: bigops.add_lora_(m, rank=2)),
+    "add_lora_ again": (adapted, lambda m: bigops.add_lora_(m, rank=3, name="second")),
     "pack_": (packable, bigops.pack_),
     "pack_ timed": (packable, lambda m: bigops.pack_(m, X)),
     "unpack_": (packed, bigops.unpack_),

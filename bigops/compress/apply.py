@@ -9,17 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigops import backend
+from bigops.backend import machine
 from bigops.compress import calibrate, choose, measure, plan
 from bigops.compress.build import Built, Choice, Stays, prepare
-from bigops.compress.config import Configs, activations_of
-from bigops.nn.atomic import atomic
-from bigops.nn.compressed_linear import CompressedLinear
-from bigops.nn.low_rank_linear import LowRankLinear
-from bigops.nn.packed_linear import PackedBase
-from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
-from bigops.nn.record import Account, Done, Record, Skipped, account
-from bigops.nn.sites import Contest, Sites, capture, contest
+from bigops.compress.config import Configs
+from bigops.graph.atomic import atomic
+from bigops.graph.record import Account, Done, Record, Skipped, account
+from bigops.graph.sites import Contest, Sites, capture, contest
+from bigops.nn.layer import layer_of
 
 KEEP = ("faster", "all")
 
@@ -174,7 +171,7 @@ def _calibrate(
     static = [
         name
         for name, choice in chosen.items()
-        if activations_of(choice.config) == "static" and choice.x_grid is None
+        if choice.config.activations == "static" and choice.x_grid is None
     ]
     if not static:
         if data is not None:
@@ -265,7 +262,7 @@ class _Work:
         timed = None if x is None else self._contest(old, made, x)
         slow = _slower(old, made, x, timed)
         # without an extension every CPU kernel is missing, whatever the layer
-        blind = x is None and backend.extension is None and _device(old).type == "cpu"
+        blind = x is None and machine.extension is None and _device(old).type == "cpu"
         if slow and self.keep == "faster" and not blind:
             self.left[name] = slow
             return None
@@ -318,18 +315,18 @@ def _done(
 ) -> Done:
     new, config = made.layer, made.choice.config
     why = [str(timed) if timed is not None else "asked for"]
-    if isinstance(new, LowRankLinear):
+    if not new.freezes:
         why.append("trainable at this rank")
     elif not new.frozen:
         why.append("trainable, in floating point until freeze_")
-    rank = f", rank {new.rank}" if isinstance(new, LowRankLinear | QuantLowRankLinear) else ""
+    rank = "" if new.rank is None else f", rank {new.rank}"
     return Done(
         name,
         f"{type(old).__name__} -> {type(new).__name__} by {config}{rank}",
         "; ".join(why + said),
         before,
         new.nbytes,
-        getattr(new, "density", 1.0),
+        new.density,
         timed.us_before if timed else None,
         timed.us_after if timed else None,
         timed.speedup if timed else None,
@@ -346,30 +343,31 @@ def freeze_(model: nn.Module) -> Record:
     Raises:
         ValueError: no compressed layer, or NaN or inf in a weight. The model is unchanged.
     """
-    modules = list(Sites(model).unique())
-    found = {n: m for n, m in modules if isinstance(m, CompressedLinear)}
-    factors = [n for n, m in modules if isinstance(m, LowRankLinear)]
+    ours = {n: layer for n, m in Sites(model).unique() if (layer := layer_of(m)) is not None}
+    found = {n: layer for n, layer in ours.items() if layer.freezes}
+    factors = [n for n, layer in ours.items() if layer.compressed and not layer.freezes]
     if not found and not factors:
         raise ValueError("model: expected compressed layers (compress_ makes them); found none")
     whole = account(model, [*found, *factors])
     left = {
-        n: f"it is {'packed' if isinstance(m, PackedBase) else 'frozen'} already"
+        n: f"it is {'packed' if m.unpacks else 'frozen'} already"
         for n, m in found.items()
         if m.frozen and not m.thawed
     }
     left.update((n, "its factors are all it has; Int8() makes them int8") for n in factors)
     done: list[Done] = []
-    frozen: list[tuple[CompressedLinear, CompressedLinear]] = []
+    frozen: list[tuple[nn.Module, nn.Module]] = []
     for name, layer in found.items():
         if name in left:
             continue
         choose.check_finite(name, layer)
-        twin = copy.copy(layer).freeze()
+        twin: Any = copy.copy(layer)
+        twin.freeze()
         frozen.append((layer, twin))
-        what, density = f"{type(layer).__name__} frozen", getattr(twin, "density", 1.0)
-        done.append(Done(name, what, "asked for", whole.layers[name], twin.nbytes, density))
+        what, before = f"{type(layer).__name__} frozen", whole.layers[name]
+        done.append(Done(name, what, "asked for", before, twin.nbytes, twin.density))
     skipped = [Skipped(n, why, whole.layers[n]) for n, why in left.items()]
     record = Record("freeze_", done, skipped, [], whole.unseen, whole.total)
-    for layer, twin in frozen:
-        vars(layer).update(vars(twin))
+    for old, new in frozen:
+        vars(old).update(vars(new))
     return record

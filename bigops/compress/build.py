@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from bigops.compress.calibrate import Grid
-from bigops.compress.config import (
-    BESIDE_SPARSE,
-    Config,
-    Fp8,
-    Int4,
-    Int8,
-    LowRank,
-    LowRankInt8,
-    Sparse,
-    SparseInt8,
-)
-from bigops.nn.compressed_linear import CompressedLinear
-from bigops.nn.fp8_linear import Fp8Linear
-from bigops.nn.low_rank_linear import LowRankLinear
-from bigops.nn.packed_linear import PackedBase
-from bigops.nn.quant_linear import QuantLinear
-from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
-from bigops.nn.sparse_linear import SparseLinear
-from bigops.nn.truncated_svd import truncated_svd
-
-Layer = CompressedLinear | LowRankLinear
-_ONE_WEIGHT = (nn.Linear, QuantLinear, Fp8Linear)  # with neither a pattern nor factors
+from bigops.compress.config import Config, Int8
+from bigops.nn.layer import Layer, layer_of
 
 
 class Choice(NamedTuple):
@@ -63,13 +43,14 @@ def prepare(old: nn.Module, choice: Choice, freeze: bool) -> Built | Stays:
     `Int8` saves nothing over that `Int8` alone, the layer becomes `Int8` alone, and a remark says
     so. One that is to be trained first has no size yet: a remark says what it will take.
     """
-    if isinstance(old, PackedBase):
-        old = old.unpacked()  # thawed, it is that layer, with the same Parameters
+    ours = layer_of(old)
+    if ours is not None:
+        old = ours.unpacked()  # of a thawed packed layer, with the same Parameters
     before, config = nbytes(old), choice.config
-    if not (isinstance(config, SparseInt8 | LowRankInt8) and isinstance(old, _ONE_WEIGHT)):
+    if config.alone is None or (ours is not None and (ours.pattern or ours.rank is not None)):
         return _within(before, old, choice, freeze)
-    alone = Choice(config.int8, choice.x_grid)
-    made = _within(min(before, _least_bytes(build(old, alone))), old, choice, freeze)
+    alone = Choice(config.alone, choice.x_grid)
+    made = _within(min(before, build(old, alone).least_bytes()), old, choice, freeze)
     if isinstance(made, Built) or not freeze:
         return made
     other = _within(before, old, alone, freeze)
@@ -81,19 +62,20 @@ def prepare(old: nn.Module, choice: Choice, freeze: bool) -> Built | Stays:
 
 def _within(limit: int, old: nn.Module, choice: Choice, freeze: bool) -> Built | Stays:
     """The new layer, unless it would take more than ``limit`` bytes and is to be frozen."""
-    reason = _saves_nothing(old, choice.rank or _rank_of(choice.config))
+    reason = _saves_nothing(old, choice.rank or choice.config.rank)
     if reason is not None:  # before the singular values are computed
         return Stays(reason)
     remarks: list[str] = []
-    new = build(old, choice, remarks)
-    if isinstance(new, LowRankLinear | QuantLowRankLinear):
+    new: Any = build(old, choice, remarks)
+    if new.rank is not None:
         choice = choice._replace(rank=new.rank)
         reason = _saves_nothing(old, new.rank)
         if reason is not None:
             return Stays(reason)
-    size, frozen = _least_bytes(new), new
-    if isinstance(new, CompressedLinear) and (size <= limit or not freeze):
-        frozen = (new if freeze else copy.copy(new)).freeze()
+    size, frozen = new.least_bytes(), new
+    if new.freezes and (size <= limit or not freeze):
+        frozen = new if freeze else copy.copy(new)
+        frozen.freeze(choice.config.quantizer(frozen))
         size = nbytes(frozen)
     if size > limit:
         grows = f"it would take {size:,} bytes where {limit:,} will do"
@@ -109,87 +91,25 @@ def build(layer: nn.Module, choice: Choice, remarks: list[str] | None = None) ->
     Args:
         remarks: takes what is worth saying about how it was done.
     """
-    config = choice.config
-    if isinstance(layer, LowRankLinear | QuantLowRankLinear):
-        if config != Int8():
-            raise ValueError(
-                f"config: expected Int8() for a low-rank layer, whose rank stays; got {config}"
-            )
-        return QuantLowRankLinear.from_low_rank(layer)
-    if isinstance(config, LowRank | LowRankInt8):
-        if not isinstance(layer, nn.Linear):
-            raise ValueError(
-                f"config: expected a dense layer for {config}; got a {type(layer).__name__}"
-            )
-        factors = _factors(layer, choice, [] if remarks is None else remarks)
-        return factors if isinstance(config, LowRank) else QuantLowRankLinear.from_low_rank(factors)
-    new: CompressedLinear
-    if isinstance(config, Int8) and isinstance(layer, SparseLinear):
-        if config not in BESIDE_SPARSE:
-            raise ValueError(
-                f"config: expected Int8() or Int8(activations='static') for a sparse layer; got "
-                f"{config}"
-            )
-        # the pattern there is stays
-        new = SparseLinear.from_linear(
-            layer, pattern=str(layer.pattern), mask=layer.mask, activations=config.activations
+    config, ours = choice.config, layer_of(layer)
+    if ours is not None and ours.rank is not None and config != Int8():
+        raise ValueError(
+            f"config: expected Int8() for a low-rank layer, whose rank stays; got {config}"
         )
-    elif isinstance(config, Fp8):
-        new = Fp8Linear.from_linear(layer, scales=config.scales, activations=config.activations)
-    elif isinstance(config, Int8 | Int4):
-        new = QuantLinear.from_linear(
-            layer,
-            bits=8 if isinstance(config, Int8) else 4,
-            group=config.group,
-            symmetric=config.symmetric,
-            activations=config.activations,
+    if config.factors and not isinstance(layer, nn.Linear):
+        raise ValueError(
+            f"config: expected a dense layer for {config}; got a {type(layer).__name__}"
         )
-    elif isinstance(config, Sparse):
-        new = SparseLinear.from_linear(layer, config.sparsity, config.pattern, config.values)
-    else:
-        new = SparseLinear.from_linear(
-            layer,
-            config.sparse.sparsity,
-            config.sparse.pattern,
-            activations=config.int8.activations,
-        )
-    if new.x_grid is not None and choice.x_grid is not None:
-        new.x_grid.copy_(torch.tensor(choice.x_grid, device=new.x_grid.device))
+    new = config.make(layer, choice.rank, [] if remarks is None else remarks)
+    grid = getattr(new, "x_grid", None)
+    if grid is not None and choice.x_grid is not None:
+        grid.copy_(torch.tensor(choice.x_grid, device=grid.device))
     return new
-
-
-def _factors(layer: nn.Linear, choice: Choice, remarks: list[str]) -> LowRankLinear:
-    config = choice.config
-    assert isinstance(config, LowRank | LowRankInt8)
-    form = config if isinstance(config, LowRank) else config.low_rank
-    given = (form.rank, form.energy) if choice.rank is None else (choice.rank, None)
-    # Factors made under inference_mode could not be trained later.
-    with torch.inference_mode(False), torch.no_grad():
-        svd = truncated_svd(layer.weight, *given, exact=form.exact)
-        if svd.fallback:
-            remarks.append(f"by LAPACK's SVD: {svd.fallback}")
-        return LowRankLinear.from_svd(layer, svd)
 
 
 def nbytes(layer: nn.Module) -> int:
     """Bytes of the parameters and buffers of one layer."""
     return sum(t.nbytes for t in (*layer.parameters(), *layer.buffers()))
-
-
-def _least_bytes(new: Layer) -> int:
-    """Bytes of a layer once frozen by arithmetic alone; of a sparse one all but its values."""
-    if isinstance(new, LowRankLinear):
-        return nbytes(new)
-    empty = type(new).from_arguments({**new.arguments(), "frozen": True})  # type: ignore[attr-defined]
-    bias = 0 if new.bias is None else new.bias.nbytes
-    return bias + sum(t.nbytes for t in empty.buffers())
-
-
-def _rank_of(config: Config) -> int | None:
-    """The rank that a config names."""
-    if isinstance(config, LowRankInt8):
-        config = config.low_rank
-    return config.rank if isinstance(config, LowRank) else None
 
 
 def _saves_nothing(layer: nn.Module, rank: int | None) -> str | None:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bigops.nn.sites import evaluating, run_example
-from bigops.ops import _quantize as quantize
+from bigops.formats import quantize
+from bigops.graph.sites import evaluating, run_example
 
 Grid = tuple[float, float]  # scale and zero point
 

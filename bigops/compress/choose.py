@@ -9,24 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from bigops.compress.config import Config, LowRank, LowRankInt8, check_config
-from bigops.nn.compressed_linear import CompressedLinear
-from bigops.nn.fp8_linear import Fp8Linear
-from bigops.nn.gated_mlp import GatedMLP
-from bigops.nn.linear import Linear
-from bigops.nn.low_rank_linear import LowRankLinear
-from bigops.nn.packed_gated_mlp import PackedGatedMLP
-from bigops.nn.packed_linear import PackedBase, PackedLinear
-from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
-from bigops.nn.quant_linear import QuantLinear
-from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
-from bigops.nn.sites import Sites
-from bigops.nn.sparse_linear import SparseLinear
+from bigops.compress.config import Config, check_config
+from bigops.graph.sites import Sites
+from bigops.nn import LAYERS
+from bigops.nn.layer import layer_of
 
-_EXACT = (
-    nn.Linear, Linear, LowRankLinear, Fp8Linear, QuantLinear, QuantLowRankLinear, SparseLinear,
-    PackedLinear, PackedLowRankLinear,
-)  # fmt: skip
 _SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,27 +29,33 @@ def find(sites: Sites) -> Layers:
     """The layers that can be compressed, and the others with the reason."""
     found = Layers({}, {}, [])
     for path, module in sites.unique():
-        if isinstance(module, GatedMLP):
-            found.left[path] = "its gate and up projection: gated pairs have no compressed kernel"
-        if isinstance(module, PackedBase) and module.frozen:
-            found.left[path] = "it is packed already; unpack_ gives the float weight back"
-        elif isinstance(module, PackedBase) and isinstance(sites.parent(path), PackedGatedMLP):
-            found.left[path] = "a part of a PackedGatedMLP; unpack_ makes a GatedMLP of it"
-        elif isinstance(module, CompressedLinear) and module.frozen:
-            found.left[path] = "it is thawed" if module.thawed else "it is frozen already"
-            found.frozen.append(path)
-        elif isinstance(module, nn.Linear | LowRankLinear | CompressedLinear):
-            reason = sites.reason_to_leave(path, _EXACT, weight_goes=True)
-            dtype = next((p.dtype for p in module.parameters()), torch.float32)
-            if reason is None and dtype not in _SERVED:
-                reason = f"no compressed kernel takes {dtype}"
-            if reason is None and any(p.is_meta for p in module.parameters()):
-                reason = "it is on meta, without numbers to compress"
-            if reason is None:
-                found.open[path] = module
-            else:
-                found.left[path] = reason
+        layer, around = layer_of(module), layer_of(sites.parent(path))
+        if layer is not None:
+            if layer.inside is not None:
+                continue
+            if layer.frozen and not layer.unpacks:
+                found.frozen.append(path)
+        elif not isinstance(module, nn.Linear):
+            continue
+        reason = layer and layer.closed_to_compress
+        reason = reason or (around and around.inside) or _unfit(sites, path, module)
+        if reason is None:
+            found.open[path] = module
+        else:
+            found.left[path] = reason
     return found
+
+
+def _unfit(sites: Sites, path: str, module: nn.Module) -> str | None:
+    """Why a linear layer of whatever class is left, or None."""
+    if reason := sites.reason_to_leave(path, (nn.Linear, *LAYERS), weight_goes=True):
+        return reason
+    dtype = next((p.dtype for p in module.parameters()), torch.float32)
+    if dtype not in _SERVED:
+        return f"no compressed kernel takes {dtype}"
+    if any(p.is_meta for p in module.parameters()):
+        return "it is on meta, without numbers to compress"
+    return None
 
 
 def check_patterns(config: Config | Mapping[str, Config | None]) -> dict[str, Config | None]:
@@ -152,8 +145,8 @@ def _nobody(layers: Layers, empty: list[str], taken: Mapping[str, str]) -> str:
 
 def has_factors(layer: nn.Module, config: Config) -> bool:
     """Whether a layer is in factors, as ``config`` would have it."""
-    factors = isinstance(layer, LowRankLinear | QuantLowRankLinear | PackedLowRankLinear)
-    return factors and isinstance(config, LowRank | LowRankInt8)
+    ours = layer_of(layer)
+    return config.factors and ours is not None and ours.rank is not None
 
 
 def check_finite(name: str, layer: Any) -> None:

@@ -8,16 +8,83 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
-from bigops.nn.fp8_linear import check_layer_form
-from bigops.nn.sparse_linear import check_sparsity
-from bigops.ops._quantized_weight import check_form
-from bigops.ops.sparse_linear import Pattern
+import torch
+from torch import nn
+
+from bigops.compress.criteria import magnitude
+from bigops.compress.quantizers import round_to_nearest
+from bigops.formats.fp8 import Fp8Weight
+from bigops.formats.patterns import Pattern
+from bigops.formats.quantized import check_form
+from bigops.nn.fp8_linear import Fp8Linear
+from bigops.nn.layer import Layer, layer_of
+from bigops.nn.low_rank_linear import LowRankLinear
+from bigops.nn.quant_linear import QuantLinear
+from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
+from bigops.nn.sparse_linear import SparseLinear, check_sparsity
+from bigops.nn.truncated_svd import truncated_svd
+
+
+class Config:
+    """What to do with a layer: which entries stay, which codes stand for them, how they lie.
+
+    Of one class for each storage; `make` builds the layer that has it.
+    """
+
+    key: ClassVar[str]  # in `encode`
+    factors: ClassVar[bool] = False  # whether the weight becomes two factors
+    criterion = staticmethod(magnitude)
+    quantizer = staticmethod(round_to_nearest)
+
+    @property
+    def activations(self) -> str:
+        """What the product does with x."""
+        return "none"
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of the factors, where the config names one."""
+        return None
+
+    @property
+    def alone(self) -> Int8 | None:
+        """The `Int8` that is left where pattern and factors save nothing."""
+        return None
+
+    def make(self, old: nn.Module, rank: int | None, remarks: list[str]) -> Layer:
+        """The layer in recovery state beside ``old``, which is not changed.
+
+        Args:
+            old: an `nn.Linear`, or a layer that is not frozen.
+            rank: of the factors, where it is known already.
+            remarks: takes what is worth saying about how it was done.
+        """
+        raise NotImplementedError
+
+    def encode(self) -> dict[str, Any]:
+        """The config as plain data; `decode` reads it back."""
+        return {self.key: self._changed()}
+
+    def _changed(self) -> dict[str, Any]:
+        """The arguments that are not the default."""
+        given = {field: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {field.name: value for field, value in given.items() if value != field.default}
+
+    def __add__(self, other: object) -> Config:
+        raise TypeError(
+            f"{type(self).__name__} + {type(other).__name__}: only Sparse + Int8 and LowRank + "
+            "Int8 compose"
+        )
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in self._changed().items())
+        return f"{type(self).__name__}({given})"
 
 
 @dataclass(frozen=True)
-class Sparse:
+class Sparse(Config):
     """Keep the largest blocks of the weight by L2 norm and store only those.
 
     Args:
@@ -30,6 +97,7 @@ class Sparse:
     sparsity: float | None = None
     pattern: str = "1x4"
     values: str = "fp32"
+    key = "sparse"
 
     def __post_init__(self) -> None:
         pattern, value = Pattern.parse(self.pattern), self.sparsity
@@ -41,18 +109,23 @@ class Sparse:
         if self.values not in ("fp32", "bf16"):
             raise ValueError(f"values: expected fp32 or bf16; got {self.values!r}")
 
-    def __add__(self, other: object) -> SparseInt8:
-        if isinstance(other, Int8):
-            return SparseInt8(self, other)
-        raise _no_sum(self, other)
+    def make(self, old: nn.Module, rank: int | None, remarks: list[str]) -> Layer:
+        given = (self.sparsity, self.pattern, self.values)
+        return SparseLinear.from_linear(old, *given, criterion=self.criterion)
+
+    def _changed(self) -> dict[str, Any]:
+        return {"sparsity": self.sparsity, **super()._changed()}  # always said
+
+    def __add__(self, other: object) -> Config:
+        return SparseInt8(self, other) if isinstance(other, Int8) else super().__add__(other)
 
     def __str__(self) -> str:
-        more = {k: v for k, v in _more(self).items() if k != "sparsity"}
+        more = {k: v for k, v in self._changed().items() if k != "sparsity"}
         return f"Sparse({self.sparsity:g}{''.join(f', {k}={v}' for k, v in more.items())})"
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Config):
     """Keep the weight as two factors, ``u @ v`` by its largest singular values; give one of both.
 
     Args:
@@ -68,6 +141,8 @@ class LowRank:
     rank: int | None = None
     energy: float | None = None
     exact: bool = False
+    key = "low_rank"
+    factors = True
 
     def __post_init__(self) -> None:
         rank, energy = self.rank, self.energy
@@ -87,17 +162,22 @@ class LowRank:
         else:
             object.__setattr__(self, "energy", float(energy))
 
-    def __add__(self, other: object) -> LowRankInt8:
-        if isinstance(other, Int8):
-            return LowRankInt8(self, other)
-        raise _no_sum(self, other)
+    def make(self, old: nn.Module, rank: int | None, remarks: list[str]) -> LowRankLinear:
+        assert isinstance(old, nn.Linear)
+        given = (self.rank, self.energy) if rank is None else (rank, None)
+        # Factors made under inference_mode could not be trained later.
+        with torch.inference_mode(False), torch.no_grad():
+            svd = truncated_svd(old.weight, *given, exact=self.exact)
+            if svd.fallback:
+                remarks.append(f"by LAPACK's SVD: {svd.fallback}")
+            return LowRankLinear.from_svd(old, svd)
 
-    def __str__(self) -> str:
-        return f"LowRank({_arguments(self)})"
+    def __add__(self, other: object) -> Config:
+        return LowRankInt8(self, other) if isinstance(other, Int8) else super().__add__(other)
 
 
 @dataclass(frozen=True)
-class Int8:
+class Int8(Config):
     """Store the weight as int8.
 
     Args:
@@ -111,21 +191,33 @@ class Int8:
     activations: str = "dynamic"
     group: int | None = None
     symmetric: bool = True
+    key = "int8"
 
     def __post_init__(self) -> None:
         _check_form(self, 8)
 
-    def __add__(self, other: object) -> SparseInt8 | LowRankInt8:
-        if isinstance(other, Sparse | LowRank):
-            return other + self
-        raise _no_sum(self, other)
+    def make(self, old: nn.Module, rank: int | None, remarks: list[str]) -> Layer:
+        ours: Any = layer_of(old)
+        if ours is not None and ours.rank is not None:  # which stays
+            return QuantLowRankLinear.from_low_rank(old)
+        if ours is None or ours.pattern is None:
+            return _quantized(self, old, 8)
+        if self not in BESIDE_SPARSE:
+            raise ValueError(
+                f"config: expected Int8() or Int8(activations='static') for a sparse layer; got "
+                f"{self}"
+            )
+        # the pattern there is stays
+        return SparseLinear.from_linear(
+            old, pattern=str(ours.pattern), mask=ours.mask, activations=self.activations
+        )
 
-    def __str__(self) -> str:
-        return f"Int8({_arguments(self)})"
+    def __add__(self, other: object) -> Config:
+        return other + self if isinstance(other, Sparse | LowRank) else super().__add__(other)
 
 
 @dataclass(frozen=True)
-class Int4:
+class Int4(Config):
     """Store the weight in 4 bits; `W4A8` is ``Int4(group=64, activations="dynamic")``.
 
     Args:
@@ -138,19 +230,17 @@ class Int4:
     group: int | None = 64
     activations: str = "none"
     symmetric: bool = True
+    key = "int4"
 
     def __post_init__(self) -> None:
         _check_form(self, 4)
 
-    def __add__(self, other: object) -> SparseInt8:
-        raise _no_sum(self, other)
-
-    def __str__(self) -> str:
-        return f"Int4({_arguments(self)})"
+    def make(self, old: nn.Module, rank: int | None, remarks: list[str]) -> Layer:
+        return _quantized(self, old, 4)
 
 
 @dataclass(frozen=True)
-class Fp8:
+class Fp8(Config):
     """Store the weight in float8_e4m3fn.
 
     Args:
@@ -162,15 +252,13 @@ class Fp8:
 
     scales: str = "row"
     activations: str = "dynamic"
+    key = "fp8"
 
     def __post_init__(self) -> None:
-        check_layer_form(self.scales, self.activations)
+        Fp8Weight.form(self.scales, self.activations)
 
-    def __add__(self, other: object) -> SparseInt8:
-        raise _no_sum(self, other)
-
-    def __str__(self) -> str:
-        return f"Fp8({_arguments(self)})"
+    def make(self, old: nn.Module, rank: int | None, remarks: list[str]) -> Layer:
+        return Fp8Linear.from_linear(old, scales=self.scales, activations=self.activations)
 
 
 def _check_form(config: Int8 | Int4, bits: int) -> None:
@@ -182,24 +270,14 @@ def _check_form(config: Int8 | Int4, bits: int) -> None:
     check_form(bits, group or 0, config.activations)
 
 
-def _no_sum(config: object, other: object) -> TypeError:
-    return TypeError(
-        f"{type(config).__name__} + {type(other).__name__}: only Sparse + Int8 and LowRank + Int8 "
-        "compose"
+def _quantized(config: Int8 | Int4, old: nn.Module, bits: int) -> QuantLinear:
+    return QuantLinear.from_linear(
+        old,
+        bits=bits,
+        group=config.group,
+        symmetric=config.symmetric,
+        activations=config.activations,
     )
-
-
-def _changed(config: Int8 | Int4 | Fp8 | LowRank) -> dict[str, Any]:
-    """The arguments that are not the default."""
-    return {
-        field.name: getattr(config, field.name)
-        for field in fields(config)
-        if getattr(config, field.name) != field.default
-    }
-
-
-def _arguments(config: Int8 | Int4 | Fp8 | LowRank) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in _changed(config).items())
 
 
 W4A8 = Int4(group=64, activations="dynamic")
@@ -209,11 +287,14 @@ BESIDE_SPARSE = (Int8(), Int8(activations="static"))
 
 
 @dataclass(frozen=True)
-class SparseInt8:
+class SparseInt8(Config):
     """`Sparse(..) + Int8()`: the kept blocks are stored as int8; activations dynamic or static."""
 
     sparse: Sparse
     int8: Int8 = Int8()
+    alone = property(lambda self: self.int8)
+    activations = property(lambda self: self.int8.activations)
+    quantizer = property(lambda self: self.int8.quantizer)
 
     def __post_init__(self) -> None:
         if self.sparse.values != "fp32":
@@ -226,40 +307,49 @@ class SparseInt8:
                 f"{self.int8}"
             )
 
-    def __add__(self, other: object) -> SparseInt8:
-        raise _no_sum(self, other)
+    def make(self, old: nn.Module, rank: int | None, remarks: list[str]) -> Layer:
+        return SparseLinear.from_linear(
+            old,
+            self.sparse.sparsity,
+            self.sparse.pattern,
+            activations=self.activations,
+            criterion=self.sparse.criterion,
+        )
+
+    def encode(self) -> dict[str, Any]:
+        return {**self.sparse.encode(), **self.int8.encode()}
 
     def __str__(self) -> str:
         return f"{self.sparse} + {self.int8}"
 
 
 @dataclass(frozen=True)
-class LowRankInt8:
+class LowRankInt8(Config):
     """`LowRank(..) + Int8()`: both factors are stored as int8; activations dynamic."""
 
     low_rank: LowRank
     int8: Int8 = Int8()
+    factors = True
+    alone = property(lambda self: self.int8)
+    activations = property(lambda self: self.int8.activations)
+    quantizer = property(lambda self: self.int8.quantizer)
+    rank = property(lambda self: self.low_rank.rank)
 
     def __post_init__(self) -> None:
         if self.int8 != Int8():
             raise ValueError(f"int8: expected Int8() beside LowRank; got {self.int8}")
 
-    def __add__(self, other: object) -> LowRankInt8:
-        raise _no_sum(self, other)
+    def make(self, old: nn.Module, rank: int | None, remarks: list[str]) -> Layer:
+        return QuantLowRankLinear.from_low_rank(self.low_rank.make(old, rank, remarks))
+
+    def encode(self) -> dict[str, Any]:
+        return {**self.low_rank.encode(), **self.int8.encode()}
 
     def __str__(self) -> str:
         return f"{self.low_rank} + {self.int8}"
 
 
-Config: TypeAlias = Sparse | LowRank | Int8 | Int4 | Fp8 | SparseInt8 | LowRankInt8
 Configs: TypeAlias = Config | Mapping[str, Config | None]
-
-
-def activations_of(config: Config) -> str:
-    """What the product of a layer of this form does with x."""
-    if isinstance(config, SparseInt8 | LowRankInt8):
-        return config.int8.activations
-    return "none" if isinstance(config, Sparse | LowRank) else config.activations
 
 
 def check_config(name: str, value: object) -> None:
@@ -278,10 +368,10 @@ def to_json(configs: Configs) -> str:
             if config is not None:
                 check_config(f"config[{pattern!r}]", config)
         # A list of pairs, since the first match wins and objects promise no order.
-        pairs = [[name, None if c is None else encode(c)] for name, c in configs.items()]
+        pairs = [[name, None if c is None else c.encode()] for name, c in configs.items()]
         return json.dumps({"patterns": pairs})
     check_config("config", configs)
-    return json.dumps(encode(configs))
+    return json.dumps(configs.encode())
 
 
 def from_json(text: str) -> Configs:
@@ -305,41 +395,9 @@ def from_json(text: str) -> Configs:
     return decode(data)
 
 
-def _more(config: Sparse) -> dict[str, Any]:
-    """The fields that are not the default, the sparsity always."""
-    data: dict[str, Any] = {"sparsity": config.sparsity}
-    if config.pattern != "1x4":
-        data["pattern"] = config.pattern
-    if config.values != "fp32":
-        data["values"] = config.values
-    return data
-
-
-def encode(config: Config) -> dict[str, Any]:
-    """A config as plain data; `decode` reads it back."""
-    data: dict[str, Any] = {}
-    if isinstance(config, Sparse):
-        data["sparse"] = _more(config)
-    elif isinstance(config, SparseInt8):
-        data["sparse"] = _more(config.sparse)
-        data["int8"] = _changed(config.int8)
-    elif isinstance(config, LowRank):
-        data["low_rank"] = _changed(config)
-    elif isinstance(config, LowRankInt8):
-        data["low_rank"] = _changed(config.low_rank)
-        data["int8"] = {}
-    elif isinstance(config, Int8):
-        data["int8"] = _changed(config)
-    elif isinstance(config, Fp8):
-        data["fp8"] = _changed(config)
-    else:
-        data["int4"] = _changed(config)
-    return data
-
-
 def decode(data: Any) -> Config:
-    """Read what `encode` wrote; raise ValueError for what it would not write."""
-    kinds = {"sparse": Sparse, "low_rank": LowRank, "int8": Int8, "int4": Int4, "fp8": Fp8}
+    """Read what `Config.encode` wrote; raise ValueError for what it would not write."""
+    kinds: dict[str, Any] = {kind.key: kind for kind in (Sparse, LowRank, Int8, Int4, Fp8)}
     made: dict[str, Any] = {}
     shaped = isinstance(data, dict) and data and set(data) <= set(kinds)
     try:
@@ -348,7 +406,7 @@ def decode(data: Any) -> Config:
     except TypeError as error:  # no mapping, an unknown argument, or a value of another type
         raise ValueError(f"config: expected the arguments of a config; {error}") from None
     if set(made) in ({"sparse", "int8"}, {"low_rank", "int8"}):
-        both: SparseInt8 | LowRankInt8 = made.pop("int8") + next(iter(made.values()))
+        both: Config = made.pop("int8") + next(iter(made.values()))
         return both
     if len(made) != 1:
         raise ValueError(

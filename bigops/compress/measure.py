@@ -13,28 +13,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bigops import backend, timing
-from bigops.nn.compressed_linear import CompressedLinear
-from bigops.nn.fp8_linear import Fp8Linear
-from bigops.nn.gated_mlp import GatedMLP
-from bigops.nn.linear import Linear
-from bigops.nn.low_rank_linear import LowRankLinear
-from bigops.nn.packed_gated_mlp import PackedGatedMLP
-from bigops.nn.packed_linear import PackedBase, PackedLinear
-from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
-from bigops.nn.quant_linear import QuantLinear
-from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
-from bigops.nn.sites import capture, contest, evaluating, run_example
-from bigops.nn.sparse_linear import SparseLinear
-
-_OPS = {
-    Fp8Linear: "fp8_linear",
-    Linear: "fused_linear",
-    PackedLinear: "packed_linear",
-    QuantLinear: "quantized_linear",
-    SparseLinear: "sparse_linear",
-}
-_GATED = GatedMLP | PackedGatedMLP
+from bigops import timing
+from bigops.graph.sites import capture, contest, evaluating, run_example
+from bigops.nn.layer import layer_of
+from bigops.ops.choice import Choice
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -47,10 +29,7 @@ def model_bytes(model: nn.Module) -> int:
         if storage.data_ptr() not in seen or storage.nbytes() == 0:
             seen.add(storage.data_ptr())
             total += storage.nbytes()
-    for module in model.modules():
-        if isinstance(module, SparseLinear):
-            total += module.gpu_nbytes
-    return total
+    return total + sum(layer.gpu_nbytes for layer in filter(None, map(layer_of, model.modules())))
 
 
 class _Meter(TorchDispatchMode):
@@ -147,31 +126,13 @@ def clear(ratio: timing.Ratio, floor: float | None) -> bool:
     return floor is None or ratio.low >= floor or ratio.high < floor
 
 
-def explained(module: nn.Module, x: Tensor) -> backend.Explanation | None:
+def explained(module: nn.Module, x: Tensor) -> Choice | None:
     """What `bigops.explain` says of a call of ``module`` on x, of several products the last.
 
     None of a layer without an op.
     """
-    if isinstance(module, _GATED):
-        x, module = x.new_empty(*x.shape[:-1], module.hidden_features), module.down_proj
-    if isinstance(module, PackedBase) and not module.frozen:
-        module = module.unpacked()
-    if isinstance(module, PackedLowRankLinear):
-        x, last = x.new_empty(*x.shape[:-1], module.rank), module.storage().u
-        return backend.explain("packed_linear", x, last, module.bias)
-    if isinstance(module, LowRankLinear | QuantLowRankLinear):
-        factors = module if isinstance(module, LowRankLinear) else module.storage()
-        given = (x, factors.u, factors.v, module.bias)
-        return backend.explain("low_rank_linear", *given, activation=module.activation)
-    op = _OPS.get(type(module))
-    if op is None:
-        return None
-    assert isinstance(module, Linear | CompressedLinear)
-    weight = module.weight if isinstance(module, Linear) else module.storage()
-    bias = module.bias
-    if isinstance(module, SparseLinear) and module.stored == "bf16":  # it casts x there and back
-        x, bias = x.to(torch.bfloat16), None if bias is None else bias.to(torch.bfloat16)
-    return backend.explain(op, x, weight, bias, activation=module.activation)
+    layer = layer_of(module)
+    return None if layer is None else layer.explain(x)
 
 
 def kernel_of(module: nn.Module, x: Tensor) -> str:
@@ -200,9 +161,9 @@ def layers(
     found: dict[str, nn.Module] = {
         name: module
         for name, module in after.named_modules()
-        if isinstance(module, nn.Linear | LowRankLinear | CompressedLinear | _GATED) and name in old
+        if name in old and (isinstance(module, nn.Linear) or layer_of(module) is not None)
     }
-    inside = {f"{n}.{c}" for n, m in found.items() if isinstance(m, _GATED) for c in m._modules}
+    inside = {f"{n}.{c}" for n, m in found.items() if layer_of(m) is not None for c in m._modules}
     found = {name: module for name, module in found.items() if name not in inside}
     seen = capture(after, found, example_inputs)
     rows = []

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from bigops.compress.build import Choice
-from bigops.compress.config import decode, encode
-from bigops.ops import _quantize as quantize
+from bigops.compress.config import decode
+from bigops.formats import quantize
 
 VERSION = 1
 _KEY = "bigops_plan"
@@ -37,7 +37,7 @@ def write(layers: Mapping[str, Choice | None], freeze: bool) -> dict[str, Any]:
 
 
 def _entry(choice: Choice) -> dict[str, Any]:
-    entry: dict[str, Any] = {"config": encode(choice.config)}
+    entry: dict[str, Any] = {"config": choice.config.encode()}
     if choice.x_grid is not None:
         entry["x_grid"] = list(choice.x_grid)
     if choice.rank is not None:

@@ -17,7 +17,7 @@ from torch import nn
 from bigops import backend, timing
 from bigops.compress import measure
 from bigops.files import replacing
-from bigops.nn.looking import looking
+from bigops.graph.looking import looking
 from bigops.timing import Ratio
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Receipt:
     ) -> Receipt:
         """Measure two models against each other on this machine.
 
-        Both are as before afterwards, and so are the random states (`bigops.nn.looking`).
+        Both are as before afterwards, and so are the random states (`bigops.graph.looking`).
 
         Args:
             before: the model as it was, of plain torch modules for an honest baseline.
@@ -317,7 +317,7 @@ def machine() -> dict[str, Any]:
     """What the numbers were taken on."""
     return {
         "platform": f"{platform.system()} {platform.machine()}",
-        "isa": backend.extension.isa() if backend.extension is not None else "none",
+        "isa": backend.machine.extension.isa() if backend.machine.extension is not None else "none",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from bigops.compress import file_format, structure
 from bigops.compress.file_format import Header
 from bigops.files import FormatError
-from bigops.nn.atomic import atomic
-from bigops.nn.compressed_linear import CompressedLinear
-from bigops.nn.low_rank_linear import LowRankLinear
-from bigops.nn.sites import Sites
+from bigops.graph.atomic import atomic
+from bigops.graph.sites import Sites
+from bigops.nn.layer import Layer
 
 if TYPE_CHECKING:
     from bigops.compress.receipt import Receipt
@@ -115,9 +114,7 @@ def load(
         return sites.model.to(device)
 
 
-def load_compressed(
-    path: str | os.PathLike[str],
-) -> dict[str, CompressedLinear | LowRankLinear]:
+def load_compressed(path: str | os.PathLike[str]) -> dict[str, Layer]:
     """The compressed layers in a saved file by name, whatever the classes around them.
 
     Raises:

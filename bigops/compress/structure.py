@@ -12,31 +12,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from bigops.compress import arguments
-from bigops.compress.arguments import (
-    FLAG,
-    INT,
-    NUMBER,
-    SIZE,
-    SIZES,
-    TEXT,
-    Field,
-    left_out,
-    one_of,
-    optional,
-)
-from bigops.nn.compressed_linear import RETIRED, CompressedLinear
-from bigops.nn.fp8_linear import Fp8Linear
-from bigops.nn.gated_mlp import GatedMLP
-from bigops.nn.linear import Linear
-from bigops.nn.low_rank_linear import LowRankLinear
-from bigops.nn.packed_gated_mlp import PackedGatedMLP
-from bigops.nn.packed_linear import PackedLinear
-from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
-from bigops.nn.quant_linear import QuantLinear
-from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
-from bigops.nn.sites import hook_reason
-from bigops.nn.sparse_linear import SparseLinear
+from bigops.graph.sites import hook_reason
+from bigops.nn import LAYERS, fields
+from bigops.nn.fields import FLAG, INT, NUMBER, SIZE, SIZES, Field, one_of, optional
+from bigops.nn.layer import Layer, layer_of
 
 MAX_DEPTH = 64
 OTHER = "other"
@@ -54,9 +33,10 @@ class Kind(NamedTuple):
     make: Callable[[dict[str, Any]], nn.Module]
     fields: dict[str, Field]
     container: bool = False
-    # Layers of its own that a verb may have swapped: children of the node where they are not what
-    # the constructor makes.
-    parts: tuple[str, ...] = ()
+    # Layers of its own that a verb may have swapped, with the kind that the constructor makes:
+    # children of the node where they are of another.
+    parts: Mapping[str, str] = {}
+    compressed: bool = False
 
 
 def _plain(cls: type[nn.Module], **fields: Field) -> Kind:
@@ -68,14 +48,21 @@ def _on_meta(
     cls: type[nn.Module],
     describe: Callable[[Any], dict[str, Any]],
     fields: dict[str, Field],
-    parts: tuple[str, ...] = (),
 ) -> Kind:
     """A class whose constructor takes a device; on "meta" it draws no random number."""
-    return Kind(cls, describe, lambda args: cls(**args, device="meta"), fields, parts=parts)
+    return Kind(cls, describe, lambda args: cls(**args, device="meta"), fields)
 
 
-def _compressed(cls: Any, **fields: Field) -> Kind:
-    return Kind(cls, cls.arguments, cls.from_arguments, {**arguments.COMPRESSED, **fields})
+def _ours(cls: type[Layer]) -> Kind:
+    """A layer of this package."""
+    return Kind(
+        cls,
+        lambda layer: layer.arguments(),
+        cls.from_arguments,
+        cls.FIELDS,
+        parts=cls.parts,
+        compressed=cls.compressed,
+    )
 
 
 def _linear(module: nn.Linear) -> dict[str, Any]:
@@ -103,13 +90,6 @@ _EMBEDDING = {
     "norm_type": NUMBER,
     "scale_grad_by_freq": FLAG,
     "sparse": FLAG,
-}
-_GATED = {
-    "in_features": SIZE,
-    "hidden_features": SIZE,
-    "out_features": SIZE,
-    "activation": arguments.GATED,
-    "bias": FLAG,
 }
 
 _CONTAINERS: dict[str, Kind] = {
@@ -141,39 +121,22 @@ KINDS: dict[str, Kind] = {
     "Embedding": _on_meta(
         nn.Embedding, lambda m: {n: getattr(m, n) for n in _EMBEDDING}, _EMBEDDING
     ),
-    "torch.Linear": _on_meta(nn.Linear, _linear, arguments.LINEAR),
-    "bigops.Linear": _on_meta(Linear, Linear.arguments, arguments.ACTIVATED),
-    "bigops.Fp8Linear": _compressed(Fp8Linear, scales=TEXT, activations=TEXT),
-    "bigops.GatedMLP": _on_meta(GatedMLP, GatedMLP.arguments, _GATED, ("down_proj",)),
-    "bigops.LowRankLinear": _on_meta(
-        LowRankLinear, LowRankLinear.arguments, {**arguments.ACTIVATED, "rank": SIZE}
-    ),
-    "bigops.PackedGatedMLP": _on_meta(
-        PackedGatedMLP, PackedGatedMLP.arguments, {**_GATED, "frozen": FLAG}
-    ),
-    "bigops.PackedLinear": _compressed(PackedLinear),
-    "bigops.PackedLowRankLinear": _compressed(PackedLowRankLinear, rank=SIZE),
-    "bigops.QuantLinear": _compressed(
-        QuantLinear, bits=SIZE, group=optional(SIZE), symmetric=FLAG, activations=TEXT
-    ),
-    "bigops.QuantLowRankLinear": _compressed(QuantLowRankLinear, rank=SIZE),
-    "bigops.SparseLinear": _compressed(
-        SparseLinear,
-        pattern=TEXT,
-        values=TEXT,
-        chunk=SIZE,
-        thawed=FLAG,
-        activations=left_out(TEXT),
-    ),
+    "torch.Linear": _on_meta(nn.Linear, _linear, fields.LINEAR),
+    **{f"bigops.{cls.__name__}": _ours(cls) for cls in LAYERS},
 }
 _NAMES = {kind.cls: name for name, kind in KINDS.items()}
-# What `fuse_` leaves where an activation was: see bigops/nn/fuse.py.
+# What `fuse_` leaves where an activation was: see bigops/graph/fuse.py.
 _FUSED_AWAY = (nn.Identity, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh)
+
+
+def _name_of(model: nn.Module) -> str | None:
+    """The kind of a module of just that class."""
+    return _NAMES.get(type(model))
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """The tree of a model as plain data."""
-    name = _NAMES.get(type(model))
+    name = _name_of(model)
     node: dict[str, Any] = {"kind": OTHER, "class": _class_name(model)}
     if name is not None:
         node = {"kind": name, "args": KINDS[name].describe(model)}
@@ -181,7 +144,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
             node["attached"] = reason
     inner = {n: m for n, m in model._modules.items() if m is not None}
     if name is not None and not KINDS[name].container:
-        inner = {n: inner[n] for n in KINDS[name].parts if type(inner[n]) is not Linear}
+        parts = KINDS[name].parts.items()
+        inner = {n: inner[n] for n, made in parts if _name_of(inner[n]) != made}
     if inner:
         node["children"] = {n: describe(m) for n, m in inner.items()}
     return node
@@ -227,11 +191,12 @@ def replacements(
     """
     kind = _kind(node, path, depth)
     mine = {name for name, child in model._modules.items() if child is not None}
-    same = kind is not None and type(model) is kind.cls and kind.describe(model) == node["args"]
+    name = _name_of(model)
+    old = {} if name is None else KINDS[name].describe(model)
+    same = kind is not None and name == node["kind"] and old == node["args"]
     if same and kind is not None and kind.parts and node.get("children"):
         mine = set(node["children"])  # the rest of it is as the file has it
     elif kind is not None and not kind.container:
-        old = KINDS[_NAMES[type(model)]].describe(model) if type(model) in _NAMES else {}
         if node["kind"].startswith("bigops."):
             for size in ("in_features", "out_features"):
                 got = getattr(model, size, None)
@@ -244,7 +209,7 @@ def replacements(
         elif kind.cls is nn.Identity and type(model) in _FUSED_AWAY:
             if type(model) is not nn.Identity:
                 yield path, nn.Identity()
-        elif type(model) is not kind.cls:
+        elif name != node["kind"]:
             raise StructureError(
                 f"{_where(path)}: the file holds a {node['kind']}; the model a {_class_name(model)}"
             )
@@ -265,19 +230,17 @@ def replacements(
         yield from replacements(child, below, _join(path, name), depth + 1)
 
 
-def compressed(
-    node: Any, path: str = "", depth: int = 0
-) -> Iterator[tuple[str, CompressedLinear | LowRankLinear]]:
+def compressed(node: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Layer]]:
     """The compressed layers that a tree describes, by path; tensors on "meta".
 
     Raises:
         StructureError: a node that is malformed.
     """
     kind = _kind(node, path, depth)
-    if kind is not None and issubclass(kind.cls, CompressedLinear | LowRankLinear):
-        module = _make(node, path)
-        assert isinstance(module, CompressedLinear | LowRankLinear)
-        yield path, module
+    if kind is not None and kind.compressed:
+        layer = layer_of(_make(node, path))
+        assert layer is not None
+        yield path, layer
     for name, child in node.get("children", {}).items():
         yield from compressed(child, _join(path, name), depth + 1)
 
@@ -300,7 +263,7 @@ def _kind(node: Any, path: str, depth: int) -> Kind | None:
         raise StructureError(
             f"{_where(path)}: expected arguments; got {str(node.get('args'))[:80]}"
         )
-    if wrong := arguments.misfit(kind.fields, node["args"]):
+    if wrong := fields.misfit(kind.fields, node["args"]):
         raise StructureError(f"{_where(path)}: a {node['kind']} cannot be made: {wrong}")
     if not kind.container and not set(node.get("children", {})) <= set(kind.parts):
         which = f"children but {', '.join(kind.parts)}" if kind.parts else "children"
@@ -328,15 +291,19 @@ def storage_keys(model: nn.Module) -> set[str]:
     return {
         _join(path, name)
         for path, module in model.named_modules()
-        if isinstance(module, CompressedLinear) and module.frozen
-        for name in module.storage_names
+        if (layer := layer_of(module)) is not None and layer.frozen
+        for name in layer.storage_names
     }
 
 
 def retired_keys(model: nn.Module) -> set[str]:
     """Names that a file of an older version may hold and the layers of today read past."""
-    modules = model.named_modules()
-    return {_join(path, RETIRED) for path, m in modules if isinstance(m, CompressedLinear)}
+    return {
+        _join(path, name)
+        for path, module in model.named_modules()
+        if (layer := layer_of(module)) is not None
+        for name in layer.retired_names
+    }
 
 
 def _class_name(module: nn.Module) -> str:

@@ -1,25 +1,32 @@
 """Layers: parameters and one op call each."""
 
-from bigops.nn.add_lora import add_lora_
+from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.fp8_linear import Fp8Linear
-from bigops.nn.fuse import fuse_
 from bigops.nn.gated_mlp import GatedMLP
+from bigops.nn.layer import Layer
 from bigops.nn.linear import Linear
 from bigops.nn.linear_cross_entropy import LinearCrossEntropy
 from bigops.nn.lora_linear import LoRALinear
 from bigops.nn.low_rank_linear import LowRankLinear
-from bigops.nn.pack import pack_, unpack_
 from bigops.nn.packed_gated_mlp import PackedGatedMLP
 from bigops.nn.packed_linear import PackedLinear
 from bigops.nn.packed_low_rank_linear import PackedLowRankLinear
-from bigops.nn.plain import plain
 from bigops.nn.quant_linear import QuantLinear
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
 from bigops.nn.sparse_linear import SparseLinear
 
+# What a file may name, and what verbs may swap: of just these classes.
+LAYERS: tuple[type[Layer], ...] = (
+    Linear, CompressedLinear, Fp8Linear, GatedMLP, LowRankLinear, PackedGatedMLP, PackedLinear,
+    PackedLowRankLinear, QuantLinear, QuantLowRankLinear, SparseLinear,
+)  # fmt: skip
+
 __all__ = [
+    "LAYERS",
+    "CompressedLinear",
     "Fp8Linear",
     "GatedMLP",
+    "Layer",
     "Linear",
     "LinearCrossEntropy",
     "LoRALinear",
@@ -30,9 +37,4 @@ __all__ = [
     "QuantLinear",
     "QuantLowRankLinear",
     "SparseLinear",
-    "add_lora_",
-    "fuse_",
-    "pack_",
-    "plain",
-    "unpack_",
 ]

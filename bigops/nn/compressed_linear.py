@@ -1,6 +1,6 @@
-"""What the compressed layers share: a trainable state and a frozen one.
+"""CompressedLinear: a linear layer whose weight is stored in one of the formats.
 
-Recovery: a float ``weight`` Parameter is trained in the form it will be stored in. In `eval` with
+Recovery: the float ``weight`` Parameter is trained in the form it will be stored in. In `eval` with
 gradients off the real kernel runs, on storage that is made of the weight anew in each call: the
 numbers are those after `freeze`, whatever wrote the weight; the speed comes with `freeze`.
 
@@ -10,29 +10,55 @@ values then are a Parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from bigops import formats
+from bigops.formats import quantize
+from bigops.formats.base import Format
+from bigops.nn import fields
 from bigops.nn.linear import check_size
-from bigops.ops import _activation as act
-from bigops.ops import _quantize as quantize
+from bigops.nn.stored_state import RETIRED, StoredState
+from bigops.ops import activation as act
+from bigops.ops.choice import Choice
+from bigops.ops.family import LinearOp, op_of
 from bigops.ops.fused_linear import fused_linear
 
-RETIRED = "y_grid"  # in files of older layers, which gave u8 to the next one: read past
 STATES = ("frozen", "thawed", RETIRED)  # in `arguments()`, of no constructor
 
 Self = TypeVar("Self", bound="CompressedLinear")
 
 
-class CompressedLinear(nn.Module):
-    """Base of `QuantLinear`, `SparseLinear`, `QuantLowRankLinear` and `Fp8Linear`."""
+class CompressedLinear(StoredState):
+    """``act(x @ weight.T + bias) + residual`` with the weight stored in a format.
 
-    storage_names: tuple[str, ...]  # buffers of the frozen state, fields of the storage
+    Recovery state: a float ``weight`` [N, K], rounded in the forward pass to what will be stored,
+    with a straight-through gradient (arXiv 1308.3432). Frozen (`freeze`): the tensors of the format
+    as buffers.
+
+    Args:
+        format: a class of `bigops.formats`.
+        in_features: K.
+        out_features: N.
+        bias: whether the layer has a bias [N].
+        activation: none, relu, relu2, gelu, gelu_tanh, silu, sigmoid or tanh.
+        form: what ``format.from_dense`` takes besides the matrix.
+
+    Shapes: x [.., K] in a dtype that the format takes; residual [.., N] or None; result [.., N].
+
+    Raises:
+        ValueError: unknown activation, a size below 0, or a form that is not there.
+        TypeError: a format that no op takes, or a form that is not its own.
+    """
+
+    FIELDS = fields.COMPRESSED | {"format": fields.TEXT, "form": fields.TABLE}
+    compressed = freezes = True
     storage_in_state = True  # whether the frozen state_dict has the buffers as they are
     trained_names: tuple[str, ...] = ("weight",)  # Parameters of the recovery state
+    format: type[Format]
+    form: dict[str, Any]
     in_features: int
     out_features: int
     activation: str
@@ -42,45 +68,141 @@ class CompressedLinear(nn.Module):
     weight: Tensor  # a Parameter; absent once frozen
     bias: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, activation: str) -> None:
+    def __init__(
+        self,
+        format: type[Format],
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **form: Any,
+    ) -> None:
         act.check_name(activation, gated=False)
         check_size("in_features", in_features)
         check_size("out_features", out_features)
+        op_of(format)
         super().__init__()
+        self.format, self.form = format, format.form(**form)
+        self.activations = self.form.get("activations", "none")
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
         self.frozen = False
-        for name in self.trained_names:  # before the bias: the order that optimisers see
-            self.register_parameter(name, None)
-        self.register_parameter("bias", None)
+        self._empty: Format | None = None  # frozen: the storage without its tensors
+        self._sizes: tuple[Any, ...] = ()  # and what its op takes after them
+        for name, parameter in self._trainable(bias, device, dtype).items():
+            self.register_parameter(name, parameter)
+        # A scale of 0 says that nothing was seen yet; make_storage refuses it.
+        static = self.activations == "static"
+        self.register_buffer("x_grid", torch.zeros(2, device=device) if static else None)
 
-    # --- what a subclass says ---------------------------------------------------------------
+    @classmethod
+    def from_linear(
+        cls, format: type[Format], linear: nn.Module, activation: str | None = None, **form: Any
+    ) -> CompressedLinear:
+        """A layer in recovery state that shares the Parameter objects of ``linear``.
 
-    def make_storage(self) -> Any:
+        Args:
+            format, form: as for the constructor.
+            linear: an `nn.Linear` or a compressed layer that is not frozen.
+            activation: None: that of ``linear``.
+
+        Raises:
+            TypeError: ``linear`` is no `nn.Linear` and no compressed layer.
+            ValueError: ``linear`` is frozen.
+        """
+        return cls._beside(linear, activation, format=format, **form)
+
+    @classmethod
+    def _beside(cls: type[Self], linear: nn.Module, activation: str | None, **form: Any) -> Self:
+        """A layer of this class that shares the Parameter objects of ``linear``."""
+        source = check_source(linear)
+        form["in_features"], form["out_features"] = source.in_features, source.out_features
+        name = source.activation if activation is None else activation
+        new = cls(**form, bias=False, activation=name, device="meta")
+        new.weight, new.bias = source.weight, source.bias
+        if new.x_grid is not None:
+            new.x_grid = torch.zeros(2, device=source.weight.device)
+        return new.train(linear.training)
+
+    @classmethod
+    def from_arguments(cls: type[Self], arguments: dict[str, Any]) -> Self:
+        """An empty layer on "meta" as `arguments()` describes it, to be loaded."""
+        given = {k: v for k, v in arguments.items() if k not in STATES}
+        if "form" in given:
+            given.update(given.pop("form"), format=formats.named(given["format"]))
+        new = cls(**given, device="meta")
+        if arguments["frozen"]:
+            new.set_storage(new.empty_storage())
+        return new
+
+    # --- what a subclass may say otherwise ---------------------------------------------------
+
+    def _trainable(
+        self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> dict[str, Any]:
+        """The Parameters of the recovery state, initialised as `nn.Linear` is."""
+        sizes = (self.in_features, self.out_features)
+        source = nn.Linear(*sizes, bias, device=device, dtype=dtype)
+        return {"weight": source.weight, "bias": source.bias}
+
+    def make_storage(self) -> Format:
         """Convert the float weight to compressed storage (recovery state only)."""
-        raise AssertionError("each compressed layer converts its own weight")
+        self.check_calibrated()
+        grid = {} if self.x_grid is None else {"x_grid": self.x_grid}
+        stored: Format = self.format.from_dense(self.weight, **self.form, **grid)
+        return stored
 
-    def make_frozen(self, tensors: dict[str, Tensor | None]) -> Any:
-        """The storage made of the buffers of the frozen state; not validated."""
-        raise AssertionError("each compressed layer knows its own storage")
-
-    def check_storage(self, storage: Any) -> None:
-        """Raise ValueError or TypeError unless the storage is whole and fits this layer."""
-        storage.validate()
+    def empty_storage(self) -> Format:
+        """Storage on "meta" of a layer that is to be loaded."""
+        empty: Format = self.format.empty(self.out_features, self.in_features, **self.form)
+        return empty
 
     def trained_weight(self) -> Tensor:
         """[N, K] as it will be stored, differentiable for ``weight`` (recovery state only)."""
-        raise AssertionError("each compressed layer shapes its own weight")
+        return self._straight_through(self.weight)
 
-    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
-        """Call the op."""
-        raise AssertionError("each compressed layer calls its own op")
+    def _straight_through(self, weight: Tensor) -> Tensor:
+        """``weight`` rounded to what is stored; the gradient passes as if it were not."""
+        with torch.no_grad():
+            rounded = self.format.rounded(weight, **self.form).to(weight.dtype)
+        # weight - weight is 0 exactly, so the value is that of `rounded` to the last bit.
+        return rounded + (weight - weight.detach())
+
+    def run(self, x: Tensor, arguments: tuple[Any, ...], residual: Tensor | None) -> Tensor:
+        """Call the op with `Format.arguments` of the storage."""
+        op, k = self.op, self.in_features
+        if getattr(x, "dtype", None) is torch.uint8 and op.twin is not None:
+            grids = (None,) * len(op.twin.grids)
+            return op.twin(x, arguments, k, grids, self.bias, residual, self.activation)
+        return op(x, arguments, k, self.bias, residual, self.activation)
 
     @property
-    def thawed(self) -> bool:
-        """Whether the stored values are trained; of a layer that is frozen otherwise."""
-        return False
+    def op(self) -> LinearOp:
+        """The op that serves the format."""
+        return op_of(self.format)
+
+    def explain(self, x: Tensor) -> Choice:
+        """Which kernel serves the layer on x, of several products the last."""
+        return self.op.explain(x, self.storage(), self.bias, activation=self.activation)
+
+    @property
+    def density(self) -> float:
+        """Share of the entries that are stored."""
+        return self.storage().density if self.frozen else 1.0
+
+    @property
+    def closed_to_compress(self) -> str | None:
+        if self.frozen:
+            return "it is thawed" if self.thawed else "it is frozen already"
+        return None
+
+    def least_bytes(self) -> int:
+        empty = self.from_arguments({**self.arguments(), "frozen": True})
+        bias = 0 if self.bias is None else self.bias.nbytes
+        return bias + sum(t.nbytes for t in empty.buffers())
 
     # --- forward ----------------------------------------------------------------------------
 
@@ -91,7 +213,7 @@ class CompressedLinear(nn.Module):
             # u8 has no gradient: the floats that it stands for take its place.
             x = self._floating(x, residual)
         if self.frozen:
-            return self.run(x, self.storage(), residual)
+            return self.run(x, self._arguments(), residual)
         # Making storage asks for values, which a traced weight and one of torch.func does not have:
         # these take the float road.
         if not (
@@ -100,7 +222,7 @@ class CompressedLinear(nn.Module):
             or torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
         ):
-            return self.run(x, self._convert(), residual)
+            return self.run(x, self._convert().arguments, residual)
         return self.run_trained(x, residual)
 
     def run_trained(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -123,19 +245,24 @@ class CompressedLinear(nn.Module):
         given = self.bias if self.bias is not None else residual
         return quantize.from_grid(x, self.x_grid, torch.float32 if given is None else given.dtype)
 
+    @property
+    def storage_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the buffers of the frozen state."""
+        return self.format.TENSORS
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """`Format.arguments` of the frozen storage, without the way by a `Format`."""
+        buffers = self._buffers  # getattr would take a microsecond for each
+        return (*[buffers[name] for name in self.format.TENSORS], *self._sizes)
+
     def storage(self) -> Any:
         """The compressed weight: the buffers when frozen, else made of the float weight now."""
-        if self.frozen:
-            buffers = self._buffers  # getattr would take a microsecond for each
-            return self.make_frozen(
-                {
-                    name: buffers[name] if name in buffers else getattr(self, name)
-                    for name in self.storage_names
-                }
-            )
-        return self._convert()
+        if not self.frozen:
+            return self._convert()
+        assert self._empty is not None
+        return self._empty.with_tensors({name: self._stored(name) for name in self.storage_names})
 
-    def _convert(self) -> Any:
+    def _convert(self) -> Format:
         # Storage made under inference_mode could never take part in autograd later.
         with torch.inference_mode(False), torch.no_grad():
             return self.make_storage()
@@ -173,47 +300,67 @@ class CompressedLinear(nn.Module):
 
     # --- frozen state -----------------------------------------------------------------------
 
-    def freeze(self: Self) -> Self:
+    def freeze(self: Self, storage: Format | None = None) -> Self:
         """Keep only the compressed storage; the float weight goes. In place; twice is once.
 
+        Args:
+            storage: what a quantiser made of the layer; None: the weight rounded to nearest.
+
         Raises:
-            ValueError: NaN or inf in the weight. The layer stays as it was.
+            ValueError, TypeError: NaN or inf in the weight, or a storage that is broken or of
+                another form. The layer stays as it was.
         """
-        if not self.frozen or self.thawed:
-            self.set_storage(self._convert())
+        if self.frozen and not self.thawed:
+            return self
+        if storage is None:
+            storage = self._convert()
+        else:
+            self._check_form(storage)
+            self.check_storage(storage)
+        self.set_storage(storage)
         return self
 
-    def set_storage(self, storage: Any) -> None:
+    def _check_form(self, storage: Format) -> None:
+        empty = self.empty_storage()
+        if type(storage) is not type(empty):
+            expected, got = type(empty).__name__, type(storage).__name__
+            raise TypeError(f"storage: expected a {expected}; got a {got}")
+        form, given = self._sizes_of(empty), self._sizes_of(storage)
+        if form != given:
+            raise ValueError(f"storage: expected the form of the layer, {form}; got {given}")
+
+    def set_storage(self, storage: Format) -> None:
         """Become frozen with this storage, at once: no half of it is ever seen, nor left behind."""
-        gone = {*self.trained_names, "mask", *self.storage_names}
+        tensors = storage.tensors()
+        gone = {*self.trained_names, "mask", *tensors}
         buffers = {n: t for n, t in self._buffers.items() if n not in gone}
-        for name in self.storage_names:
-            value = getattr(storage, name)
+        for name, value in tensors.items():
             buffers[name] = None if value is None else value.detach()
         loose = self._non_persistent_buffers_set - gone
         vars(self).update(
             _parameters={n: p for n, p in self._parameters.items() if n not in gone},
             _buffers=buffers,
-            _non_persistent_buffers_set=loose.union(
-                () if self.storage_in_state else self.storage_names
-            ),
+            _non_persistent_buffers_set=loose.union(() if self.storage_in_state else tensors),
+            _empty=storage.with_tensors(dict.fromkeys(tensors)),
+            _sizes=self._sizes_of(storage),
             frozen=True,
         )
+
+    def _sizes_of(self, storage: Format) -> tuple[Any, ...]:
+        return storage.sizes
 
     def dense_weight(self) -> Tensor:
         """The matrix [N, K] that the layer stands for, float32."""
         with torch.no_grad():
-            return self.storage().to_dense().float()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of parameters and buffers."""
-        kept = [*self._parameters.values(), *self._buffers.values()]
-        return sum(t.nbytes for t in kept if t is not None)
+            weight: Tensor = self.storage().to_dense()
+            return weight.float()
 
     def __getattr__(self, name: str) -> Any:
         if name in self.trained_names and self.__dict__.get("frozen", False):
             raise AttributeError(f"{type(self).__name__}.{name}: {self._where_it_went}")
+        form = self.__dict__.get("form", {})
+        if name in form and name not in self.format.TENSORS:
+            return form[name]
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -237,110 +384,6 @@ class CompressedLinear(nn.Module):
             "matrix that it stands for"
         )
 
-    # --- moving and loading -----------------------------------------------------------------
-
-    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        names = self.storage_names if self.frozen else ()
-        storage = [self._stored(name) for name in (*names, "x_grid")]
-        ids = {id(t) for s in storage if s is not None for t in (s, s.grad) if t is not None}
-
-        def move(t: Tensor) -> Tensor:
-            new = fn(t)
-            if id(t) not in ids:
-                return new
-            # .half() and channels_last mean the activations: storage keeps its dtype and layout.
-            new = new if new.dtype == t.dtype else t.to(new.device)
-            return new if new.stride() == t.stride() else new.contiguous()
-
-        super()._apply(move, recurse)
-        return self
-
-    def _stored(self, name: str) -> Tensor | None:
-        """A storage tensor: a buffer, or a Parameter where it is trained."""
-        found: Tensor | None = self._parameters.get(name, self._buffers.get(name))
-        return found
-
-    def _store(self, name: str, value: Tensor | None) -> None:
-        parameter = self._parameters.get(name)
-        if parameter is None or value is None:
-            self._buffers[name] = value
-        elif parameter.is_meta:  # its data cannot come from another device
-            self._parameters[name] = nn.Parameter(value.detach(), parameter.requires_grad)
-        else:
-            if parameter.shape != value.shape:
-                parameter.grad = None
-            parameter.data = value.detach()  # optimisers keep the object
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        if prefix + RETIRED in state_dict:
-            state_dict = {k: v for k, v in state_dict.items() if k != prefix + RETIRED}
-        state_dict = self._check_grid(state_dict, prefix, error_msgs)
-        if self.frozen:
-            state_dict = self._load_storage(state_dict, prefix, local_metadata, error_msgs)
-        missing: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
-        )
-        # A state_dict of nn.Linear has no mask: the layer's own pattern stays.
-        missing_keys.extend(key for key in missing if key != prefix + "mask")
-
-    def _check_grid(
-        self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]
-    ) -> dict[str, Any]:
-        """Refuse an ``x_grid`` that is none; the layer keeps its own then."""
-        own, given = self._buffers.get("x_grid"), state_dict.get(prefix + "x_grid")
-        if own is None or given is None or given.is_meta:
-            return state_dict
-        if self.frozen and "x_grid" in self.storage_names:
-            return state_dict
-        if not self.frozen and given.shape == own.shape and not bool(given.any()):
-            return state_dict  # not calibrated yet
-        try:
-            quantize.check_grid("x_grid", given)
-        except (TypeError, ValueError) as error:
-            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
-            return {**state_dict, prefix + "x_grid": own}
-        return state_dict
-
-    def _load_storage(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        error_msgs: list[str],
-    ) -> dict[str, Any]:
-        """Take whole, valid storage of whatever size; give the dict that is left to load."""
-        names = [name for name in self.storage_names if self._stored(name) is not None]
-        if any(prefix + name not in state_dict for name in names):
-            return state_dict  # torch names what is missing
-        found: dict[str, Tensor | None] = dict.fromkeys(self.storage_names)
-        found.update({name: state_dict[prefix + name].contiguous() for name in names})
-        try:
-            storage = self.make_frozen(found)
-            self.check_storage(storage)
-        except (TypeError, ValueError) as error:
-            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
-            found = {name: self._stored(name) for name in self.storage_names}
-        else:
-            if not local_metadata.get("assign_to_params_buffers", False):
-                for name in names:
-                    old, new = self._stored(name), found[name]
-                    assert old is not None
-                    assert new is not None
-                    found[name] = new.detach().to(old.device, copy=True)
-            for name, value in found.items():
-                self._store(name, value)
-        return {**state_dict, **{prefix + name: found[name] for name in names}}
-
     def extra_repr(self) -> str:
         text = (
             f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -348,7 +391,8 @@ class CompressedLinear(nn.Module):
         )
         if self.activation != "none":
             text += f", activation={self.activation}"
-        return text + (", thawed" if self.thawed else ", frozen" if self.frozen else "")
+        text += ", thawed" if self.thawed else ", frozen" if self.frozen else ""
+        return "".join([text, *(f", {k}={v}" for k, v in self.form.items())])
 
     def arguments(self) -> dict[str, Any]:
         """What `from_arguments` needs to make this layer again, as plain data."""
@@ -358,7 +402,14 @@ class CompressedLinear(nn.Module):
             "bias": self.bias is not None,
             "activation": self.activation,
             "frozen": self.frozen,
+            **self.form_arguments(),
         }
+
+    def form_arguments(self) -> dict[str, Any]:
+        """The part of `arguments` that the format takes."""
+        if "format" in self.FIELDS:
+            return {"format": self.format.__name__, "form": self.form}
+        return self.form
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

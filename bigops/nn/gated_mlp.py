@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from bigops.nn import fields
+from bigops.nn.layer import Layer, layer_of
 from bigops.nn.linear import Linear, check_size
-from bigops.ops import _activation as act
+from bigops.ops import activation as act
+from bigops.ops.choice import Choice
 from bigops.ops.fused_linear import fused_linear
 
 HALVES = ("gate_proj", "up_proj")
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Layer):
     """``down(act(x @ gate.T) * (x @ up.T)) + residual`` (GLU variants, arXiv 2002.05202).
 
     Gate and up projection are one parameter of [2H, K], rows ``0:H`` the gate, so that x is read
@@ -34,6 +37,12 @@ class GatedMLP(nn.Module):
     Raises:
         ValueError: an activation that is no gated pair, or a size below 0.
     """
+
+    FIELDS = fields.GATED_MLP
+    parts: ClassVar = {"down_proj": "bigops.Linear"}
+    stacked = HALVES
+    closed_to_compress = "its gate and up projection: gated pairs have no compressed kernel"
+    closed_to_pack = None
 
     def __init__(
         self,
@@ -129,6 +138,17 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         hidden = fused_linear(x, self.gate_up_weight, self.gate_up_bias, None, self.activation)
         return self.down_proj(hidden, residual)
+
+    def explain(self, x: Tensor) -> Choice | None:
+        """Which kernel serves the down projection of the block on x."""
+        down = layer_of(self.down_proj)  # a verb may have put another module there
+        inner = x.new_empty((*x.shape[:-1], self.hidden_features))
+        return None if down is None else down.explain(inner)
+
+    def packed(self) -> Layer:
+        from bigops.nn.packed_gated_mlp import PackedGatedMLP  # which is made of this one
+
+        return PackedGatedMLP.from_mlp(self)
 
     def extra_repr(self) -> str:
         return (

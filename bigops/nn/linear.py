@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigops.ops import _activation as act
+from bigops.nn import fields
+from bigops.nn.layer import Layer
+from bigops.ops import activation as act
+from bigops.ops.choice import Choice
+from bigops.ops.explain import explain
 from bigops.ops.fused_linear import fused_linear
 
 
-class Linear(nn.Linear):
+class Linear(Layer, nn.Linear):
     """``act(x @ weight.T + bias) + residual`` by one `bigops.fused_linear` call.
 
     A drop-in for `torch.nn.Linear`: the same parameters, initialisation and `state_dict` in both
@@ -31,6 +35,8 @@ class Linear(nn.Linear):
         ValueError: unknown activation, or a size below 0.
     """
 
+    FIELDS = fields.ACTIVATED
+    closed_to_pack = None
     activation: str
 
     def __init__(
@@ -68,6 +74,15 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return fused_linear(x, self.weight, self.bias, residual, self.activation)
+
+    def explain(self, x: Tensor) -> Choice:
+        """Which kernel serves the layer on x."""
+        return explain("fused_linear", x, self.weight, self.bias, activation=self.activation)
+
+    def packed(self) -> Layer:
+        from bigops.nn.packed_linear import PackedLinear  # which is made of this one
+
+        return PackedLinear.from_linear(self).freeze()
 
     def extra_repr(self) -> str:
         suffix = "" if self.activation == "none" else f", activation={self.activation}"

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from bigops.nn.linear import check_size
-from bigops.ops._cross_entropy import check_options
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.linear_cross_entropy import linear_cross_entropy
+from bigops.ops.linear_cross_entropy.check import check_options
 
 
 class LinearCrossEntropy(nn.Linear):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bigops.nn.linear import Linear, check_size
 from bigops.nn.low_rank_linear import check_rank
-from bigops.ops import _activation as act
+from bigops.ops import activation as act
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.low_rank_linear import low_rank_linear
 

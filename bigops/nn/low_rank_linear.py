@@ -8,15 +8,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from bigops.nn import fields
+from bigops.nn.layer import Layer
 from bigops.nn.linear import Linear, check_size
 from bigops.nn.truncated_svd import TruncatedSVD, truncated_svd
-from bigops.ops import _activation as act
+from bigops.ops import activation as act
+from bigops.ops.choice import Choice
+from bigops.ops.explain import explain
 from bigops.ops.low_rank_linear import low_rank_linear
 
 Self = TypeVar("Self", bound="LowRankLinear")
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(Layer):
     """``act(x @ (u @ v).T + bias) + residual`` by one `bigops.low_rank_linear` call.
 
     The product ``u @ v`` is never formed: a row costs ``rank * (K + N)`` multiply-adds in place of
@@ -35,6 +39,11 @@ class LowRankLinear(nn.Module):
         TypeError: a size that is no int.
         ValueError: unknown activation, a size below 0, or a rank above the smaller side.
     """
+
+    FIELDS = fields.ACTIVATED | {"rank": fields.SIZE}
+    compressed = True
+    closed_to_pack = None
+    rank: int
 
     def __init__(
         self,
@@ -134,6 +143,16 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return low_rank_linear(x, self.u, self.v, self.bias, residual, self.activation)
 
+    def explain(self, x: Tensor) -> Choice:
+        """Which kernel serves the layer on x."""
+        given = (x, self.u, self.v, self.bias)
+        return explain("low_rank_linear", *given, activation=self.activation)
+
+    def packed(self) -> Layer:
+        from bigops.nn.packed_low_rank_linear import PackedLowRankLinear  # made of this one
+
+        return PackedLowRankLinear.from_low_rank(self).freeze()
+
     def to_dense(self) -> Tensor:
         """The weight [N, K] that the factors stand for, in their dtype."""
         return (self.u.detach().double() @ self.v.detach().double()).to(self.u.dtype)
@@ -147,11 +166,6 @@ class LowRankLinear(nn.Module):
             bias = self.bias.detach().clone()
             new.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
         return new.train(self.training)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the factors and the bias."""
-        return sum(p.nbytes for p in self.parameters())
 
     @property
     def density(self) -> float:

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigops.nn import fields
 from bigops.nn.compressed_linear import wants_gradient
 from bigops.nn.gated_mlp import GatedMLP, check_gated
+from bigops.nn.layer import Layer
 from bigops.nn.packed_linear import PackedLinear
-from bigops.ops import _activation as act
+from bigops.ops import activation as act
+from bigops.ops.choice import Choice
 
 
-class PackedGatedMLP(nn.Module):
+class PackedGatedMLP(Layer):
     """``down(act(x @ gate.T) * (x @ up.T)) + residual`` by three `PackedLinear`.
 
     The packed form of `GatedMLP`, for inference on the CPU: two products from panels and a pass
@@ -32,6 +35,10 @@ class PackedGatedMLP(nn.Module):
     Raises:
         ValueError: an activation that is no gated pair, or a size below 0.
     """
+
+    FIELDS = fields.GATED_MLP | {"frozen": fields.FLAG}
+    inside = "a part of a PackedGatedMLP; unpack_ makes a GatedMLP of it"
+    unpacks = True
 
     def __init__(
         self,
@@ -89,7 +96,7 @@ class PackedGatedMLP(nn.Module):
         return self.gate_proj, self.up_proj, self.down_proj
 
     @property
-    def frozen(self) -> bool:
+    def frozen(self) -> bool:  # type: ignore[override]
         """Whether all three projections are packed."""
         return all(layer.frozen for layer in self._projections())
 
@@ -110,10 +117,9 @@ class PackedGatedMLP(nn.Module):
         hidden = gate * up if wants_gradient(gate, up) else gate.mul_(up)
         return self.down_proj(hidden, residual)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the three projections."""
-        return sum(layer.nbytes for layer in self._projections())
+    def explain(self, x: Tensor) -> Choice:
+        """Which kernel serves the down projection of the block on x."""
+        return self.down_proj.explain(x.new_empty((*x.shape[:-1], self.hidden_features)))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

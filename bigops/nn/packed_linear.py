@@ -12,10 +12,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source
+from bigops.formats import checks
+from bigops.formats.base import Format
+from bigops.formats.packed import SERVED, PackedWeight
+from bigops.nn import fields
+from bigops.nn.compressed_linear import STATES, CompressedLinear
 from bigops.nn.linear import Linear
-from bigops.ops import _checks as checks
-from bigops.ops.packed_linear import SERVED, PackedWeight, pack_weight, packed_linear
+from bigops.ops.choice import Choice
 
 Self = TypeVar("Self", bound="PackedBase")
 
@@ -28,24 +31,25 @@ class PackedBase(CompressedLinear):
     `load_state_dict` packs what it is given: files of packed and unpacked layers are the same.
     """
 
+    FIELDS = fields.COMPRESSED
+    unpacks = True
     storage_in_state = False
-    activations = "none"
+    _trained: dict[str, bool]  # requires_grad of each Parameter that is packed
 
-    def __init__(self, in_features: int, out_features: int, activation: str) -> None:
-        super().__init__(in_features, out_features, activation)
-        self.register_buffer("x_grid", None)
-        self._trained: dict[str, bool] = {}  # requires_grad of each Parameter that is packed
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._trained = {}
 
     @classmethod
     def from_arguments(cls: type[Self], arguments: dict[str, Any]) -> Self:
         """An empty layer on "meta" as `arguments()` describes it, to be loaded."""
         given = {k: v for k, v in arguments.items() if k not in STATES}
-        new = cls(**given, device="meta")  # type: ignore[call-arg]  # of the subclasses
+        new = cls(**given, device="meta")
         return new.freeze() if arguments["frozen"] else new
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         """Shape of each float matrix by name, in the order of `storage_names`."""
-        raise AssertionError("each packed layer knows its own matrices")
+        return {"weight": (self.out_features, self.in_features)}
 
     def _packs(self) -> Iterator[tuple[str, str, PackedWeight]]:
         """Name of the float matrix, name of its buffer, its pack."""
@@ -56,18 +60,26 @@ class PackedBase(CompressedLinear):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.frozen:
-            return self.run(x, self.storage(), residual)
+            return self.run(x, self._arguments(), residual)
         return self.run_trained(x, residual)  # thawed, it is the layer that it was
+
+    @property
+    def closed_to_compress(self) -> str | None:
+        return "it is packed already; unpack_ gives the float weight back" if self.frozen else None
+
+    @property
+    def closed_to_pack(self) -> str | None:
+        return "it is packed already" if self.frozen else "it is thawed; freeze_ packs it"
 
     # --- packing and unpacking --------------------------------------------------------------
 
-    def freeze(self: Self) -> Self:
+    def freeze(self: Self, storage: Format | None = None) -> Self:
         """Pack: the float Parameters go, their panels are left. In place; twice is once.
 
         Raises:
             TypeError: a dtype that no packed kernel takes. The layer stays as it was.
         """
-        return super().freeze()
+        return super().freeze(storage)
 
     def set_storage(self, storage: Any) -> None:
         found = {name: self._parameters.get(name) for name in self.trained_names}
@@ -105,6 +117,11 @@ class PackedBase(CompressedLinear):
         """The drop-in layer that this one stands for, beside it."""
         raise AssertionError("each packed layer has a drop-in of its own")
 
+    def explain(self, x: Tensor) -> Choice:
+        if not self.frozen:
+            return self.unpacked().explain(x)  # type: ignore[no-any-return, operator]
+        return super().explain(x)
+
     def _float(self, name: str) -> nn.Parameter:
         """A float Parameter: that of the layer where it is thawed, else a new one."""
         if self.frozen:
@@ -135,7 +152,7 @@ class PackedBase(CompressedLinear):
                         f"{', '.join(map(checks.short, SERVED))}; got {dtype} (thaw() the layer)"
                     )
                 if dtype != pack.panels.dtype:
-                    changed[buffer] = pack_weight(pack.to_dense().to(dtype)).panels
+                    changed[buffer] = PackedWeight.from_dense(pack.to_dense().to(dtype)).panels
             self._buffers.update(changed)
         return super()._apply(fn, recurse)
 
@@ -187,11 +204,11 @@ def _packed_as(old: PackedWeight, name: str, value: Any, assign: bool) -> Tensor
         value = value.detach()
         if not assign:
             value = value.to(old.panels.device, old.panels.dtype)
-        return pack_weight(value).panels
+        return PackedWeight.from_dense(value).panels
 
 
 class PackedLinear(PackedBase):
-    """``act(x @ weight.T + bias) + residual``, the weight in the panels of `bigops.pack_weight`.
+    """``act(x @ weight.T + bias) + residual``, the weight in panels (`PackedWeight`).
 
     For inference on the CPU. Two states:
 
@@ -214,8 +231,6 @@ class PackedLinear(PackedBase):
         ValueError: unknown activation, or a size below 0.
     """
 
-    storage_names = ("panels",)
-
     def __init__(
         self,
         in_features: int,
@@ -225,27 +240,15 @@ class PackedLinear(PackedBase):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, activation)
-        source = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self.weight, self.bias = source.weight, source.bias
+        sizes = (in_features, out_features, bias, activation, device, dtype)
+        super().__init__(PackedWeight, *sizes)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, activation: str | None = None) -> PackedLinear:
-        """A layer, not packed yet, that shares the Parameter objects of ``linear``.
-
-        Args:
-            linear: an `nn.Linear` or a compressed layer with a float weight.
-            activation: None: that of ``linear``.
-
-        Raises:
-            TypeError: ``linear`` is no `nn.Linear` and no compressed layer.
-            ValueError: ``linear`` is frozen.
-        """
-        source = check_source(linear)
-        name = source.activation if activation is None else activation
-        new = cls(source.in_features, source.out_features, False, name, device="meta")
-        new.weight, new.bias = source.weight, source.bias
-        return new.train(linear.training)
+    def from_linear(  # type: ignore[override]
+        cls, linear: nn.Module, activation: str | None = None
+    ) -> PackedLinear:
+        """`CompressedLinear.from_linear` in this format; the layer is not packed yet."""
+        return cls._beside(linear, activation)
 
     def unpacked(self) -> Linear:
         """A `bigops.nn.Linear` with the bias of this layer, and its weight, unpacked if need be."""
@@ -254,17 +257,5 @@ class PackedLinear(PackedBase):
         new.register_parameter("bias", self._parameters["bias"])
         return new.train(self.training)
 
-    def _shapes(self) -> dict[str, tuple[int, int]]:
-        return {"weight": (self.out_features, self.in_features)}
-
-    def make_storage(self) -> PackedWeight:
-        return pack_weight(self.weight)
-
-    def make_frozen(self, tensors: dict[str, Any]) -> PackedWeight:
-        return PackedWeight(tensors["panels"], self.out_features, self.in_features)
-
     def trained_weight(self) -> Tensor:
         return self.weight
-
-    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
-        return packed_linear(x, storage, self.bias, residual, self.activation)

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
-from bigops.nn.low_rank_linear import LowRankLinear, check_rank, density_of
+from bigops.formats.packed import PackedWeight
+from bigops.nn.low_rank_linear import LowRankLinear
 from bigops.nn.packed_linear import PackedBase
+from bigops.nn.quant_low_rank_linear import FactoredLinear
+from bigops.ops.choice import Choice
 from bigops.ops.low_rank_linear import low_rank_linear
-from bigops.ops.packed_linear import PackedWeight, pack_weight, packed_linear
 
 
-class _PackedFactors(NamedTuple):
-    """Both factors of a low-rank weight as `packed_linear` reads them."""
-
-    u: PackedWeight
-    v: PackedWeight
-
-    @property
-    def u_panels(self) -> Tensor:
-        return self.u.panels
-
-    @property
-    def v_panels(self) -> Tensor:
-        return self.v.panels
-
-    def to_dense(self) -> Tensor:
-        """The matrix [N, K] that the factors stand for, in their dtype."""
-        u, v = self.u.to_dense(), self.v.to_dense()
-        return (u.double() @ v.double()).to(u.dtype)
-
-
-class PackedLowRankLinear(PackedBase):
-    """``act(x @ (u @ v).T + bias) + residual``, both factors in the panels of `pack_weight`.
+class PackedLowRankLinear(PackedBase, FactoredLinear):
+    """``act(x @ (u @ v).T + bias) + residual``, both factors in panels (`PackedWeight`).
 
     For inference on the CPU, by two `bigops.packed_linear` calls; packed and thawed as a
     `PackedLinear` is, with buffers ``u_panels`` and ``v_panels`` in place of ``u`` and ``v``.
@@ -53,10 +33,7 @@ class PackedLowRankLinear(PackedBase):
         ValueError: unknown activation, a size below 0, or a rank above the smaller side.
     """
 
-    storage_names = ("u_panels", "v_panels")
-    trained_names = ("u", "v")
-    u: Tensor  # Parameters; absent while packed
-    v: Tensor
+    FIELDS = FactoredLinear.FIELDS
 
     def __init__(
         self,
@@ -68,25 +45,8 @@ class PackedLowRankLinear(PackedBase):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, activation)
-        check_rank(rank, in_features, out_features, least=0)
-        self.rank = rank
-        source = LowRankLinear(in_features, out_features, rank, bias, device=device, dtype=dtype)
-        self.u, self.v, self.bias = source.u, source.v, source.bias
-
-    @classmethod
-    def from_low_rank(cls, layer: LowRankLinear) -> PackedLowRankLinear:
-        """A layer, not packed yet, that shares the Parameter objects of ``layer``.
-
-        Raises:
-            TypeError: ``layer`` is another module.
-        """
-        if not isinstance(layer, LowRankLinear):
-            raise TypeError(f"layer: expected a LowRankLinear; got {type(layer).__name__}")
-        new = cls(layer.in_features, layer.out_features, layer.rank, False, layer.activation,
-                  device="meta")  # fmt: skip
-        new.u, new.v, new.bias = layer.u, layer.v, layer.bias
-        return new.train(layer.training)
+        sizes = (in_features, out_features, rank, bias, activation, device, dtype)
+        super().__init__(PackedWeight, *sizes)
 
     def unpacked(self) -> LowRankLinear:
         """A `LowRankLinear` with the bias of this layer, and its factors, unpacked if need be."""
@@ -99,27 +59,11 @@ class PackedLowRankLinear(PackedBase):
     def _shapes(self) -> dict[str, tuple[int, int]]:
         return {"u": (self.out_features, self.rank), "v": (self.rank, self.in_features)}
 
-    def make_storage(self) -> _PackedFactors:
-        return _PackedFactors(pack_weight(self.u), pack_weight(self.v))
-
-    def make_frozen(self, tensors: dict[str, Any]) -> _PackedFactors:
-        shapes = zip(self.storage_names, self._shapes().values(), strict=True)
-        return _PackedFactors(*(PackedWeight(tensors[name], *shape) for name, shape in shapes))
-
     def run_trained(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return low_rank_linear(x, self.u, self.v, self.bias, residual, self.activation)
 
-    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
-        inner = packed_linear(x, storage.v)
-        return packed_linear(inner, storage.u, self.bias, residual, self.activation)
-
-    @property
-    def density(self) -> float:
-        """Entries of the factors over entries of the dense weight."""
-        return density_of(self.in_features, self.out_features, self.rank)
-
-    def arguments(self) -> dict[str, Any]:
-        return {**super().arguments(), "rank": self.rank}
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}"
+    def explain(self, x: Tensor) -> Choice:
+        if not self.frozen:
+            return self.unpacked().explain(x)
+        inner = x.new_empty((*x.shape[:-1], self.rank))
+        return self.op.explain(inner, self.storage().u, self.bias, activation=self.activation)

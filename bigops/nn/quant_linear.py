@@ -5,29 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source
-from bigops.ops import _quantize as quantize
-from bigops.ops._quantized_weight import check_form, sizes
-from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
+from bigops.formats.quantized import QuantizedWeight
+from bigops.nn.compressed_linear import CompressedLinear
+from bigops.nn.fields import COMPRESSED, FLAG, SIZE, TEXT, optional
 
 
 class QuantLinear(CompressedLinear):
-    """``act(x @ weight.T + bias) + residual`` with the weight in int8 or int4.
-
-    Recovery state: a float ``weight`` [N, K], rounded to its grid in the forward pass with a
-    straight-through gradient (arXiv 1308.3432); in eval with gradients off the real kernel runs, on
-    storage that each call makes anew: for its numbers. The speed comes with `freeze()`, which
-    leaves the fields of `QuantizedWeight` as buffers.
+    """A `CompressedLinear` with the weight in int8 or int4 (`QuantizedWeight`).
 
     Args:
-        in_features: K.
-        out_features: N.
-        bias: whether the layer has a bias [N].
-        activation: none, relu, relu2, gelu, gelu_tanh, silu, sigmoid or tanh.
-        bits, group, symmetric, activations: the form of the weight and of x, as `quantize_weight`
-            takes them. With "static" the layer has a buffer ``x_grid`` that `calibrate` fills.
+        in_features, out_features, bias, activation: as for `CompressedLinear`.
+        bits, group, symmetric, activations: the form of the weight and of x, as
+            `QuantizedWeight.from_dense` takes them. With "static" the layer has a buffer ``x_grid``
+            that `calibrate` fills.
 
     Shapes: x [.., K] float32, bfloat16 or float16, or uint8 on ``x_grid``; residual [.., N] or
     None; result [.., N] in x's dtype, of a uint8 x in that of bias, else of residual, else float32.
@@ -36,7 +28,12 @@ class QuantLinear(CompressedLinear):
         ValueError: unknown activation, a size below 0, or a form that is not there.
     """
 
-    storage_names = ("values", "scale", "zero_point", "row_sum", "x_grid")
+    FIELDS = COMPRESSED | {
+        "bits": SIZE,
+        "group": optional(SIZE),
+        "symmetric": FLAG,
+        "activations": TEXT,
+    }
 
     def __init__(
         self,
@@ -52,111 +49,13 @@ class QuantLinear(CompressedLinear):
         symmetric: bool = True,
         activations: str | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, activation)
-        if activations is None:
-            activations = "dynamic" if bits == 8 and group is None else "none"
-        check_form(bits, group or 0, activations)
-        self.bits, self.group, self.symmetric = bits, group, symmetric
-        self.activations = activations
-        source = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self.weight, self.bias = source.weight, source.bias
-        # A scale of 0 says that nothing was seen yet; make_storage refuses it.
-        empty = torch.zeros(2, device=device) if activations == "static" else None
-        self.register_buffer("x_grid", empty)
+        form = QuantizedWeight.form(bits, group, symmetric, activations)
+        sizes = (in_features, out_features, bias, activation, device, dtype)
+        super().__init__(QuantizedWeight, *sizes, **form)
 
     @classmethod
-    def from_linear(
+    def from_linear(  # type: ignore[override]
         cls, linear: nn.Module, activation: str | None = None, **form: Any
     ) -> QuantLinear:
-        """A layer in recovery state that shares the Parameter objects of ``linear``.
-
-        Args:
-            linear: an `nn.Linear` or a compressed layer that is not frozen.
-            activation: None: that of ``linear``.
-            form: bits, group, symmetric and activations.
-
-        Raises:
-            TypeError: ``linear`` is no `nn.Linear` and no compressed layer.
-            ValueError: ``linear`` is frozen.
-        """
-        source = check_source(linear)
-        name = source.activation if activation is None else activation
-        new = cls(source.in_features, source.out_features, False, name, device="meta", **form)
-        new.weight, new.bias = source.weight, source.bias
-        if new.x_grid is not None:
-            new.x_grid = torch.zeros(2, device=source.weight.device)
-        return new.train(linear.training)
-
-    @classmethod
-    def from_arguments(cls, arguments: dict[str, Any]) -> QuantLinear:
-        """An empty layer on "meta" as `arguments()` describes it, to be loaded."""
-        frozen = arguments["frozen"]
-        new = cls(**{k: v for k, v in arguments.items() if k not in STATES}, device="meta")
-        if frozen:
-            n, k, bits = new.out_features, new.in_features, new.bits
-            values, scale = sizes(n, k, bits, new.group or 0)
-            integer = new.activations != "none"
-
-            def empty(shape: list[int], dtype: torch.dtype, there: bool = True) -> Tensor | None:
-                return torch.empty(shape, dtype=dtype, device="meta") if there else None
-
-            new.set_storage(
-                new.make_frozen(
-                    {
-                        "values": empty(values, torch.int8 if bits == 8 else torch.uint8),
-                        "scale": empty(scale, torch.float32),
-                        "zero_point": empty(scale, torch.int8, not new.symmetric),
-                        "row_sum": empty(
-                            scale[1:], torch.int32 if bits == 8 else torch.float32, integer
-                        ),
-                        "x_grid": empty([2], torch.float32, new.activations == "static"),
-                    }
-                )
-            )
-        return new
-
-    def make_storage(self) -> QuantizedWeight:
-        self.check_calibrated()
-        return quantize_weight(
-            self.weight, self.bits, self.group, self.symmetric, self.activations, self.x_grid
-        )
-
-    def make_frozen(self, tensors: dict[str, Any]) -> QuantizedWeight:
-        kept = (tensors[name] for name in self.storage_names)
-        form = (self.bits, self.group or 0, self.activations)
-        return QuantizedWeight._make((*kept, self.out_features, self.in_features, *form))
-
-    def trained_weight(self) -> Tensor:
-        return straight_through(self.weight, self.bits, self.group, self.symmetric)
-
-    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
-        return quantized_linear(x, storage, self.bias, residual, self.activation)
-
-    def arguments(self) -> dict[str, Any]:
-        return {
-            **super().arguments(),
-            "bits": self.bits,
-            "group": self.group,
-            "symmetric": self.symmetric,
-            "activations": self.activations,
-        }
-
-    def extra_repr(self) -> str:
-        text = f"{super().extra_repr()}, bits={self.bits}"
-        if self.group is not None:
-            text += f", group={self.group}"
-        if not self.symmetric:
-            text += ", symmetric=False"
-        return f"{text}, activations={self.activations}"
-
-
-def straight_through(
-    weight: Tensor, bits: int = 8, group: int | None = None, symmetric: bool = True
-) -> Tensor:
-    """``weight`` [N, K] rounded to its grid; the gradient passes as if it were not."""
-    columns = group or 0
-    with torch.no_grad():
-        grid = quantize.round_weight(weight, bits, columns, symmetric)
-        rounded = grid.dense(columns).to(weight.dtype)
-    # weight - weight is 0 exactly, so the value is that of `rounded` to the last bit.
-    return rounded + (weight - weight.detach())
+        """`CompressedLinear.from_linear` in this format."""
+        return cls._beside(linear, activation, **form)

@@ -1,31 +1,146 @@
-"""QuantLowRankLinear: a weight in two int8 factors, activations rounded row by row."""
+"""QuantLowRankLinear: two factors in int8; what low-rank layers of stored factors share."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bigops.nn.compressed_linear import STATES, CompressedLinear
+from bigops.formats.base import Format
+from bigops.formats.low_rank import LowRankWeight
+from bigops.formats.quantized import QuantizedWeight
+from bigops.nn import fields
+from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.low_rank_linear import LowRankLinear, check_rank, density_of
-from bigops.nn.quant_linear import straight_through
-from bigops.ops._quantized_factors import FORM, QuantizedFactors, quantize_factors
-from bigops.ops._quantized_weight import sizes
+from bigops.ops.choice import Choice
+from bigops.ops.explain import explain
 from bigops.ops.low_rank_linear import low_rank_linear
 
+Self = TypeVar("Self", bound="FactoredLinear")
 
-class QuantLowRankLinear(CompressedLinear):
-    """``act(x @ (u @ v).T + bias) + residual`` with both factors in int8.
 
-    Two products, as `quantized_linear` makes them: each row of x, and of what lies between them in
-    x's dtype, becomes u8 with its own scale and zero point.
+class FactoredLinear(CompressedLinear):
+    """A `CompressedLinear` whose weight is two factors, each stored in ``format``.
 
-    Recovery state: float factors ``u`` [N, r] and ``v`` [r, K], each rounded to its grid in the
-    forward pass with a straight-through gradient; in eval with gradients off the int8 kernels run,
-    on factors that each call rounds anew: for their numbers. The speed comes with `freeze()`, which
-    leaves the fields of two `QuantizedWeight` as buffers: ``u_values``, ``u_scale``, ``u_row_sum``,
-    and the same of v. The rank stays in either state.
+    Buffers of the frozen state are those of the format by the factor: ``u_values`` and so on. The
+    rank stays in either state.
+    """
+
+    FIELDS = fields.COMPRESSED | {"rank": fields.SIZE}
+    trained_names = ("u", "v")
+    rank: int
+    u: Tensor  # Parameters; absent once frozen
+    v: Tensor
+
+    def __init__(
+        self,
+        format: type[Format],
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        activation: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **form: Any,
+    ) -> None:
+        self._rank = rank  # the Parameters are made of it
+        super().__init__(format, in_features, out_features, bias, activation, device, dtype, **form)
+        self.rank = rank
+
+    def _trainable(
+        self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> dict[str, Any]:
+        sizes = (self.in_features, self.out_features, self._rank)
+        check_rank(self._rank, *sizes[:2], least=0)
+        source = LowRankLinear(*sizes, bias, device=device, dtype=dtype)
+        return {"u": source.u, "v": source.v, "bias": source.bias}
+
+    @classmethod
+    def from_low_rank(cls: type[Self], layer: nn.Module) -> Self:
+        """A layer, not frozen, that shares the Parameter objects of ``layer``.
+
+        Args:
+            layer: a `LowRankLinear` (`LowRankLinear.from_linear` makes one of a dense layer), or a
+                layer of this class that is not frozen.
+
+        Raises:
+            TypeError: ``layer`` is another module.
+            ValueError: ``layer`` is frozen.
+        """
+        if not isinstance(layer, LowRankLinear | cls):
+            raise TypeError(f"layer: expected a LowRankLinear; got {type(layer).__name__}")
+        if getattr(layer, "frozen", False):
+            raise ValueError("layer: expected float factors; got a frozen layer")
+        new = cls(  # type: ignore[call-arg]  # of the subclasses
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            rank=layer.rank,
+            bias=False,
+            activation=layer.activation,
+            device="meta",
+        )
+        new.u, new.v, new.bias = layer.u, layer.v, layer.bias
+        return new.train(layer.training)
+
+    @property
+    def storage_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(f"{factor}_{name}" for factor in "uv" for name in self.format.TENSORS)
+
+    def make_storage(self) -> LowRankWeight:
+        return LowRankWeight.from_factors(self.u, self.v, self.format, **self.form)
+
+    def empty_storage(self) -> LowRankWeight:
+        n, k, rank = self.out_features, self.in_features, self.rank
+        u, v = (self.format.empty(*shape, **self.form) for shape in ((n, rank), (rank, k)))
+        return LowRankWeight(u, v)
+
+    def trained_weight(self) -> Tensor:
+        return self._straight_through(self.u) @ self._straight_through(self.v)
+
+    def run_trained(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        u, v = self._straight_through(self.u), self._straight_through(self.v)
+        return low_rank_linear(x, u, v, self.bias, residual, self.activation)
+
+    def _sizes_of(self, storage: Any) -> tuple[Any, ...]:
+        return storage.u.sizes, storage.v.sizes
+
+    def _arguments(self) -> tuple[Any, ...]:
+        buffers, names = self._buffers, self.format.TENSORS
+        of_u, of_v = self._sizes
+        return (
+            (*[buffers[f"u_{name}"] for name in names], *of_u),
+            (*[buffers[f"v_{name}"] for name in names], *of_v),
+        )
+
+    def run(self, x: Tensor, arguments: tuple[Any, ...], residual: Tensor | None) -> Tensor:
+        u, v = arguments
+        inner = self.op(x, v, self.in_features)
+        return self.op(inner, u, self.rank, self.bias, residual, self.activation)
+
+    def explain(self, x: Tensor) -> Choice:
+        factors = self.storage()
+        given = (x, factors.u, factors.v, self.bias)
+        return explain("low_rank_linear", *given, activation=self.activation)
+
+    @property
+    def density(self) -> float:
+        """Entries of the factors over entries of the dense weight."""
+        return density_of(self.in_features, self.out_features, self.rank)
+
+    def arguments(self) -> dict[str, Any]:
+        return {**super().arguments(), "rank": self.rank}
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+
+class QuantLowRankLinear(FactoredLinear):
+    """``act(x @ (u @ v).T + bias) + residual`` with both factors in int8, by `low_rank_linear`.
+
+    What lies between the two products stays in x's dtype; each row of it is rounded to u8 as one of
+    x is.
 
     Args:
         in_features: K.
@@ -41,12 +156,6 @@ class QuantLowRankLinear(CompressedLinear):
         ValueError: unknown activation, a size below 0, or a rank above the smaller side.
     """
 
-    storage_names = ("u_values", "u_scale", "u_row_sum", "v_values", "v_scale", "v_row_sum")
-    trained_names = ("u", "v")
-    activations = "dynamic"
-    u: Tensor  # Parameters; absent once frozen
-    v: Tensor
-
     def __init__(
         self,
         in_features: int,
@@ -57,77 +166,9 @@ class QuantLowRankLinear(CompressedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, activation)
-        check_rank(rank, in_features, out_features, least=0)
-        self.rank = rank
-        self.register_buffer("x_grid", None)
-        source = LowRankLinear(in_features, out_features, rank, bias, device=device, dtype=dtype)
-        self.u, self.v, self.bias = source.u, source.v, source.bias
-
-    @classmethod
-    def from_low_rank(cls, layer: nn.Module) -> QuantLowRankLinear:
-        """A layer in recovery state that shares the Parameter objects of ``layer``.
-
-        Args:
-            layer: a `LowRankLinear` (`LowRankLinear.from_linear` makes one of a dense layer), or a
-                layer of this class that is not frozen.
-
-        Raises:
-            TypeError: ``layer`` is another module.
-            ValueError: ``layer`` is frozen.
-        """
-        if not isinstance(layer, LowRankLinear | QuantLowRankLinear):
-            raise TypeError(f"layer: expected a LowRankLinear; got {type(layer).__name__}")
-        if isinstance(layer, QuantLowRankLinear) and layer.frozen:
-            raise ValueError("layer: expected float factors; got a frozen layer")
-        new = cls(layer.in_features, layer.out_features, layer.rank, False, layer.activation,
-                  device="meta")  # fmt: skip
-        new.u, new.v, new.bias = layer.u, layer.v, layer.bias
-        return new.train(layer.training)
-
-    @classmethod
-    def from_arguments(cls, arguments: dict[str, Any]) -> QuantLowRankLinear:
-        """An empty layer on "meta" as `arguments()` describes it, to be loaded."""
-        frozen = arguments["frozen"]
-        new = cls(**{k: v for k, v in arguments.items() if k not in STATES}, device="meta")
-        if frozen:
-            tensors: dict[str, Any] = {}
-            n, k, rank = new.out_features, new.in_features, new.rank
-            for name, (rows, columns) in (("u", (n, rank)), ("v", (rank, k))):
-                values, scale = sizes(rows, columns, *FORM[:2])
-                for leaf, shape, dtype in (
-                    ("values", values, torch.int8),
-                    ("scale", scale, torch.float32),
-                    ("row_sum", scale[1:], torch.int32),
-                ):
-                    tensors[f"{name}_{leaf}"] = torch.empty(shape, dtype=dtype, device="meta")
-            new.set_storage(new.make_frozen(tensors))
-        return new
-
-    def make_storage(self) -> QuantizedFactors:
-        return quantize_factors(self.u, self.v)
-
-    def make_frozen(self, tensors: dict[str, Any]) -> QuantizedFactors:
-        kept = (tensors[name] for name in self.storage_names)
-        return QuantizedFactors._make((*kept, self.out_features, self.in_features, self.rank))
-
-    def trained_weight(self) -> Tensor:
-        return straight_through(self.u) @ straight_through(self.v)
-
-    def run_trained(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        u, v = straight_through(self.u), straight_through(self.v)
-        return low_rank_linear(x, u, v, self.bias, residual, self.activation)
-
-    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
-        return low_rank_linear(x, storage.u, storage.v, self.bias, residual, self.activation)
-
-    @property
-    def density(self) -> float:
-        """Entries of the factors over entries of the dense weight."""
-        return density_of(self.in_features, self.out_features, self.rank)
+        sizes = (in_features, out_features, rank, bias, activation, device, dtype)
+        super().__init__(QuantizedWeight, *sizes)
 
     def arguments(self) -> dict[str, Any]:
-        return {**super().arguments(), "rank": self.rank}
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}"
+        # all of its form is fixed
+        return {k: v for k, v in super().arguments().items() if k not in self.form}

@@ -8,28 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigops.nn.compressed_linear import STATES, CompressedLinear, check_source, wants_gradient
-from bigops.nn.quant_linear import straight_through
-from bigops.nn.sparse_packs import Packed24, as_bitmap, compressed, uneven
-from bigops.ops import _bitmap_linear as bitmap
-from bigops.ops import _checks as checks
-from bigops.ops import _cuda_sparse as decode
-from bigops.ops import _quantize as quantize
-from bigops.ops import _sparse24_linear as sparse24
-from bigops.ops import _sparse24_pack as packing
-from bigops.ops._sparse24_weight import check_blocks
-from bigops.ops._sparse_weight import CHUNKS, COLUMNS, SLICE, TENSORS, chunk_rows, sizes
+from bigops.formats import checks, quantize
+from bigops.formats.base import Format
+from bigops.formats.patterns import Criterion, Pattern, magnitude
+from bigops.formats.sparse import VALUES, SparseWeight
+from bigops.formats.sparse24 import check_blocks, uneven
+from bigops.formats.sparse_layout import chunk_rows
+from bigops.nn.compressed_linear import CompressedLinear, wants_gradient
+from bigops.nn.fields import COMPRESSED, FLAG, SIZE, TEXT, left_out
+from bigops.ops.choice import Choice
+from bigops.ops.family import op_of
 from bigops.ops.fused_linear import fused_linear
-from bigops.ops.sparse_linear import (
-    BitmapWeight,
-    Pattern,
-    Sparse24Weight,
-    SparseWeight,
-    sparse_linear,
-    sparsify_weight,
-)
+from bigops.ops.sparse_linear import forms, sparse_linear
 
-VALUES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
 SPARSITY = 0.8  # where none is given and the pattern does not say it
 
 
@@ -47,7 +38,7 @@ class SparseLinear(CompressedLinear):
       where sparse tensor cores serve, the weight is packed anew in every step and forward and
       gradients run on it; N and K divide by 4.
     - Frozen (`freeze`): the buffers ``values``, ``index``, ``rows``, ``length``, ``ptr``,
-      ``scale`` and ``sums``, whose layout `bigops.ops._sparse_weight` describes. For inference,
+      ``scale`` and ``sums``, whose layout `bigops.formats.sparse` describes. For inference,
       and under adapters that are trained around it: x has a gradient, the weight has none. On a
       GPU a second form is made on first use and kept beside the buffers (`nbytes` counts it): of
       2:4 that of the sparse tensor cores, of other patterns with floating values a bitmap for up
@@ -81,7 +72,14 @@ class SparseLinear(CompressedLinear):
             or activations that the values do not take.
     """
 
-    storage_names = TENSORS
+    FIELDS = COMPRESSED | {
+        "pattern": TEXT,
+        "values": TEXT,
+        "chunk": SIZE,
+        "thawed": FLAG,
+        "activations": left_out(TEXT),
+    }
+    pattern: Pattern
     mask: Tensor
     values: Tensor  # once frozen
 
@@ -99,29 +97,23 @@ class SparseLinear(CompressedLinear):
         chunk: int | None = None,
         activations: str = "dynamic",
     ) -> None:
-        super().__init__(in_features, out_features, activation)
         self.pattern = Pattern.parse(pattern)
         sparsity = check_sparsity(sparsity, self.pattern)
-        self.stored = check_values(values)
-        self.activations = check_activations(activations, values)
-        self._gpu_form: SparseWeight | Sparse24Weight | BitmapWeight | None = None
+        sizes = (in_features, out_features, bias, activation, device, dtype)
+        super().__init__(SparseWeight, *sizes, values=values, chunk=chunk, activations=activations)
+        self.stored = values
+        self.chunk: int = self.form["chunk"] or chunk_rows(out_features)
+        self._gpu_form: Format | None = None
         self._inside: Tensor | None = None  # thawed: which values stand for an entry
-        self.chunk = chunk_rows(out_features) if chunk is None else chunk
-        if self.chunk not in CHUNKS:
-            raise ValueError(f"chunk: expected 64, 128 or 256; got {chunk}")
-        source = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self.weight, self.bias = source.weight, source.bias
         if self.weight.is_meta:
             shape = self.pattern.mask_shape(out_features, in_features)
             mask = torch.empty(shape, dtype=torch.bool, device="meta")
         else:
             mask = self.pattern.mask(self.weight, sparsity)
         self.register_buffer("mask", mask)
-        empty = torch.zeros(2, device=device) if activations == "static" else None
-        self.register_buffer("x_grid", empty)
 
     @classmethod
-    def from_linear(
+    def from_linear(  # type: ignore[override]
         cls,
         linear: nn.Module,
         sparsity: float | None = None,
@@ -130,14 +122,15 @@ class SparseLinear(CompressedLinear):
         activation: str | None = None,
         mask: Tensor | None = None,
         activations: str = "dynamic",
+        criterion: Criterion = magnitude,
     ) -> SparseLinear:
         """A layer in recovery state that shares the Parameter objects of ``linear``.
 
         The values outside the pattern are left in the weight and masked in every use; what
-        `freeze()` stores has no trace of them. A ``mask`` of the caller's, one entry a block,
-        takes the place of the choice by size; for "2:4t" it keeps two entries in each row and
-        column of every 4 x 4 block. What the pattern of a `SparseLinear` dropped does not come back
-        by a new choice.
+        `freeze()` stores has no trace of them. ``criterion`` chooses what stays. A ``mask`` of the
+        caller's, one entry a block, takes its place; for "2:4t" it keeps two entries in each row
+        and column of every 4 x 4 block. What the pattern of a `SparseLinear` dropped does not come
+        back by a new choice.
 
         Raises:
             TypeError: ``linear`` is no `nn.Linear` and no compressed layer.
@@ -145,20 +138,20 @@ class SparseLinear(CompressedLinear):
                 shape, NaN or inf in the weight, or a pattern whose blocks would bring back entries
                 that the pattern of ``linear`` dropped.
         """
-        source = check_source(linear)
-        name = source.activation if activation is None else activation
-        new = cls(
-            source.in_features, source.out_features, sparsity, pattern, values, False, name, "meta",
+        new = cls._beside(
+            linear,
+            activation,
+            sparsity=sparsity,
+            pattern=pattern,
+            values=values,
             activations=activations,
-        )  # fmt: skip
-        if new.x_grid is not None:
-            new.x_grid = torch.zeros(2, device=source.weight.device)
+        )
         if mask is None:
             sparsity = check_sparsity(sparsity, new.pattern)
             if isinstance(linear, SparseLinear):
-                mask = _narrowed(linear, new.pattern, sparsity)
+                mask = _narrowed(linear, new.pattern, sparsity, criterion)
             else:
-                mask = new.pattern.mask(source.weight, sparsity)
+                mask = criterion(new.weight, new.pattern, sparsity)
         elif mask.dtype != torch.bool or mask.shape != new.mask.shape:
             raise ValueError(
                 f"mask: expected bool of shape {list(new.mask.shape)}; got {mask.dtype} of "
@@ -166,38 +159,18 @@ class SparseLinear(CompressedLinear):
             )
         if new.pattern.transposable and not uneven(mask):
             check_blocks(mask)
-        new.weight, new.bias = source.weight, source.bias
         new.mask = mask
-        return new.train(linear.training)
+        return new
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> SparseLinear:
         """An empty layer on "meta" as `arguments()` describes it, to be loaded."""
-        frozen, thawed = arguments["frozen"], arguments["thawed"]
-        new = cls(**{k: v for k, v in arguments.items() if k not in STATES}, device="meta")
-        if frozen:
-            n, k = new.out_features, new.in_features
-            dtype = VALUES[new.stored]
-            count = sizes(n, k, new.chunk, dtype).total
-            int8 = dtype == torch.int8
+        new = super().from_arguments(arguments)
+        return new.thaw() if arguments["thawed"] else new
 
-            def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-                return torch.empty(shape, dtype=dtype, device="meta")
-
-            new.set_storage(
-                SparseWeight(
-                    empty((0, SLICE, COLUMNS[dtype]), dtype),
-                    empty((0, SLICE), torch.uint8),
-                    empty((count, SLICE), torch.uint8),
-                    empty((count, SLICE), torch.uint8),
-                    empty((count + 1,), torch.int32),
-                    empty((n,), torch.float32) if int8 else None,
-                    empty((n,), torch.int32) if int8 else None,
-                    (n, k),
-                    new.chunk,
-                )
-            )
-        return new.thaw() if thawed else new
+    def empty_storage(self) -> SparseWeight:
+        shape = (self.out_features, self.in_features)
+        return SparseWeight.empty(*shape, VALUES[self.stored], self.chunk)
 
     def make_storage(self) -> SparseWeight:
         if self.thawed:
@@ -207,16 +180,15 @@ class SparseLinear(CompressedLinear):
             return storage
         self.check_calibrated()
         block = (self.pattern.height, self.pattern.width)
-        return sparsify_weight(self.weight, self.mask, VALUES[self.stored], block, self.chunk)
+        return SparseWeight.from_mask(
+            self.weight, self.mask, VALUES[self.stored], block, self.chunk
+        )
 
-    def make_frozen(self, tensors: dict[str, Any]) -> SparseWeight:
-        shape = (self.out_features, self.in_features)
-        return SparseWeight(*(tensors[name] for name in TENSORS), shape, self.chunk)  # type: ignore[call-arg]
-
-    def check_storage(self, storage: Any) -> None:
-        if storage.values is not None and storage.values.dtype != VALUES[self.stored]:
+    def check_storage(self, storage: Format) -> None:
+        values = storage.tensors()["values"]
+        if values is not None and values.dtype != VALUES[self.stored]:
             raise TypeError(
-                f"values: expected dtype {self.stored} as the layer has; got {storage.values.dtype}"
+                f"values: expected dtype {self.stored} as the layer has; got {values.dtype}"
             )
         super().check_storage(storage)
 
@@ -231,91 +203,63 @@ class SparseLinear(CompressedLinear):
 
     def trained_weight(self) -> Tensor:
         weight = self.masked_weight()
-        if self.stored == "int8":
-            return straight_through(weight)
-        if self.stored == "bf16" and weight.dtype != torch.bfloat16:
-            rounded = weight.detach().to(torch.bfloat16).to(weight.dtype)
-            return rounded + (weight - weight.detach())
-        return weight
+        if self.stored == "fp32" or weight.dtype == VALUES[self.stored]:
+            return weight
+        return self._straight_through(weight)
 
     def run_trained(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if not self._trains_on_sparse_tensor_cores(x):
+        if not (
+            self.pattern.transposable
+            and self.stored == "bf16"
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+            and forms.trains_packed(x, self.weight)
+        ):
             return super().run_trained(x, residual)
-        values, meta, meta_t = Packed24.apply(self.weight, self.mask)
-        n, k = self.weight.shape
-        weight = Sparse24Weight(values, meta, None, None, (n, k), meta_t)
+        weight = forms.packed(self.weight, self.mask)
         return sparse_linear(x, weight, self.bias, residual, self.activation)
 
-    def _trains_on_sparse_tensor_cores(self, x: Tensor) -> bool:
-        """Whether forward and backward run on a pack of the masked weight."""
-        if not (self.pattern.transposable and self.stored == "bf16" and x.is_floating_point()):
-            return False
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return False
-        kind, low = x.device.type, torch.bfloat16
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return (
-            dtype == low
-            and not uneven(self.weight)
-            and x.shape[-1:] == self.weight.shape[1:]  # else the other road says what is wrong
-            and sparse24.serves(x, low)
-            and packing.serves(self.weight, low)
-        )
-
-    def run(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
-        if self._on_sparse_tensor_cores(x, storage, residual):
-            storage = self._gpu_form = self._gpu_form or compressed(storage) or storage
-        elif self._decodes_bitmaps(x, storage, residual):
-            storage = self._gpu_form = self._gpu_form or as_bitmap(storage) or storage
+    def run(self, x: Tensor, arguments: tuple[Any, ...], residual: Tensor | None) -> Tensor:
+        if x.is_cuda and (form := self._second_form(x, residual)) is not None:
+            op = op_of(type(form))
+            return op(x, form.arguments, form.k, self.bias, residual, self.activation)
         bias, low = self.bias, torch.bfloat16
         if self.x_grid is not None:
             if wants_gradient(x, bias, residual):
-                return self._static_with_gradient(x, storage, residual)
-            return sparse_linear(x, storage, bias, residual, self.activation, x_grid=self.x_grid)
-        served = storage.values.dtype != low or x.dtype == low
+                return self._static_with_gradient(x, self.storage(), residual)
+            weight = SparseWeight.of(self.in_features, *arguments)
+            return sparse_linear(x, weight, bias, residual, self.activation, x_grid=self.x_grid)
+        served = self.stored != "bf16" or x.dtype == low
         if served or torch.is_autocast_enabled(x.device.type):  # autocast casts by itself
-            return sparse_linear(x, storage, bias, residual, self.activation)
+            return super().run(x, arguments, residual)
         bias = None if bias is None else bias.to(low)
-        y = sparse_linear(x.to(low), storage, bias, None, self.activation).to(x.dtype)
+        y = self.op(x.to(low), arguments, self.in_features, bias, None, self.activation).to(x.dtype)
         if residual is None:
             return y
         checks.shape("residual", residual, list(y.shape))
         checks.like("residual", residual, x)
         return y + residual  # in x's dtype: a residual stream keeps its precision
 
-    def _on_sparse_tensor_cores(self, x: Tensor, storage: Any, residual: Tensor | None) -> bool:
-        """Whether a frozen 2:4 weight is packed for the sparse tensor cores of x's device.
+    def _arguments(self) -> tuple[Any, ...]:
+        return self.storage().arguments if self.thawed else super()._arguments()  # type: ignore[no-any-return]
 
-        The few rows of a decode step stay with the kernel for them, which divides K among blocks.
-        """
-        return (
-            (self.pattern.n, self.pattern.m) == (2, 4)
-            and self.frozen
-            and not self.thawed
-            and self.stored != "fp32"
-            and self.x_grid is None
-            and x.shape[:-1].numel() > decode.MAX_ROWS
-            and not torch.compiler.is_compiling()
-            and not wants_gradient(x, self.bias, residual)
-            and sparse24.serves(x, storage.values.dtype)
-        )
+    def explain(self, x: Tensor) -> Choice:
+        bias = self.bias
+        if self.stored == "bf16":  # the layer casts x there and back
+            x, bias = x.to(torch.bfloat16), None if bias is None else bias.to(torch.bfloat16)
+        return self.op.explain(x, self.storage(), bias, activation=self.activation)
 
-    def _decodes_bitmaps(self, x: Tensor, storage: Any, residual: Tensor | None) -> bool:
-        """Whether a frozen floating weight may be kept as a bitmap for a decode step on a GPU.
-
-        Of 2:4 the form that is kept is the one for sparse tensor cores.
-        """
-        return (
-            (self.pattern.n, self.pattern.m) != (2, 4)
-            and self.frozen
-            and not self.thawed
-            and self.x_grid is None
-            and x.dtype == storage.values.dtype
-            and not torch.is_autocast_enabled(x.device.type)
-            and not torch.compiler.is_compiling()
-            and not wants_gradient(x, self.bias, residual)
-            and bitmap.serves(x)
-        )
+    def _second_form(self, x: Tensor, residual: Tensor | None) -> Format | None:
+        """The frozen weight in the form that the op wants for a call on x, made once."""
+        fits = self.frozen and not self.thawed and self.x_grid is None
+        if not fits or torch.compiler.is_compiling() or wants_gradient(x, self.bias, residual):
+            return None
+        pattern, stored = self.pattern, VALUES[self.stored]
+        form = forms.wanted(x, stored, (pattern.n, pattern.m) == (2, 4))
+        if form is None:
+            return None
+        self._gpu_form = self._gpu_form or forms.converted(self.storage(), form)
+        return self._gpu_form
 
     def _static_with_gradient(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
         """The numbers of the static kernel by a dense product, straight through its rounding."""
@@ -334,7 +278,7 @@ class SparseLinear(CompressedLinear):
     # --- the second form on a GPU ---------------------------------------------------------------
 
     @property
-    def gpu_nbytes(self) -> int:
+    def gpu_nbytes(self) -> int:  # type: ignore[override]
         """Bytes of the second form on a GPU, 0 where there is none."""
         form = self._gpu_form
         return 0 if form is None or isinstance(form, SparseWeight) else form.nbytes
@@ -377,7 +321,7 @@ class SparseLinear(CompressedLinear):
                 inside = storage.inside()
             if not torch.compiler.is_compiling():
                 self._inside = inside
-        return storage._replace(values=storage.values.where(inside, 0))
+        return storage.replace(values=storage.values.where(inside, 0))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -387,7 +331,7 @@ class SparseLinear(CompressedLinear):
                 destination[prefix + "values"] = values if keep_vars else values.detach()
 
     @property
-    def thawed(self) -> bool:
+    def thawed(self) -> bool:  # type: ignore[override]
         """Whether ``values`` is a Parameter."""
         return "values" in self._parameters
 
@@ -423,15 +367,18 @@ class SparseLinear(CompressedLinear):
             return float(self.storage().density)
         return float(self.mask.float().mean()) if self.mask.numel() else 1.0
 
+    def picture(self) -> str | None:
+        return str(self.storage().picture())
+
     def arguments(self) -> dict[str, Any]:
-        static = {"activations": "static"} if self.activations == "static" else {}
+        given = super().arguments()
+        if self.activations == "dynamic":
+            del given["activations"]  # left out, older files and versions read each other
         return {
-            **super().arguments(),
+            **given,
             "pattern": str(self.pattern),
-            "values": self.stored,
             "chunk": self.chunk,
             "thawed": self.thawed,
-            **static,  # left out, older files and versions read each other
         }
 
     def extra_repr(self) -> str:
@@ -444,13 +391,13 @@ class SparseLinear(CompressedLinear):
         )
 
 
-def _narrowed(old: SparseLinear, pattern: Pattern, sparsity: float) -> Tensor:
+def _narrowed(old: SparseLinear, pattern: Pattern, sparsity: float, criterion: Criterion) -> Tensor:
     """The mask of a new pattern for a layer that has one; what that dropped does not come back.
 
     The dropped entries still stand in the shared weight, so a block that holds one cannot stay.
     """
     n, k = old.weight.shape
-    mask = pattern.mask(old.masked_weight(), sparsity)
+    mask = criterion(old.masked_weight(), pattern, sparsity)
     if pattern == old.pattern:
         return mask & old.mask
     kept = old.pattern.expand(old.mask, n, k)
@@ -480,19 +427,3 @@ def check_sparsity(sparsity: float | None, pattern: Pattern) -> float:
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity: expected 0 <= sparsity < 1; got {sparsity}")
     return sparsity
-
-
-def check_values(values: str) -> str:
-    """Raise ValueError unless ``values`` names a dtype that can be stored."""
-    if not isinstance(values, str) or values not in VALUES:
-        raise ValueError(f"values: expected {', '.join(VALUES)}; got {values!r}")
-    return values
-
-
-def check_activations(activations: str, values: str) -> str:
-    """Raise ValueError unless the product can do this with x."""
-    if activations not in ("dynamic", "static"):
-        raise ValueError(f"activations: expected dynamic or static; got {activations!r}")
-    if activations == "static" and values != "int8":
-        raise ValueError(f"activations: expected 'dynamic' with values {values!r}; got 'static'")
-    return activations

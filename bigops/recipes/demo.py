@@ -21,14 +21,15 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bigops import backend, timing
+from bigops import timing
+from bigops.backend import machine
 from bigops.compress import measure
 from bigops.compress.apply import compress_, freeze_
 from bigops.compress.config import Config, Int8, Sparse
 from bigops.compress.receipt import Candidate, Floors, Receipt
 from bigops.compress.store import save
 from bigops.files import check_writable, replacing
-from bigops.nn.plain import plain
+from bigops.graph.plain import plain
 from bigops.recipes import mlp, reload
 from bigops.recipes.data import DataError, Dataset, load
 
@@ -94,9 +95,9 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(str(error)) from error
     if args.quick:
         dataset = dataset.subset(min(QUICK_ROWS, len(dataset.train_x)))
-    if backend.extension is None:
+    if machine.extension is None:
         args = argparse.Namespace(**{**vars(args), "no_latency_floor": True})
-        console.print(f"{backend.extension_error}:\n{_PLAIN_TORCH}")
+        console.print(f"{machine.extension_error}:\n{_PLAIN_TORCH}")
     # Results appear in `out` together at the end; Ctrl-C takes the folder of this run with it.
     with tempfile.TemporaryDirectory(prefix=".run-", dir=out) as folder:
         receipt = _run(args, dataset, Path(folder), console.print)

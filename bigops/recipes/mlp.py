@@ -30,7 +30,7 @@ from bigops.files import replacing
 from bigops.nn import Linear
 from bigops.parallel import World, init
 from bigops.recipes.data import NAMES, DataError, Dataset, load
-from bigops.train import PRECISIONS, MixedPrecision
+from bigops.train import PRECISIONS, AdamW, BatchSampler, MixedPrecision
 
 HIDDEN = (2048, 1024)
 
@@ -122,17 +122,17 @@ def train(
         {"params": others, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+    optimizer = AdamW(groups, lr=lr)
     x, y = dataset.train_x.to(device, dtype), dataset.train_y.to(device)
-    order = torch.Generator().manual_seed(seed)
-    steps = epochs * math.ceil(len(x) / batch_size)
+    sampler = BatchSampler(len(x), batch_size, seed=seed)
+    steps = epochs * len(sampler)
     history = History()
     wrapped = world.wrap(model)
     wrapped.train()
     begin = time.perf_counter()
     with _reporter(steps, enabled=progress and world.is_first) as report:
         for _ in range(epochs):
-            for batch in torch.randperm(len(x), generator=order, device="cpu").split(batch_size):
+            for batch in sampler:
                 step = len(history.losses)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * one_cycle(step, steps)

@@ -1,13 +1,13 @@
 """Training aids that leave the loop to the caller: precision, optimisers, checkpoints."""
 
-from bigops.train.checkpoint import load_checkpoint, save_checkpoint
-from bigops.train.optim import SGD, AdamW
+from bigops.optim import SGD, AdamW, BatchSampler, load_checkpoint, save_checkpoint
 from bigops.train.precision import PRECISIONS, MixedPrecision
 
 __all__ = [
     "PRECISIONS",
     "SGD",
     "AdamW",
+    "BatchSampler",
     "MixedPrecision",
     "load_checkpoint",
     "save_checkpoint",

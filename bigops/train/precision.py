@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bigops.train.fused_optimizer import FusedOptimizer
+from bigops.optim.fused_optimizer import FusedOptimizer
 
 PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")
 LEAST_SCALE = 2.0**-14

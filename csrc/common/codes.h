@@ -1,6 +1,6 @@
 // Words that ops take as numbers. torch's stable ABI never frees the copy that it makes of a string
 // (ToImpl<std::string>, torch 2.10 to 2.14: 48 bytes a string and call), so that no kernel takes
-// one. The position of a word is its code, as in bigops/ops/_codes.py. Append only: programs that
+// one. The position of a word is its code, as in bigops/ops/codes.py. Append only: programs that
 // were saved hold the codes.
 #pragma once
 

@@ -15,7 +15,7 @@ inline bool has_onednn_linear() { return aoti_torch_cpu__linear_pointwise != nul
 
 // x W^T + bias by oneDNN, matrices of any strides. By the shim of torch's private op and not by the
 // dispatcher, which would keep a copy of each of its strings (common/codes.h). A torch without
-// oneDNN has no such shim: the Python side asks before it lets this be called (backend.py).
+// oneDNN has no such shim: the Python side asks before it lets this be called (backend/machine.py).
 inline Tensor onednn_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias) {
   AtenTensorHandle added = bias.has_value() ? bias->get() : nullptr, result = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(

@@ -1,5 +1,5 @@
 // linear_cross_entropy on the CPU: the pass over a chunk of logits. The products and the loop over
-// the chunks are in bigops/ops/linear_cross_entropy.py.
+// the chunks are in bigops/ops/linear_cross_entropy/__init__.py.
 
 #include <array>
 #include <vector>

@@ -12,7 +12,7 @@ constexpr int kBitmapColumns = 256;
 enum BitmapType : int { kBitmapFloat, kBitmapBFloat16, kBitmapHalf };  // of x, values and y
 
 // y = act(x W^T + bias) + residual, sums in float32. W: the storage of BitmapWeight, layout in
-// bigops/ops/_bitmap_weight.py.
+// bigops/formats/bitmap.py.
 struct BitmapTask {
   const void* x;         // [M, K]
   const void* values;    // 16-byte aligned

@@ -23,7 +23,7 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kEach = kStepBlock / 32;  // elements of a lane
 constexpr int kSteps = 1024;            // step counters of a launch
-constexpr int kBuckets = 22 * 128;      // as bigops/ops/_optimizer_states.py makes them
+constexpr int kBuckets = 22 * 128;      // as bigops/ops/fused_adamw/states.py makes them
 constexpr int kLowest = (127 - 22) << 7;
 
 template <class Rule>

@@ -9,7 +9,7 @@ namespace bigops {
 struct Sparse24GradientTask {
   const void* gz;        // [M, N], bfloat16 or half as all that follow
   const void* x;         // [M, K]
-  const uint32_t* meta;  // [tiles, padded / 64, 32]; layout in bigops/ops/_sparse24_weight.py
+  const uint32_t* meta;  // [tiles, padded / 64, 32]; layout in bigops/formats/sparse24.py
   void* values;          // [N, padded / 2], the result, 16-byte aligned
   int64_t m, n, k;
   int64_t padded;  // K filled up to 64 columns

@@ -8,7 +8,7 @@ namespace bigops {
 enum Sparse24Type : int { kSparse24Float, kSparse24BFloat16, kSparse24Half };  // of y
 
 // y = act(x W^T + bias) + residual, sums in float32 or, of int8, exact. W: the storage of
-// Sparse24Weight, layout in bigops/ops/_sparse24_weight.py.
+// Sparse24Weight, layout in bigops/formats/sparse24.py.
 struct Sparse24Task {
   const void* x;         // [M, x_stride], K of them in a row; the type of the values
   const float* x_scale;  // [M], x_zero likewise: with int8 values

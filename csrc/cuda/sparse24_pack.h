@@ -15,7 +15,7 @@ enum Sparse24Choice : int {
 };
 
 // Dense [N, K] to the storage of Sparse24Weight, and of its transpose where values_t is not null:
-// layout in bigops/ops/_sparse24_weight.py.
+// layout in bigops/formats/sparse24.py.
 struct Sparse24PackTask {
   const void* w;        // [N, K] of a Sparse24Source
   const uint8_t* mask;  // [N, K] of 0 and 1, or null; with kPackGiven only

@@ -14,7 +14,7 @@ from datetime import date
 import pytest
 import torch
 
-from bigops import backend
+from bigops.backend import machine
 
 
 class Accept:
@@ -42,7 +42,7 @@ def accept(request: pytest.FixtureRequest) -> Iterator[Accept]:
 
 
 def _machine() -> dict[str, object]:
-    extension = backend.extension
+    extension = machine.extension
     with open("/proc/cpuinfo") as file:
         names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     return {

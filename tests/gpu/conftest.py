@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -19,11 +20,13 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import bigops
-from bigops.ops import _triton, _triton_loss
-from bigops.ops._library import in_words
+from bigops.formats import Format
+from bigops.ops import targets
+from bigops.ops.library import in_words
+from bigops.ops.linear_cross_entropy import triton as _triton_loss
 from tests import triton_interpreter
 
-# op -> module of bigops.ops and the function that serves it on a GPU
+# op -> module of bigops.ops and what serves it on a GPU
 ROADS = {
     "fused_linear": ("fused_linear", "_cuda"),
     "fused_linear_with_preact": ("fused_linear", "_cuda_with_preact"),
@@ -31,9 +34,9 @@ ROADS = {
     "low_rank_linear": ("low_rank_linear", "_cuda"),
     "low_rank_linear_with_parts": ("low_rank_linear", "_cuda_with_parts"),
     "low_rank_linear_backward": ("low_rank_linear", "_cuda_backward"),
-    "quantized_linear": ("quantized_linear", "_cuda"),
-    "sparse_linear": ("sparse_linear", "_cuda"),
-    "sparse_linear_backward": ("sparse_linear", "_cuda_backward"),
+    "quantized_linear": ("quantized_linear", "op._cuda"),
+    "sparse_linear": ("sparse_linear", "op._cuda"),
+    "sparse_linear_backward": ("sparse_linear", "op.gradients._cuda"),
 }
 
 
@@ -52,8 +55,8 @@ class Place:
         """Tensors, and tuples and lists of them, moved there; the rest as it is."""
         if isinstance(item, Tensor):
             return item.detach().to(self.device).requires_grad_(item.requires_grad)
-        if isinstance(item, tuple) and hasattr(item, "_make"):
-            return type(item)._make(map(self.put, item))  # type: ignore[attr-defined]
+        if isinstance(item, Format):
+            return item.map(self.put)
         return type(item)(map(self.put, item)) if isinstance(item, (tuple, list)) else item
 
     def chosen(self, op: str, *args: Any, **options: Any) -> str:
@@ -76,7 +79,7 @@ def why_no_gpu(*, devices: int = 1, memory: int = 0, cuda: bool = False) -> str:
         return "needs CUDA; this torch is built for ROCm"
     if memory and (free := torch.cuda.mem_get_info()[0]) < memory:
         return f"needs {memory >> 30} GiB of free GPU memory; {free >> 30} are there"
-    return _triton.why_not(torch.float32, "cuda", "fused_linear")
+    return targets.why_not(torch.float32, "cuda", "fused_linear")
 
 
 @pytest.fixture
@@ -112,14 +115,14 @@ def place(
     for op, (stem, name) in ROADS.items():
         packet = getattr(torch.ops.bigops, op)
         kernel = packet.code if "code" in packet.overloads() else packet.default
-        road = in_words(kernel, getattr(sys.modules[f"bigops.ops.{stem}"], name))
+        road = in_words(kernel, attrgetter(name)(sys.modules[f"bigops.ops.{stem}"]))
         library.impl(kernel.name().removeprefix("bigops::"), road, "CPU", allow_override=True)
     adamw = sys.modules["bigops.ops.fused_adamw"]
-    loss = sys.modules["bigops.ops.linear_cross_entropy"]
-    monkeypatch.setattr(adamw, "step_adamw", adamw._cuda_adamw)
-    monkeypatch.setattr(adamw, "step_sgd", adamw._cuda_sgd)
-    monkeypatch.setattr(adamw, "_norm", adamw._cuda_norm)
-    monkeypatch.setattr(loss, "_chunk", _triton_loss.serve_chunk)
+    loss = sys.modules["bigops.ops.linear_cross_entropy.schema"]
+    monkeypatch.setattr(adamw, "step_adamw", adamw.choose.adamw)
+    monkeypatch.setattr(adamw, "step_sgd", adamw.choose.sgd)
+    monkeypatch.setattr(adamw, "norm_op", adamw.choose.norm)
+    monkeypatch.setattr(loss, "chunk_op", _triton_loss.serve_chunk)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -41,9 +41,9 @@ correct() {
   # 0. fail early: one product of each kind of unit
   run smoke 50 python3 - <<'PROGRAM'
 import torch, triton, bigops
-from bigops import backend
+from bigops.backend import machine
 from bigops.kernels import fused_linear
-print(torch.__version__, triton.__version__, repr(backend.triton_error()))
+print(torch.__version__, triton.__version__, repr(machine.triton_error()))
 for dtype, most in ((torch.bfloat16, 1e-2), (torch.float32, 1e-5)):
     x, w = (torch.randn(r, 512, device="cuda").to(dtype) for r in (300, 768))
     y, truth = fused_linear.forward(x, w)[0].double(), x.double() @ w.double().t()

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bigops
-from bigops import gpu_tiles, tune_gpu
-from bigops.kernels.tiles import device_arch
-from bigops.ops import _triton_tuned
-from bigops.ops.quantized_linear import QuantizedWeight, quantize_weight
+from bigops.backend import gpu_tiles
+from bigops.formats.quantized import QuantizedWeight
+from bigops.kernels.common.tiles import device_arch
+from bigops.ops import tuned as _triton_tuned
+from bigops.tune import tiles as tune_gpu
 from tests import linear_cases
 from tests.gpu.conftest import Place
 from tests.kernels_ran import expect
@@ -49,7 +50,7 @@ def backward(case: Case) -> list[Tensor]:
 
 def test_bitwise_equal_from_run_to_run(place: Place) -> None:
     case = made(place)
-    w8 = place.put(quantize_weight(case.weight.float().cpu()))
+    w8 = place.put(QuantizedWeight.from_dense(case.weight.float().cpu()))
     runs = []
     for _ in range(place.size(5, 2)):
         with expect("triton.fused_linear.bf16", "triton.quantized_linear.bf16"):
@@ -122,7 +123,7 @@ def test_results_past_two_to_the_31_elements(op: str, place: Place, gpu: Need) -
     border = (1 << 31) // n if place.real else 40
     assert m > border
     x, w, factor = place.put([torch.randn(s, k).bfloat16() for s in (m, n, k)])
-    stored = place.put(quantize_weight(w.float().cpu()))
+    stored = place.put(QuantizedWeight.from_dense(w.float().cpu()))
 
     def call(rows: Tensor) -> Tensor:
         if op == "fused_linear":
@@ -150,7 +151,7 @@ def test_results_past_two_to_the_31_elements(op: str, place: Place, gpu: Need) -
 # A program of its own for the sanitizer; ``device`` is given.
 SANITIZED = """
 import torch, bigops
-from bigops.ops.quantized_linear import quantize_weight
+from bigops.formats import QuantizedWeight
 torch.manual_seed(0)
 for m, n, k in ((5, 17, 33), (35, 20, 65)):
     x = torch.randn(m, k, device=device, requires_grad=True)
@@ -158,7 +159,7 @@ for m, n, k in ((5, 17, 33), (35, 20, 65)):
     bigops.fused_linear(x, w, None, None, "gelu").sum().backward()
     u, v = torch.randn(n, 4, device=device), torch.randn(4, k, device=device)
     bigops.low_rank_linear(x, u, v)
-    bigops.quantized_linear(x, quantize_weight(w.detach()))
+    bigops.quantized_linear(x, QuantizedWeight.from_dense(w.detach()))
     bigops.linear_cross_entropy(x, w, torch.arange(m, device=device) % n).backward()
 """
 
@@ -189,7 +190,7 @@ FIRST = Place(torch.device("cuda", 0), True)
 
 def on_gpu(place: Place) -> tuple[Case, QuantizedWeight]:
     case = made(place)
-    return case, place.put(quantize_weight(torch.randn(*case.weight.shape)))
+    return case, place.put(QuantizedWeight.from_dense(torch.randn(*case.weight.shape)))
 
 
 @pytest.mark.gpu

@@ -92,7 +92,7 @@ def test_sparse_linear(form: str, dtype: str, pattern: str, place: Place) -> Non
     moved = dataclasses.replace(case, weight=place.put(case.weight))
     x, values, bias, residual = place.put(case.leaves())
     op = torch.ops.bigops
-    fixed = (values.detach(), *moved.storage[1:])
+    fixed = moved.weight.replace(values=values.detach()).arguments
     with expect(f"triton.sparse_linear.{dtype}", f"triton.sparse_linear_backward.{dtype}"):
         with torch.no_grad():
             y = op.sparse_linear(x, *fixed, bias, residual, case.name)

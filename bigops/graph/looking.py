@@ -1,0 +1,149 @@
+"""Looking at a model changes nothing: what a run or a trace of it moves is as before afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bigops.graph.atomic import CONTAINERS, Before, is_ours
+
+
+@contextlib.contextmanager
+def looking(*models: nn.Module, timed: bool = False) -> Iterator[None]:
+    """Run or trace ``models`` inside; afterwards they and the random states are as before.
+
+    Inside, the modules hold copies of their buffers, of tensors that are plain attributes, in lists
+    and dictionaries too, and of random generators: what forward writes in place goes there. The
+    originals are never written, and come back together with all other attributes (`Before`), also
+    when the model raises. A Parameter is copied before the first write to it, and written back: a
+    momentum encoder follows its model in forward. Layers of `bigops.nn` keep their buffers, for
+    their forward never writes one, and the packs that they made.
+
+    The random states of torch on the CPU and on every GPU in use, of `random` and of `numpy.random`
+    are as before at the end, whatever another thread drew meanwhile.
+
+    Args:
+        models: what is looked at.
+        timed: whether calls are timed inside. What watches over the Parameters takes microseconds
+            an operation, and stays away then; the same calls should have run without before.
+    """
+    before, states = Before(*models, layers=False), _random_states()
+    # Not those of a lazy module, which its first call makes, nor those of another tensor type.
+    parameters = [
+        (p, p.data)
+        for model in models
+        for p in model.parameters()
+        if type(p) is nn.Parameter and type(p.data) is Tensor
+    ]
+    journal = _Journal([data for _, data in parameters])
+    try:
+        memo: dict[int, Any] = {}
+        for model in models:
+            for module in model.modules():
+                if not is_ours(module):
+                    _substitute(vars(module), memo)
+        with contextlib.nullcontext() if timed else journal:
+            yield
+    finally:
+        pressed: KeyboardInterrupt | None = None
+        while True:
+            try:
+                before.restore()
+                for parameter, data in parameters:
+                    if parameter.data_ptr() != data.data_ptr():
+                        parameter.data = data
+                journal.restore()
+                for restore, state in states:
+                    restore(state)
+                break
+            except KeyboardInterrupt as interrupt:  # all of it is done anew, then it is raised
+                pressed = interrupt
+        if pressed is not None:
+            raise pressed
+
+
+def _substitute(value: Any, memo: dict[int, Any]) -> Any:
+    """What stands for ``value`` meanwhile; what lies in a plain container is exchanged there."""
+    if type(value) in CONTAINERS:
+        if id(value) not in memo:
+            memo[id(value)] = value
+            if isinstance(value, dict):
+                value.update({key: _substitute(item, memo) for key, item in value.items()})
+            elif isinstance(value, list | deque):
+                items = [_substitute(item, memo) for item in value]
+                value.clear()
+                value.extend(items)
+        return value
+    if type(value) is tuple:
+        return tuple(_substitute(item, memo) for item in value)
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        # A non-leaf has no deep copy; one memo keeps views of one storage together.
+        kept = value if value.is_leaf else value.detach()
+        return copy.deepcopy(kept, memo)
+    if isinstance(value, torch.Generator):
+        return memo.setdefault(id(value), value.clone_state())
+    if isinstance(value, np.random.Generator | np.random.RandomState | random.Random):
+        return copy.deepcopy(value, memo)
+    return value
+
+
+class _Journal(TorchDispatchMode):
+    """Keeps what stands in ``tensors`` before the first write to it."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self._storages = {storage_of(t): t for t in tensors}
+        self._kept: dict[int | None, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        for tensor in written(func, args, kwargs or {}):
+            key = storage_of(tensor)
+            if key is not None and key in self._storages and key not in self._kept:
+                whole = self._storages[key]
+                self._kept[key] = (whole, whole.clone())
+        return func(*args, **(kwargs or {}))
+
+    def restore(self) -> None:
+        """Write back what was kept."""
+        with torch.no_grad():
+            for tensor, kept in self._kept.values():
+                tensor.copy_(kept)
+
+
+def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The tensors that a call of an operator writes in place."""
+    if not func._schema.is_mutable:
+        return
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        for t in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(t, Tensor):
+                yield t
+
+
+def storage_of(tensor: Tensor) -> int | None:
+    """What tells one storage from another, or None of a tensor that has none."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
+
+
+def _random_states() -> list[tuple[Any, Any]]:
+    """Functions that set a random state, and the state to set."""
+    states: list[tuple[Any, Any]] = [
+        (random.setstate, random.getstate()),
+        (np.random.set_state, np.random.get_state()),
+        (torch.set_rng_state, torch.get_rng_state()),
+    ]
+    if torch.cuda.is_initialized():
+        states += [(g.set_state, g.get_state()) for g in torch.cuda.default_generators]
+    return states

@@ -1,0 +1,221 @@
+"""Where layers sit in a model, which may be swapped, and the swap.
+
+`fuse_` and `compress_` build new layers beside the old ones and exchange them here at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from bigops import timing
+from bigops.graph.looking import looking
+
+_HOOKS = {
+    "_forward_hooks": "forward hook",
+    "_forward_pre_hooks": "forward pre-hook",
+    "_backward_hooks": "backward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+    "_state_dict_hooks": "state_dict hook",
+    "_state_dict_pre_hooks": "state_dict pre-hook",
+    "_load_state_dict_pre_hooks": "load_state_dict pre-hook",
+    "_load_state_dict_post_hooks": "load_state_dict post-hook",
+}
+
+
+def hook_reason(module: nn.Module) -> str | None:
+    """Why a swap would lose something that was attached to ``module``, or None."""
+    for attribute, words in _HOOKS.items():
+        if getattr(module, attribute, None):
+            return f"it has a {words}, which a swap would lose"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return "it was compiled by itself (module.compile())"
+    return None
+
+
+class Sites:
+    """The modules of a model by path, with every path of a module that is reachable twice.
+
+    A verb builds new layers beside the old ones, exchanges them by `swap` and then returns; it is
+    decorated with `bigops.graph.atomic.atomic`, which brings the model back if anything is raised
+    before it has returned.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
+        self.model = model
+        self.modules: dict[str, nn.Module] = {}
+        self.paths: dict[int, list[str]] = {}
+        self.users: dict[int, list[str]] = {}  # of a parameter, by id
+        for path, module in model.named_modules(remove_duplicate=False):
+            self.modules[path] = module
+            self.paths.setdefault(id(module), []).append(path)
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    name = f"{path}.{leaf}" if path else leaf
+                    self.users.setdefault(id(parameter), []).append(name)
+
+    def unique(self) -> Iterator[tuple[str, nn.Module]]:
+        """Each module once, at its first path."""
+        for path, module in self.modules.items():
+            if self.paths[id(module)][0] == path:
+                yield path, module
+
+    def parent(self, path: str) -> nn.Module:
+        """The module that holds the one at ``path``."""
+        return self.modules[path.rpartition(".")[0]]
+
+    def reason_to_leave(self, path: str, exact: tuple[type, ...], weight_goes: bool) -> str | None:
+        """Why the linear layer at ``path`` cannot be swapped, or None.
+
+        Args:
+            path: of an `nn.Linear`, a subclass of it, a compressed layer or one of bigops.nn.
+            exact: the types that may be swapped.
+            weight_goes: whether the new layer has no ``weight`` Parameter.
+        """
+        module = self.modules[path]
+        if path == "":
+            return "it is the model itself, which cannot be swapped in place; wrap it"
+        parent = self.parent(path)
+        if isinstance(parent, nn.MultiheadAttention):
+            return "MultiheadAttention uses its weight without calling it"
+        if weight_goes and isinstance(parent, nn.TransformerEncoderLayer):
+            return "the fast path of TransformerEncoderLayer uses its weight without calling it"
+        if parametrize.is_parametrized(module):
+            return "its parameters are parametrized"
+        if type(module) not in exact:
+            return f"it is a {type(module).__name__}, which may do more than a linear layer"
+        others = [p for p in self.paths[id(module)] if p != path]
+        if others:
+            return f"the same module is also reachable as {', '.join(others)}"
+        for leaf in ("weight", "u", "v", "gate_up_weight", "gate_up_bias", "bias"):
+            value = getattr(module, leaf, None)
+            if value is None:
+                continue
+            if module._parameters.get(leaf) is not value:
+                return f"its {leaf} is no plain parameter"
+            users = [name for name in self.users[id(value)] if name != f"{path}.{leaf}"]
+            if users:
+                return f"its {leaf} is shared with {', '.join(users)}"
+        return hook_reason(module)
+
+    def swap(self, replacements: Mapping[str, nn.Module]) -> None:
+        """Put each new module at its path."""
+        for path, new in replacements.items():
+            self.parent(path)._modules[path.rpartition(".")[2]] = new
+
+
+# --- running a model on example inputs -------------------------------------------------------
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, timed: bool = False) -> Iterator[None]:
+    """`eval` mode inside, to run the model; afterwards all of it is as before (`looking`)."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        with looking(model, timed=timed):
+            model.eval()
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def run_example(model: nn.Module, example_inputs: Any) -> Any:
+    """Call the model: a mapping gives keywords, a tuple or list positions, all else is x."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def capture(model: nn.Module, modules: Mapping[str, nn.Module], example_inputs: Any) -> dict[
+    str, Tensor
+]:  # fmt: skip
+    """The first input of each of ``modules`` while the model runs, by path; absent: not called."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+
+    def watch(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            if path not in seen and isinstance(x, Tensor):
+                seen[path] = x.detach().clone()
+
+        return hook
+
+    try:
+        for path, module in modules.items():
+            handles.append(module.register_forward_pre_hook(watch(path), with_kwargs=True))
+        with evaluating(model), torch.no_grad():
+            run_example(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+# --- old against new -------------------------------------------------------------------------
+
+
+class Contest(NamedTuple):
+    """Median microseconds of both sides and old / new with its 95% interval."""
+
+    us_before: float
+    us_after: float
+    speedup: timing.Ratio
+
+    @property
+    def lost(self) -> bool:
+        """Whether the new side is slower by more than noise: the whole interval is below 1."""
+        return self.speedup.high < 1
+
+    def __str__(self) -> str:
+        low, high = self.speedup.low, self.speedup.high
+        return (
+            f"measured {self.us_before:.0f} us before, {self.us_after:.0f} us after, "
+            f"x{self.speedup.value:.2f} [{low:.2f}, {high:.2f}]"
+        )
+
+
+def contest(
+    old: Callable[[Tensor], Tensor],
+    new: Callable[[Tensor], Tensor],
+    x: Tensor,
+    training: bool,
+    pairs: int = timing.MIN_PAIRS,
+) -> Contest:
+    """Time old against new on x, interleaved; forward and backward where ``training``.
+
+    Gradients are taken for x and thrown away; no ``.grad`` is touched.
+    """
+
+    def side(call: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+        if not training:
+            return lambda: call(x)
+        leaf = x.clone().requires_grad_()
+        weights = [p for p in _parameters(call) if p.requires_grad]
+        seed = torch.ones_like(call(leaf).detach())
+        return lambda: torch.autograd.grad(call(leaf), [leaf, *weights], seed)
+
+    sync = torch.cuda.synchronize if x.is_cuda else (lambda: None)
+    with torch.set_grad_enabled(training):
+        samples = timing.interleave({"old": side(old), "new": side(new)}, pairs=pairs, sync=sync)
+    return Contest(
+        timing.median(samples["old"]) * 1e6,
+        timing.median(samples["new"]) * 1e6,
+        timing.speedup(samples["old"], samples["new"]),
+    )
+
+
+def _parameters(call: Callable[..., Any]) -> list[nn.Parameter]:
+    return list(call.parameters()) if isinstance(call, nn.Module) else []

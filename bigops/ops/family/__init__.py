@@ -1,0 +1,16 @@
+"""What linear ops with a stored weight share: schema, reference, fake, autograd, vmap, autocast.
+
+An op of the family is ``y = act(x W^T + bias) + residual`` with W in one format. In the library it
+takes ``(x, *arguments of the format, bias, residual, activation)``; its backward op takes ``(grad,
+x, *arguments, bias, activation, need_x, [need_values,] need_bias)`` and gives the gradients that
+are needed, of the stored values where these can be trained. Inside Python a call is one object
+(`Call`); it is flattened once, at the schema. The other storage has no gradient. Where the forward
+rounds its activations, the gradient is the straight-through one: that of the dequantised weight,
+taken at the pre-activation which the forward saw (Bengio et al. 2013, arXiv 1308.3432).
+"""
+
+from bigops.ops.family.call import Call
+from bigops.ops.family.grid_op import GridCall, GridOp
+from bigops.ops.family.linear_op import LinearOp, linear_ops, op_of
+
+__all__ = ["Call", "GridCall", "GridOp", "LinearOp", "linear_ops", "op_of"]

@@ -1,0 +1,156 @@
+"""The torch library `bigops`: schemas are defined in Python, CPU kernels registered by csrc/."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import namedtuple
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from bigops.ops import codes
+
+LIB = torch.library.Library("bigops", "DEF")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def define(schema: str, reference: Callable[..., Any] | None = None) -> torch._ops.OpOverload:
+    """Define an op and serve it by its reference, if any, wherever no kernel is registered.
+
+    Where the schema has words (``str activation``), what is returned is the overload ``code``, with
+    an int in place of each (`codes`): that one has kernels, gradients and all else, and references
+    are given the words all the same. The default overload, for direct callers, takes words and
+    decomposes into it.
+
+    `CompositeExplicitAutograd` is the weakest key: a kernel on "CPU" or "CUDA" goes before it.
+    """
+    tags = () if reference is None else (torch.Tag.pt2_compliant_tag,)
+    name, arguments = schema.split("(", 1)
+    LIB.define(schema, tags=tags)
+    op: torch._ops.OpOverload = getattr(torch.ops.bigops, name).default
+    if _words(op):
+        LIB.define(f"{name}.code({re.sub(r'str (?=[a-z])', 'int ', arguments)}", tags=tags)
+        op = op._overloadpacket.code
+        for key in ("CompositeImplicitAutograd", "FuncTorchBatched"):  # the former leaves out vmap
+            LIB.impl(name, _decomposition(op), key)
+    if reference is not None:
+        LIB.impl(_local(op), in_words(op, reference), "CompositeExplicitAutograd")
+    return op
+
+
+def arguments(op: torch._ops.OpOverload) -> Any:
+    """A class of named tuples of the arguments of ``op``, by the names in its schema."""
+    name = op._schema.name.removeprefix("bigops::")
+    return namedtuple(name, [a.name for a in op._schema.arguments])  # type: ignore[misc]
+
+
+def _local(op: torch._ops.OpOverload) -> str:
+    return op.name().removeprefix("bigops::")
+
+
+def _words(op: torch._ops.OpOverload) -> list[tuple[int, str]]:
+    """Positions and names of the arguments that are words in the default overload."""
+    arguments = op._overloadpacket.default._schema.arguments
+    return [(i, a.name) for i, a in enumerate(arguments) if isinstance(a.type, torch.StringType)]
+
+
+def _decomposition(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    words = _words(op)
+
+    def decomposed(*args: Any) -> Any:
+        coded = list(args)
+        for at, argument in words:
+            coded[at] = codes.code_of(argument, args[at])
+        return op(*coded)
+
+    return decomposed
+
+
+def encoder(op: torch._ops.OpOverload) -> Callable[[Sequence[Any]], list[Any]]:
+    """A function of the arguments of ``op`` in words that gives them in codes, for every call.
+
+    It raises KeyError or TypeError for what is no word of its argument.
+    """
+    tables = [(at, codes.CODES[argument]) for at, argument in _words(op)]
+
+    def encode(args: Sequence[Any]) -> list[Any]:
+        coded = list(args)
+        for at, table in tables:
+            coded[at] = table[args[at]]
+        return coded
+
+    return encode
+
+
+def in_words(op: torch._ops.OpOverload, function: Function) -> Function:
+    """``function``, which takes the arguments of ``op`` in words, for a caller that has codes."""
+    words = _words(op)
+    if not words:
+        return function
+
+    @functools.wraps(function)
+    def worded(*args: Any) -> Any:
+        given = list(args)
+        for at, argument in words:
+            given[at] = codes.word_of(argument, args[at])
+        return function(*given)
+
+    return worded  # type: ignore[return-value]
+
+
+def register(
+    op: torch._ops.OpOverload,
+    *,
+    fake: Callable[..., Any] | None = None,
+    backward: Callable[..., Any] | None = None,
+    setup: Callable[..., None] | None = None,
+    vmap: Callable[..., Any] | None = None,
+    cuda: Callable[..., Any] | None = None,
+) -> None:
+    """Give an op of `define` what `torch.library` calls these.
+
+    The fake and the kernel for GPUs take words; backward, the setup of its context and the vmap
+    rule take codes.
+    """
+    name = op.name()
+    if fake is not None:
+        torch.library.register_fake(name, in_words(op, fake), lib=LIB)
+    if backward is not None:
+        torch.library.register_autograd(name, backward, setup_context=setup, lib=LIB)
+    if vmap is not None:
+        torch.library.register_vmap(name, vmap, lib=LIB)
+    if cuda is not None:
+        LIB.impl(_local(op), in_words(op, cuda), "CUDA")
+
+
+def autocast(device_type: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Cast floating tensors to the active autocast dtype of ``device_type`` (float64 stays)."""
+    dtype = torch.get_autocast_dtype(device_type)
+    kept = (dtype, torch.float64)
+
+    def cast(t: torch.Tensor | None) -> torch.Tensor | None:
+        return t if t is None or t.dtype in kept or not t.is_floating_point() else t.to(dtype)
+
+    return tuple(map(cast, tensors))
+
+
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """[.., K] as [M, K]; reshape(-1, K) cannot, where K is 0."""
+    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
+
+
+def loop(
+    function: Callable[..., Any], args: tuple[Any, ...], in_dims: tuple[Any, ...], batch: int
+) -> Any:
+    """A vmap rule: the function on each item of the batch, results stacked at 0."""
+    outs = [
+        function(
+            *(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True))
+        )
+        for i in range(batch)
+    ]
+    if isinstance(outs[0], torch.Tensor):
+        return torch.stack(outs)
+    return tuple(torch.stack(parts) for parts in zip(*outs, strict=True))

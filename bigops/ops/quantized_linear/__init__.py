@@ -1,0 +1,84 @@
+"""quantized_linear: y = act(x W^T + bias) + residual, W int8 or int4, x in floating point or u8."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bigops.formats import checks, quantize
+from bigops.formats.quantized import QuantizedWeight
+from bigops.ops.explain import serves
+from bigops.ops.family import Call, GridOp, LinearOp
+from bigops.ops.quantized_linear.choose import backward, choose, choose_with_grids
+
+__all__ = ["quantized_linear"]
+
+
+def _product(call: Call, x_grid: Tensor | None) -> Tensor:
+    weight = call.weight
+    assert isinstance(weight, QuantizedWeight)
+    if not weight.rounds:
+        return torch.nn.functional.linear(call.x.float(), weight.to_dense())
+    grid = weight.x_grid if x_grid is None else x_grid
+    rows = quantize.quantize_rows(call.x, weight.activations, grid)
+    whole = (rows.q - rows.zero_point).double()
+    if weight.bits == 8:
+        # whole numbers below 2^53: the product is exact, in whatever order it is summed
+        q, by, zero = weight.grid()
+        total = torch.matmul(whole, (q if zero is None else q - zero).double().t()).float()
+        return total * (rows.scale * by[:, 0])
+    return torch.matmul(whole, weight.to_dense(torch.float64).t()).float() * rows.scale
+
+
+op = LinearOp("quantized_linear", QuantizedWeight, _product, choose, backward)
+grid_op = GridOp(op, ("y_grid",), choose_with_grids)
+serves("quantized_linear")(op.explain)
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    *,
+    y_grid: Tensor | None = None,
+) -> Tensor:
+    """``act(x @ W.T + bias) + residual`` with W in int8 or int4.
+
+    What happens to x is part of the weight (`QuantizedWeight.from_dense`): it stays in floating
+    point, or each row becomes u8 and the products are whole numbers. Sums of int8 by u8 are exact;
+    groups are summed by themselves and added up in float32, as is the epilogue. A row of x with NaN
+    or inf gives a row of NaN where x is quantised.
+
+    With ``y_grid`` the result is rounded in the same pass and stored as u8, which the next layer
+    reads as it is: ``clamp(rint(y * (1 / scale)) + zero_point, 0, 255)``, in float32 just what that
+    layer would make of a float32 y by its static grid.
+
+    Args:
+        x: ``[.., K]``; float32, bfloat16 or float16, any strides. Or uint8, on the weight's own
+            ``x_grid``, with activations "static".
+        weight: `QuantizedWeight.from_dense` of a ``[N, K]`` matrix; it has no gradient.
+        bias: ``[N]`` in x's dtype, or None.
+        residual: ``[.., N]``, the shape of the result, or None.
+        activation: none, relu, relu2, gelu (erf), gelu_tanh, silu, sigmoid or tanh.
+        y_grid: float32 ``[2]``, scale and zero point of a uint8 result (`static_grid` makes them of
+            a range, ``weight.x_grid`` of the next layer is one), or None.
+
+    Returns:
+        ``[.., N]``: uint8 with ``y_grid``, else in x's dtype (of a uint8 x in that of bias, without
+        one of residual, without both float32). Gradients for x, bias and residual are the
+        straight-through ones: those of the linear layer with the dequantised weight. Under
+        `torch.autocast` floating x, bias and residual are cast to the autocast dtype first.
+
+    Raises:
+        ValueError: unknown or gated activation, shapes or devices that do not fit, a weight that
+            requires a gradient, a grid that is none, or anything that requires a gradient where x
+            or the result is uint8.
+        TypeError: a dtype that is not served, or dtypes that differ.
+        RuntimeError: NaN or inf in a y that was to become uint8: no number of it says that.
+    """
+    checks.stored(weight, QuantizedWeight)
+    if y_grid is None and getattr(x, "dtype", None) is not torch.uint8:
+        return op(x, weight.arguments, weight.k, bias, residual, activation)
+    return grid_op(x, weight.arguments, weight.k, (y_grid,), bias, residual, activation)

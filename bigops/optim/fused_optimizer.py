@@ -1,0 +1,388 @@
+"""What `bigops.train.AdamW` and `SGD` share: groups, states, masters, and the checked step."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, TypedDict
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from bigops.ops import fused_grad_norm
+from bigops.ops.fused_adamw import states
+from bigops.optim import saved_states as saved
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NONE = torch.empty(0, device="cpu")  # says that this parameter has none
+# Dtypes of states, of parameters of float64 and of all others.
+_KEPT = {True: (torch.float64,), False: (torch.float32, torch.uint8)}
+_LARGEST = torch.finfo(torch.float32).max
+_ZERO = {True: 127, False: 0}  # code of 0 in the signed and the unsigned map
+
+
+class Shared(TypedDict, total=False):
+    """Options of every optimiser here; `AdamW` says what they mean."""
+
+    maximize: bool
+    eight_bit: bool
+    stochastic_rounding: bool
+    master_weights: bool
+    seed: int
+
+
+class FusedOptimizer(Optimizer):
+    """Base of the optimisers here; a subclass gives its options and its kernel call."""
+
+    # State tensors of a parameter's shape -> whether the map of their codes is signed.
+    _SIGNED: ClassVar[dict[str, bool]] = {}
+    # What a saved state has all of, if any.
+    _WHOLE: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        maximize: bool = False,
+        eight_bit: bool = False,
+        stochastic_rounding: bool = True,
+        master_weights: bool = False,
+        seed: int = 0,
+    ) -> None:
+        defaults |= {
+            "maximize": maximize,
+            "eight_bit": eight_bit,
+            "stochastic_rounding": stochastic_rounding,
+            "master_weights": master_weights,
+            "seed": seed,
+            "rounding_step": 0,
+        }
+        self._check_options(defaults)
+        super().__init__(params, defaults)
+
+    # --- what the subclasses give ------------------------------------------------------------
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for an option out of range; the subclasses go on with their own."""
+        lr, seed = group["lr"], group["seed"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"lr: expected one element; got shape {list(lr.shape)}")
+        check_number("lr", float(lr), 0)
+        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed: expected an integer of 64 bits; got {seed!r}")
+
+    def _update(self, group: dict[str, Any], batch: Batch, grad_factor: float) -> None:
+        raise AssertionError("each optimiser calls its own kernel")
+
+    # --- groups ------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; raises before anything is added.
+
+        Raises:
+            ValueError: an option out of range, or a sparse parameter.
+            TypeError: a parameter's dtype that is not served.
+        """
+        params = param_group["params"]
+        if not isinstance(params, Tensor):
+            params = list(params)
+            param_group = {**param_group, "params": params}
+        self._check_options({**self.defaults, **param_group})
+        for item in [params] if isinstance(params, Tensor) else params:
+            tensor = item[1] if isinstance(item, tuple) else item  # named parameters
+            if not isinstance(tensor, Tensor):
+                continue  # torch's own message
+            if tensor.layout != torch.strided:
+                raise ValueError(f"params: expected dense parameters; got {tensor.layout}")
+            if hasattr(tensor, "device_mesh"):
+                raise TypeError("params: expected plain tensors; got a DTensor")
+            if tensor.dtype not in DTYPES:
+                names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+                raise TypeError(f"params: expected dtype {names}; got {tensor.dtype}")
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    # --- the step ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, grad_factor: float = 1.0
+    ) -> Any:
+        """One step, as torch's optimisers do it: no look at inf or NaN.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+            grad_factor: gradients are multiplied by it inside the kernel; they are left as they
+                are.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError: a sparse gradient, a grad_factor past float32, or states that do not fit a
+                parameter whose dtype or shape was changed; nothing was updated.
+        """
+        if not abs(grad_factor) <= _LARGEST:
+            raise ValueError(
+                f"grad_factor: expected a number that float32 holds; got {grad_factor}"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._gradients()  # this and _prepare raise before the first group is updated
+        work: list[tuple[dict[str, Any], list[tuple[int, Tensor]]]] = []
+        first_stream = 0
+        for group in self.param_groups:
+            by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
+            for stream, param in enumerate(group["params"], first_stream):
+                if param.grad is not None:
+                    by_device.setdefault(param.device, []).append((stream, param))
+            first_stream += len(group["params"])
+            for items in by_device.values():
+                for _, param in items:
+                    self._prepare(group, param)
+                work.append((group, items))
+        for group, items in work:
+            self._update(group, Batch(self, group, items), grad_factor)
+        for group in self.param_groups:
+            group["rounding_step"] += 1
+        return loss
+
+    @torch.no_grad()
+    def step_checked(self, *, inv_scale: float = 1.0, clip_norm: float | None = None) -> bool:
+        """Check, unscale, clip and step in two passes over memory.
+
+        Args:
+            inv_scale: the gradients are multiplied by it: one over the loss scale.
+            clip_norm: largest Euclidean norm of all unscaled gradients together; None leaves them.
+
+        Returns:
+            False where a gradient held inf or NaN, or may be past float32 once it is unscaled:
+            nothing was changed then, no state was made. ``.grad`` keeps what it held in any case.
+
+        Raises:
+            ValueError: an argument out of range, or a sparse gradient; nothing was changed.
+        """
+        if not 0 < inv_scale <= _LARGEST:
+            raise ValueError(
+                f"inv_scale: expected a number above 0 that float32 holds; got {inv_scale}"
+            )
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm: expected a number above 0; got {clip_norm}")
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for grad in self._gradients():
+            by_device.setdefault(grad.device, []).append(grad)
+        norm = math.hypot(*(float(fused_grad_norm(grads)) for grads in by_device.values()))
+        if not math.isfinite(norm * inv_scale):
+            return False
+        factor = inv_scale
+        if clip_norm is not None:  # torch.nn.utils.clip_grad_norm_ adds the same 1e-6
+            factor *= min(1.0, clip_norm / (norm * inv_scale + 1e-6))
+        wide = all(g.dtype == torch.float64 for grads in by_device.values() for g in grads)
+        if norm * factor > _LARGEST and not wide:
+            return False
+        self.step(grad_factor=factor)
+        return True
+
+    def _gradients(self) -> list[Tensor]:
+        found = []
+        for g, group in enumerate(self.param_groups):
+            for p, param in enumerate(group["params"]):
+                if param.grad is None:
+                    continue
+                if param.grad.layout != torch.strided:
+                    raise ValueError(
+                        f"param_groups[{g}]['params'][{p}]: expected a dense gradient; got "
+                        f"{param.grad.layout} (torch.optim.SparseAdam takes sparse ones)"
+                    )
+                found.append(param.grad)
+        return found
+
+    # --- states ------------------------------------------------------------------------------
+
+    def _names(self, group: dict[str, Any]) -> Iterable[str]:
+        return self._SIGNED
+
+    def _prepare(self, group: dict[str, Any], param: Tensor) -> None:
+        """Make the states that a parameter does not have yet."""
+        state = self.state[param]
+        sixteen = param.dtype in (torch.bfloat16, torch.float16)
+        if "master" in state:
+            _check_fits("master", state["master"], param, sixteen)
+        elif group["master_weights"] and sixteen:
+            state["master"] = param.detach().float()
+        for name in self._names(group):
+            held = state.get(name)
+            if held is not None:
+                kept = _KEPT[param.dtype == torch.float64]
+                _check_fits(name, held, param, held.dtype in kept)
+                continue
+            if saved.coded(group, param):
+                signed = self._SIGNED[name]
+                state[name] = torch.full(
+                    param.shape, _ZERO[signed], dtype=torch.uint8, device=param.device
+                )
+                state[f"{name}_scale"] = torch.zeros(
+                    states.blocks_of(param.numel()), dtype=torch.float32, device=param.device
+                )
+            else:
+                state[name] = torch.zeros_like(param, dtype=saved.wide(param))
+
+    def state_bytes(self) -> int:
+        """Bytes of all states that live now, masters included."""
+        tensors = [t for s in self.state.values() for t in s.values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    # --- state_dict --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; a moment in 8 bits is ``{"codes": uint8}``, with its ``_scale`` beside.
+
+        Any tensor under the name of a moment torch.optim casts to the parameter's dtype, and would
+        go on with codes for values; at a dict its step raises.
+        """
+        form = functools.partial(saved.with_codes_apart, self._SIGNED)
+        try:
+            self.register_state_dict_post_hook(form, prepend=True)
+            return super().state_dict()
+        finally:
+            saved.unhook(self._optimizer_state_dict_post_hooks, form)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state of the same optimiser here or in torch.optim.
+
+        Options that the file has win; states of another width than the group's option asks for are
+        converted. Loading keeps float32 states of 16-bit parameters, where torch would round them.
+        Hooks act as in torch: what the last pre-hook gives is checked and loaded, and post-hooks
+        find the new states.
+
+        Raises:
+            ValueError, TypeError: groups of other sizes, states of other shapes or kinds, an
+                option out of range, or amsgrad. States and groups are then as before, as they are
+                where a hook raised; only what a hook wrote into old tensors stays.
+        """
+        given: dict[Tensor, dict[str, Any]] = {}
+
+        def take(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            pairs = self._check(state_dict)
+            state = dict(state_dict["state"])
+            given.update((param, state.pop(key)) for key, param in pairs if key in state)
+            return {**state_dict, "state": state}  # torch would cast what it finds here
+
+        def fit(_: Optimizer) -> None:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param in given:
+                        self.state[param] = saved.fitted(group, param, given[param], self._SIGNED)
+
+        def unhook() -> None:
+            saved.unhook(self._optimizer_load_state_dict_pre_hooks, take)
+            saved.unhook(self._optimizer_load_state_dict_post_hooks, fit)
+
+        restore = saved.restorer(self)
+        try:
+            self.register_load_state_dict_pre_hook(take)
+            self.register_load_state_dict_post_hook(fit, prepend=True)
+            super().load_state_dict(state_dict)
+            unhook()  # nothing after it: Ctrl-C there would find all loaded
+        except BaseException:
+            unhook()
+            restore()
+            raise
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise what `load_state_dict` would raise, and change nothing.
+
+        Where load_state_dict pre-hooks are registered nothing is looked at: what they make of the
+        state is known when they run.
+        """
+        if not self._optimizer_load_state_dict_pre_hooks:
+            self._check(state_dict)
+
+    def _check(self, state_dict: dict[str, Any]) -> list[tuple[Any, Tensor]]:
+        """The state's keys and the parameters that they stand for."""
+        if not {"state", "param_groups"} <= set(state_dict):
+            got = sorted(map(str, state_dict))
+            raise ValueError(f"state_dict: expected keys state and param_groups; got {got}")
+        sizes, own = (
+            [len(group["params"]) for group in groups]
+            for groups in (state_dict["param_groups"], self.param_groups)
+        )
+        if sizes != own:
+            raise ValueError(f"state_dict: expected parameter groups of sizes {own}; got {sizes}")
+        for group in state_dict["param_groups"]:
+            self._check_options({**self.defaults, **group})
+        keys = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        params = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
+        pairs = list(zip(keys, params, strict=True))
+        for key, param in pairs:
+            held = state_dict["state"].get(key, {})
+            saved.check(f"of parameter {key}", held, param, self._SIGNED, self._WHOLE)
+        return pairs
+
+
+class Batch:
+    """The lists of one kernel call."""
+
+    def __init__(
+        self, optimizer: FusedOptimizer, group: dict[str, Any], items: list[tuple[int, Tensor]]
+    ) -> None:
+        self.states = [optimizer.state[param] for _, param in items]
+        self.grads = [param.grad for _, param in items]
+        self.params = [s.get("master", p) for s, (_, p) in zip(self.states, items, strict=True)]
+        self.copies: list[Tensor] = []
+        if any("master" in s for s in self.states):
+            self.copies = [
+                p if "master" in s else _NONE for s, (_, p) in zip(self.states, items, strict=True)
+            ]
+        rounds = group["stochastic_rounding"] and any(
+            p.dtype == torch.bfloat16 for p in self.params
+        )
+        streams = [stream for stream, _ in items] if rounds else []
+        rounding = streams, group["seed"], group["rounding_step"]
+        self.rounding: tuple[list[int], int, int] = rounding
+
+    def lists(self, name: str) -> tuple[list[Tensor], list[Tensor]]:
+        """The states of a name and their scales ([] where none is in 8 bits)."""
+        key = f"{name}_scale"
+        scales = (
+            [s.get(key, _NONE) for s in self.states] if any(key in s for s in self.states) else []
+        )
+        return [s[name] for s in self.states], scales
+
+    def part(self, chosen: list[bool]) -> Batch:
+        """The batch of those parameters alone."""
+        if all(chosen):
+            return self
+        part = object.__new__(Batch)
+        for name in ("states", "grads", "params", "copies"):
+            setattr(part, name, list(itertools.compress(getattr(self, name), chosen)))
+        streams, seed, step = self.rounding
+        part.rounding = (list(itertools.compress(streams, chosen)), seed, step)
+        return part
+
+
+def check_number(name: str, value: float, low: float, below: float = math.inf) -> None:
+    """Raise ValueError unless ``low <= value < below``."""
+    if not low <= value < below:
+        limit = "" if below == math.inf else f" and below {below:g}"
+        raise ValueError(f"{name}: expected at least {low:g}{limit}; got {value}")
+
+
+def _check_fits(name: str, held: Tensor, param: Tensor, dtype_fits: bool) -> None:
+    if held.shape != param.shape or not dtype_fits:
+        raise ValueError(
+            f"params: expected what {name} was made for, {held.dtype} of shape "
+            f"{list(held.shape)}; got a parameter of {param.dtype}, shape {list(param.shape)} (was "
+            "the model changed after a step?)"
+        )
