@@ -23,16 +23,36 @@ ISA_FLAGS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
-    "avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma",
-                   "-mf16c"],
-    "avx512bf16": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma",
-                   "-mf16c"],
-}  # fmt: skip
+    "avx512vnni": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx512vnni",
+        "-mfma",
+        "-mf16c",
+    ],
+    "avx512bf16": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx512bf16",
+        "-mfma",
+        "-mf16c",
+    ],
+}
 X86_ONLY = set(ISA_FLAGS) - {"portable"}
 TORCH_TARGET = "0x020a000000000000"  # stable ABI of torch 2.10: one build serves later versions
-FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
-         "-Wall", "-Wno-maybe-uninitialized",  # the latter: gcc 12's own avx512fintrin.h
-         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]  # fmt: skip
+FLAGS = [
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-maybe-uninitialized",  # the latter: gcc 12's own avx512fintrin.h
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+]
 # --no-as-needed: the stable shims live in libtorch_cpu and look unused to the linker
 LINK = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
 

@@ -54,11 +54,16 @@ def cases() -> list[Case]:
     """128 tokens, alone and eight at a time."""
     return [
         Case(
-            "bert_layer", f"layer-b{batch}", batch * 128, 768, 3072,
-            params={"batch": batch, "heads": 768 // HEAD}, quick=batch == 1,
+            "bert_layer",
+            f"layer-b{batch}",
+            batch * 128,
+            768,
+            3072,
+            params={"batch": batch, "heads": 768 // HEAD},
+            quick=batch == 1,
         )
         for batch in (1, 8)
-    ]  # fmt: skip
+    ]
 
 
 def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:

@@ -40,9 +40,15 @@ UNITS = {"int8": "int8", "bf16": "bf16", "fp32": "fp32"}
 
 
 def _case(
-    name: str, m: int, k: int, n: int, sparsity: float, values: str = "int8",
-    pattern: str = "1x4", **more: Any,
-) -> Case:  # fmt: skip
+    name: str,
+    m: int,
+    k: int,
+    n: int,
+    sparsity: float,
+    values: str = "int8",
+    pattern: str = "1x4",
+    **more: Any,
+) -> Case:
     params = {
         "activation": more.pop("activation", "none"),
         "sparsity": sparsity,

@@ -144,10 +144,15 @@ def onnxruntime(layer: Recorded, cost: Price) -> Side:
         scale, offset = graph.constant(part.weight.detach()), graph.constant(part.bias.detach())
         return str(
             graph.add(
-                "SkipLayerNormalization", x, more, scale, offset,
-                domain=rivals_onnx.MICROSOFT, epsilon=part.eps,
+                "SkipLayerNormalization",
+                x,
+                more,
+                scale,
+                offset,
+                domain=rivals_onnx.MICROSOFT,
+                epsilon=part.eps,
             )
-        )  # fmt: skip
+        )
 
     def shaped(x: str, dims: list[int]) -> str:
         return str(graph.add("Reshape", x, graph.constant(torch.tensor(dims))))

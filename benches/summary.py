@@ -11,9 +11,22 @@ from bigops.files import replacing
 SLOWER = 0.90  # "not slower than": the lower end of the interval is at least this
 FIRST, TIE, NOT_FIRST = "first", "tie", "**not first**"
 _HEAD = (
-    "op", "case", "M", "K", "N", "dtype", "params", "ours", "us", "best rival", "us",
-    "rival / ours (95%)", "of limit", "error", "",
-)  # fmt: skip
+    "op",
+    "case",
+    "M",
+    "K",
+    "N",
+    "dtype",
+    "params",
+    "ours",
+    "us",
+    "best rival",
+    "us",
+    "rival / ours (95%)",
+    "of limit",
+    "error",
+    "",
+)
 
 
 def mark(row: Row) -> str:
@@ -57,10 +70,22 @@ def _cells(row: Row, best_us: float | None) -> list[str]:
     limit = "unknown" if row.fraction_of_limit is None else format(row.fraction_of_limit, ".0%")
     best = "unknown" if best_us is None else _microseconds(best_us)
     return [
-        row.op, row.case, str(row.m), str(row.k), str(row.n), row.dtype, row.params + way,
-        row.provider, _microseconds(row.median_us), row.best_rival, best, ratio, limit,
-        f"{row.rel_error:.1e}", mark(row),
-    ]  # fmt: skip
+        row.op,
+        row.case,
+        str(row.m),
+        str(row.k),
+        str(row.n),
+        row.dtype,
+        row.params + way,
+        row.provider,
+        _microseconds(row.median_us),
+        row.best_rival,
+        best,
+        ratio,
+        limit,
+        f"{row.rel_error:.1e}",
+        mark(row),
+    ]
 
 
 def _microseconds(value: float) -> str:

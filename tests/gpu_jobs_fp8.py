@@ -64,9 +64,15 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
                 for name in other_activations(False, "gelu"):
                     yield job(arch, "fp8_gemm", "f8a8_row", "bf16", entry.config, name)
     for form, dtype in (
-        ("row", "f32"), ("row", "bf16"), ("row", "f16"), ("block", "bf16"), ("static", "bf16"),
-        ("row_loose", "bf16"), ("block_loose", "bf16"), ("row_ones", "bf16"),
-    ):  # fmt: skip
+        ("row", "f32"),
+        ("row", "bf16"),
+        ("row", "f16"),
+        ("block", "bf16"),
+        ("static", "bf16"),
+        ("row_loose", "bf16"),
+        ("block_loose", "bf16"),
+        ("row_ones", "bf16"),
+    ):
         yield job(arch, "quantize_fp8", form, dtype, _rows(arch, form), "none")
 
 

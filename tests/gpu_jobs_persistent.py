@@ -27,8 +27,9 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
         for dtype in entry.dtypes:
             for precision in ("ieee", "tf32") if dtype == "f32" else ("ieee",):
                 for order, activation in forms:
-                    yield job(arch, "gemm_persistent", order, dtype, entry.config, activation,
-                              precision)  # fmt: skip
+                    yield job(
+                        arch, "gemm_persistent", order, dtype, entry.config, activation, precision
+                    )
         if entry != largest(entries, entry.form, entry.dtypes[0]) or "f32" in entry.dtypes:
             continue
         yield job(arch, "gemm_persistent", f"{form}_rows", "bf16", entry.config, worst)

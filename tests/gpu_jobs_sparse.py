@@ -49,8 +49,18 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
 def unaligned(job: Any) -> tuple[str, ...]:
     """Names of the arguments that do not divide by 16."""
     if "loose" in words_of(job):
-        return ("M", "N", "K", "WORDS", "stride_xm", "stride_xk", "stride_rm", "stride_rn",
-                "stride_gm", "stride_gn")  # fmt: skip
+        return (
+            "M",
+            "N",
+            "K",
+            "WORDS",
+            "stride_xm",
+            "stride_xk",
+            "stride_rm",
+            "stride_rn",
+            "stride_gm",
+            "stride_gn",
+        )
     return ("WORDS",)
 
 

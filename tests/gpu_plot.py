@@ -92,8 +92,9 @@ def draw(rows: Sequence[Row], path: Path = PICTURE) -> None:
                 text += f" {LETTERS[cell.limiter]}"
             at = (ARCHS.index(arch), kernels.index(kernel))
             dark = getattr(cell, field) > 0.8 * top
-            axis.annotate(text, at, ha="center", va="center", fontsize=9,
-                          color="white" if dark else "black")  # fmt: skip
+            axis.annotate(
+                text, at, ha="center", va="center", fontsize=9, color="white" if dark else "black"
+            )
         axis.set_title(title, fontsize=10)
         axis.set_xticks(range(len(ARCHS)), ARCHS, fontsize=8.5)
         axis.set_yticks(range(len(kernels)), kernels, fontsize=9)

@@ -52,8 +52,14 @@ class Problem:
     def state(self, p: Tensor, zero: int) -> Tensor:
         if self.eight_bit and p.dtype != torch.float64:
             return torch.full(p.shape, zero, dtype=torch.uint8)
-        return torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else None
-                                if p.dtype == torch.float32 else torch.float32)  # fmt: skip
+        return torch.zeros_like(
+            p,
+            dtype=torch.float64
+            if p.dtype == torch.float64
+            else None
+            if p.dtype == torch.float32
+            else torch.float32,
+        )
 
     def grads(self, step: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(step)
@@ -62,23 +68,43 @@ class Problem:
     def adamw(self, step: int, **more: Any) -> None:
         scales = {"exp_avg_scales": self.first_scales, "exp_avg_sq_scales": self.second_scales}
         fused_adamw(
-            self.params, self.grads(step), self.first, self.second, self.steps,
+            self.params,
+            self.grads(step),
+            self.first,
+            self.second,
+            self.steps,
             **{"lr": 1e-2, **ADAMW, **(scales if self.eight_bit else {}), **more},
-        )  # fmt: skip
+        )
 
     def adamw_reference(self, step: int, streams: bool = False) -> None:
         for i, (p, g) in enumerate(zip(self.params, self.grads(step), strict=True)):
             coded = self.eight_bit and p.dtype != torch.float64 and p.numel() > 0
             reference_adamw(
-                p, g, self.first[i], self.second[i], self.steps[i],
-                self.first_scales[i] if coded else None, self.second_scales[i] if coded else None,
-                None, 1e-2, *ADAMW["betas"], ADAMW["eps"], ADAMW["weight_decay"], 1.0,
+                p,
+                g,
+                self.first[i],
+                self.second[i],
+                self.steps[i],
+                self.first_scales[i] if coded else None,
+                self.second_scales[i] if coded else None,
+                None,
+                1e-2,
+                *ADAMW["betas"],
+                ADAMW["eps"],
+                ADAMW["weight_decay"],
+                1.0,
                 (5, i, step) if streams else None,
-            )  # fmt: skip
+            )
 
     def all(self) -> list[Tensor]:
-        return [*self.params, *self.first, *self.second, *self.first_scales, *self.second_scales,
-                *self.steps]  # fmt: skip
+        return [
+            *self.params,
+            *self.first,
+            *self.second,
+            *self.first_scales,
+            *self.second_scales,
+            *self.steps,
+        ]
 
 
 def same(problem: Problem, reference: Problem) -> None:

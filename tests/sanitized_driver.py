@@ -62,8 +62,19 @@ QUANTISED: list[dict[str, Any]] = [
     {"bits": 4, "group": 32, "activations": "static", "x_grid": static_grid(-2.0, 3.0)},
 ]
 # rows, outputs, columns: none fills a vector, a tile, a panel or a chunk; some are empty
-SHAPES = [(1, 1, 1), (2, 3, 5), (5, 37, 83), (7, 17, 131), (19, 70, 259), (67, 9, 33), (130, 5, 66),
-          (0, 3, 4), (3, 0, 4), (3, 4, 0), (1, 0, 0)]  # fmt: skip
+SHAPES = [
+    (1, 1, 1),
+    (2, 3, 5),
+    (5, 37, 83),
+    (7, 17, 131),
+    (19, 70, 259),
+    (67, 9, 33),
+    (130, 5, 66),
+    (0, 3, 4),
+    (3, 0, 4),
+    (3, 4, 0),
+    (1, 0, 0),
+]
 
 
 def both_ways(f: Callable[..., torch.Tensor], *leaves: torch.Tensor | None) -> None:
@@ -102,8 +113,9 @@ def run_fused_linear() -> None:
                 w = torch.randn(rows, k).to(dtype)
                 x, _, residual = tensors(m, n, k, dtype, True)
                 bias = torch.randn(rows).to(dtype)
-                both_ways(lambda *t, name=name: fused_linear(*t, activation=name),
-                          x, w, bias, residual)  # fmt: skip
+                both_ways(
+                    lambda *t, name=name: fused_linear(*t, activation=name), x, w, bias, residual
+                )
             both_ways(fused_linear, x, torch.randn(n, k).to(dtype), None, None)
 
     at_every_level(run)
@@ -196,8 +208,14 @@ def run_sparse_linear() -> None:
             for i, dtype in enumerate(served):
                 name, leaves = next(names), tensors(m, n, k, dtype, i == 0)
 
-                def call(x: Any, bias: Any, residual: Any, values: Any = None, w: Any = weight,
-                         name: str = name) -> torch.Tensor:  # fmt: skip
+                def call(
+                    x: Any,
+                    bias: Any,
+                    residual: Any,
+                    values: Any = None,
+                    w: Any = weight,
+                    name: str = name,
+                ) -> torch.Tensor:
                     full = w if values is None else w.replace(values=values)
                     return sparse_linear(x, full, bias, residual, name)
 
@@ -256,9 +274,15 @@ def run_broken_storage() -> None:
         for pattern in ("1x1", "16x1"):
             good = sparse(n, k, pattern, torch.float32)
             for name, at, value in (
-                ("ptr", -1, 1 << 30), ("ptr", 0, -7), ("ptr", 1, 1 << 30), ("index", 0, 255),
-                ("index", -1, 64), ("rows", 0, 255), ("rows", -1, 64), ("length", 0, 255),
-            ):  # fmt: skip
+                ("ptr", -1, 1 << 30),
+                ("ptr", 0, -7),
+                ("ptr", 1, 1 << 30),
+                ("index", 0, 255),
+                ("index", -1, 64),
+                ("rows", 0, 255),
+                ("rows", -1, 64),
+                ("length", 0, 255),
+            ):
                 tensor = getattr(good, name).clone()
                 if not tensor.numel():
                     continue

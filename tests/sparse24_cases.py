@@ -21,8 +21,9 @@ STORED = {"bf16": torch.bfloat16, "f16": torch.float16, "s8": torch.int8}
 FORM = {"bf16": "sparse_bf16", "f16": "sparse_float", "s8": "sparse_int8"}
 
 
-def make24(stored: str, lead: int | list[int], n: int, k: int, dtype: str, name: str = "none",
-           **more: Any) -> tuple[Case, Sparse24Weight]:  # fmt: skip
+def make24(
+    stored: str, lead: int | list[int], n: int, k: int, dtype: str, name: str = "none", **more: Any
+) -> tuple[Case, Sparse24Weight]:
     """A case of `sparse_linear` with a 2:4 pattern, and its weight compressed."""
     case = make(FORM[stored], lead, n, k, dtype, name, pattern="2:4", **more)
     weight = Sparse24Weight.from_sparse(case.weight, STORED[stored])

@@ -34,10 +34,12 @@ def whole() -> nn.Module:
 def state(model: nn.Module) -> Any:
     """Modules and parameters by identity and place, with flags, modes and active adapters."""
     return [
-        [(name, id(m), type(m), m.training, getattr(m, "active", None))
-         for name, m in model.named_modules(remove_duplicate=False)],
+        [
+            (name, id(m), type(m), m.training, getattr(m, "active", None))
+            for name, m in model.named_modules(remove_duplicate=False)
+        ],
         [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
-    ]  # fmt: skip
+    ]
 
 
 # patterns ---------------------------------------------------------------------------------------
@@ -83,8 +85,9 @@ def test_a_block_by_itself_is_named() -> None:
 def test_projections_that_no_adapter_takes_are_in_the_record() -> None:
     record = add_lora_(whole(), 2, ["*_proj"])
     left = {entry.name for entry in record.skipped}
-    assert left == {f"{i}.{n}" for i in range(2)
-                    for n in ("attn.out_proj", "mlp.gate_proj", "mlp.up_proj")}  # fmt: skip
+    assert left == {
+        f"{i}.{n}" for i in range(2) for n in ("attn.out_proj", "mlp.gate_proj", "mlp.up_proj")
+    }
     assert {entry.name for entry in record.done} == {
         f"{i}.{n}" for i in range(2) for n in ("q_proj", "v_proj", "mlp.down_proj")
     }

@@ -179,6 +179,20 @@ def newer_syntax(root: Path) -> list[str]:
     return found
 
 
+SQUEEZED = re.compile(r"# fmt: (off|skip)\s*$")
+
+
+def squeezed_lines(root: Path) -> list[str]:
+    """Lines that the formatter is kept from, with no reason behind it."""
+    return [
+        f"{file.relative_to(root)}:{number}: {line.strip()}"
+        for file in tracked(root)
+        if file.suffix == ".py" and "faults" not in file.parts
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if SQUEEZED.search(line)
+    ]
+
+
 # Written in two halves so that this file passes its own check.
 MACHINE_PATHS = re.compile("|".join(("/" + "work/", "/" + "farm/", "/" + "home/", "/" + "root/")))
 
@@ -264,6 +278,7 @@ CHECKS: dict[str, Check] = {
     "folders": full_folders,
     "privates": borrowed_privates,
     "slices": argument_slices,
+    "squeezed": squeezed_lines,
     "syntax": newer_syntax,
     "paths": machine_paths,
     "devices": unplaced_tensors,
@@ -328,6 +343,7 @@ PLANTED = {
         "from bigops.ops.one import _two\n",
     ),
     "a private file of another folder": ("privates", "bigops/nn/a.py", "import bigops.ops._two\n"),
+    "a squeezed line": ("squeezed", "bigops/nn/a.py", "x = [1,2]  # fmt: " + "skip\n"),
     "a slice of arguments": ("slices", "bigops/ops/one/a.py", "def f(*args):\n    g(args[1:3])\n"),
     "match is fine, type is not": ("syntax", "bigops/nn/a.py", "type X = int\n"),
     "except group": ("syntax", "bigops/nn/a.py", "try:\n    f()\nexcept* ValueError:\n    g()\n"),

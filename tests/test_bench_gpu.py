@@ -55,8 +55,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     flushes: list[str] = []
     events = functools.partial(
         timing.interleave_events,
-        event=Event, sync=lambda: None, flush=lambda: flushes.append("f"), warmup=0,
-    )  # fmt: skip
+        event=Event,
+        sync=lambda: None,
+        flush=lambda: flushes.append("f"),
+        warmup=0,
+    )
     monkeypatch.setattr(timing, "interleave_events", events)
     monkeypatch.setattr(limits_gpu, "name", lambda device: "A GPU 80GB sm_90")
     return flushes
@@ -91,8 +94,11 @@ def test_every_case_runs_on_what_is_not_a_cpu(
     monkeypatch.setattr(rivals, "compiled", lambda function, *_: function)
     module, case = harness.bench_module(op), small_case(op, match)
     if op in ("bert_layer", "quantized_mlp"):
-        monkeypatch.setattr(module, "compiled" if op == "bert_layer" else "_compiled",
-                            (lambda f: f) if op == "bert_layer" else _uncompiled)  # fmt: skip
+        monkeypatch.setattr(
+            module,
+            "compiled" if op == "bert_layer" else "_compiled",
+            (lambda f: f) if op == "bert_layer" else _uncompiled,
+        )
     found = harness.run_case(case, module.build, Limits(device="cuda"), device=DEVICE, pairs=2)
     providers = {row.provider for row in found}
     assert "eager" in providers

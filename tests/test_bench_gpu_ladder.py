@@ -41,8 +41,7 @@ def clock(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
 
 def shipped(form: str) -> set[str]:
     entries = tiles.table_for("interpreter").entries
-    return {str(e.config) for e in entries
-            if e.form == form and e.aligned and "bf16" in e.dtypes}  # fmt: skip
+    return {str(e.config) for e in entries if e.form == form and e.aligned and "bf16" in e.dtypes}
 
 
 def test_every_provider_of_every_rung_has_a_row() -> None:
@@ -101,8 +100,9 @@ def test_a_tile_that_does_not_launch_stops_no_other(
     assert len(printed) == len(written) == 2 + len(shipped("plain"))
     (failed,) = (row for row in written if row["why"])
     assert (failed["provider"], failed["why"]) == (
-        broken, "RuntimeError: out of resource: shared memory"
-    )  # fmt: skip
+        broken,
+        "RuntimeError: out of resource: shared memory",
+    )
     candidates = [row for row in written if row["provider"].split(":")[0] in shipped("plain")]
     for row in candidates:
         assert row is failed or 0.4 < float(row["distance"]) < 0.6
@@ -140,8 +140,10 @@ def test_the_program_measures_the_ceilings_and_climbs(
     monkeypatch.setattr(gpu_ladder, "write", lambda rows, path: print(*rows) or 0)
     assert gpu_ladder.main(["--seconds", "5"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said == ["A GPU sm_90; T(FL)OP/s: bf16 800; copy 4000 GB/s",
-                    "800000000000000.0 4000000000000.0"]  # fmt: skip
+    assert said == [
+        "A GPU sm_90; T(FL)OP/s: bf16 800; copy 4000 GB/s",
+        "800000000000000.0 4000000000000.0",
+    ]
 
 
 def test_the_ladder_holds_the_sizes_that_decide() -> None:

@@ -34,9 +34,31 @@ COLUMNS = (
 INT8_DB, FP32_DB = 30, 100
 COST = Cost("fp32", 1e6, 1e6)
 ROW = rows.Row(
-    "an_op", "c", "forward", "fp32", 1, 2, 3, "a=1", "bigops", "k", "avx2", 2, 1.5, 0.1, 2.0, 1.9,
-    2.1, "eager", 1.2, 1.1, 1.3, None, 1e-7, "bigops=0",
-)  # fmt: skip
+    "an_op",
+    "c",
+    "forward",
+    "fp32",
+    1,
+    2,
+    3,
+    "a=1",
+    "bigops",
+    "k",
+    "avx2",
+    2,
+    1.5,
+    0.1,
+    2.0,
+    1.9,
+    2.1,
+    "eager",
+    1.2,
+    1.1,
+    1.3,
+    None,
+    1e-7,
+    "bigops=0",
+)
 
 
 # --- timing ------------------------------------------------------------------------------------
@@ -318,10 +340,24 @@ def test_the_versus_fixture_fills_the_json_that_makes_the_csv(tmp_path: Path) ->
     # pytest-benchmark measures nothing where it finds itself in a worker of pytest-xdist.
     alone = {name: v for name, v in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     subprocess.run(
-        [sys.executable, "-m", "pytest", "benches", "-q", "--quick", "--pairs", "3",
-         "-k", "overhead and not graph", f"--benchmark-json={out}"],
-        cwd=ROOT, check=True, timeout=300, env=alone,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "benches",
+            "-q",
+            "--quick",
+            "--pairs",
+            "3",
+            "-k",
+            "overhead and not graph",
+            f"--benchmark-json={out}",
+        ],
+        cwd=ROOT,
+        check=True,
+        timeout=300,
+        env=alone,
+    )
     found = rows.from_benchmark_json(out)
     without = {"bert_layer", "fp8_linear", "fused_adamw"}  # no case of theirs is named so
     assert {row.op for row in found} == set(harness.op_names()) - without

@@ -15,9 +15,12 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 @settings(max_examples=30, deadline=None)
 @given(
-    n=st.integers(0, 11), k=st.integers(0, 530), density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-    dtype=st.sampled_from(DTYPES), seed=st.integers(0, 9),
-)  # fmt: skip
+    n=st.integers(0, 11),
+    k=st.integers(0, 530),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 9),
+)
 def test_round_trip(n: int, k: int, density: float, dtype: torch.dtype, seed: int) -> None:
     """Exact, of the values and of the pattern: a kept zero stays kept, and keeps its sign."""
     generator = torch.Generator().manual_seed(seed)

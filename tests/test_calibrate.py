@@ -56,10 +56,14 @@ def test_every_call_and_every_batch_is_in_the_range() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [STATIC, Int4(activations="static"), Sparse(0.9) + STATIC,
-     Int8(activations="static", symmetric=False)],
+    [
+        STATIC,
+        Int4(activations="static"),
+        Sparse(0.9) + STATIC,
+        Int8(activations="static", symmetric=False),
+    ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("freeze", [True, False])
 def test_data_is_for_calibration_and_example_inputs_for_timing(config: Any, freeze: bool) -> None:
     model = nn.Sequential(nn.Linear(64, 64))
@@ -146,12 +150,15 @@ def test_zeros_say_nothing_of_a_layer_by_itself() -> None:
         (torch.randn(2, 64), TypeError, "data: expected an iterable of batches.*got a Tensor"),
         ({"x": torch.randn(2, 64)}, TypeError, "data: expected an iterable.*got a dict"),
         (7, TypeError, "data: expected an iterable of batches.*got a int"),
-        ([torch.randn(2, 64), torch.full((2, 64), torch.nan)], ValueError,
-         "data: expected finite inputs .* NaN or inf for fc in batch 1"),
+        (
+            [torch.randn(2, 64), torch.full((2, 64), torch.nan)],
+            ValueError,
+            "data: expected finite inputs .* NaN or inf for fc in batch 1",
+        ),
         ([torch.full((2, 64), -torch.inf)], ValueError, "NaN or inf for fc in batch 0"),
         ([torch.randn(2, 63)], RuntimeError, "mat1 and mat2"),
     ],
-)  # fmt: skip
+)
 def test_bad_data_is_refused_and_the_model_is_as_before(
     data: Any, error: type[Exception], message: str
 ) -> None:

@@ -101,16 +101,19 @@ def _late(parts: dict[str, Any]) -> None:
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "optimiser of two groups": (_two_groups, "optimizer: .*group"),
     "another precision": (
-        lambda p: p.update(precision=MixedPrecision("bf16-mixed")), "precision: .*fp16-mixed",
+        lambda p: p.update(precision=MixedPrecision("bf16-mixed")),
+        "precision: .*fp16-mixed",
     ),
     "a part that refuses": (
-        lambda p: p.update(meter=Refuses(KeyError("steps"))), "meter: KeyError: 'steps'",
+        lambda p: p.update(meter=Refuses(KeyError("steps"))),
+        "meter: KeyError: 'steps'",
     ),
     "a layer that refuses late": (_late, "model: IndexError: late"),
     "a layer of whole numbers": (
-        lambda p: p["model"].register_buffer("extra", torch.zeros(1)), "model: only the model has",
+        lambda p: p["model"].register_buffer("extra", torch.zeros(1)),
+        "model: only the model has",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("last", ["model", "optimizer", "scheduler"])
@@ -203,8 +206,12 @@ def test_a_flipped_bit_of_any_record_is_refused(tmp_path: Path) -> None:
         if not size:
             continue
         head = data[offset : offset + 30]
-        start = offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(
-            head[28:30], "little")  # fmt: skip
+        start = (
+            offset
+            + 30
+            + int.from_bytes(head[26:28], "little")
+            + int.from_bytes(head[28:30], "little")
+        )
         raw = bytearray(data)
         raw[start + size // 2] ^= 0x10
         path.write_bytes(raw)
@@ -219,12 +226,14 @@ FORMS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "values of a list": (lambda c: c.update(values=[1]), "lacks some"),
     "no random states": (lambda c: c.pop("rng"), "lacks some"),
     "a random state of three bytes": (
-        lambda c: c["rng"].update(cpu=torch.zeros(3, dtype=torch.uint8)), "random states",
+        lambda c: c["rng"].update(cpu=torch.zeros(3, dtype=torch.uint8)),
+        "random states",
     ),
     "a random state of None": (lambda c: c["rng"].update(cpu=None), "random states"),
     "a model of a list": (lambda c: c["states"].update(model=[1]), "a state by names; got list"),
     "a weight of a number": (
-        lambda c: c["states"]["model"].update({"0.bias": 3}), "0.bias expected a tensor; got int",
+        lambda c: c["states"]["model"].update({"0.bias": 3}),
+        "0.bias expected a tensor; got int",
     ),
     "a weight of whole numbers": (
         lambda c: c["states"]["model"].update({"0.bias": torch.zeros(6, dtype=torch.int8)}),
@@ -232,9 +241,10 @@ FORMS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "an optimiser of None": (lambda c: c["states"].update(optimizer=None), "optimizer: "),
     "a scaler without a scale": (
-        lambda c: c["states"]["precision"]["scaler"].pop("scale"), "precision: .*scale",
+        lambda c: c["states"]["precision"]["scaler"].pop("scale"),
+        "precision: .*scale",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FORMS)

@@ -259,8 +259,12 @@ def test_an_interrupted_bench_leaves_no_file(
 def test_a_reader_that_leaves_is_no_error() -> None:
     done = subprocess.run(
         f"{sys.executable} -m bigops doctor | head -n 1; echo ${{PIPESTATUS[0]}}",
-        shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        shell=True,
+        executable="/bin/bash",
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.splitlines()[-1] == "0"
     assert "Traceback" not in done.stderr
 
@@ -269,10 +273,23 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 def test_one_op_is_measured_for_real(tmp_path: Path) -> None:
     out = tmp_path / "b.csv"
     subprocess.run(
-        [sys.executable, "-m", "bigops", "bench", "--op", "fused_linear", "--quick", "--pairs",
-         "3", "--csv", str(out)],
-        cwd=ROOT, check=True, timeout=600,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "bigops",
+            "bench",
+            "--op",
+            "fused_linear",
+            "--quick",
+            "--pairs",
+            "3",
+            "--csv",
+            str(out),
+        ],
+        cwd=ROOT,
+        check=True,
+        timeout=600,
+    )
     read = list(csv.DictReader(out.open()))
     assert {"bigops", "eager", "torch.compile"} <= {row["provider"] for row in read}
     assert all(float(row["median_us"]) > 0 for row in read)
@@ -283,12 +300,24 @@ def test_one_op_is_measured_for_real(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_control_c_in_the_middle_of_a_real_bench(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "bigops", "bench", "--op", "fused_linear", "--csv",
-         str(tmp_path / "b.csv")],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [
+            sys.executable,
+            "-u",
+            "-m",
+            "bigops",
+            "bench",
+            "--op",
+            "fused_linear",
+            "--csv",
+            str(tmp_path / "b.csv"),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         # a shell's background job inherits an ignored SIGINT, and so would this process
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     assert process.stdout is not None
     process.stdout.readline()  # the first table: the bench is under way
     time.sleep(0.1)
@@ -330,8 +359,13 @@ def fake_report(**more: Any) -> dict[str, Any]:
         "bigops": "0.1.0",
         "python": "3.11.7",
         "platform": "linux x86_64",
-        "cpu": {"threads": 2, "features": ["avx2"], "isa": "avx2", "isas": ["portable", "avx2"],
-                "forced": None},
+        "cpu": {
+            "threads": 2,
+            "features": ["avx2"],
+            "isa": "avx2",
+            "isas": ["portable", "avx2"],
+            "forced": None,
+        },
         "extension": "loaded",
         "compiler": "g++",
         "torch": "2.13.0",
@@ -342,7 +376,7 @@ def fake_report(**more: Any) -> dict[str, Any]:
         "cuda": {"built": "13.0", "available": True, "devices": ["One GPU"], "kernels": "loaded"},
         "crossovers": {"source": "cpu-tuned.json", "ignored": ""},
         "ops": {"fused_linear": {"cpu": "cpu.avx2.fused_linear", "gpu": "triton.fused_linear"}},
-    }  # fmt: skip
+    }
     return {**report, **more}
 
 
@@ -360,21 +394,38 @@ def test_doctor_has_no_advice_where_nothing_is_missing() -> None:
         ({"extension": "not built"}, "pip install --no-build-isolation"),
         ({"extension": "not built", "compiler": None}, "install a C++17 compiler"),
         ({"triton": None, "triton_error": "triton is not installed"}, "pip install -U triton"),
-        ({"tiles": [{"device": "One GPU", "source": "committed", "tiles": 0, "ignored": ""}]},
-         "`bigops tune --device cuda`"),
-        ({"tiles": [{"device": "One GPU", "source": "committed", "tiles": 0, "ignored": "g: cut"}]},
-         "tuned tiles are ignored: g: cut"),
+        (
+            {"tiles": [{"device": "One GPU", "source": "committed", "tiles": 0, "ignored": ""}]},
+            "`bigops tune --device cuda`",
+        ),
+        (
+            {
+                "tiles": [
+                    {"device": "One GPU", "source": "committed", "tiles": 0, "ignored": "g: cut"}
+                ]
+            },
+            "tuned tiles are ignored: g: cut",
+        ),
         ({"crossovers": {"source": "committed", "ignored": ""}}, "`bigops tune`"),
         ({"crossovers": {"source": "committed", "ignored": "f: cut off"}}, "ignored: f: cut off"),
-        ({"cuda": {"built": None, "available": False, "devices": [], "kernels": "not built"}},
-         "built without CUDA"),
         (
-            {"cpu": {"threads": 1, "features": [], "isa": "portable", "isas": ["portable"],
-                     "forced": "portable"}},
+            {"cuda": {"built": None, "available": False, "devices": [], "kernels": "not built"}},
+            "built without CUDA",
+        ),
+        (
+            {
+                "cpu": {
+                    "threads": 1,
+                    "features": [],
+                    "isa": "portable",
+                    "isas": ["portable"],
+                    "forced": "portable",
+                }
+            },
             "BIGOPS_ISA=portable",
         ),
     ],
-)  # fmt: skip
+)
 def test_doctor_says_what_would_help(change: dict[str, Any], expected: str) -> None:
     advice = doctor.text(fake_report(**change)).partition("What would help:")[2]
     assert expected in advice

@@ -134,8 +134,15 @@ def case(name: str) -> tuple[Any, tuple[Any, ...]]:
     return ops.sparse_linear, (x, *weight.arguments, *tail)
 
 
-FORMS = ("fused_linear", "low_rank_linear", "linear_cross_entropy", "packed_linear",
-         "quantized_linear", "fp8_linear", "sparse_linear")  # fmt: skip
+FORMS = (
+    "fused_linear",
+    "low_rank_linear",
+    "linear_cross_entropy",
+    "packed_linear",
+    "quantized_linear",
+    "fp8_linear",
+    "sparse_linear",
+)
 
 
 def roads(packet: Any, args: tuple[Any, ...]) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -167,8 +174,10 @@ def test_words_give_what_their_codes_give(form: str) -> None:
     with torch.inference_mode():
         assert torch.equal(packet(*args), want)
     both = x.detach().expand(2, *x.shape)
-    over = [torch.vmap(lambda t, op=op, a=a: op(t, *a[1:]))(both)
-            for op, a in ((packet, args), (packet.code, coded))]  # fmt: skip
+    over = [
+        torch.vmap(lambda t, op=op, a=a: op(t, *a[1:]))(both)
+        for op, a in ((packet, args), (packet.code, coded))
+    ]
     assert torch.equal(*over)
     assert packet(*(a.to("meta") if isinstance(a, Tensor) else a for a in args)).shape == want.shape
 

@@ -27,8 +27,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def _model() -> nn.Sequential:
-    return nn.Sequential(Linear(16, 32, activation="gelu"), nn.Linear(32, 24), nn.ReLU(),
-                         nn.Linear(24, 16))  # fmt: skip
+    return nn.Sequential(
+        Linear(16, 32, activation="gelu"), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 16)
+    )
 
 
 def _snapshot(model: nn.Module) -> list:
@@ -43,12 +44,22 @@ def _snapshot(model: nn.Module) -> list:
 
 @pytest.mark.parametrize(
     "plan",
-    [Sparse(0.8), Int8(), Sparse(0.8) + Int8(), Int8() + Sparse(0.5), Sparse(pattern="2:4"),
-     Sparse(0.9, "16x1", "bf16"), Sparse(0.7, "4x1") + Int8(), Sparse(pattern="1:4") + Int8(),
-     Int4(), W4A8, Int8(activations="none", group=32, symmetric=False),
-     Int4(group=None, symmetric=False),
-     {"b": Int8(), "a*": Sparse(0.25), "*": Sparse(0.5) + Int8()}],
-)  # fmt: skip
+    [
+        Sparse(0.8),
+        Int8(),
+        Sparse(0.8) + Int8(),
+        Int8() + Sparse(0.5),
+        Sparse(pattern="2:4"),
+        Sparse(0.9, "16x1", "bf16"),
+        Sparse(0.7, "4x1") + Int8(),
+        Sparse(pattern="1:4") + Int8(),
+        Int4(),
+        W4A8,
+        Int8(activations="none", group=32, symmetric=False),
+        Int4(group=None, symmetric=False),
+        {"b": Int8(), "a*": Sparse(0.25), "*": Sparse(0.5) + Int8()},
+    ],
+)
 def test_config_survives_json(plan) -> None:  # type: ignore[no-untyped-def]
     again = configs.from_json(configs.to_json(plan))
     assert again == plan
@@ -94,20 +105,33 @@ def test_config_errors() -> None:
         Int4(group="64")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"symmetric: expected a bool; got int"):
         Int8(symmetric=1)  # type: ignore[arg-type]
-    for text in ("", "[]", "{}", '{"int4": {}, "sparse": {"sparsity": 0.5}}', '{"int4": 4}',
-                 '{"int8": {"x": 1}}', '{"sparse": {}}',
-                 '{"sparse": {"sparsity": "a"}}', '{"patterns": {"a": {}}}',
-                 '{"sparse": {"sparsity": 0.5, "pattern": "0x4"}}',
-                 '{"sparse": {"sparsity": 0.8, "pattern": "2:4"}}',
-                 '{"sparse": {"sparsity": 0.8, "values": "fp8"}}'):  # fmt: skip
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"int4": {}, "sparse": {"sparsity": 0.5}}',
+        '{"int4": 4}',
+        '{"int8": {"x": 1}}',
+        '{"sparse": {}}',
+        '{"sparse": {"sparsity": "a"}}',
+        '{"patterns": {"a": {}}}',
+        '{"sparse": {"sparsity": 0.5, "pattern": "0x4"}}',
+        '{"sparse": {"sparsity": 0.8, "pattern": "2:4"}}',
+        '{"sparse": {"sparsity": 0.8, "values": "fp8"}}',
+    ):
         with pytest.raises(ValueError, match="expected"):
             configs.from_json(text)
-    for bad in (lambda: Sparse(), lambda: Sparse(0.8, pattern="2:4"), lambda: Sparse(0.5, "4:2"),
-                lambda: Sparse(0.5, values="int8"),
-                lambda: Sparse(0.5, values="bf16") + Int8(),
-                lambda: Int8() + Sparse(0.5, values="bf16"),
-                lambda: SparseInt8(Sparse(0.5, values="bf16")),
-                lambda: Sparse(0.5, "0x4"), lambda: Sparse(0.5, "")):  # fmt: skip
+    for bad in (
+        lambda: Sparse(),
+        lambda: Sparse(0.8, pattern="2:4"),
+        lambda: Sparse(0.5, "4:2"),
+        lambda: Sparse(0.5, values="int8"),
+        lambda: Sparse(0.5, values="bf16") + Int8(),
+        lambda: Int8() + Sparse(0.5, values="bf16"),
+        lambda: SparseInt8(Sparse(0.5, values="bf16")),
+        lambda: Sparse(0.5, "0x4"),
+        lambda: Sparse(0.5, ""),
+    ):
         with pytest.raises(ValueError, match="expected"):
             bad()
 
@@ -128,8 +152,9 @@ def test_config_errors() -> None:
 )
 def test_one_config_for_all(config, kind: type) -> None:  # type: ignore[no-untyped-def]
     # wide enough for 16 rows side by side: a layer of 4 rows is padded to them
-    model = nn.Sequential(Linear(64, 128, activation="gelu"), nn.Linear(128, 96), nn.ReLU(),
-                          nn.Linear(96, 80)).eval()  # fmt: skip
+    model = nn.Sequential(
+        Linear(64, 128, activation="gelu"), nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 80)
+    ).eval()
     x = torch.randn(8, 64)
     before = model(x)
     record = compress_(model, config)
@@ -153,10 +178,15 @@ def test_one_config_for_all(config, kind: type) -> None:  # type: ignore[no-unty
 @pytest.mark.parametrize("freeze", [True, False])
 @pytest.mark.parametrize(
     "config",
-    [Int4(), W4A8, Int8(activations="none", group=32, symmetric=False),
-     Int8(activations="static"), Int4(group=32, symmetric=False, activations="static")],
+    [
+        Int4(),
+        W4A8,
+        Int8(activations="none", group=32, symmetric=False),
+        Int8(activations="static"),
+        Int4(group=32, symmetric=False, activations="static"),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_forms_of_quantised_layers(config, freeze: bool, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     result = sites_module.Contest(1.0, 1.0, Ratio(1.0, 0.9, 1.1))
     monkeypatch.setattr("bigops.compress.apply.contest", lambda *a, **k: result)

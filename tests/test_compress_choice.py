@@ -123,11 +123,22 @@ def test_none_and_exact_names_survive_json() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "config",
-    [Int8(), Int4(), Int8(activations="none", group=32, symmetric=False), Fp8(), Sparse(0.5),
-     Sparse(0.3, "1x1"), Sparse(0.9, "16x16", "bf16"), Sparse(0.5, "1x1") + Int8(),
-     Sparse(0.9) + Int8(), LowRank(2), LowRank(7) + Int8(), LowRank(energy=0.3)],
+    [
+        Int8(),
+        Int4(),
+        Int8(activations="none", group=32, symmetric=False),
+        Fp8(),
+        Sparse(0.5),
+        Sparse(0.3, "1x1"),
+        Sparse(0.9, "16x16", "bf16"),
+        Sparse(0.5, "1x1") + Int8(),
+        Sparse(0.9) + Int8(),
+        LowRank(2),
+        LowRank(7) + Int8(),
+        LowRank(energy=0.3),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_no_layer_grows_nor_grows_by_its_pattern(config: Any, dtype: torch.dtype) -> None:
     shapes = [(1, 32), (3, 7), (10, 300), (16, 64), (80, 70), (200, 130)]
 
@@ -174,9 +185,16 @@ def test_a_size_is_known_before_anything_is_converted(monkeypatch: pytest.Monkey
 def test_known_sizes_are_those_of_the_frozen_layer() -> None:
     torch.manual_seed(0)
     dense = nn.Linear(130, 70, dtype=torch.bfloat16)
-    for config in (Int8(), Int8(symmetric=False), Int4(), Int4(group=None, symmetric=False),
-                   Fp8(), Fp8(scales="block"), LowRank(5) + Int8(),
-                   Int8(activations="static")):  # fmt: skip
+    for config in (
+        Int8(),
+        Int8(symmetric=False),
+        Int4(),
+        Int4(group=None, symmetric=False),
+        Fp8(),
+        Fp8(scales="block"),
+        LowRank(5) + Int8(),
+        Int8(activations="static"),
+    ):
         layer = build.build(dense, build.Choice(config, (0.1, 3.0)))
         known = layer.least_bytes()
         assert known == nbytes(layer.freeze()), config  # type: ignore[operator]

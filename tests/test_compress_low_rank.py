@@ -19,8 +19,9 @@ from tests import tolerance
 
 def dense_model() -> nn.Sequential:
     """The last layer saves nothing from rank 5 on: 5 x (24 + 6) > 24 x 6."""
-    return nn.Sequential(Linear(64, 48, activation="gelu"), nn.Linear(48, 24), nn.ReLU(),
-                         nn.Linear(24, 6))  # fmt: skip
+    return nn.Sequential(
+        Linear(64, 48, activation="gelu"), nn.Linear(48, 24), nn.ReLU(), nn.Linear(24, 6)
+    )
 
 
 def compressed_model(freeze: bool = True) -> nn.Sequential:
@@ -49,11 +50,16 @@ def _contest(ratio: float) -> Any:
 
 @pytest.mark.parametrize(
     "plan",
-    [LowRank(64), LowRank(energy=0.9), LowRank(8, exact=True) + Int8(), LowRank(8) + Int8(),
-     Int8() + LowRank(energy=1.0),
-     {"b": LowRank(3), "*": LowRank(energy=0.5) + Int8()}],
+    [
+        LowRank(64),
+        LowRank(energy=0.9),
+        LowRank(8, exact=True) + Int8(),
+        LowRank(8) + Int8(),
+        Int8() + LowRank(energy=1.0),
+        {"b": LowRank(3), "*": LowRank(energy=0.5) + Int8()},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_config_survives_json(plan: Any) -> None:
     assert configs.from_json(configs.to_json(plan)) == plan
 

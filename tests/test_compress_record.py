@@ -52,13 +52,24 @@ def test_every_byte_belongs_to_one_line() -> None:
     model = Mixed()
     whole = measure.model_bytes(model)
     record = compress_(model, {"fc": Int8()})
-    lines = [*(d.bytes_before for d in record.done), *(s.bytes for s in record.skipped),
-             *(u.bytes for u in record.unseen)]  # fmt: skip
+    lines = [
+        *(d.bytes_before for d in record.done),
+        *(s.bytes for s in record.skipped),
+        *(u.bytes for u in record.unseen),
+    ]
     assert sum(lines) == record.model_bytes == whole
     assert sum(record.shares().values()) == pytest.approx(1)
     names = {u.name for u in record.unseen}
-    assert {"table.weight", "conv.weight", "experts.0", "c_attn.weight", "cls", "mask",
-            "attention.in_proj_weight", "rnn.weight_hh_l0"} <= names  # fmt: skip
+    assert {
+        "table.weight",
+        "conv.weight",
+        "experts.0",
+        "c_attn.weight",
+        "cls",
+        "mask",
+        "attention.in_proj_weight",
+        "rnn.weight_hh_l0",
+    } <= names
     assert any("lora" in name for name in names | {s.name for s in record.skipped})
     text = str(record)
     for name in names - {""}:
@@ -161,12 +172,26 @@ def contested(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 CONFIGS = [
-    Sparse(0.8), Sparse(0.9, "4x1", "bf16"), Sparse(pattern="2:4"), Int8(), Int4(), W4A8, Fp8(),
-    Int8(activations="static"), Int4(activations="static"), Int8(activations="none", group=32),
-    Sparse(0.9) + Int8(), Sparse(0.2, "1x1") + Int8(), Sparse(0.9) + Int8(activations="static"),
-    LowRank(5), LowRank(energy=0.4), LowRank(energy=0.4, exact=True), LowRank(9) + Int8(),
-    LowRank(energy=0.3) + Int8(), {"0": LowRank(energy=0.3), "2": None, "*": Int8()},
-]  # fmt: skip
+    Sparse(0.8),
+    Sparse(0.9, "4x1", "bf16"),
+    Sparse(pattern="2:4"),
+    Int8(),
+    Int4(),
+    W4A8,
+    Fp8(),
+    Int8(activations="static"),
+    Int4(activations="static"),
+    Int8(activations="none", group=32),
+    Sparse(0.9) + Int8(),
+    Sparse(0.2, "1x1") + Int8(),
+    Sparse(0.9) + Int8(activations="static"),
+    LowRank(5),
+    LowRank(energy=0.4),
+    LowRank(energy=0.4, exact=True),
+    LowRank(9) + Int8(),
+    LowRank(energy=0.3) + Int8(),
+    {"0": LowRank(energy=0.3), "2": None, "*": Int8()},
+]
 
 
 @pytest.mark.parametrize("freeze", [True, False])
@@ -288,8 +313,11 @@ def test_fuse_and_pack_account_for_every_byte(
     model.idle.register_parameter("table", nn.Parameter(torch.zeros(9, 9)))
     whole = measure.model_bytes(model)
     record = verb(model, torch.randn(3, 64) if timed else None)
-    lines = [*(d.bytes_before for d in record.done), *(s.bytes for s in record.skipped),
-             *(u.bytes for u in record.unseen)]  # fmt: skip
+    lines = [
+        *(d.bytes_before for d in record.done),
+        *(s.bytes for s in record.skipped),
+        *(u.bytes for u in record.unseen),
+    ]
     assert sum(lines) == record.model_bytes == whole
     assert "idle.table" in {u.name for u in record.unseen}
     assert record.done
@@ -317,9 +345,12 @@ def test_a_thawed_packed_layer_is_compressed_as_its_drop_in(config: Any, low_mem
 def test_packed_layers_are_left_with_the_way_back() -> None:
     factors = bigops.nn.PackedLowRankLinear(64, 64, 4)
     model = nn.Sequential(
-        bigops.nn.PackedLinear(64, 64).freeze(), bigops.nn.PackedGatedMLP(64, 64),
-        bigops.nn.PackedGatedMLP(64, 64).thaw(), factors, nn.Linear(64, 64),
-    )  # fmt: skip
+        bigops.nn.PackedLinear(64, 64).freeze(),
+        bigops.nn.PackedGatedMLP(64, 64),
+        bigops.nn.PackedGatedMLP(64, 64).thaw(),
+        factors,
+        nn.Linear(64, 64),
+    )
     record = compress_(model, Int8())
     for name in ("0", "1.gate_proj", "1.down_proj"):
         assert record.reason(name) == "it is packed already; unpack_ gives the float weight back"

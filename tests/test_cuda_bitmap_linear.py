@@ -61,10 +61,16 @@ def make_bitmap(
 def decode(case: Case, weight: BitmapWeight, **given: Any) -> Tensor:
     """The kernel by itself, on a case with x [M, K]."""
     usual = {
-        "x": case.x, "values": weight.values, "bits": weight.bits, "ptr": weight.ptr,
-        "n": weight.shape[0], "bias": case.bias, "residual": case.residual,
-        "activation": case.name, "splits": 1,
-    }  # fmt: skip
+        "x": case.x,
+        "values": weight.values,
+        "bits": weight.bits,
+        "ptr": weight.ptr,
+        "n": weight.shape[0],
+        "bias": case.bias,
+        "residual": case.residual,
+        "activation": case.name,
+        "splits": 1,
+    }
     y: Tensor = torch.ops.bigops.bitmap_linear_decode(*{**usual, **given}.values())
     return y
 
@@ -408,9 +414,13 @@ def test_a_wrong_wait_count_meets_what_has_not_landed() -> None:
 
 
 def apart(
-    folder: Path, sanitize: str, fault: hostrun.Fault | None, case: Case, weight: BitmapWeight,
+    folder: Path,
+    sanitize: str,
+    fault: hostrun.Fault | None,
+    case: Case,
+    weight: BitmapWeight,
     **how: Any,
-) -> tuple[int, str]:  # fmt: skip
+) -> tuple[int, str]:
     """(exit code, what it said) of one call in a process of its own; values held where it ends."""
     library = hostrun.build(SOURCE, sanitize, fault)
     y, given = arguments(case, weight)
@@ -438,9 +448,10 @@ def test_address_sanitizer_finds_nothing_but_an_overrun(tmp_path: Path) -> None:
 @hostrun.needs("tsan")
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("barrier", "early"), [(False, False), (False, True), (True, False)],
+    ("barrier", "early"),
+    [(False, False), (False, True), (True, False)],
     ids=["none-late", "none-early", "barrier"],
-)  # fmt: skip
+)
 def test_thread_sanitizer(barrier: bool, early: bool, tmp_path: Path) -> None:
     """On one block; without the barrier between panels x is overwritten while it is read."""
     fault = (KERNEL, PANEL_BARRIER, "//" + PANEL_BARRIER.split("//")[1]) if barrier else None

@@ -79,10 +79,18 @@ def test_gradients_of_another_dtype_and_copies(grad: torch.dtype) -> None:
         copies = [torch.empty_like(p, dtype=low) for p in ours.params]
         grads = [g.to(grad) for g in ours.grads(0)]
         fused_adamw(
-            ours.params, grads, ours.first, ours.second, ours.steps, lr=1e-2, maximize=True,
-            grad_factor=0.5, exp_avg_scales=ours.first_scales, copies=copies,
+            ours.params,
+            grads,
+            ours.first,
+            ours.second,
+            ours.steps,
+            lr=1e-2,
+            maximize=True,
+            grad_factor=0.5,
+            exp_avg_scales=ours.first_scales,
+            copies=copies,
             exp_avg_sq_scales=ours.second_scales,
-        )  # fmt: skip
+        )
         for i, (p, g) in enumerate(zip(theirs.params, grads, strict=True)):
             scales = (theirs.first_scales[4], theirs.second_scales[4]) if i == 4 else (None, None)
             state = (theirs.first[i], theirs.second[i], theirs.steps[i])
@@ -186,12 +194,29 @@ def given(problem: Problem, step: int = 0, on_device: bool = True, **more: Any) 
     maps = maps_of(torch.device("cpu")) if problem.eight_bit else ()
     scales = (problem.first_scales, problem.second_scales) if problem.eight_bit else ((), ())
     usual = {
-        "params": problem.params, "grads": problem.grads(step), "first": problem.first,
-        "second": problem.second, "steps": problem.steps, "first_scales": scales[0],
-        "second_scales": scales[1], "copies": (), "maps": maps, "on_device": on_device,
-        "norm": None, "clip_norm": math.inf, "lr": 1e-2, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6,
-        "decay": 0.1, "maximize": False, "factor": 1.0, "streams": (), "seed": 0, "rounding": 0,
-    }  # fmt: skip
+        "params": problem.params,
+        "grads": problem.grads(step),
+        "first": problem.first,
+        "second": problem.second,
+        "steps": problem.steps,
+        "first_scales": scales[0],
+        "second_scales": scales[1],
+        "copies": (),
+        "maps": maps,
+        "on_device": on_device,
+        "norm": None,
+        "clip_norm": math.inf,
+        "lr": 1e-2,
+        "beta1": 0.8,
+        "beta2": 0.95,
+        "eps": 1e-6,
+        "decay": 0.1,
+        "maximize": False,
+        "factor": 1.0,
+        "streams": (),
+        "seed": 0,
+        "rounding": 0,
+    }
     return tuple({**usual, **more}.values())
 
 
@@ -252,9 +277,21 @@ def test_offsets_past_32_bits(tmp_path: Path) -> None:
     small.params[0].zero_()
     step = torch.zeros(())
     reference_adamw(
-        small.params[0], g[-77:], small.first[0], small.second[0], small.steps[0],
-        small.first_scales[0], small.second_scales[0], None, 1e-2, 0.8, 0.95, 1e-6, 0.1, 1.0,
-    )  # fmt: skip
+        small.params[0],
+        g[-77:],
+        small.first[0],
+        small.second[0],
+        small.steps[0],
+        small.first_scales[0],
+        small.second_scales[0],
+        None,
+        1e-2,
+        0.8,
+        0.95,
+        1e-6,
+        0.1,
+        1.0,
+    )
     maps = maps_of(torch.device("cpu"))
     library = hostrun.build(SOURCE)
     loaded = ctypes.CDLL(str(library))
@@ -264,9 +301,29 @@ def test_offsets_past_32_bits(tmp_path: Path) -> None:
     sizes = torch.tensor([0.0, 0.0, 1e-2 / (1 - 0.8), 1 / math.sqrt(1 - 0.95)])
     try:
         hostrun.call(
-            library, "run_adamw", one, one, one, one, 1, 1, p, g, m, v, *scales, None, n, 2, 0,
-            *steps, sizes, *maps, None, 0,
-        )  # fmt: skip
+            library,
+            "run_adamw",
+            one,
+            one,
+            one,
+            one,
+            1,
+            1,
+            p,
+            g,
+            m,
+            v,
+            *scales,
+            None,
+            n,
+            2,
+            0,
+            *steps,
+            sizes,
+            *maps,
+            None,
+            0,
+        )
     finally:
         loaded.hostrun_only(ctypes.c_int64(-1))
     assert torch.equal(p[-77:], small.params[0])

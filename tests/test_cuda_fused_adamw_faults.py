@@ -32,10 +32,12 @@ FAULTS = {
     "block skipped": ("begin += kWarps * kStepBlock", "begin += 2 * kWarps * kStepBlock"),
     "half of a word": ("words[j / 2] >> 16 * (j % 2)", "words[j / 2] >> 16 * (j / 4)"),
     "random numbers of another block": ("begin / kEach + lane)", "begin + lane)"),
-    "absmax of half a warp": ("int bits = 16; bits > 0; bits /= 2) {\n    const uint32_t",
-                              "int bits = 8; bits > 0; bits /= 2) {\n    const uint32_t"),
+    "absmax of half a warp": (
+        "int bits = 16; bits > 0; bits /= 2) {\n    const uint32_t",
+        "int bits = 8; bits > 0; bits /= 2) {\n    const uint32_t",
+    ),
     "0 from above 0": ("index == 0 && x[j] > 0.0f ? 1 : index", "index"),
-}  # fmt: skip
+}
 
 
 def arguments(problem: Problem, **more: Any) -> tuple[Any, ...]:
@@ -46,11 +48,28 @@ def arguments(problem: Problem, **more: Any) -> tuple[Any, ...]:
     (p0, p1), (m0, m1), (v0, v1) = problem.params, problem.first, problem.second
     copy = torch.zeros(p1.shape, dtype=torch.float16)
     return (
-        p0, grads[0], m0, v0, p0.numel(), types[p0.dtype], p1, grads[1], m1, v1,
-        problem.first_scales[1], problem.second_scales[1], copy, p1.numel(), types[p1.dtype], 3,
-        *problem.steps, torch.zeros(4), *maps_of(torch.device("cpu")),
-        more.get("norm"), 1,
-    )  # fmt: skip
+        p0,
+        grads[0],
+        m0,
+        v0,
+        p0.numel(),
+        types[p0.dtype],
+        p1,
+        grads[1],
+        m1,
+        v1,
+        problem.first_scales[1],
+        problem.second_scales[1],
+        copy,
+        p1.numel(),
+        types[p1.dtype],
+        3,
+        *problem.steps,
+        torch.zeros(4),
+        *maps_of(torch.device("cpu")),
+        more.get("norm"),
+        1,
+    )
 
 
 def problems() -> tuple[Problem, Problem]:
@@ -62,9 +81,7 @@ def problems() -> tuple[Problem, Problem]:
     for i, (p, g) in enumerate(zip(theirs.params, theirs.grads(0), strict=True)):
         scales = (theirs.first_scales[1], theirs.second_scales[1]) if i else (None, None)
         state = (theirs.first[i], theirs.second[i], theirs.steps[i])
-        reference_adamw(
-            p, g, *state, *scales, None, 1e-2, 0.8, 0.95, 1e-6, 0.1, 1.0, (5, i, 0)
-        )  # fmt: skip
+        reference_adamw(p, g, *state, *scales, None, 1e-2, 0.8, 0.95, 1e-6, 0.1, 1.0, (5, i, 0))
     return ours, theirs
 
 
@@ -104,7 +121,7 @@ BARRIER = "__syncthreads();  // the sums of all warps"
 NORM_FAULTS = {
     "barrier forgotten": (BARRIER, ""),
     "bfloat16 read as half": ("type == kStepBFloat16", "type == kStepNone"),
-}  # fmt: skip
+}
 
 
 def norm_of(library: Path, seed: int) -> tuple[Tensor, Tensor]:
@@ -166,7 +183,7 @@ def test_thread_sanitizer(fault: str, tmp_path: Path) -> None:
         norm = torch.zeros(()).double()
         done = hostrun.call_apart(
             library, "run_norm", *given, norm, folder=tmp_path, sanitize="tsan"
-        )  # fmt: skip
+        )
         code, said = done.returncode, done.stderr
     else:
         code, said = apart(tmp_path, "tsan", planted)

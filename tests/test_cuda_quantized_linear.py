@@ -53,9 +53,17 @@ def decode(case: Case, weight: QuantizedWeight | None = None, splits: int | None
     if splits is None:
         splits = road.splits_for(weight.n, weight.k, weight.bits)
     y: Tensor = torch.ops.bigops.quantized_linear_decode(
-        case.x, *decoded(weight), -weight.n % 16, weight.k, weight.bits, weight.group,
-        case.bias, case.residual, case.name, splits,
-    )  # fmt: skip
+        case.x,
+        *decoded(weight),
+        -weight.n % 16,
+        weight.k,
+        weight.bits,
+        weight.group,
+        case.bias,
+        case.residual,
+        case.name,
+        splits,
+    )
     return y
 
 
@@ -208,9 +216,23 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("built")
 def test_code_runs_on_later_devices_of_its_generation() -> None:
-    on = {arch for arch in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103",
-                            "sm_120", "sm_121", "gfx942", "interpreter")
-          if machine.cuda_runs_on(arch)}  # fmt: skip
+    on = {
+        arch
+        for arch in (
+            "sm_75",
+            "sm_80",
+            "sm_86",
+            "sm_89",
+            "sm_90",
+            "sm_100",
+            "sm_103",
+            "sm_120",
+            "sm_121",
+            "gfx942",
+            "interpreter",
+        )
+        if machine.cuda_runs_on(arch)
+    }
     assert on == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_120", "sm_121"}
 
 
@@ -229,8 +251,13 @@ def test_explain_names_the_kernel(form: str) -> None:
 @pytest.mark.usefixtures("built")
 def test_explain_leaves_to_triton_what_these_do_not_serve() -> None:
     pytest.importorskip("triton")
-    for form, m, device in (("w4", 17, "sm_90"), ("int8", 4, "sm_90"), ("w4a8", 4, "sm_90"),
-                            ("w4", 4, "gfx942"), ("w4", 4, "sm_100")):  # fmt: skip
+    for form, m, device in (
+        ("w4", 17, "sm_90"),
+        ("int8", 4, "sm_90"),
+        ("w4a8", 4, "sm_90"),
+        ("w4", 4, "gfx942"),
+        ("w4", 4, "sm_100"),
+    ):
         case = make(form, m, 48, 256, "bf16")
         said = bigops.explain("quantized_linear", case.x, case.weight, device=device)
         assert said.kernel.startswith("triton.quantized_linear.bf16"), (form, m, device)
@@ -259,8 +286,20 @@ def test_bad_arguments() -> None:
     case = make("w4_zero", 4, 20, 64, "bf16")
 
     def call(**given: Any) -> None:
-        names = ("x", "values", "scale", "zero_point", "pad", "k", "bits", "group", "bias",
-                 "residual", "activation", "splits")  # fmt: skip
+        names = (
+            "x",
+            "values",
+            "scale",
+            "zero_point",
+            "pad",
+            "k",
+            "bits",
+            "group",
+            "bias",
+            "residual",
+            "activation",
+            "splits",
+        )
         usual = (
             case.x,
             *decoded(case.weight),
@@ -385,10 +424,12 @@ def test_address_sanitizer_finds_nothing(form: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
-    [("from.x + x_row * S::x_pitch", "from.x + (x_row + 8) * S::x_pitch"),
-     ("tile0 + of < task.tiles", "tile0 + of <= task.tiles")],
+    [
+        ("from.x + x_row * S::x_pitch", "from.x + (x_row + 8) * S::x_pitch"),
+        ("tile0 + of < task.tiles", "tile0 + of <= task.tiles"),
+    ],
     ids=["of shared memory", "of the weight"],
-)  # fmt: skip
+)
 def test_address_sanitizer_finds_an_overrun(change: tuple[str, str], tmp_path: Path) -> None:
     case = make("w4_row", 3, 70, 1100, "bf16")  # all stages: the last one ends the memory
     code, said = apart(tmp_path, "asan", (KERNEL, *change), case, 1)

@@ -99,8 +99,11 @@ def test_any_strides() -> None:
     hold(want, gz, x, weight)
     shifted = torch.empty(9 * 64 + 1, dtype=torch.bfloat16)[1:].view(9, 64).copy_(x)
     assert shifted.data_ptr() % 16 != 0
-    for odd in ((gz.t().contiguous().t(), x), (gz, x.repeat_interleave(2, 1)[:, ::2]),
-                (gz, shifted)):  # fmt: skip
+    for odd in (
+        (gz.t().contiguous().t(), x),
+        (gz, x.repeat_interleave(2, 1)[:, ::2]),
+        (gz, shifted),
+    ):
         assert torch.equal(kernels.gradient(*odd, weight.meta), want)
 
 
@@ -197,9 +200,11 @@ def test_every_activation(name: str) -> None:
 
 
 @pytest.mark.usefixtures("on_gpu")
-@pytest.mark.parametrize("shape", [(1, 4, 4), (40, 132, 68), ([2, 3], 16, 136), ([], 8, 12),
-                                   (3, 0, 8), (3, 8, 0), (0, 8, 8)],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 4, 4), (40, 132, 68), ([2, 3], 16, 136), ([], 8, 12), (3, 0, 8), (3, 8, 0), (0, 8, 8)],
+    ids=str,
+)
 def test_shapes_of_the_op(shape: tuple[Any, int, int]) -> None:
     lead, n, k = shape
     run(trained24(lead, n, k, "bf16", "silu"))
@@ -272,8 +277,19 @@ def test_training_keeps_the_pattern_of_both() -> None:
     weight = case.weight.replace(values=values.detach())
     before = case.weight.to_dense() != 0
     assert not (weight.to_dense() != 0)[~before].any()
-    run(Trained24(case.x, weight, weight.to_dense(torch.float64), False, case.bias, None,
-                  case.grad, "none", True))  # fmt: skip
+    run(
+        Trained24(
+            case.x,
+            weight,
+            weight.to_dense(torch.float64),
+            False,
+            case.bias,
+            None,
+            case.grad,
+            "none",
+            True,
+        )
+    )
 
 
 # the references, on the CPU ----------------------------------------------------------------------
@@ -373,8 +389,12 @@ def test_int8_values_have_no_gradient() -> None:
     weight = prune24(torch.randn(8, 64), torch.int8)
     x = torch.randn(3, 64, requires_grad=True)
     (gx,) = torch.autograd.grad(sparse_linear(x, weight).sum(), x)
-    check(gx, weight.to_dense(torch.float64).sum(0).expand(3, 64), weight.to_dense().sum(0)
-          .expand(3, 64), weight.to_dense(torch.float64).abs().sum(0))  # fmt: skip
+    check(
+        gx,
+        weight.to_dense(torch.float64).sum(0).expand(3, 64),
+        weight.to_dense().sum(0).expand(3, 64),
+        weight.to_dense(torch.float64).abs().sum(0),
+    )
     with pytest.raises(TypeError, match="values: expected a floating-point dtype .*; got int8"):
         torch.ops.bigops.sparse24_linear_backward(
             torch.randn(3, 8), x, *weight.arguments, None, "none", False, True, False
@@ -390,14 +410,21 @@ FAULTS = {
     "the other half of the exchange": ("odd ? c[0] : c[2], 1", "odd ? c[2] : c[0], 1"),
     "metadata of the row eight above": ("(odd * 16 + column % 16)", "(column % 16)"),
     "metadata of the next four": ("+ column % 16) & 15u", "+ (column + 4) % 16) & 15u"),
-    "x unpermuted": ("ptx::copy_async_16(to + place(row, part),",
-                     "ptx::copy_async_16(to + row * kRowBytes + part * 16,"),
+    "x unpermuted": (
+        "ptx::copy_async_16(to + place(row, part),",
+        "ptx::copy_async_16(to + row * kRowBytes + part * 16,",
+    ),
     "step forgotten": ("step < steps; ++step", "step + 1 < steps; ++step"),
-}  # fmt: skip
+}
 
 
-def run_apart(folder: Path, sanitize: str, fault: hostrun.Fault | None,
-              shape: tuple[int, int, int], **how: Any) -> tuple[int, str]:  # fmt: skip
+def run_apart(
+    folder: Path,
+    sanitize: str,
+    fault: hostrun.Fault | None,
+    shape: tuple[int, int, int],
+    **how: Any,
+) -> tuple[int, str]:
     """(exit code, what it said) of one call in a process of its own; values held where it ends."""
     gz, x, weight = inputs(*shape)
     library = hostrun.build(SOURCE, sanitize, fault)

@@ -54,10 +54,19 @@ def _schedule(library: Path) -> None:
 def product(case: Case, weight: Sparse24Weight, **given: Any) -> Tensor:
     """The kernel by itself, on a case with 16-bit values and x [M, K]."""
     usual = {
-        "x": case.x, "x_scale": None, "x_zero": None, "like": case.x, "values": weight.values,
-        "meta": weight.meta, "scale": None, "sums": None, "k": weight.shape[1], "bias": case.bias,
-        "residual": case.residual, "activation": case.name,
-    }  # fmt: skip
+        "x": case.x,
+        "x_scale": None,
+        "x_zero": None,
+        "like": case.x,
+        "values": weight.values,
+        "meta": weight.meta,
+        "scale": None,
+        "sums": None,
+        "k": weight.shape[1],
+        "bias": case.bias,
+        "residual": case.residual,
+        "activation": case.name,
+    }
     y: Tensor = torch.ops.bigops.sparse24_linear_product(*{**usual, **given}.values())
     return y
 
@@ -131,9 +140,19 @@ def test_whole_numbers_are_exact() -> None:
     values = torch.full_like(weight.values, -128)
     x = torch.full((m, k), -128, dtype=torch.int8)
     y = torch.ops.bigops.sparse24_linear_product(
-        x, torch.ones(m), torch.zeros(m, dtype=torch.int32), torch.empty(0), values, weight.meta,
-        torch.ones(n), torch.zeros(n, dtype=torch.int32), k, None, None, "none",
-    )  # fmt: skip
+        x,
+        torch.ones(m),
+        torch.zeros(m, dtype=torch.int32),
+        torch.empty(0),
+        values,
+        weight.meta,
+        torch.ones(n),
+        torch.zeros(n, dtype=torch.int32),
+        k,
+        None,
+        None,
+        "none",
+    )
     assert torch.equal(y, torch.full((m, n), 128.0 * 128 * k / 2))
 
 

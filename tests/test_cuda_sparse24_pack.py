@@ -286,7 +286,7 @@ FAULTS = {
     "of equal sums the last": ("if (total > best)", "if (total >= best)"),
     "places exchanged": ("low | high << 2);", "high | low << 2);"),
     "a column's rows mixed up": ("(down >> 3 & 2u)", "(down >> 7 & 2u)"),
-}  # fmt: skip
+}
 
 
 def run(library: Path, w: Tensor, call: Any = hostrun.call, **how: Any) -> tuple[bool, Any]:
@@ -329,8 +329,9 @@ def test_a_missing_barrier_is_seen(barrier: tuple[str, str]) -> None:
     assert not all(run(library, weight(68, 72), seed=seed)[0] for seed in (0, 1, 7))
 
 
-def apart(folder: Path, sanitize: str, fault: hostrun.Fault | None, shape: tuple[int, int],
-          **how: Any) -> list[Any]:  # fmt: skip
+def apart(
+    folder: Path, sanitize: str, fault: hostrun.Fault | None, shape: tuple[int, int], **how: Any
+) -> list[Any]:
     """The two runs under a sanitizer; values held where they end well."""
     library = hostrun.build(SOURCE, sanitize, fault)
 

@@ -44,17 +44,31 @@ def decode(case: Case, splits: int = 1, **given: Any) -> Tensor:
     """The op on a case with floating values and x [M, K], as it is called on a GPU."""
     weight = case.weight
     usual = {
-        "x": case.x, "x_scale": None, "x_zero": None, "like": case.x, "values": weight.values,
-        "index": weight.index, "rows": weight.rows, "ptr": weight.ptr, "scale": None, "sums": None,
-        "n": weight.n, "k": weight.k, "chunk": weight.chunk,
-        "bias": case.bias, "residual": case.residual, "activation": case.name, "splits": splits,
-    }  # fmt: skip
+        "x": case.x,
+        "x_scale": None,
+        "x_zero": None,
+        "like": case.x,
+        "values": weight.values,
+        "index": weight.index,
+        "rows": weight.rows,
+        "ptr": weight.ptr,
+        "scale": None,
+        "sums": None,
+        "n": weight.n,
+        "k": weight.k,
+        "chunk": weight.chunk,
+        "bias": case.bias,
+        "residual": case.residual,
+        "activation": case.name,
+        "splits": splits,
+    }
     y: Tensor = torch.ops.bigops.sparse_linear_decode(*{**usual, **given}.values())
     return y
 
 
-def run(form: str, dtype: str, lead: int | list[int], n: int, k: int, name: str = "none",
-        **more: Any) -> None:  # fmt: skip
+def run(
+    form: str, dtype: str, lead: int | list[int], n: int, k: int, name: str = "none", **more: Any
+) -> None:
     """One case by the road that a GPU takes: values by the rule, the kernel by its name."""
     if form == "sparse_int8":
         pytest.importorskip("triton")
@@ -123,10 +137,24 @@ def test_whole_numbers_are_exact_in_every_split() -> None:
     x = torch.full((m, k), -128, dtype=torch.int8)
     one = torch.ones(m)
     y = torch.ops.bigops.sparse_linear_decode(
-        x, one, torch.zeros(m, dtype=torch.int32), torch.empty(0), values, weight.index,
-        weight.rows, weight.ptr, torch.ones(n), torch.zeros(n, dtype=torch.int32), n, k,
-        weight.chunk, None, None, "none", 3,
-    )  # fmt: skip
+        x,
+        one,
+        torch.zeros(m, dtype=torch.int32),
+        torch.empty(0),
+        values,
+        weight.index,
+        weight.rows,
+        weight.ptr,
+        torch.ones(n),
+        torch.zeros(n, dtype=torch.int32),
+        n,
+        k,
+        weight.chunk,
+        None,
+        None,
+        "none",
+        3,
+    )
     assert torch.equal(y, torch.full((m, n), 128.0 * 128 * k))
 
 

@@ -23,10 +23,18 @@ FILES = ["dense.safetensors", "model.safetensors", "receipt.json", "receipt.png"
 
 def _args(out: Path, **changes: object) -> argparse.Namespace:
     given = {
-        "data": "digits", "target_speedup": 3.0, "max_drop": 0.5, "batch": 32, "epochs": None,
-        "seed": 0, "precision": "bf16-mixed", "threads": None, "out": str(out),
-        "no_latency_floor": False, "quick": True,
-    }  # fmt: skip
+        "data": "digits",
+        "target_speedup": 3.0,
+        "max_drop": 0.5,
+        "batch": 32,
+        "epochs": None,
+        "seed": 0,
+        "precision": "bf16-mixed",
+        "threads": None,
+        "out": str(out),
+        "no_latency_floor": False,
+        "quick": True,
+    }
     return argparse.Namespace(**{**given, **changes})
 
 
@@ -219,8 +227,9 @@ def test_the_fastest_that_keeps_its_accuracy_is_chosen(monkeypatch) -> None:  # 
     # b is too large, d too slow; none keeps its accuracy: the best of those that were tried
     assert _choose(monkeypatch, {"a": 95.0, "c": 96.0}, trials) == ("c", ["a", "c"])
     # the latency floor is off: d may be tried
-    assert _choose(monkeypatch, {"a": 95.0, "c": 96.0, "d": 98.0}, trials,
-                   no_latency_floor=True) == ("d", ["a", "c", "d"])  # fmt: skip
+    assert _choose(
+        monkeypatch, {"a": 95.0, "c": 96.0, "d": 98.0}, trials, no_latency_floor=True
+    ) == ("d", ["a", "c", "d"])
     # none is fast enough: the fastest that is small enough, and the receipt will say so
     assert _choose(monkeypatch, every, trials, target_speedup=100.0) == ("a", ["a"])
 

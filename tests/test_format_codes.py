@@ -121,9 +121,13 @@ def test_codes_of_a_weight_make_it_again(name: str) -> None:
     if isinstance(weight, QuantizedWeight):
         q, scale, zero = weight.grid()
         again: Format = QuantizedWeight.from_codes(
-            q, scale, zero, bits=weight.bits, group=weight.group or None,
+            q,
+            scale,
+            zero,
+            bits=weight.bits,
+            group=weight.group or None,
             activations=weight.activations,
-        )  # fmt: skip
+        )
     elif isinstance(weight, Fp8Weight):
         codes = weight.values.view(torch.uint8)[:, : weight.k].view(torch.float8_e4m3fn)
         again = Fp8Weight.from_codes(codes, weight.scale, weight.scales, weight.activations)
@@ -192,9 +196,7 @@ CODES = torch.zeros(5, 40).to(torch.float8_e4m3fn)
         (lambda: Fp8Weight.from_codes(CODES, S, "lane"), ValueError, "scales: expected one of"),
         (lambda: Fp8Weight.from_codes(CODES, S, activations="static"), ValueError, "x_scale: "),
         (
-            lambda: Fp8Weight.from_codes(
-                torch.full((5, 40), torch.nan).to(torch.float8_e4m3fn), S
-            ),
+            lambda: Fp8Weight.from_codes(torch.full((5, 40), torch.nan).to(torch.float8_e4m3fn), S),
             ValueError,
             "values: expected numbers; got NaN|codes: expected numbers; got NaN",
         ),
@@ -208,7 +210,7 @@ CODES = torch.zeros(5, 40).to(torch.float8_e4m3fn)
         (lambda: SparseWeight.from_codes(Q, S[:, 0], Q[:4] > 0), ValueError, r"mask: .*\[5, 40\]"),
         (lambda: SparseWeight.from_codes(Q, S[:, 0], chunk=7), ValueError, "chunk: expected 64"),
     ],
-)  # fmt: skip
+)
 def test_refused_codes_name_the_argument(
     call: Callable[[], object], kind: type[Exception], message: str
 ) -> None:

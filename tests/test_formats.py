@@ -227,8 +227,11 @@ def test_rows_that_do_not_split_are_refused(name: str) -> None:
     weight = weight_of(name)  # 36 rows are no whole tiles, but three parts of single rows
     parts = 5 if name in FP8 else 2
     assert not weight.splits(parts)
-    with pytest.raises(ValueError, match=f"parts: expected a number into which 36 rows of a "
-                       f"{type(weight).__name__} split; got {parts}"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=f"parts: expected a number into which 36 rows of a "
+        f"{type(weight).__name__} split; got {parts}",
+    ):
         weight.shard(0, parts)
     assert same(type(weight).merge([weight]), weight)
     if name not in SPLIT:

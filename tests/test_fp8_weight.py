@@ -63,9 +63,13 @@ def test_casts_round_to_nearest_even_and_saturate() -> None:
 @pytest.mark.parametrize("scales", fp8.SCALES)
 @pytest.mark.parametrize(
     ("n", "k", "dtype"),
-    [(1, 1, torch.bfloat16), (20, 133, torch.float16), (9, 20, torch.float64),
-     (130, 300, torch.float32)],
-)  # fmt: skip
+    [
+        (1, 1, torch.bfloat16),
+        (20, 133, torch.float16),
+        (9, 20, torch.float64),
+        (130, 300, torch.float32),
+    ],
+)
 def test_from_dense_rounds_to_the_nearest_number(
     n: int, k: int, scales: str, dtype: torch.dtype
 ) -> None:

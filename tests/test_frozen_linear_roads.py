@@ -103,8 +103,9 @@ def test_double_backward(form: str, name: str) -> None:
         x64, b64, g64 = (t.detach().double().requires_grad_() for t in (x, bias, grad))
         seen = x64 + (case.seen_x() - x64.detach())
         z = F.linear(seen, case.dense, b64)
-        (gx64,) = torch.autograd.grad(F.silu(z) if name == "silu" else z, x64, g64,
-                                      create_graph=True)  # fmt: skip
+        (gx64,) = torch.autograd.grad(
+            F.silu(z) if name == "silu" else z, x64, g64, create_graph=True
+        )
         want = torch.autograd.grad(gx64.square().sum(), [g64, x64, b64], allow_unused=True)
         for a, b in zip(got, want, strict=True):
             assert (a is None or not a.any()) == (b is None or not b.any())
@@ -168,8 +169,10 @@ def test_vmap_over_rows_and_biases(form: str) -> None:
 
 def test_vmap_over_weights() -> None:
     one, two = make("int8", 6, 5, 9), make("int8", 6, 5, 9)
-    stacked = [torch.stack([getattr(c.weight, name) for c in (one, two)])
-               for name in ("values", "scale", "row_sum")]  # fmt: skip
+    stacked = [
+        torch.stack([getattr(c.weight, name) for c in (one, two)])
+        for name in ("values", "scale", "row_sum")
+    ]
 
     def f(values: Tensor, scale: Tensor, row_sum: Tensor) -> Tensor:
         changed = one.weight.replace(values=values, scale=scale, row_sum=row_sum)

@@ -134,8 +134,13 @@ def test_sequential_neighbours_of_every_activation() -> None:
     keys, parameters = list(model.state_dict()), list(model.parameters())
     record = fuse_(model)
     assert [model[i].activation for i in range(0, 12, 2)] == [
-        "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"
-    ]  # fmt: skip
+        "relu",
+        "gelu",
+        "gelu_tanh",
+        "silu",
+        "sigmoid",
+        "tanh",
+    ]
     assert all(type(model[i]) is nn.Identity for i in range(1, 12, 2))
     assert list(model.state_dict()) == keys
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))

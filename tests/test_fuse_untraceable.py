@@ -330,8 +330,15 @@ def test_more_optional_arguments_than_are_traced() -> None:
             super().__init__()
             self.net = block()
 
-        def forward(self, x: Tensor, a: Any = None, b: Any = None, c: Any = None, d: Any = None,
-                    e: Any = None) -> Tensor:  # fmt: skip
+        def forward(
+            self,
+            x: Tensor,
+            a: Any = None,
+            b: Any = None,
+            c: Any = None,
+            d: Any = None,
+            e: Any = None,
+        ) -> Tensor:
             return self.net[0](x) if a is not None and e is None else self.net(x)
 
     model = Many()

@@ -111,9 +111,13 @@ def test_sgd_follows_torch_over_many_steps(dtype: str, level: str, name: str) ->
     with isa(level), expect(f"cpu.{level_of(level, dtype)}.fused_sgd.{dtype}.fused"):
         for step in range(steps):
             fused_sgd(
-                problem.params, problem.grads(step), buffers, lr=1e-2, first_step=step == 0,
+                problem.params,
+                problem.grads(step),
+                buffers,
+                lr=1e-2,
+                first_step=step == 0,
                 **SGD[name],
-            )  # fmt: skip
+            )
     plain = trajectory(make, DTYPES[dtype], steps)
     ref64 = trajectory64(make, DTYPES[dtype], steps)
     hold(problem.params, ref64, plain, steps * 1e-2 * 10)
@@ -161,8 +165,14 @@ def test_every_dtype_follows_the_reference(way: Way, dtype: str, form: str) -> N
 @pytest.mark.parametrize("name", SGD)
 def test_sgd_follows_the_reference(way: Way, name: str, first_step: bool) -> None:
     """Parameters of three dtypes in one call."""
-    options = {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False,
-               "maximize": False, **SGD[name]}  # fmt: skip
+    options = {
+        "momentum": 0.0,
+        "dampening": 0.0,
+        "weight_decay": 0.0,
+        "nesterov": False,
+        "maximize": False,
+        **SGD[name],
+    }
     mixed, shapes = [DTYPES[d] for d in ("f32", "bf16", "f16")], [*SHAPES[:-1], (70, 67)]
     ours, theirs = (Problem(*mixed, shapes=shapes) for _ in range(2))
     grads = ours.grads(0)
@@ -323,9 +333,16 @@ def test_any_strides(param: str, grad: str, eight_bit: bool) -> None:
         plain.adamw(step)
         grads = [make[grad](g) for g in plain.grads(step)]
         fused_adamw(
-            strided.params, grads, strided.first, strided.second, strided.steps, lr=1e-2,
-            copies=copies, **ADAMW, **(scales if eight_bit else {}),
-        )  # fmt: skip
+            strided.params,
+            grads,
+            strided.first,
+            strided.second,
+            strided.steps,
+            lr=1e-2,
+            copies=copies,
+            **ADAMW,
+            **(scales if eight_bit else {}),
+        )
     for a, b in zip(plain.all(), strided.all(), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(copies[0], plain.params[0].bfloat16())

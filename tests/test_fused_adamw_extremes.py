@@ -64,9 +64,16 @@ def test_a_step_on_huge_gradients_is_torchs(way: Way, form: str) -> None:
     scales = {"exp_avg_scales": problem.first_scales, "exp_avg_sq_scales": problem.second_scales}
     with way.serving("fused_adamw"), reachable(way, [*problem.all(), grad]):
         fused_adamw(
-            problem.params, [grad], problem.first, problem.second, problem.steps, lr=0.1,
-            weight_decay=0.0, grad_factor=factor, **(scales if form == "8bit" else {}),
-        )  # fmt: skip
+            problem.params,
+            [grad],
+            problem.first,
+            problem.second,
+            problem.steps,
+            lr=0.1,
+            weight_decay=0.0,
+            grad_factor=factor,
+            **(scales if form == "8bit" else {}),
+        )
     make = lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.0)  # noqa: E731
     unscaled = grad.double() * factor
     truth = torchs(make, [start.double()], [unscaled])[0]

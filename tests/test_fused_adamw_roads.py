@@ -24,11 +24,24 @@ pytestmark = needs_extension
 
 def raw_arguments(problem: Problem, grads: list[Tensor]) -> tuple[Any, ...]:
     return (
-        problem.params, grads, problem.first, problem.second, problem.steps,
+        problem.params,
+        grads,
+        problem.first,
+        problem.second,
+        problem.steps,
         problem.first_scales if problem.eight_bit else [],
-        problem.second_scales if problem.eight_bit else [], [],
-        1e-2, *ADAMW["betas"], ADAMW["eps"], ADAMW["weight_decay"], False, 1.0, [], 0, 0,
-    )  # fmt: skip
+        problem.second_scales if problem.eight_bit else [],
+        [],
+        1e-2,
+        *ADAMW["betas"],
+        ADAMW["eps"],
+        ADAMW["weight_decay"],
+        False,
+        1.0,
+        [],
+        0,
+        0,
+    )
 
 
 @pytest.mark.parametrize("eight_bit", [False, True])
@@ -45,9 +58,15 @@ def test_raw_op_and_compiled_are_the_eager_step(eight_bit: bool) -> None:
             "exp_avg_sq_scales": problem.second_scales,
         }
         fused_adamw(
-            problem.params, grads, problem.first, problem.second, problem.steps, lr=1e-2,
-            **ADAMW, **(scales if eight_bit else {}),
-        )  # fmt: skip
+            problem.params,
+            grads,
+            problem.first,
+            problem.second,
+            problem.steps,
+            lr=1e-2,
+            **ADAMW,
+            **(scales if eight_bit else {}),
+        )
         return fused_grad_norm(grads)
 
     graph = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -84,8 +103,24 @@ def test_exported() -> None:
 def test_opcheck(eight_bit: bool) -> None:
     problem = Problem(torch.float32, shapes=[(300,), (4, 5)], eight_bit=eight_bit)
     torch.library.opcheck(torch.ops.bigops.fused_adamw, raw_arguments(problem, problem.grads(0)))
-    sgd = ([torch.randn(30)], [torch.randn(30)], [torch.randn(30)], [], [], 0.1, 0.9, 0.0, 0.0,
-           False, False, False, 1.0, [], 0, 0)  # fmt: skip
+    sgd = (
+        [torch.randn(30)],
+        [torch.randn(30)],
+        [torch.randn(30)],
+        [],
+        [],
+        0.1,
+        0.9,
+        0.0,
+        0.0,
+        False,
+        False,
+        False,
+        1.0,
+        [],
+        0,
+        0,
+    )
     torch.library.opcheck(torch.ops.bigops.fused_sgd, sgd)
     torch.library.opcheck(torch.ops.bigops.fused_grad_norm, ([torch.randn(30), torch.randn(2, 3)],))
 
@@ -125,9 +160,14 @@ def test_it_refuses_to_be_differentiated() -> None:
 
 def call(problem: Problem, **more: Any) -> None:
     arguments = {
-        "params": problem.params, "grads": problem.grads(0), "exp_avgs": problem.first,
-        "exp_avg_sqs": problem.second, "steps": problem.steps, "lr": 1e-2, **more,
-    }  # fmt: skip
+        "params": problem.params,
+        "grads": problem.grads(0),
+        "exp_avgs": problem.first,
+        "exp_avg_sqs": problem.second,
+        "steps": problem.steps,
+        "lr": 1e-2,
+        **more,
+    }
     fused_adamw(**arguments)
 
 

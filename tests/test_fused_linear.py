@@ -71,8 +71,17 @@ BY_CPU = [(way, dtype) for dtype in DTYPES for way in CPU if isa_of(way.level, d
 BY_REFERENCE = [(REFERENCE, dtype) for dtype in DTYPES]
 BY_TRITON = [(TRITON, dtype) for dtype in DTYPES if dtype != "f64"]
 # The interpreter takes 5 to 10 ms a block: ragged against its tiles of 32 x 32 x 32 (gated: 16).
-SMALL = [(1, 1, 1), (2, 33, 65), (31, 1, 32), (64, 64, 64), (70, 17, 40), (1, 70, 100), (5, 7, 0),
-         (0, 7, 5), (5, 0, 7)]  # fmt: skip
+SMALL = [
+    (1, 1, 1),
+    (2, 33, 65),
+    (31, 1, 32),
+    (64, 64, 64),
+    (70, 17, 40),
+    (1, 70, 100),
+    (5, 7, 0),
+    (0, 7, 5),
+    (5, 0, 7),
+]
 SHAPES = [(1, 1, 1), (1, 130, 65), (2, 3, 16), (3, 4, 17), (4, 8, 31), (65, 66, 33), (70, 5, 1100)]
 
 
@@ -220,30 +229,70 @@ def test_more_than_two_to_the_31_elements() -> None:
 def refusals() -> list[tuple[str, type[Exception], str, dict[str, object]]]:
     x, w = torch.randn(3, 4), torch.randn(5, 4)
     return [
-        ("activation", ValueError, "activation: expected one of none, .*; got 'swish'",
-         {"activation": "swish"}),
+        (
+            "activation",
+            ValueError,
+            "activation: expected one of none, .*; got 'swish'",
+            {"activation": "swish"},
+        ),
         ("x dtype", TypeError, "x: expected dtype float32, .*; got int64", {"x": x.long()}),
         ("x is no tensor", TypeError, "x: expected a torch.Tensor; got list", {"x": [1.0]}),
-        ("x columns", ValueError, r"x: expected shape \[.., 4\] .*; got \[3, 7\]",
-         {"x": torch.randn(3, 7)}),
+        (
+            "x columns",
+            ValueError,
+            r"x: expected shape \[.., 4\] .*; got \[3, 7\]",
+            {"x": torch.randn(3, 7)},
+        ),
         ("x scalar", ValueError, r"x: expected shape .*; got \[\]", {"x": torch.tensor(1.0)}),
-        ("weight dim", ValueError, r"weight: expected 2 dimensions .* \[4\]",
-         {"weight": torch.randn(4)}),
-        ("weight dtype", TypeError, "weight: expected dtype float32, that of x; got bfloat16",
-         {"weight": w.bfloat16()}),
-        ("weight rows", ValueError, "weight: swiglu needs an even number of rows .*; got 5",
-         {"activation": "swiglu"}),
-        ("weight device", ValueError, "weight: expected device cpu, that of x; got meta",
-         {"weight": w.to("meta")}),
-        ("bias shape", ValueError, r"bias: expected shape \[5\]; got \[4\]",
-         {"bias": torch.randn(4)}),
-        ("bias dtype", TypeError, "bias: expected dtype float32, that of x; got float64",
-         {"bias": torch.randn(5).double()}),
-        ("residual shape", ValueError, r"residual: expected shape \[3, 5\]; got \[1, 5\]",
-         {"residual": torch.randn(1, 5)}),
-        ("residual dtype", TypeError, "residual: expected dtype float32, that of x; got float16",
-         {"residual": torch.randn(3, 5).half()}),
-    ]  # fmt: skip
+        (
+            "weight dim",
+            ValueError,
+            r"weight: expected 2 dimensions .* \[4\]",
+            {"weight": torch.randn(4)},
+        ),
+        (
+            "weight dtype",
+            TypeError,
+            "weight: expected dtype float32, that of x; got bfloat16",
+            {"weight": w.bfloat16()},
+        ),
+        (
+            "weight rows",
+            ValueError,
+            "weight: swiglu needs an even number of rows .*; got 5",
+            {"activation": "swiglu"},
+        ),
+        (
+            "weight device",
+            ValueError,
+            "weight: expected device cpu, that of x; got meta",
+            {"weight": w.to("meta")},
+        ),
+        (
+            "bias shape",
+            ValueError,
+            r"bias: expected shape \[5\]; got \[4\]",
+            {"bias": torch.randn(4)},
+        ),
+        (
+            "bias dtype",
+            TypeError,
+            "bias: expected dtype float32, that of x; got float64",
+            {"bias": torch.randn(5).double()},
+        ),
+        (
+            "residual shape",
+            ValueError,
+            r"residual: expected shape \[3, 5\]; got \[1, 5\]",
+            {"residual": torch.randn(1, 5)},
+        ),
+        (
+            "residual dtype",
+            TypeError,
+            "residual: expected dtype float32, that of x; got float16",
+            {"residual": torch.randn(3, 5).half()},
+        ),
+    ]
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["inference", "graph"])

@@ -223,9 +223,17 @@ def _golden(kernels: tuple[str, ...], **wanted: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize("kernel", ["low_rank_product", "block_product", "block_samples"])
 @pytest.mark.parametrize(
     ("arch", "column"),
-    [("sm_80", "mma"), ("sm_86", "mma"), ("sm_89", "mma"), ("sm_90", "wgmma"),
-     ("sm_100", "tcgen05"), ("sm_120", "mma"), ("gfx942", "mfma"), ("gfx950", "mfma")],
-)  # fmt: skip
+    [
+        ("sm_80", "mma"),
+        ("sm_86", "mma"),
+        ("sm_89", "mma"),
+        ("sm_90", "wgmma"),
+        ("sm_100", "tcgen05"),
+        ("sm_120", "mma"),
+        ("gfx942", "mfma"),
+        ("gfx950", "mfma"),
+    ],
+)
 def test_low_rank_and_block_sparse_products_use_the_matrix_units(
     arch: str, column: str, kernel: str
 ) -> None:

@@ -137,9 +137,18 @@ def _afresh() -> Iterator[None]:
 
 
 def forget() -> None:
-    memos = (targets.unserved, _triton_sparse._no_tile, machine._find_triton, tiles.tables,
-             tiles.table_for, tiles.choose_config, form_tiles._tables, form_tiles.choose_config,
-             quantized_tiles._tables, quantized_tiles.choose_config)  # fmt: skip
+    memos = (
+        targets.unserved,
+        _triton_sparse._no_tile,
+        machine._find_triton,
+        tiles.tables,
+        tiles.table_for,
+        tiles.choose_config,
+        form_tiles._tables,
+        form_tiles.choose_config,
+        quantized_tiles._tables,
+        quantized_tiles.choose_config,
+    )
     for memo in memos:
         memo.cache_clear()
 

@@ -103,15 +103,23 @@ class Machine:
             (programs / name).write_text(STAND_IN)
             (programs / name).chmod(0o755)
         self.environment = {
-            **os.environ, "OUT": str(self.out), "HOME": str(self.home), "CALLS": str(self.calls),
-            "SMOKE": "passed", "PATH": f"{programs}:{os.environ['PATH']}",
-        }  # fmt: skip
+            **os.environ,
+            "OUT": str(self.out),
+            "HOME": str(self.home),
+            "CALLS": str(self.calls),
+            "SMOKE": "passed",
+            "PATH": f"{programs}:{os.environ['PATH']}",
+        }
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", "gpu-first-run/first_run.sh", *arguments], cwd=self.tree,
-            env=self.environment | environment, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+            ["bash", "gpu-first-run/first_run.sh", *arguments],
+            cwd=self.tree,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
     def called(self) -> list[str]:
         return self.calls.read_text().splitlines()
@@ -126,8 +134,14 @@ def test_the_script_asks_for_right_numbers_and_then_for_times(machine: Machine) 
     done = machine.run("correct")
     assert done.returncode == 0, done.stdout + done.stderr
     steps = re.findall(r"^-- (\w+): status (\d+)", done.stdout, re.MULTILINE)
-    assert steps == [("smoke", "0"), ("hostrun", "1"), ("triton", "1"), ("device", "1"),
-                     ("cuda", "1"), ("racecheck", "1")]  # fmt: skip
+    assert steps == [
+        ("smoke", "0"),
+        ("hostrun", "1"),
+        ("triton", "1"),
+        ("device", "1"),
+        ("cuda", "1"),
+        ("racecheck", "1"),
+    ]
     copy = machine.home / "first-run" / "tree"
     assert (copy / "built").exists(), "the kernels are built in the copy"
     assert not (machine.tree / "built").exists()
@@ -159,10 +173,12 @@ def test_times_without_a_built_tree_are_not_asked_for(machine: Machine) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "change", "said"),
-    [((), {}, "expected correct or fast; got ''"),
-     (("quick",), {}, "expected correct or fast; got 'quick'"),
-     (("correct",), {"OUT": ""}, "OUT: expected a folder; got ''")],
-)  # fmt: skip
+    [
+        ((), {}, "expected correct or fast; got ''"),
+        (("quick",), {}, "expected correct or fast; got 'quick'"),
+        (("correct",), {"OUT": ""}, "OUT: expected a folder; got ''"),
+    ],
+)
 def test_what_the_script_is_not_told_is_said(
     arguments: tuple[str, ...], change: dict[str, str], said: str, machine: Machine
 ) -> None:

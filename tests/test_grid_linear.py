@@ -356,12 +356,24 @@ def test_what_wants_a_gradient_is_refused(form: str, road: str, name: str) -> No
         ("int8_static", {"y_grid": [1.0, 0.0]}, TypeError, "y_grid: expected a torch.Tensor; got"),
         ("int8_static", {"x": torch.zeros(3, 5).byte()}, ValueError, r"x: expected shape \[.., 4"),
         ("int8_static", {"x": torch.zeros(3, 4).char()}, TypeError, "x: expected dtype .* int8"),
-        ("int8_static", {"x": torch.zeros(3, 4).byte(), "residual": torch.zeros(3, 5).half()},
-         TypeError, "residual: expected dtype float32; got float16"),
-        ("int8_static", {"x": torch.zeros(3, 4).byte(), "bias": torch.zeros(5).double()},
-         TypeError, "bias: expected dtype .*; got float64"),
-        ("int8", {"x": torch.zeros(3, 4).byte()}, TypeError,
-         "x: expected a floating dtype, since the weight's activations are not 'static'"),
+        (
+            "int8_static",
+            {"x": torch.zeros(3, 4).byte(), "residual": torch.zeros(3, 5).half()},
+            TypeError,
+            "residual: expected dtype float32; got float16",
+        ),
+        (
+            "int8_static",
+            {"x": torch.zeros(3, 4).byte(), "bias": torch.zeros(5).double()},
+            TypeError,
+            "bias: expected dtype .*; got float64",
+        ),
+        (
+            "int8",
+            {"x": torch.zeros(3, 4).byte()},
+            TypeError,
+            "x: expected a floating dtype, since the weight's activations are not 'static'",
+        ),
         ("sparse_int8", {"x": torch.zeros(3, 4).byte()}, TypeError, "since there is no x_grid"),
         ("sparse_float", {"x_grid": X_GRID}, ValueError, "x_grid: expected None with floating"),
         ("sparse_float", {"x": torch.zeros(3, 4).byte()}, TypeError, "has floating values"),
@@ -369,7 +381,7 @@ def test_what_wants_a_gradient_is_refused(form: str, road: str, name: str) -> No
         ("sparse_int8", {"x_grid": torch.tensor([-1.0, 3.0])}, ValueError, "x_grid: expected a f"),
         ("sparse_int8", {"y_grid": X_GRID.to("meta")}, ValueError, "y_grid: expected device cpu"),
     ],
-)  # fmt: skip
+)
 def test_errors_name_argument_expected_and_got(
     form: str, change: dict[str, Any], kind: type[Exception], message: str
 ) -> None:

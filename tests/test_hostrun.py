@@ -109,9 +109,27 @@ def test_warp_functions(library: Path, seed: int, early: bool) -> None:
 
 def test_conversions_round_as_torch_does(library: Path) -> None:
     bits = torch.randint(-(2**31), 2**31, (4096,), dtype=torch.int64).to(torch.int32)
-    edges = torch.tensor([0.0, -0.0, 65504, 65519.9, 65520, -65520, 6e-8, 2.9e-8, 6.1e-5, 1e-45,
-                          3.4e38, float("inf"), float("-inf"), float("nan"), 1.00048828125,
-                          1.00146484375] * 2)  # fmt: skip
+    edges = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            65504,
+            65519.9,
+            65520,
+            -65520,
+            6e-8,
+            2.9e-8,
+            6.1e-5,
+            1e-45,
+            3.4e38,
+            float("inf"),
+            float("-inf"),
+            float("nan"),
+            1.00048828125,
+            1.00146484375,
+        ]
+        * 2
+    )
     values = torch.cat([bits.view(torch.float32), torch.randn(4096), edges])
     count = values.numel()
     bf, half = torch.empty(count).bfloat16(), torch.empty(count).half()
@@ -148,8 +166,9 @@ NO_WAIT = (KERNEL, "ptx::copy_wait<0>();\n    }", "}")
 def planted(fault: hostrun.Fault, seed: int, early: bool) -> bool:
     """Whether the values are wrong in a run with the fault."""
     a, b, c = operands(*RAGGED)
-    hostrun.call(hostrun.build(SOURCE, fault=fault), "run_product", a, b, c, *RAGGED,
-                 seed=seed, early=early)  # fmt: skip
+    hostrun.call(
+        hostrun.build(SOURCE, fault=fault), "run_product", a, b, c, *RAGGED, seed=seed, early=early
+    )
     try:
         check_product(a, b, c)
     except AssertionError:
@@ -171,10 +190,12 @@ def test_a_missing_barrier_gives_wrong_values_by_some_order() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [(DIVERGENT, "divergent barrier: threads wait at __syncthreads in line"),
-     (NO_WAIT, "cp.async groups that it never waited for")],
+    [
+        (DIVERGENT, "divergent barrier: threads wait at __syncthreads in line"),
+        (NO_WAIT, "cp.async groups that it never waited for"),
+    ],
     ids=["divergent barrier", "copies nobody waits for"],
-)  # fmt: skip
+)
 def test_what_a_gpu_leaves_undefined_ends_the_run(
     fault: hostrun.Fault, message: str, tmp_path: Path
 ) -> None:

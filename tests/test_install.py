@@ -15,9 +15,21 @@ from tests.test_architecture import tracked
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
 # Tests of a layer of each kind, of files and receipts, and of the commands, without Triton's ways.
-ANYWHERE = ("cli", "codes", "compress_choice", "compress_low_rank", "mlp", "nn_linear",
-            "quant_linear", "quant_low_rank_linear", "receipt", "save_load", "sparse_layer",
-            "thawed_layer", "train")  # fmt: skip
+ANYWHERE = (
+    "cli",
+    "codes",
+    "compress_choice",
+    "compress_low_rank",
+    "mlp",
+    "nn_linear",
+    "quant_linear",
+    "quant_low_rank_linear",
+    "receipt",
+    "save_load",
+    "sparse_layer",
+    "thawed_layer",
+    "train",
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +49,25 @@ def build(
     source: Path, out: Path, *, path: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps",
-         "--no-build-isolation", "--no-index", "-v", "-w", str(out), str(source)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "-v",
+            "-w",
+            str(out),
+            str(source),
+        ],
         env={"PATH": path, "HOME": str(out), **variables},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +124,23 @@ def test_without_a_compiler_plain_torch_serves(wheel: Path, tmp_path: Path) -> N
 
 def test_the_suite_is_green_without_the_extension(source: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-         "-k", "not triton and not hostrun", *(f"tests/test_{stem}.py" for stem in ANYWHERE)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "not triton and not hostrun",
+            *(f"tests/test_{stem}.py" for stem in ANYWHERE),
+        ],
         cwd=source,
         env={**os.environ, "PYTHONPATH": str(source)},
-        capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
     assert "no C++ extension: the C++ extension is not built" in done.stdout  # it was hidden
 

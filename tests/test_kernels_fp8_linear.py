@@ -44,8 +44,16 @@ pytestmark = [
 KINDS = ("fp8", "fp8_block", "w_fp8")  # one of each kind of sums
 UNITS = fp8_tiles.UNITS
 # Ragged against the tiles of configs/fp8_linear/interpreter.json.
-SHAPES = [(1, 1, 1), (2, 33, 65), (31, 1, 32), (64, 64, 64), (3, 70, 129), (5, 7, 0), (0, 7, 5),
-          (5, 0, 7)]  # fmt: skip
+SHAPES = [
+    (1, 1, 1),
+    (2, 33, 65),
+    (31, 1, 32),
+    (64, 64, 64),
+    (3, 70, 129),
+    (5, 7, 0),
+    (0, 7, 5),
+    (5, 0, 7),
+]
 
 
 def kernel_of(form: str, dtype: str) -> str:
@@ -64,8 +72,9 @@ def call(case: Case, module: ModuleType = kernels, **given: Any) -> Tensor:
     return y
 
 
-def run(form: str, dtype: str, lead: int | list[int], n: int, k: int, name: str = "none",
-        **more: Any) -> None:  # fmt: skip
+def run(
+    form: str, dtype: str, lead: int | list[int], n: int, k: int, name: str = "none", **more: Any
+) -> None:
     """One case by the road that a GPU takes: values by the rule, the kernel by its name."""
     case = make(form, lead, n, k, dtype, name, **more)
     with guarded(), expect(kernel_of(form, dtype)):
@@ -243,10 +252,18 @@ def test_bad_arguments() -> None:
 @pytest.mark.parametrize("form", FP8)
 @pytest.mark.parametrize(
     ("arch", "units"),
-    [("sm_80", "none"), ("sm_86", "none"), ("sm_89", "e4m3fn"), ("sm_90", "e4m3fn"),
-     ("sm_100", "e4m3fn"), ("sm_120", "e4m3fn"), ("gfx90a", "none"), ("gfx942", "e4m3fnuz"),
-     ("gfx950", "e4m3fn")],
-)  # fmt: skip
+    [
+        ("sm_80", "none"),
+        ("sm_86", "none"),
+        ("sm_89", "e4m3fn"),
+        ("sm_90", "e4m3fn"),
+        ("sm_100", "e4m3fn"),
+        ("sm_120", "e4m3fn"),
+        ("gfx90a", "none"),
+        ("gfx942", "e4m3fnuz"),
+        ("gfx950", "e4m3fn"),
+    ],
+)
 def test_explain_names_kernel_config_and_unit(form: str, arch: str, units: str) -> None:
     case = make(form, 64, 48, 256, "bf16")
     said = bigops.explain("fp8_linear", case.x, case.weight, device=arch)
@@ -281,7 +298,7 @@ FAULTS = {
     "wrong bias of float16": ("fp8_none", "* 256.0", "* 128.0"),
     "halves of e4m3fnuz": ("fp8_fnuz", "acc *= 4.0", "acc *= 2.0"),
     "-0 of e4m3fnuz": ("fp8_fnuz", "tl.where(code == 128, 0, code)", "code"),
-}  # fmt: skip
+}
 
 
 def planted_case(form: str) -> tuple[Case, dict[str, Any]]:

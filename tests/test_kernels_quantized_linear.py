@@ -279,7 +279,7 @@ FAULTS = {
     "sums of a row by another": ("w4a8", "sums[None, :]) * by", "sums[None, :] * 1.01) * by"),
     "grid of x ignored": ("int8_static", "one * tl.load(grid + 1)", "one * 0.0"),
     "last K step dropped": ("w4a8", "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K, BLOCK_K)"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

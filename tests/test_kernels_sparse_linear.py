@@ -177,8 +177,14 @@ def test_other_patterns_are_served_by_the_reference_and_explain_says_so(pattern:
 @pytest.mark.parametrize("pattern", BLOCKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_explain_names_kernel_and_config(dtype: torch.dtype, pattern: str) -> None:
-    case = make("sparse_bf16" if dtype == torch.bfloat16 else "sparse_float", 64, 128, 256,
-                "bf16", pattern=pattern)  # fmt: skip
+    case = make(
+        "sparse_bf16" if dtype == torch.bfloat16 else "sparse_float",
+        64,
+        128,
+        256,
+        "bf16",
+        pattern=pattern,
+    )
     stored = "bf16" if dtype == torch.bfloat16 else "f32"
     said = bigops.explain("sparse_linear", case.x, case.weight, device="sm_90")
     pattern = seen(pattern, "sparse_bf16" if dtype == torch.bfloat16 else "sparse_float")
@@ -261,13 +267,15 @@ def test_bad_arguments() -> None:
 def test_bytes_moved_are_those_of_the_stored_blocks() -> None:
     """What is not stored is not read, and y alone is written; indices come on top."""
     m, n, k = 40, 64, 96
-    case = make("sparse_bf16", m, n, k, "bf16", bias=False, residual=False, pattern="32x32",
-                sparsity=0.5)  # fmt: skip
+    case = make(
+        "sparse_bf16", m, n, k, "bf16", bias=False, residual=False, pattern="32x32", sparsity=0.5
+    )
     blocks = blocks_of(case.weight)
     stored = blocks.rows.across.numel()
     assert 0 < stored < 6
-    config = form_tiles.choose_config("sparse_linear", "interpreter", "forward", torch.bfloat16,
-                                      m, 32)  # fmt: skip
+    config = form_tiles.choose_config(
+        "sparse_linear", "interpreter", "forward", torch.bfloat16, m, 32
+    )
     with counting() as traffic:
         kernels.forward(case.x, case.weight.values, blocks, n, config=config)
     found_read, found_written = traffic.sums("all")

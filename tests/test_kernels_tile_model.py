@@ -21,13 +21,27 @@ GOLDEN = Path(__file__).parent / "golden" / "gpu_report.csv"
 sizes = st.integers(0, 2**31 - 2**12)
 
 
-@given(arch=st.sampled_from(ARCHS), dtype=st.sampled_from(list(tiles.DTYPES)), m=sizes, n=sizes,
-       k=sizes, gated=st.booleans(), aligned=st.booleans(), described=st.booleans())  # fmt: skip
+@given(
+    arch=st.sampled_from(ARCHS),
+    dtype=st.sampled_from(list(tiles.DTYPES)),
+    m=sizes,
+    n=sizes,
+    k=sizes,
+    gated=st.booleans(),
+    aligned=st.booleans(),
+    described=st.booleans(),
+)
 @settings(deadline=None)
 def test_every_shape_gets_one_of_the_candidates(
-    arch: str, dtype: torch.dtype, m: int, n: int, k: int, gated: bool, aligned: bool,
+    arch: str,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    gated: bool,
+    aligned: bool,
     described: bool,
-) -> None:  # fmt: skip
+) -> None:
     chosen = tiles.choose_config(arch, dtype, m, n, k, gated, aligned, described)
     entries = [e for e in tiles.table_for(arch).entries if e.config == chosen]
     form = "gated" if gated else "plain"

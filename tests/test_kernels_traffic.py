@@ -210,9 +210,17 @@ def test_the_gradient_of_x_reads_the_codes(form: str) -> None:
 def test_sparse_products_read_the_stored_blocks(pattern: str) -> None:
     """Forward and both gradients: values once, only x where blocks are; no dense W or gradient."""
     case = compressed_cases.make(
-        "sparse_bf16", M, 64, 96, "bf16", pattern=pattern, sparsity=0.7, bias=False,
-        residual=False, values=True,
-    )  # fmt: skip
+        "sparse_bf16",
+        M,
+        64,
+        96,
+        "bf16",
+        pattern=pattern,
+        sparsity=0.7,
+        bias=False,
+        residual=False,
+        values=True,
+    )
     side = int(pattern[:2])
     full = case.dense.view(64 // side, side, 96 // side, side).abs().sum((1, 3)) > 0
     columns, lines = int(full.any(0).sum()) * side, int(full.any(1).sum()) * side
@@ -233,18 +241,24 @@ def test_sparse_products_read_the_stored_blocks(pattern: str) -> None:
     with counting() as traffic, expect("triton.sparse_linear.bf16"):
         y = sparse_road.forward(case.call, blocks)
     assert moved(traffic) == (
-        ["block_product"], {"x": M * columns * 2, "values": values.nbytes}, {"y": size(y)},
-    )  # fmt: skip
+        ["block_product"],
+        {"x": M * columns * 2, "values": values.nbytes},
+        {"y": size(y)},
+    )
     with counting() as traffic:
         gx, *_ = sparse_road.backward(case.grad, case.call, blocks, True, False, False)
     assert moved(traffic) == (
-        ["block_product"], {"x": M * lines * 2, "values": values.nbytes}, {"y": size(gx)},
-    )  # fmt: skip
+        ["block_product"],
+        {"x": M * lines * 2, "values": values.nbytes},
+        {"y": size(gx)},
+    )
     with counting() as traffic:
         _, gv, _ = sparse_road.backward(case.grad, case.call, blocks, False, True, False)
     assert moved(traffic) == (
-        ["block_samples"], {"x": M * columns * 2, "gz": M * lines * 2}, {"out": size(gv)},
-    )  # fmt: skip
+        ["block_samples"],
+        {"x": M * columns * 2, "gz": M * lines * 2},
+        {"out": size(gv)},
+    )
 
 
 # loss and optimiser -------------------------------------------------------------------------
@@ -360,8 +374,12 @@ def test_an_intermediate_kept_in_an_argument_is_caught(
 ) -> None:
     """Programs of the first column also store the block of x it has read."""
     old = "b_block = tl.load(b_tile, mask=b_mask, other=0.0)\n"
-    copy = plant(gemm_kernels, tmp_path, old, old + " " * 8 + "if tile_n == 0:\n" + " " * 12
-                 + "tl.store(a_tile, a_block, mask=a_mask)\n")  # fmt: skip
+    copy = plant(
+        gemm_kernels,
+        tmp_path,
+        old,
+        old + " " * 8 + "if tile_n == 0:\n" + " " * 12 + "tl.store(a_tile, a_block, mask=a_mask)\n",
+    )
     monkeypatch.setattr(products, "gemm", copy.gemm)
     case = linear_cases.make(M, N, K, BF16, "gelu")
     with counting() as traffic:

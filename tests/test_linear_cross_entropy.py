@@ -315,7 +315,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"softcap": float("nan")}, ValueError, "softcap: expected a positive finite number"),
     ({"class_weight": torch.rand(5)}, ValueError, r"class_weight: expected shape \[6\]"),
     ({"class_weight": torch.ones(6).long()}, TypeError, "class_weight: expected dtype"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("other", "kind", "message"), WRONG, ids=[w[2][:40] for w in WRONG])

@@ -88,8 +88,17 @@ class Moves(nn.Module):
         return self.last(self.act(self.first(x)))
 
 
-HOWS = ["in place", "by data", "bound anew", "attributes", "nested", "modes", "torch draws",
-        "numpy draws", "python draws"]  # fmt: skip
+HOWS = [
+    "in place",
+    "by data",
+    "bound anew",
+    "attributes",
+    "nested",
+    "modes",
+    "torch draws",
+    "numpy draws",
+    "python draws",
+]
 
 
 class Raises(nn.Module):

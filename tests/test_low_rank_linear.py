@@ -76,10 +76,18 @@ def test_every_dtype_in_triton(dtype: torch.dtype, base: bool) -> None:
 @pytest.mark.parametrize("way", [REFERENCE, *CPU[-1:], TRITON], ids=str)
 @pytest.mark.parametrize(
     ("lead", "n", "k", "rank"),
-    [([1], 1, 1, 1), ([2, 3], 33, 65, 17), ([33], 16, 32, 16), ([3], 40, 70, 32),
-     ([40], 32, 64, 32), ([2], 5, 4, 0), ([0], 7, 5, 2), ([3], 7, 0, 0)],
+    [
+        ([1], 1, 1, 1),
+        ([2, 3], 33, 65, 17),
+        ([33], 16, 32, 16),
+        ([3], 40, 70, 32),
+        ([40], 32, 64, 32),
+        ([2], 5, 4, 0),
+        ([0], 7, 5, 2),
+        ([3], 7, 0, 0),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_shapes(lead: list[int], n: int, k: int, rank: int, way: Way) -> None:
     for base in (False, True):
         both(make(lead, n, k, rank, torch.float32, "tanh", base=base), way)
@@ -144,9 +152,11 @@ def test_rank_zero_is_the_epilogue_alone() -> None:
     got = run(case)
     case.check_forward(got)
     tolerance.check(
-        got, (torch.tanh(bias.double()) + residual.double()), torch.tanh(bias) + residual,
+        got,
+        (torch.tanh(bias.double()) + residual.double()),
+        torch.tanh(bias) + residual,
         bias.abs().double() + residual.abs().double(),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

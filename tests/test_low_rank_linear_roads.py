@@ -159,8 +159,10 @@ def test_one_dynamic_graph_serves_all_row_counts() -> None:
     _, u, v, *_ = case.inputs
     compiled = torch.compile(
         lambda x: low_rank_linear(x, u, v, activation="gelu"),
-        fullgraph=True, backend=counter, dynamic=True,
-    )  # fmt: skip
+        fullgraph=True,
+        backend=counter,
+        dynamic=True,
+    )
     counts = []
     for m in (2, 3, 17, 64, 1, 0):
         x = torch.randn(m, 5)

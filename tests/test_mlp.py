@@ -47,8 +47,13 @@ def _trained(dataset: Dataset, **options) -> tuple[nn.Sequential, mlp.History]:
 def test_build() -> None:
     model = mlp.build()
     assert [tuple(p.shape) for p in model.parameters()] == [
-        (2048, 784), (2048,), (1024, 2048), (1024,), (10, 1024), (10,)
-    ]  # fmt: skip
+        (2048, 784),
+        (2048,),
+        (1024, 2048),
+        (1024,),
+        (10, 1024),
+        (10,),
+    ]
     assert all(type(layer) is bigops.nn.Linear for layer in model)
     assert [layer.activation for layer in model] == ["relu", "relu", "none"]
 

@@ -52,9 +52,11 @@ def calls(make: Callable[..., Any], replace: bool) -> list[Any]:
             keys = [sorted(r) if isinstance(r, dict) else len(r) for r in rest]
             numbers = [float(s["step"]) for s in optimizer.state.values() if "step" in s]
             seen.append((name, keys, moved, numbers, sum(map(len, optimizer.state.values()))))
-            return rest[-1] if replace and name.startswith(("state_dict_post", "load")) and (
-                rest
-            ) else None  # fmt: skip
+            return (
+                rest[-1]
+                if replace and name.startswith(("state_dict_post", "load")) and (rest)
+                else None
+            )
 
         return hook
 
@@ -112,10 +114,12 @@ def test_what_pre_hooks_give_is_loaded_and_what_post_hooks_write_stays(
 
     def reset(_: Any, given: State) -> State:
         state = {
-            i: {k: torch.zeros_like(v) if k == key and isinstance(v, Tensor) else v
-                for k, v in held.items()}
+            i: {
+                k: torch.zeros_like(v) if k == key and isinstance(v, Tensor) else v
+                for k, v in held.items()
+            }
             for i, held in given["state"].items()
-        }  # fmt: skip
+        }
         return {**given, "state": state}
 
     params, target = stepped(name, 3)
@@ -149,8 +153,10 @@ def test_states_are_loaded_by_the_names_of_parameters(name: str) -> None:
         where = {n: i for i, n in enumerate(given["param_groups"][0]["param_names"])}
         groups = optimizer.state_dict()["param_groups"]
         names = groups[0]["param_names"]
-        return {"state": {i: given["state"][where[n]] for i, n in enumerate(names)},
-                "param_groups": groups}  # fmt: skip
+        return {
+            "state": {i: given["state"][where[n]] for i, n in enumerate(names)},
+            "param_groups": groups,
+        }
 
     named, source = made(1)
     source.step()

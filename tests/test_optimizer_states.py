@@ -46,8 +46,15 @@ def encoded_by_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
     """A first SGD step without dampening leaves the gradient, encoded, in the buffer."""
     codes = torch.zeros(x.numel(), dtype=torch.uint8)
     scales = torch.zeros(states.blocks_of(x.numel()))
-    fused_sgd([torch.zeros_like(x)], [x], [codes], lr=0.0, momentum=0.5, first_step=True,
-              momentum_scales=[scales])  # fmt: skip
+    fused_sgd(
+        [torch.zeros_like(x)],
+        [x],
+        [codes],
+        lr=0.0,
+        momentum=0.5,
+        first_step=True,
+        momentum_scales=[scales],
+    )
     return codes, scales
 
 
@@ -69,8 +76,15 @@ def test_kernels_encode_as_the_reference(level: str) -> None:
     codes, scales = torch.zeros(len(x), dtype=torch.uint8), torch.zeros(len(want_scales))
     rest = [torch.full((len(x),), 127, dtype=torch.uint8)], [codes], [torch.zeros(())]
     with isa(level), expect("fused_adamw.f32.8bit"):
-        fused_adamw([torch.zeros(len(x))], [grads], *rest, lr=0.0, betas=(0.9, 0.0),
-                    exp_avg_scales=[scales.clone()], exp_avg_sq_scales=[scales])  # fmt: skip
+        fused_adamw(
+            [torch.zeros(len(x))],
+            [grads],
+            *rest,
+            lr=0.0,
+            betas=(0.9, 0.0),
+            exp_avg_scales=[scales.clone()],
+            exp_avg_sq_scales=[scales],
+        )
     want, want_scales = states.encode(grads * grads, False)
     assert torch.equal(codes, want)
     assert torch.equal(scales, want_scales)

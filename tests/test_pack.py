@@ -94,15 +94,28 @@ def test_every_layer_that_is_left_has_its_reason() -> None:
     parametrize.register_parametrization(held, "weight", nn.Identity())
     model = nn.ModuleDict(
         {
-            "tied": tied, "shared": shared, "hooked": hooked, "first": once, "second": once,
-            "head": _Head(k, k), "wide": nn.Linear(k, k).double(), "small": nn.Linear(k, 63),
-            "few": nn.Linear(8, 128), "hollow_one": nn.Linear(k, k, device="meta"), "mlp": mlp,
-            "hollow": hollow, "rank": LowRankLinear(160, 160, 32), "held": held,
-            "quant": QuantLinear(k, k).freeze(), "packed": PackedLinear(k, k).freeze(),
-            "thawed": PackedLinear(k, k), "narrow": GatedMLP(160, 32),
-            "attention": nn.MultiheadAttention(k, 1), "norm": nn.LayerNorm(k),
+            "tied": tied,
+            "shared": shared,
+            "hooked": hooked,
+            "first": once,
+            "second": once,
+            "head": _Head(k, k),
+            "wide": nn.Linear(k, k).double(),
+            "small": nn.Linear(k, 63),
+            "few": nn.Linear(8, 128),
+            "hollow_one": nn.Linear(k, k, device="meta"),
+            "mlp": mlp,
+            "hollow": hollow,
+            "rank": LowRankLinear(160, 160, 32),
+            "held": held,
+            "quant": QuantLinear(k, k).freeze(),
+            "packed": PackedLinear(k, k).freeze(),
+            "thawed": PackedLinear(k, k),
+            "narrow": GatedMLP(160, 32),
+            "attention": nn.MultiheadAttention(k, 1),
+            "norm": nn.LayerNorm(k),
         }
-    )  # fmt: skip
+    )
     state = {n: v.data_ptr() for n, v in model.named_parameters()}
     record = bigops.pack_(model)
     assert record.done == []

@@ -115,8 +115,9 @@ def test_x_and_bias_have_gradients_and_the_weight_none() -> None:
     got = torch.autograd.grad(model(x), [x, *leaves], grad)
     wide = copy.deepcopy(twin).double()
     x64 = x.detach().double().requires_grad_()
-    want = torch.autograd.grad(wide(x64), [x64, wide[0].bias, wide[1].bias, wide[3].bias],
-                               grad.double())  # fmt: skip
+    want = torch.autograd.grad(
+        wide(x64), [x64, wide[0].bias, wide[1].bias, wide[3].bias], grad.double()
+    )
     plain = torch.autograd.grad(twin(x), [x, twin[0].bias, twin[1].bias, twin[3].bias], grad)
     for g, w, p in zip(got, want, plain, strict=True):
         tolerance.check(g, w, p, w.abs().max() + grad.abs().max())
@@ -246,8 +247,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"0.panels"'):
         model.load_state_dict({**state_of(model), "0.panels": torch.zeros(1)})
     with pytest.raises(RuntimeError, match=r"float32, bfloat16 or float16|got float64"):
-        model.load_state_dict({"0.weight": torch.zeros(131, 65).double()}, strict=False,
-                              assign=True)  # fmt: skip
+        model.load_state_dict(
+            {"0.weight": torch.zeros(131, 65).double()}, strict=False, assign=True
+        )
 
 
 @pytest.mark.parametrize(

@@ -195,8 +195,10 @@ def test_int4_extremes(level: str) -> None:
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("name", PLAIN)
 def test_every_activation(way: Way, name: str) -> None:
-    some = {TRITON: [(form, "f32") for form in KERNELS],
-            HOSTRUN: [("w4_zero", "f32"), ("w8", "bf16")]}  # fmt: skip
+    some = {
+        TRITON: [(form, "f32") for form in KERNELS],
+        HOSTRUN: [("w4_zero", "f32"), ("w8", "bf16")],
+    }
     for form, dtype in some.get(way, itertools.product(KERNELS, DTYPES)):
         run(make(form, 5, 37, 83, dtype, name), form, way, dtype)
 
@@ -227,14 +229,35 @@ def test_ragged_shapes(way: Way, form: str, m: int, n: int, k: int) -> None:
 # blocks of 64 rows and stages of 128 or 256 columns.
 @pytest.mark.parametrize(
     ("way", "form", "shape"),
-    covering([TRITON], (*KERNELS, "w4_row", "w4a8_zero"),
-             [(1, 1, 1), (2, 33, 65), (31, 1, 32), (64, 64, 64), (3, 70, 129), (5, 7, 0),
-              (0, 7, 5), (5, 0, 7)])
-    + covering([HOSTRUN], ("w8_zero", "w4_zero", "w4_row"),
-               [(1, 1, 1), (16, 64, 256), (9, 65, 257), (2, 130, 1030), (8, 16, 1032),
-                (3, 16, 0), (5, 0, 32)]),
+    covering(
+        [TRITON],
+        (*KERNELS, "w4_row", "w4a8_zero"),
+        [
+            (1, 1, 1),
+            (2, 33, 65),
+            (31, 1, 32),
+            (64, 64, 64),
+            (3, 70, 129),
+            (5, 7, 0),
+            (0, 7, 5),
+            (5, 0, 7),
+        ],
+    )
+    + covering(
+        [HOSTRUN],
+        ("w8_zero", "w4_zero", "w4_row"),
+        [
+            (1, 1, 1),
+            (16, 64, 256),
+            (9, 65, 257),
+            (2, 130, 1030),
+            (8, 16, 1032),
+            (3, 16, 0),
+            (5, 0, 32),
+        ],
+    ),
     ids=str,
-)  # fmt: skip
+)
 def test_shapes_of_gpu_kernels(way: Way, form: str, shape: tuple[int, int, int]) -> None:
     run(make(form, *shape, "bf16", "silu"), form, way, "bf16")
 
@@ -354,8 +377,14 @@ def test_bitwise_equal_from_run_to_run_at_every_thread_count(form: str) -> None:
 # Against the product with the original weight, normal weights and activations, K >= 256. What was
 # measured: int8 40 to 43 dB; int4 with one scale a row 16.3, groups of 64 19.7, of 32 with zero
 # points 21.8, groups of 64 and u8 activations 19.7.
-SNR_FLOOR_DB = {"int8": 38.0, "w8_group": 43.0, "w4_row": 15.5, "w4": 18.5, "w4_zero": 20.5,
-                "w4a8": 18.5}  # fmt: skip
+SNR_FLOOR_DB = {
+    "int8": 38.0,
+    "w8_group": 43.0,
+    "w4_row": 15.5,
+    "w4": 18.5,
+    "w4_zero": 20.5,
+    "w4a8": 18.5,
+}
 
 
 @pytest.mark.parametrize("form", SNR_FLOOR_DB)
@@ -372,35 +401,87 @@ def test_signal_to_noise_against_the_original_weight(form: str) -> None:
 def refusals() -> list[tuple[str, type[Exception], str, dict[str, object]]]:
     good = QuantizedWeight.from_dense(torch.randn(5, 4))
     return [
-        ("activation", ValueError, "activation: expected one of none, .*; got 'swiglu'",
-         {"activation": "swiglu"}),
-        ("x dtype", TypeError, "x: expected dtype float32, bfloat16, float16; got float64",
-         {"x": torch.randn(3, 4).double()}),
+        (
+            "activation",
+            ValueError,
+            "activation: expected one of none, .*; got 'swiglu'",
+            {"activation": "swiglu"},
+        ),
+        (
+            "x dtype",
+            TypeError,
+            "x: expected dtype float32, bfloat16, float16; got float64",
+            {"x": torch.randn(3, 4).double()},
+        ),
         ("x is no tensor", TypeError, "x: expected a torch.Tensor; got list", {"x": [1.0]}),
-        ("x columns", ValueError, r"x: expected shape \[.., 4\] .*; got \[3, 7\]",
-         {"x": torch.randn(3, 7)}),
-        ("x columns of the padding", ValueError, r"x: expected shape \[.., 4\] .*; got \[3, 3\]",
-         {"x": torch.randn(3, 3)}),
+        (
+            "x columns",
+            ValueError,
+            r"x: expected shape \[.., 4\] .*; got \[3, 7\]",
+            {"x": torch.randn(3, 7)},
+        ),
+        (
+            "x columns of the padding",
+            ValueError,
+            r"x: expected shape \[.., 4\] .*; got \[3, 3\]",
+            {"x": torch.randn(3, 3)},
+        ),
         ("x scalar", ValueError, r"x: expected shape .*; got \[\]", {"x": torch.tensor(1.0)}),
-        ("values dtype", TypeError, "values: expected dtype int8; got float32",
-         {"weight": good.replace(values=good.values.float())}),
-        ("scale shape", ValueError, r"scale: expected shape \[1, 16\]; got \[1, 4\]",
-         {"weight": good.replace(scale=good.scale[:, :4])}),
-        ("row_sum", ValueError, "row_sum: expected a tensor with activations 'dynamic'; got None",
-         {"weight": good.replace(row_sum=None)}),
-        ("x_grid", ValueError, "x_grid: expected a tensor with activations 'static'; got None",
-         {"weight": good.replace(activations="static")}),
-        ("group", ValueError, "group: expected None, 32, 64 or 128; got 48",
-         {"weight": good.replace(group=48)}),
-        ("weight device", ValueError, "values: expected device cpu, that of x; got meta",
-         {"weight": good.map(lambda t: t.to("meta"))}),
-        ("bias shape", ValueError, r"bias: expected shape \[5\]; got \[4\]",
-         {"bias": torch.randn(4)}),
-        ("bias dtype", TypeError, "bias: expected dtype float32, that of x; got float64",
-         {"bias": torch.randn(5).double()}),
-        ("residual shape", ValueError, r"residual: expected shape \[3, 5\]; got \[1, 5\]",
-         {"residual": torch.randn(1, 5)}),
-    ]  # fmt: skip
+        (
+            "values dtype",
+            TypeError,
+            "values: expected dtype int8; got float32",
+            {"weight": good.replace(values=good.values.float())},
+        ),
+        (
+            "scale shape",
+            ValueError,
+            r"scale: expected shape \[1, 16\]; got \[1, 4\]",
+            {"weight": good.replace(scale=good.scale[:, :4])},
+        ),
+        (
+            "row_sum",
+            ValueError,
+            "row_sum: expected a tensor with activations 'dynamic'; got None",
+            {"weight": good.replace(row_sum=None)},
+        ),
+        (
+            "x_grid",
+            ValueError,
+            "x_grid: expected a tensor with activations 'static'; got None",
+            {"weight": good.replace(activations="static")},
+        ),
+        (
+            "group",
+            ValueError,
+            "group: expected None, 32, 64 or 128; got 48",
+            {"weight": good.replace(group=48)},
+        ),
+        (
+            "weight device",
+            ValueError,
+            "values: expected device cpu, that of x; got meta",
+            {"weight": good.map(lambda t: t.to("meta"))},
+        ),
+        (
+            "bias shape",
+            ValueError,
+            r"bias: expected shape \[5\]; got \[4\]",
+            {"bias": torch.randn(4)},
+        ),
+        (
+            "bias dtype",
+            TypeError,
+            "bias: expected dtype float32, that of x; got float64",
+            {"bias": torch.randn(5).double()},
+        ),
+        (
+            "residual shape",
+            ValueError,
+            r"residual: expected shape \[3, 5\]; got \[1, 5\]",
+            {"residual": torch.randn(1, 5)},
+        ),
+    ]
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["inference", "graph"])

@@ -46,10 +46,18 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Receipt:
     save(before, folder / "a")
     save(after, folder / "b")
     x = torch.randn(32, 64)
-    return Receipt.measure(before, after, x, accuracy=lambda m: 90.0 + isinstance(m[0], nn.Linear),
-                           files=(folder / "a", folder / "b"), with_compile=False, pairs=5,
-                           floors=Floors(max_drop=1.0), candidates=[Candidate("a", 5.0, 80.0)],
-                           notes=["a note"])  # fmt: skip
+    return Receipt.measure(
+        before,
+        after,
+        x,
+        accuracy=lambda m: 90.0 + isinstance(m[0], nn.Linear),
+        files=(folder / "a", folder / "b"),
+        with_compile=False,
+        pairs=5,
+        floors=Floors(max_drop=1.0),
+        candidates=[Candidate("a", 5.0, 80.0)],
+        notes=["a note"],
+    )
 
 
 def _made(**changes: object) -> Receipt:
@@ -60,13 +68,15 @@ def _made(**changes: object) -> Receipt:
         speedup=Ratio(4.0, 3.5, 4.5),
         compiled=Side("torch.compile", 200.0, 0.1, 8000, None, 8200, 98.5),
         speedup_compile=Ratio(2.0, 1.8, 2.2),
-        layers=[Layer("0", "SparseLinear", [128, 64], 0.2, 8000, 1000, 50.0, 10.0, "cpu.x"),
-                Layer("1", "QuantLinear", [10, 128], 1.0, 800, 200, None, None, "not called")],
+        layers=[
+            Layer("0", "SparseLinear", [128, 64], 0.2, 8000, 1000, 50.0, 10.0, "cpu.x"),
+            Layer("1", "QuantLinear", [10, 128], 1.0, 800, 200, None, None, "not called"),
+        ],
         candidates=[Candidate("80%", 100.0, 98.0, True), Candidate("int8", 150.0)],
         floors=Floors(3.0, 0.5, 6.0, True),
         machine={"threads": 2, "input": "[32, 64]"},
         notes=["a note"],
-    )  # fmt: skip
+    )
     return dataclasses.replace(receipt, **changes)  # type: ignore[arg-type]
 
 
@@ -116,8 +126,9 @@ def test_compile_is_measured_or_the_reason_noted(monkeypatch) -> None:  # type: 
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(torch, "compile", fail)
-    receipt = Receipt.measure(before, after, torch.randn(4, 64), pairs=2,
-                              floors=Floors(beat_compile=True))  # fmt: skip
+    receipt = Receipt.measure(
+        before, after, torch.randn(4, 64), pairs=2, floors=Floors(beat_compile=True)
+    )
     assert receipt.compiled is None
     assert "no compiler here" in receipt.notes[0]
     assert "torch.compile was to be beaten, but was not measured" in receipt.breaches()[0]
@@ -138,8 +149,9 @@ def test_more_rounds_are_taken_while_noise_hides_the_floor(monkeypatch) -> None:
     x = torch.randn(4, 64)
     for floor, expected in ((3.0, 5), (0.5, 1), (9.0, 1), (None, 1)):
         turns.clear()
-        receipt = Receipt.measure(before, after, x, with_compile=False, pairs=6,
-                                  floors=Floors(min_speedup=floor))  # fmt: skip
+        receipt = Receipt.measure(
+            before, after, x, with_compile=False, pairs=6, floors=Floors(min_speedup=floor)
+        )
         assert len(turns) == expected
         assert receipt.machine["pairs"] == 6 * expected
     assert measure.clear(Ratio(2, 1, 3), 1.0)
@@ -186,8 +198,10 @@ def test_layers_that_are_not_called_and_gated_blocks() -> None:
             return self.mlp(x)
 
     model = Net()
-    rows = {row["name"]: row for row in measure.layers(model, copy.deepcopy(model),
-                                                       torch.randn(2, 8), pairs=1)}  # fmt: skip
+    rows = {
+        row["name"]: row
+        for row in measure.layers(model, copy.deepcopy(model), torch.randn(2, 8), pairs=1)
+    }
     assert set(rows) == {"mlp", "idle"}
     assert rows["idle"]["kernel"] == "not called"
 
@@ -250,9 +264,23 @@ def test_table_has_every_number_and_fits_80_columns() -> None:
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(_made().table())
     text = console.export_text()
-    for part in ("98.50%", "98.20%", "-0.30 points", "400 us", "100 us", "4.00x [3.50, 4.50]",
-                 "2.00x [1.80, 2.20]", "8.00 kB", "1.10 kB", "7.45x", "SparseLinear by cpu.x",
-                 "128 x 64", "0.20", "50 -> 10", "a note"):  # fmt: skip
+    for part in (
+        "98.50%",
+        "98.20%",
+        "-0.30 points",
+        "400 us",
+        "100 us",
+        "4.00x [3.50, 4.50]",
+        "2.00x [1.80, 2.20]",
+        "8.00 kB",
+        "1.10 kB",
+        "7.45x",
+        "SparseLinear by cpu.x",
+        "128 x 64",
+        "0.20",
+        "50 -> 10",
+        "a note",
+    ):
         assert part in text, part
     same = _made(after=Side("bigops", 100.0, 0.1, 1000, 1500, 1100, 98.5))
     assert "+0.00 points" in str(same)  # no minus where nothing is lost

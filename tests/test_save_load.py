@@ -79,10 +79,15 @@ def test_round_trip_is_bitwise(tmp_path: Path) -> None:
 @pytest.mark.parametrize("freeze", [True, False])
 @pytest.mark.parametrize(
     "config",
-    [Int4(), W4A8, Int8(symmetric=False), Int8(activations="static"),
-     Int8(activations="none", group=32, symmetric=False)],
+    [
+        Int4(),
+        W4A8,
+        Int8(symmetric=False),
+        Int8(activations="static"),
+        Int8(activations="none", group=32, symmetric=False),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_quantised_form_round_trips(
     config: Int8 | Int4, freeze: bool, tmp_path: Path
 ) -> None:
@@ -102,10 +107,15 @@ def test_every_quantised_form_round_trips(
 @pytest.mark.parametrize("state", ["recovery", "frozen", "thawed"])
 @pytest.mark.parametrize(
     "config",
-    [Sparse(0.7, "1x1"), Sparse(0.7, "4x1", "bf16"), Sparse(0.7, "16x16"), Sparse(pattern="2:4"),
-     Sparse(0.7, "16x1") + Int8()],
+    [
+        Sparse(0.7, "1x1"),
+        Sparse(0.7, "4x1", "bf16"),
+        Sparse(0.7, "16x16"),
+        Sparse(pattern="2:4"),
+        Sparse(0.7, "16x1") + Int8(),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_sparse_form_round_trips(config: Sparse, state: str, tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 7)), torch.randn(5, 40)
     compress_(model, config, freeze=False)

@@ -39,14 +39,18 @@ def _refused(path: Path, message: str, given: nn.Module | None = None) -> None:
     given = (
         nn.Sequential(nn.Linear(36, 10), nn.ReLU(), nn.Linear(10, 4)) if given is None else given
     )
-    before = [*((n, id(m)) for n, m in given.named_modules()),
-              *((n, id(t), t._version) for n, t in given.named_parameters())]  # fmt: skip
+    before = [
+        *((n, id(m)) for n, m in given.named_modules()),
+        *((n, id(t), t._version) for n, t in given.named_parameters()),
+    ]
     for model in (None, given):
         with pytest.raises(FormatError, match=message) as caught:
             load(path, model=model)
         assert str(path) in str(caught.value)
-    assert before == [*((n, id(m)) for n, m in given.named_modules()),
-                      *((n, id(t), t._version) for n, t in given.named_parameters())]  # fmt: skip
+    assert before == [
+        *((n, id(m)) for n, m in given.named_modules()),
+        *((n, id(t), t._version) for n, t in given.named_parameters()),
+    ]
 
 
 def test_a_flipped_bit_anywhere_in_the_tensors_is_refused(path: Path) -> None:
@@ -82,11 +86,13 @@ HEADERS: dict[str, tuple[Callable[[Any], object], str]] = {
     "a tie over a tensor": (lambda h: h.update(tied={"0.bias": "2.bias"}), "tied tensor refers"),
     "strides of a text": (lambda h: h.update(strides={"2.weight": "1"}), "'strides' .* lists"),
     "strides that overlap": (
-        lambda h: h.update(strides={"2.weight": [1, 1]}), "strides: expected an order",
+        lambda h: h.update(strides={"2.weight": [1, 1]}),
+        "strides: expected an order",
     ),
     "strides of nothing": (lambda h: h.update(strides={"x": [1]}), "strides: .*'x'"),
     "a view past the end": (
-        lambda h: h.update(views={"x": ["2.bias", 3, [2], [1]]}), "views: expected 'x' to lie",
+        lambda h: h.update(views={"x": ["2.bias", 3, [2], [1]]}),
+        "views: expected 'x' to lie",
     ),
     "a view of nothing": (lambda h: h.update(views={"x": ["y", 0, [1], [1]]}), "of 'y'"),
     "a view that is none": (lambda h: h.update(views={"x": ["2.bias", 0]}), "'views' .* parts"),
@@ -95,9 +101,21 @@ HEADERS: dict[str, tuple[Callable[[Any], object], str]] = {
     "a version that is true": (lambda h: h.update(format=True), "expected format version 2"),
     "an index outside": (
         lambda h: h["tree"]["children"].update(
-            {"1": {"kind": "Embedding", "args": {
-                "num_embeddings": 5, "embedding_dim": 4, "padding_idx": 7, "max_norm": None,
-                "norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False}}}),
+            {
+                "1": {
+                    "kind": "Embedding",
+                    "args": {
+                        "num_embeddings": 5,
+                        "embedding_dim": 4,
+                        "padding_idx": 7,
+                        "max_norm": None,
+                        "norm_type": 2.0,
+                        "scale_grad_by_freq": False,
+                        "sparse": False,
+                    },
+                }
+            }
+        ),
         "Embedding",
     ),
     "a flag in words": (
@@ -112,7 +130,7 @@ HEADERS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda h: h["tree"]["children"]["0"]["args"].update(in_features=True),
         "in_features: expected a whole number from 0; got 'True'",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HEADERS)
@@ -253,6 +271,12 @@ def test_the_peak_of_loading_is_at_most_four_times_the_file(
 def test_foreign_entries_beside_ours_are_no_harm(path: Path) -> None:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    save_file(load_file(path), path, metadata={"format": "pt", "bigops": metadata["bigops"].replace(
-        '"checksums": true', '"checksums": false')})  # fmt: skip
+    save_file(
+        load_file(path),
+        path,
+        metadata={
+            "format": "pt",
+            "bigops": metadata["bigops"].replace('"checksums": true', '"checksums": false'),
+        },
+    )
     assert load(path)[0].out_features == 10

@@ -45,8 +45,11 @@ def test_files_of_earlier_versions_load_bit_for_bit(name: str) -> None:
     retired = {n for n in tensors if n.endswith(".y_grid")}
     tensors = {n: t for n, t in tensors.items() if n not in retired}
     assert set(state) == set(tensors) | set(header["tied"])
-    assert all(torch.equal(state[n].view(torch.uint8), t.view(torch.uint8))
-               for n, t in tensors.items() if t.numel() and t.dim())  # fmt: skip
+    assert all(
+        torch.equal(state[n].view(torch.uint8), t.view(torch.uint8))
+        for n, t in tensors.items()
+        if t.numel() and t.dim()
+    )
     if not retired:
         assert structure.describe(model) == header["tree"]
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == set(header["fixed"])
@@ -65,11 +68,20 @@ def test_every_kind_and_every_format_comes_back(tmp_path: Path) -> None:
         assert saved.same_state(again, saved.state_of(model))
         assert structure.describe(again) == structure.describe(model)
     assert set(structure.KINDS) == {
-        *saved.KINDS, "Sequential", "ModuleList", "ModuleDict", "bigops.QuantLinear",
-        "bigops.Fp8Linear", "bigops.SparseLinear", "bigops.QuantLowRankLinear",
-        "bigops.LowRankLinear", "bigops.PackedLinear", "bigops.PackedGatedMLP",
-        "bigops.PackedLowRankLinear", "bigops.CompressedLinear",
-    } - {"GatedMLP compressed"}  # fmt: skip
+        *saved.KINDS,
+        "Sequential",
+        "ModuleList",
+        "ModuleDict",
+        "bigops.QuantLinear",
+        "bigops.Fp8Linear",
+        "bigops.SparseLinear",
+        "bigops.QuantLowRankLinear",
+        "bigops.LowRankLinear",
+        "bigops.PackedLinear",
+        "bigops.PackedGatedMLP",
+        "bigops.PackedLowRankLinear",
+        "bigops.CompressedLinear",
+    } - {"GatedMLP compressed"}
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -264,7 +276,8 @@ UNSTORABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "extra: expected a dtype .* got torch.qint8",
     ),
     "a name of safetensors": (
-        lambda: _buffer(torch.ones(2), "__metadata__"), "__metadata__: expected another name",
+        lambda: _buffer(torch.ones(2), "__metadata__"),
+        "__metadata__: expected another name",
     ),
     "no UTF-8": (lambda: _buffer(torch.ones(2), "\ud800"), "a name that UTF-8 can hold"),
     "sparse": (lambda: _buffer(torch.eye(3).to_sparse()), "extra: .*sparse_coo"),
@@ -283,7 +296,7 @@ UNSTORABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "lazy": (lambda: net(nn.LazyLinear(3)), "1.weight: .*uninitialised"),
     "extra state": (lambda: net(Extra(2, 2)), "1._extra_state: expected a tensor .*got dict"),
     "a part of memory": (_overlapping, "(extra|first): expected memory of its own"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -298,10 +311,19 @@ def test_what_has_no_place_is_named_before_a_byte_is_written(case: str, tmp_path
 
 @pytest.mark.parametrize(
     "dtype",
-    [torch.complex64, torch.uint16, torch.uint64, torch.int16, torch.bool,
-     torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz],
+    [
+        torch.complex64,
+        torch.uint16,
+        torch.uint64,
+        torch.int16,
+        torch.bool,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.float8_e4m3fnuz,
+        torch.float8_e5m2fnuz,
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_dtype_comes_back_or_is_named(dtype: torch.dtype, tmp_path: Path) -> None:
     value = torch.randint(0, 2, (3, 16), dtype=torch.uint8).view(dtype)
     model = _buffer(value)

@@ -168,9 +168,14 @@ def test_factors_and_losses_on_two_ranks(kind: str, name: str, seen: dict[str, A
 
 @pytest.mark.parametrize(
     ("kind", "name", "key"),
-    [("factors", "rank", "y"), ("factors", "rows", "grad_v"), ("loss", "tokens", "y"),
-     ("loss", "tokens", "grad_weight"), ("loss", "mean", "y")],
-)  # fmt: skip
+    [
+        ("factors", "rank", "y"),
+        ("factors", "rows", "grad_v"),
+        ("loss", "tokens", "y"),
+        ("loss", "tokens", "grad_weight"),
+        ("loss", "mean", "y"),
+    ],
+)
 def test_one_ranks_share_of_factors_and_losses_would_be_seen(
     kind: str, name: str, key: str
 ) -> None:

@@ -124,8 +124,17 @@ def test_a_step_on_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not gw[~layer.mask].any()
     weight = Sparse24Weight.from_sparse(layer.storage())
     bias = layer.bias.detach().bfloat16()
-    case = Trained24(x, weight, weight.to_dense(torch.float64), False, bias, residual.detach(),
-                     grad, "gelu", True)  # fmt: skip
+    case = Trained24(
+        x,
+        weight,
+        weight.to_dense(torch.float64),
+        False,
+        bias,
+        residual.detach(),
+        grad,
+        "gelu",
+        True,
+    )
     case.check_gradients([gx, case.at_stored(gw).bfloat16(), gb.bfloat16(), gr])
     assert torch.equal(to_dense(case.at_stored(gw), weight.meta, 72), gw)
     monkeypatch.setattr(packing, "serves", lambda w, stored: False)

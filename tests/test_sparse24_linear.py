@@ -24,8 +24,16 @@ WAYS = [REFERENCE, HOSTRUN]
 SHAPES = [(1, 1, 1), (5, 130, 70), (33, 17, 136), (130, 129, 65), (3, 16, 0), (0, 16, 64)]
 
 
-def run(way: Way, stored: str, dtype: str, lead: int | list[int], n: int, k: int,
-        name: str = "none", **more: bool) -> None:  # fmt: skip
+def run(
+    way: Way,
+    stored: str,
+    dtype: str,
+    lead: int | list[int],
+    n: int,
+    k: int,
+    name: str = "none",
+    **more: bool,
+) -> None:
     """Forward and backward of one case by one way, values and kernel names."""
     case, weight = make24(stored, lead, n, k, dtype, name, **more)
     x, bias, residual = leaves = case.leaves()

@@ -70,8 +70,9 @@ def lanes(places: Tensor, bits: int, selector: int = 0) -> Tensor:
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "s8": torch.int8}
 
 
-def multiply(library: Path, kind: str, numbers: Tensor, b: Tensor, meta: Tensor, selector: int,
-             seed: int = 7) -> Tensor:  # fmt: skip
+def multiply(
+    library: Path, kind: str, numbers: Tensor, b: Tensor, meta: Tensor, selector: int, seed: int = 7
+) -> Tensor:
     """The product [16, 8] by one instruction; numbers [16, K / 2], b [8, K]."""
     dtype = DTYPES[kind]
     c = torch.zeros(16, 8, dtype=torch.int32 if kind == "s8" else torch.float32)

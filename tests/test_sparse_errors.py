@@ -35,39 +35,104 @@ def small(dtype: torch.dtype = torch.int8) -> SparseWeight:
 def refusals() -> list[tuple[str, type[Exception], str, dict[str, Any]]]:
     good, bf16 = small(), small(torch.bfloat16)
     return [
-        ("activation", ValueError, "activation: expected one of none, .*; got 'geglu'",
-         {"activation": "geglu"}),
-        ("x dtype", TypeError, "x: expected dtype float32, bfloat16, float16; got int64",
-         {"x": torch.ones(3, 4).long()}),
-        ("x beside bf16 values", TypeError, "x: expected dtype bfloat16; got float32",
-         {"weight": bf16}),
-        ("x columns", ValueError, r"x: expected shape \[.., 4\] .*; got \[3, 7\]",
-         {"x": torch.randn(3, 7)}),
+        (
+            "activation",
+            ValueError,
+            "activation: expected one of none, .*; got 'geglu'",
+            {"activation": "geglu"},
+        ),
+        (
+            "x dtype",
+            TypeError,
+            "x: expected dtype float32, bfloat16, float16; got int64",
+            {"x": torch.ones(3, 4).long()},
+        ),
+        (
+            "x beside bf16 values",
+            TypeError,
+            "x: expected dtype bfloat16; got float32",
+            {"weight": bf16},
+        ),
+        (
+            "x columns",
+            ValueError,
+            r"x: expected shape \[.., 4\] .*; got \[3, 7\]",
+            {"x": torch.randn(3, 7)},
+        ),
         ("x scalar", ValueError, r"x: expected shape .*; got \[\]", {"x": torch.tensor(1.0)}),
-        ("values dtype", TypeError, "values: expected dtype float32, bfloat16, int8; got float16",
-         {"weight": good.replace(values=good.values.half())}),
-        ("values shape", ValueError, r"values: expected shape \[steps, 16, 4\]; got \[1, 16, 3\]",
-         {"weight": good.replace(values=good.values[..., :3])}),
-        ("scale beside floats", TypeError, "scale: expected a tensor with int8 values and None",
-         {"weight": small(torch.float32).replace(scale=torch.ones(5))}),
-        ("no sums", TypeError, "sums: expected a tensor with int8 .*; got None with int8",
-         {"weight": good.replace(sums=None)}),
-        ("index", ValueError, r"index: expected shape \[1, 16\], .*; got \[0, 16\]",
-         {"weight": good.replace(index=good.index[:0].expand(0, 16))}),
-        ("rows", ValueError, r"rows: expected shape \[4, 16\]; got \[3, 16\]",
-         {"weight": good.replace(rows=good.rows[:3].expand(3, 16), index=torch.zeros(
-             1, 16, dtype=torch.uint8), length=torch.zeros(4, 16, dtype=torch.uint8))}),
-        ("ptr", ValueError, r"ptr: expected shape \[5\]; got \[4\]",
-         {"weight": good.replace(ptr=good.ptr[:4])}),
-        ("chunk", ValueError, "chunk: expected 64, 128 or 256; got 32",
-         {"weight": good.replace(chunk=32)}),
-        ("device", ValueError, "index: expected device cpu, that of x; got meta",
-         {"weight": good.replace(index=good.index.to("meta"))}),
-        ("bias shape", ValueError, r"bias: expected shape \[5\]; got \[4\]",
-         {"bias": torch.randn(4)}),
-        ("residual dtype", TypeError, "residual: expected dtype float32, that of x; got float16",
-         {"residual": torch.randn(3, 5).half()}),
-    ]  # fmt: skip
+        (
+            "values dtype",
+            TypeError,
+            "values: expected dtype float32, bfloat16, int8; got float16",
+            {"weight": good.replace(values=good.values.half())},
+        ),
+        (
+            "values shape",
+            ValueError,
+            r"values: expected shape \[steps, 16, 4\]; got \[1, 16, 3\]",
+            {"weight": good.replace(values=good.values[..., :3])},
+        ),
+        (
+            "scale beside floats",
+            TypeError,
+            "scale: expected a tensor with int8 values and None",
+            {"weight": small(torch.float32).replace(scale=torch.ones(5))},
+        ),
+        (
+            "no sums",
+            TypeError,
+            "sums: expected a tensor with int8 .*; got None with int8",
+            {"weight": good.replace(sums=None)},
+        ),
+        (
+            "index",
+            ValueError,
+            r"index: expected shape \[1, 16\], .*; got \[0, 16\]",
+            {"weight": good.replace(index=good.index[:0].expand(0, 16))},
+        ),
+        (
+            "rows",
+            ValueError,
+            r"rows: expected shape \[4, 16\]; got \[3, 16\]",
+            {
+                "weight": good.replace(
+                    rows=good.rows[:3].expand(3, 16),
+                    index=torch.zeros(1, 16, dtype=torch.uint8),
+                    length=torch.zeros(4, 16, dtype=torch.uint8),
+                )
+            },
+        ),
+        (
+            "ptr",
+            ValueError,
+            r"ptr: expected shape \[5\]; got \[4\]",
+            {"weight": good.replace(ptr=good.ptr[:4])},
+        ),
+        (
+            "chunk",
+            ValueError,
+            "chunk: expected 64, 128 or 256; got 32",
+            {"weight": good.replace(chunk=32)},
+        ),
+        (
+            "device",
+            ValueError,
+            "index: expected device cpu, that of x; got meta",
+            {"weight": good.replace(index=good.index.to("meta"))},
+        ),
+        (
+            "bias shape",
+            ValueError,
+            r"bias: expected shape \[5\]; got \[4\]",
+            {"bias": torch.randn(4)},
+        ),
+        (
+            "residual dtype",
+            TypeError,
+            "residual: expected dtype float32, that of x; got float16",
+            {"residual": torch.randn(3, 5).half()},
+        ),
+    ]
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["inference", "graph"])

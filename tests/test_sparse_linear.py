@@ -98,8 +98,16 @@ def run(case: Case, level: str, dtype: str, m: int) -> None:
     case.check_gradients([None if t is None else next(grads) for t in leaves], level)
 
 
-def run_by(way: Way, form: str, lead: int | list[int], n: int, k: int, dtype: str,
-           name: str = "none", **options: Any) -> None:  # fmt: skip
+def run_by(
+    way: Way,
+    form: str,
+    lead: int | list[int],
+    n: int,
+    k: int,
+    dtype: str,
+    name: str = "none",
+    **options: Any,
+) -> None:
     """The same by the reference or on a GPU's way, with values that train where they can."""
     case = make_case(form, lead, n, k, dtype, name, values=form != "sparse_int8", **options)
     device = "cuda" if way is HOSTRUN else way.name
@@ -130,15 +138,34 @@ BY_FORM = [(form, dtype) for form in SPARSE for dtype in served(form)]
 FLOATING = [by for by in BY_FORM if by[0] != "sparse_int8"]
 FIRST = [(form, served(form)[0]) for form in SPARSE]
 GPU_SHAPES = covering(
-    [TRITON], FIRST[1:], BLOCKS,
-    [(1, 1, 1), (33, 16, 16), ([2, 3], 48, 65), (2, 72, 70), (3, 33, 40), (0, 20, 20), (3, 0, 20),
-     (3, 20, 0)],
+    [TRITON],
+    FIRST[1:],
+    BLOCKS,
+    [
+        (1, 1, 1),
+        (33, 16, 16),
+        ([2, 3], 48, 65),
+        (2, 72, 70),
+        (3, 33, 40),
+        (0, 20, 20),
+        (3, 0, 20),
+        (3, 20, 0),
+    ],
 ) + covering(
-    [HOSTRUN], [(form, "bf16") for form in SPARSE], ["1x4"],
+    [HOSTRUN],
+    [(form, "bf16") for form in SPARSE],
+    ["1x4"],
     [(1, 1, 1), (16, 64, 256), (9, 65, 257), (2, 130, 515), (5, 16, 0)],
-)  # fmt: skip
-LEADS: list[tuple[Way, list[int]]] = [(REFERENCE, []), (REFERENCE, [4, 0]), (TRITON, []),
-    (TRITON, [4, 0]), (TRITON, [2, 3]), (HOSTRUN, []), (HOSTRUN, [2, 1, 3, 2])]  # fmt: skip
+)
+LEADS: list[tuple[Way, list[int]]] = [
+    (REFERENCE, []),
+    (REFERENCE, [4, 0]),
+    (TRITON, []),
+    (TRITON, [4, 0]),
+    (TRITON, [2, 3]),
+    (HOSTRUN, []),
+    (HOSTRUN, [2, 1, 3, 2]),
+]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of whole numbers in Triton
@@ -313,8 +340,9 @@ def test_empty_rows_and_uneven_rows(kind: str, level: str, m: int) -> None:
     mask[7] = True
     mask[200:, 128:256] = True
     for bias in (True, False):
-        case = make(kind, m, 300, 1100, dtypes(kind)[0], "sigmoid", bias=bias,
-                    values=kind in TRAINED)  # fmt: skip
+        case = make(
+            kind, m, 300, 1100, dtypes(kind)[0], "sigmoid", bias=bias, values=kind in TRAINED
+        )
         case.weight = SparseWeight.from_mask(w, mask, VALUES[kind])
         case.dense = case.weight.to_dense(torch.float64)
         run(case, level, dtypes(kind)[0], m)

@@ -39,9 +39,11 @@ def trained(form: str, *shape: int, name: str = "gelu", **options: Any) -> Case:
 def test_gradients_on_every_road(form: str, road: str, dtype: str) -> None:
     travel(road, trained(form, 7, 20, 33, dtype=dtype, pattern="4x1"))
     travel(
-        road, trained(form, 3, 4, 5, dtype=dtype, name="none", pattern="1x1", residual=False)
-        if road != "grad_of_vmap" else trained(form, 3, 4, 5, dtype=dtype, pattern="1x1")
-    )  # fmt: skip
+        road,
+        trained(form, 3, 4, 5, dtype=dtype, name="none", pattern="1x1", residual=False)
+        if road != "grad_of_vmap"
+        else trained(form, 3, 4, 5, dtype=dtype, pattern="1x1"),
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -137,8 +137,14 @@ def test_layout_of_a_group_and_of_int8() -> None:
     assert weight.length.flatten().tolist() == [2, 1, *[0] * 14]
     assert weight.index.tolist() == [[0, 1, 0, 0], [2, 0, 0, 0]]
     first, second = weight.values.tolist()
-    assert first[:6] == [[0, 127, 0, 0], [0, -127, 0, 0], [0, 127, 0, 0], [0, 127, 0, 0],
-                         [0, 127, 0, 0], [0, 127, 0, 0]]  # fmt: skip
+    assert first[:6] == [
+        [0, 127, 0, 0],
+        [0, -127, 0, 0],
+        [0, 127, 0, 0],
+        [0, 127, 0, 0],
+        [0, 127, 0, 0],
+        [0, 127, 0, 0],
+    ]
     assert second[:4] == [[v, 0, 0, 0] for v in (1, 2, 3, 4)]
     assert weight.scale is not None
     assert weight.scale.tolist() == [1.0] * 6
@@ -257,24 +263,52 @@ def test_patterns_are_read_and_written() -> None:
         (lambda: Pattern.parse("0x4"), ValueError, "pattern: expected HxW .*; got '0x4'"),
         (lambda: Pattern.parse("4:2"), ValueError, "N:M with N < M; got '4:2'"),
         (lambda: Pattern.parse(4), TypeError, "pattern: expected a string .*; got int"),  # type: ignore[arg-type]
-        (lambda: Pattern(1, 4).mask(torch.ones(2, 4), None), ValueError,
-         "sparsity: expected a number for the pattern 1x4; got None"),
-        (lambda: SparseWeight.from_mask(torch.ones(2, 8), torch.ones(2, 8).bool()), ValueError,
-         r"mask: expected shape \[2, 2\]; got \[2, 8\]"),
-        (lambda: SparseWeight.from_mask(torch.ones(2, 8), torch.ones(2, 2)), TypeError,
-         "mask: expected dtype bool; got float32"),
-        (lambda: SparseWeight.from_mask(torch.ones(2, 8), None), TypeError,  # type: ignore[arg-type]
-         "mask: expected a torch.Tensor; got NoneType"),
-        (lambda: SparseWeight.from_mask(torch.ones(2, 8), torch.ones(2, 2).bool(), torch.float16),
-         TypeError, "dtype: expected int8, bfloat16 or float32; got torch.float16"),
-        (lambda: SparseWeight.from_mask(torch.ones(2, 8), torch.ones(2, 2).bool(), block=(1, -4)),
-         ValueError, "block: expected two sizes of at least 1"),
-        (lambda: SparseWeight.from_dense(torch.full((2, 2), float("nan"))),
-         ValueError, "w: expected finite"),
-        (lambda: SparseWeight.from_dense([[1.0]]),
-         TypeError, "w: expected a torch.Tensor; got list"),
+        (
+            lambda: Pattern(1, 4).mask(torch.ones(2, 4), None),
+            ValueError,
+            "sparsity: expected a number for the pattern 1x4; got None",
+        ),
+        (
+            lambda: SparseWeight.from_mask(torch.ones(2, 8), torch.ones(2, 8).bool()),
+            ValueError,
+            r"mask: expected shape \[2, 2\]; got \[2, 8\]",
+        ),
+        (
+            lambda: SparseWeight.from_mask(torch.ones(2, 8), torch.ones(2, 2)),
+            TypeError,
+            "mask: expected dtype bool; got float32",
+        ),
+        (
+            lambda: SparseWeight.from_mask(torch.ones(2, 8), None),
+            TypeError,  # type: ignore[arg-type]
+            "mask: expected a torch.Tensor; got NoneType",
+        ),
+        (
+            lambda: SparseWeight.from_mask(
+                torch.ones(2, 8), torch.ones(2, 2).bool(), torch.float16
+            ),
+            TypeError,
+            "dtype: expected int8, bfloat16 or float32; got torch.float16",
+        ),
+        (
+            lambda: SparseWeight.from_mask(
+                torch.ones(2, 8), torch.ones(2, 2).bool(), block=(1, -4)
+            ),
+            ValueError,
+            "block: expected two sizes of at least 1",
+        ),
+        (
+            lambda: SparseWeight.from_dense(torch.full((2, 2), float("nan"))),
+            ValueError,
+            "w: expected finite",
+        ),
+        (
+            lambda: SparseWeight.from_dense([[1.0]]),
+            TypeError,
+            "w: expected a torch.Tensor; got list",
+        ),
     ],
-)  # fmt: skip
+)
 def test_conversions_refuse(call: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         call()

@@ -249,14 +249,20 @@ def test_sparse_static_config_as_data() -> None:
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (lambda: SparseLinear(8, 8, activations="often"),
-         "activations: expected dynamic or static; got 'often'"),
-        (lambda: SparseLinear(8, 8, values="bf16", activations="static"),
-         "activations: expected 'dynamic' with values 'bf16'; got 'static'"),
-        (lambda: SparseLinear(8, 8, activations="static").freeze(),
-         "x_grid: expected a calibrated layer"),
+        (
+            lambda: SparseLinear(8, 8, activations="often"),
+            "activations: expected dynamic or static; got 'often'",
+        ),
+        (
+            lambda: SparseLinear(8, 8, values="bf16", activations="static"),
+            "activations: expected 'dynamic' with values 'bf16'; got 'static'",
+        ),
+        (
+            lambda: SparseLinear(8, 8, activations="static").freeze(),
+            "x_grid: expected a calibrated layer",
+        ),
     ],
-)  # fmt: skip
+)
 def test_errors(layer: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer()

@@ -28,8 +28,20 @@ from bigops.ops.sparse_linear.sparse24_pack import prune24
 from tests.compressed_cases import make
 from tests.tolerance import snr_db
 
-FORMS = ("int8", "int8_static", "w4_zero", "w4a8", "fp8", "w_fp8_block", "packed", "sparse_int8",
-         "sparse_float", "24", "24_int8", "bitmap")  # fmt: skip
+FORMS = (
+    "int8",
+    "int8_static",
+    "w4_zero",
+    "w4a8",
+    "fp8",
+    "w_fp8_block",
+    "packed",
+    "sparse_int8",
+    "sparse_float",
+    "24",
+    "24_int8",
+    "bitmap",
+)
 TRAINED = ("sparse_float", "24")  # whose values have a gradient
 M, N, K = 5, 12, 36
 PUBLIC: dict[str, Callable[..., Tensor]] = {

@@ -428,9 +428,11 @@ def test_bad_requests(more: dict[str, Any], message: str) -> None:
     ],
 )
 def test_the_command_refuses_in_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["tune", *arguments]) == cli.MISUSE
     said = capsys.readouterr().err
@@ -470,8 +472,12 @@ def test_events_stand_around_each_call_behind_a_flush_in_rotating_order() -> Non
 
     samples = timing.interleave_events(
         {name: lambda name=name: log.append(name) for name in "ab"},
-        pairs=2, warmup=1, event=Event, flush=lambda: log.append("f"), sync=lambda: log.append("s"),
-    )  # fmt: skip
+        pairs=2,
+        warmup=1,
+        event=Event,
+        flush=lambda: log.append("f"),
+        sync=lambda: log.append("s"),
+    )
     assert "".join(log) == "abs" + "f|a|f|b|" + "f|b|f|a|" + "s"
     assert {name: list(of) for name, of in samples.items()} == {"a": [2, 2], "b": [2, 2]}
     with pytest.raises(ValueError, match="sides: expected at least one"):

@@ -157,9 +157,16 @@ def sgd(nesterov: bool) -> None:
     how = (0.1, 0.9, 0.2, 0.1, nesterov, False)
     with reachable([*ours.all(), *grads]), _on_gpu("step_sgd", "sgd"):
         bigops.fused_sgd(
-            ours.params, grads, ours.first, lr=how[0], momentum=how[1], dampening=how[2],
-            weight_decay=how[3], nesterov=nesterov, first_step=False,
-        )  # fmt: skip
+            ours.params,
+            grads,
+            ours.first,
+            lr=how[0],
+            momentum=how[1],
+            dampening=how[2],
+            weight_decay=how[3],
+            nesterov=nesterov,
+            first_step=False,
+        )
     for p, g, m in zip(theirs.params, grads, theirs.first, strict=True):
         reference_sgd(p, g, m, None, None, *how, 1.0)
     _same(ours, theirs)

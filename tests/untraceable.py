@@ -441,11 +441,44 @@ class WithoutGradients(nn.Module):
         return self.bend(z) if torch.is_grad_enabled() else self.bend(z) + z
 
 
-UNTRACED = [HookOfRoot, PreHookOfRoot, HookOfLayer, HookOfSequential, CallOfRoot, ForwardOfRoot,
-            WithoutGradients]  # fmt: skip
+UNTRACED = [
+    HookOfRoot,
+    PreHookOfRoot,
+    HookOfLayer,
+    HookOfSequential,
+    CallOfRoot,
+    ForwardOfRoot,
+    WithoutGradients,
+]
 QUIET = [Around, Whole, OwnNames, InASequential, Blocks]
-REACH = [ByIndex, ByKeyword, ByNone, Sliced, Iterated, ByLocal, ByChildren, ByGetattr,
-         ByComputedName, BySubmodule, ByProperty, ByHelper, ByList, ByClosure, ByHook, ByBase,
-         ByForwardOfItsOwn, ByWalk, ByDict, ByObject, ByClass, ByTable, ByFunctionOfItsOwn,
-         ByAttrgetter, ByDefault, ByDunder, ByOtherName, ByApply]  # fmt: skip
+REACH = [
+    ByIndex,
+    ByKeyword,
+    ByNone,
+    Sliced,
+    Iterated,
+    ByLocal,
+    ByChildren,
+    ByGetattr,
+    ByComputedName,
+    BySubmodule,
+    ByProperty,
+    ByHelper,
+    ByList,
+    ByClosure,
+    ByHook,
+    ByBase,
+    ByForwardOfItsOwn,
+    ByWalk,
+    ByDict,
+    ByObject,
+    ByClass,
+    ByTable,
+    ByFunctionOfItsOwn,
+    ByAttrgetter,
+    ByDefault,
+    ByDunder,
+    ByOtherName,
+    ByApply,
+]
 INDEXED = {ByIndex, ByKeyword, ByNone, Sliced, Iterated, ByLocal, ByBase, ByDefault}

@@ -31,8 +31,14 @@ def level(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def dense() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32), nn.BatchNorm1d(32),
-                         nn.ReLU().eval(), nn.Linear(32, 32)).train()  # fmt: skip
+    return nn.Sequential(
+        nn.Linear(32, 48),
+        nn.GELU(),
+        nn.Linear(48, 32),
+        nn.BatchNorm1d(32),
+        nn.ReLU().eval(),
+        nn.Linear(32, 32),
+    ).train()
 
 
 def recovering() -> nn.Sequential:
@@ -89,8 +95,12 @@ def adapted() -> nn.Module:
 def packable() -> nn.Sequential:
     """Each kind that is packed, of 64 rows, which a panel has, and a layer that is too small."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(32, 64), bigops.nn.GatedMLP(64, 64, bias=True),
-                         bigops.nn.LowRankLinear(64, 64, 64), nn.Linear(64, 2)).train()  # fmt: skip
+    return nn.Sequential(
+        nn.Linear(32, 64),
+        bigops.nn.GatedMLP(64, 64, bias=True),
+        bigops.nn.LowRankLinear(64, 64, 64),
+        nn.Linear(64, 2),
+    ).train()
 
 
 def packed() -> nn.Sequential:
@@ -113,7 +123,8 @@ Verb = Callable[[nn.Module], object]
 VERBS: dict[str, tuple[Callable[[], nn.Module], Verb]] = {
     "compress_": (dense, lambda m: bigops.compress_(m, Int8())),
     "compress_ static": (
-        dense, lambda m: bigops.compress_(m, Int8(activations="static"), data=[X, (2 * X,)])
+        dense,
+        lambda m: bigops.compress_(m, Int8(activations="static"), data=[X, (2 * X,)]),
     ),
     "compress_ timed": (dense, lambda m: bigops.compress_(m, {"0": Sparse(0.9), "*": Int8()}, X)),
     "compress_ factors": (dense, lambda m: bigops.compress_(m, LowRank(4), freeze=False)),
@@ -133,5 +144,5 @@ VERBS: dict[str, tuple[Callable[[], nn.Module], Verb]] = {
     "load": (dense, lambda m: bigops.load(_saved(recovering), m)),
     "load packed": (packable, lambda m: bigops.load(_saved(packed), m)),
     "load over": (recovering, lambda m: bigops.load(_saved(thawed), m)),
-}  # fmt: skip
+}
 PARAMETERS = [pytest.param(name, marks=needs_extension if "pack" in name else ()) for name in VERBS]

@@ -274,8 +274,16 @@ class _Work:
         """The times of both; layers of one form on one shape share them."""
         entries = tuple((p.shape, p.dtype) for p in old.parameters())
         bias, rank = getattr(old, "bias", None) is None, getattr(made.layer, "rank", None)
-        key = (x.shape, x.dtype, str(made.choice.config), rank, entries, type(old), bias,
-               made.layer.activation)  # fmt: skip
+        key = (
+            x.shape,
+            x.dtype,
+            str(made.choice.config),
+            rank,
+            entries,
+            type(old),
+            bias,
+            made.layer.activation,
+        )
         if key not in self.timed:
             self.timed[key] = contest(old, made.frozen, x, training=False)
         return self.timed[key]

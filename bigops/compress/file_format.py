@@ -161,8 +161,10 @@ def read(
                 names = list(file.keys())
                 if sums is not None and set(names) != set(sums["tensors"]):
                     wrong = sorted(set(names) ^ set(sums["tensors"]))[0]
-                    raise FormatError(f"{path}: expected the tensors of its checksums; {wrong!r} "
-                                      "is without tensor or without checksum")  # fmt: skip
+                    raise FormatError(
+                        f"{path}: expected the tensors of its checksums; {wrong!r} "
+                        "is without tensor or without checksum"
+                    )
                 for name in names:
                     # Copied: a mapped file that changes would change or crash the model.
                     own = file.get_tensor(name).clone()
@@ -212,8 +214,9 @@ def _read_checksums(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] |
             f"{sorted(entries)}"
         )
     for name, text in entries.items():
-        _compare(path, f"the header's entry {name!r}", sums["entries"][name],
-                 zlib.crc32(text.encode()))  # fmt: skip
+        _compare(
+            path, f"the header's entry {name!r}", sums["entries"][name], zlib.crc32(text.encode())
+        )
     return sums
 
 
@@ -267,10 +270,15 @@ def _parse(path: Path, metadata: Mapping[str, str]) -> Header:
                 f"{str(header.get(name))[:80]}"
             )
     return Header(
-        header["tree"], header["training"], header["fixed"], header["tied"],
+        header["tree"],
+        header["training"],
+        header["fixed"],
+        header["tied"],
         {name: tuple(view) for name, view in header.get("views", {}).items()},
-        header.get("strides", {}), header.get("versions"), metadata.get(_RECEIPT),
-    )  # fmt: skip
+        header.get("strides", {}),
+        header.get("versions"),
+        metadata.get(_RECEIPT),
+    )
 
 
 def _is_name(value: Any) -> bool:

@@ -168,8 +168,15 @@ class Receipt:
         def side(name: str, model: nn.Module, size: Any, percent: Any) -> Side:
             times = samples[name]
             peak = measure.peak_bytes(model, example_inputs) if name != "torch.compile" else None
-            return Side(name, timing.median(times) * 1e6, timing.spread(times),
-                        measure.model_bytes(model), peak, size, percent)  # fmt: skip
+            return Side(
+                name,
+                timing.median(times) * 1e6,
+                timing.spread(times),
+                measure.model_bytes(model),
+                peak,
+                size,
+                percent,
+            )
 
         compiled = "torch.compile" in models
         return cls(

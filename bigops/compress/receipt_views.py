@@ -124,8 +124,14 @@ def draw(receipt: Receipt, path: Path) -> None:
         marks.insert(1, (receipt.compiled, _OTHER))
     known = [(c.latency_us, c.accuracy) for c in receipt.candidates if c.accuracy is not None]
     if known:
-        points.scatter(*zip(*known, strict=True), color=_AFTER, alpha=0.35, marker="s", s=30,
-                       label="tried (validation split)")  # fmt: skip
+        points.scatter(
+            *zip(*known, strict=True),
+            color=_AFTER,
+            alpha=0.35,
+            marker="s",
+            s=30,
+            label="tried (validation split)",
+        )
     for candidate in receipt.candidates:
         if candidate.accuracy is not None:
             points.annotate(
@@ -140,14 +146,20 @@ def draw(receipt: Receipt, path: Path) -> None:
         points.scatter([side.latency_us], [height], color=colour, s=70, label=side.name, zorder=3)
     if receipt.floors.max_drop is not None and receipt.before.accuracy is not None:
         points.axhline(
-            receipt.before.accuracy - receipt.floors.max_drop, color="#c44", lw=1, ls="--",
+            receipt.before.accuracy - receipt.floors.max_drop,
+            color="#c44",
+            lw=1,
+            ls="--",
             label="least accuracy asked for",
-        )  # fmt: skip
+        )
     if receipt.floors.min_speedup is not None:
         points.axvline(
-            receipt.before.latency_us / receipt.floors.min_speedup, color="#c44", lw=1, ls=":",
+            receipt.before.latency_us / receipt.floors.min_speedup,
+            color="#c44",
+            lw=1,
+            ls=":",
             label="largest latency asked for",
-        )  # fmt: skip
+        )
     points.set(
         xlabel=f"latency, µs (input {receipt.machine.get('input', '?')}), log scale",
         ylabel="test accuracy, %",
@@ -163,15 +175,35 @@ def draw(receipt: Receipt, path: Path) -> None:
 
     names = [row.name for row in receipt.layers]
     at = range(len(names))
-    sizes.bar([i - 0.2 for i in at], [r.bytes_before / 1e3 for r in receipt.layers], 0.4,
-              color=_BEFORE, label="before")  # fmt: skip
-    sizes.bar([i + 0.2 for i in at], [r.bytes_after / 1e3 for r in receipt.layers], 0.4,
-              color=_AFTER, label="after")  # fmt: skip
+    sizes.bar(
+        [i - 0.2 for i in at],
+        [r.bytes_before / 1e3 for r in receipt.layers],
+        0.4,
+        color=_BEFORE,
+        label="before",
+    )
+    sizes.bar(
+        [i + 0.2 for i in at],
+        [r.bytes_after / 1e3 for r in receipt.layers],
+        0.4,
+        color=_AFTER,
+        label="after",
+    )
     sizes.set(title="bytes per layer", ylabel="kB, log scale", yscale="log")
-    times.bar([i - 0.2 for i in at], [r.us_before or 0 for r in receipt.layers], 0.4,
-              color=_BEFORE, label="before")  # fmt: skip
-    times.bar([i + 0.2 for i in at], [r.us_after or 0 for r in receipt.layers], 0.4,
-              color=_AFTER, label="after")  # fmt: skip
+    times.bar(
+        [i - 0.2 for i in at],
+        [r.us_before or 0 for r in receipt.layers],
+        0.4,
+        color=_BEFORE,
+        label="before",
+    )
+    times.bar(
+        [i + 0.2 for i in at],
+        [r.us_after or 0 for r in receipt.layers],
+        0.4,
+        color=_AFTER,
+        label="after",
+    )
     times.set(title="time per layer", ylabel="µs, log scale", yscale="log")
     for axes in (sizes, times):
         axes.set_xticks(list(at), names)

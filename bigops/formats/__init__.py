@@ -11,9 +11,14 @@ from bigops.formats.sparse import SparseWeight
 from bigops.formats.sparse24 import Sparse24Weight
 
 FORMATS: tuple[type[Format], ...] = (
-    BitmapWeight, Fp8Weight, LowRankWeight, PackedWeight, QuantizedWeight, SparseWeight,
+    BitmapWeight,
+    Fp8Weight,
+    LowRankWeight,
+    PackedWeight,
+    QuantizedWeight,
+    SparseWeight,
     Sparse24Weight,
-)  # fmt: skip
+)
 
 
 def named(name: str) -> type[Format]:

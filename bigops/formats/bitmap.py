@@ -111,8 +111,7 @@ class BitmapWeight(Format):
         stored = weight.values.dtype
         if stored not in DTYPES:
             raise TypeError(f"weight: expected floating values; got {checks.short(stored)}")
-        return cls.from_mask(weight.to_dense().detach(), None,
-                           stored if dtype is None else dtype)  # fmt: skip
+        return cls.from_mask(weight.to_dense().detach(), None, stored if dtype is None else dtype)
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix [N, K] that this weight stands for."""

@@ -137,9 +137,15 @@ def row_sums(values: Tensor, at: Positions, n: int, chunk: int) -> Tensor:
 
 
 def check_structure(
-    values: Tensor, index: Tensor, rows: Tensor, length: Tensor, ptr: Tensor, n: int, chunk: int,
+    values: Tensor,
+    index: Tensor,
+    rows: Tensor,
+    length: Tensor,
+    ptr: Tensor,
+    n: int,
+    chunk: int,
     k: int,
-) -> None:  # fmt: skip
+) -> None:
     """Contents that memory safety rests on; the C++ kernels check the same as they go."""
     steps, size = values.shape[0], sizes(n, k, chunk, values.dtype)
     first, last = int(ptr[0]), int(ptr[-1])

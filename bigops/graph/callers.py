@@ -25,8 +25,19 @@ from bigops.graph.sites import Sites
 
 # What gives the children of a module without their names, and what gives all below it.
 _ONE_LEVEL = {"children", "named_children", "_modules"}
-_ALL_LEVELS = {"modules", "named_modules", "get_submodule", "__dict__", "vars", "locals", "globals",
-               "eval", "exec", "attrgetter", "methodcaller"}  # fmt: skip
+_ALL_LEVELS = {
+    "modules",
+    "named_modules",
+    "get_submodule",
+    "__dict__",
+    "vars",
+    "locals",
+    "globals",
+    "eval",
+    "exec",
+    "attrgetter",
+    "methodcaller",
+}
 _BY_NAME = (operator.attrgetter, operator.methodcaller)  # take what strings say, which are hidden
 _GETATTR = {"__getattr__", "__getattribute__"}
 _STDLIB = sysconfig.get_path("stdlib")

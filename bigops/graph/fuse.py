@@ -143,8 +143,15 @@ def _contests(
         old: nn.Module = layer
         if path in pairs:
             old = nn.Sequential(layer, sites.modules[pairs[path].paths[0]])
-        key = (x.shape, x.dtype, layer.weight.shape, layer.weight.dtype, layer.bias is None,
-               fused.activation, layer.weight.requires_grad)  # fmt: skip
+        key = (
+            x.shape,
+            x.dtype,
+            layer.weight.shape,
+            layer.weight.dtype,
+            layer.bias is None,
+            fused.activation,
+            layer.weight.requires_grad,
+        )
         if key not in cache:
             backward = training and (layer.weight.requires_grad or x.is_floating_point())
             cache[key] = contest(old, fused, x, training=backward)
@@ -176,5 +183,14 @@ def _done(
     if pair is not None:
         what += f" with {pair.activation} of {', '.join(pair.paths)}"
         why = f"{pair.how}; {why}"
-    return Done(path, what, why, size, size, 1.0, timed.us_before if timed else None,
-                timed.us_after if timed else None, timed.speedup if timed else None)  # fmt: skip
+    return Done(
+        path,
+        what,
+        why,
+        size,
+        size,
+        1.0,
+        timed.us_before if timed else None,
+        timed.us_after if timed else None,
+        timed.speedup if timed else None,
+    )

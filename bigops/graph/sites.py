@@ -138,9 +138,9 @@ def run_example(model: nn.Module, example_inputs: Any) -> Any:
     return model(example_inputs)
 
 
-def capture(model: nn.Module, modules: Mapping[str, nn.Module], example_inputs: Any) -> dict[
-    str, Tensor
-]:  # fmt: skip
+def capture(
+    model: nn.Module, modules: Mapping[str, nn.Module], example_inputs: Any
+) -> dict[str, Tensor]:
     """The first input of each of ``modules`` while the model runs, by path; absent: not called."""
     seen: dict[str, Tensor] = {}
     handles = []

@@ -17,9 +17,18 @@ from bigops.nn.sparse_linear import SparseLinear
 
 # What a file may name, and what verbs may swap: of just these classes.
 LAYERS: tuple[type[Layer], ...] = (
-    Linear, CompressedLinear, Fp8Linear, GatedMLP, LowRankLinear, PackedGatedMLP, PackedLinear,
-    PackedLowRankLinear, QuantLinear, QuantLowRankLinear, SparseLinear,
-)  # fmt: skip
+    Linear,
+    CompressedLinear,
+    Fp8Linear,
+    GatedMLP,
+    LowRankLinear,
+    PackedGatedMLP,
+    PackedLinear,
+    PackedLowRankLinear,
+    QuantLinear,
+    QuantLowRankLinear,
+    SparseLinear,
+)
 
 __all__ = [
     "LAYERS",

@@ -179,8 +179,15 @@ class LoRALinear(nn.Module):
             )
         alpha = rank if alpha is None else alpha
         scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
-        adapter = LoRAAdapter(self.in_features, self.out_features, rank, scale, dropout,
-                              self.weight.device, self.weight.dtype)  # fmt: skip
+        adapter = LoRAAdapter(
+            self.in_features,
+            self.out_features,
+            rank,
+            scale,
+            dropout,
+            self.weight.device,
+            self.weight.dtype,
+        )
         return adapter.train(self.training)
 
     def _take_adapter(self, name: str, adapter: LoRAAdapter) -> None:
@@ -260,8 +267,13 @@ class LoRALinear(nn.Module):
 
     def to_linear(self) -> Linear:
         """A `bigops.nn.Linear` with the active adapters in its weight; nothing is shared."""
-        new = Linear(self.in_features, self.out_features, self.bias is not None, self.activation,
-                     device="meta")  # fmt: skip
+        new = Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            self.activation,
+            device="meta",
+        )
         new.weight = nn.Parameter(self._merged_weight().clone())
         if self.bias is not None:
             new.bias = nn.Parameter(self.bias.detach().clone())

@@ -75,8 +75,9 @@ class LowRankLinear(Layer):
         with torch.no_grad():
             if self.rank and self.in_features:
                 # var(v) = 1 / K and var(u) = 1 / (3 r): r var(u) var(v) = 1 / (3 K).
-                nn.init.uniform_(self.v, -math.sqrt(3 / self.in_features),
-                                 math.sqrt(3 / self.in_features))  # fmt: skip
+                nn.init.uniform_(
+                    self.v, -math.sqrt(3 / self.in_features), math.sqrt(3 / self.in_features)
+                )
                 nn.init.uniform_(self.u, -1 / math.sqrt(self.rank), 1 / math.sqrt(self.rank))
             if self.bias is not None:
                 bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
@@ -129,8 +130,15 @@ class LowRankLinear(Layer):
         if activation is None:
             activation = getattr(linear, "activation", "none")
         dtype, root = linear.weight.dtype, svd.values.sqrt()
-        new = cls(linear.in_features, linear.out_features, svd.rank, linear.bias is not None,
-                  activation, device="meta", dtype=dtype)  # fmt: skip
+        new = cls(
+            linear.in_features,
+            linear.out_features,
+            svd.rank,
+            linear.bias is not None,
+            activation,
+            device="meta",
+            dtype=dtype,
+        )
         new.u = nn.Parameter((svd.left * root).to(dtype).contiguous())
         new.v = nn.Parameter((root[:, None] * svd.right).to(dtype).contiguous())
         if linear.bias is not None:
@@ -159,8 +167,13 @@ class LowRankLinear(Layer):
 
     def to_linear(self) -> Linear:
         """A dense layer with the weight `to_dense()`; nothing is shared."""
-        new = Linear(self.in_features, self.out_features, self.bias is not None, self.activation,
-                     device="meta")  # fmt: skip
+        new = Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            self.activation,
+            device="meta",
+        )
         new.weight = nn.Parameter(self.to_dense(), requires_grad=self.u.requires_grad)
         if self.bias is not None:
             bias = self.bias.detach().clone()

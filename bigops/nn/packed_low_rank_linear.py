@@ -50,8 +50,9 @@ class PackedLowRankLinear(PackedBase, FactoredLinear):
 
     def unpacked(self) -> LowRankLinear:
         """A `LowRankLinear` with the bias of this layer, and its factors, unpacked if need be."""
-        new = LowRankLinear(self.in_features, self.out_features, self.rank, False, self.activation,
-                            device="meta")  # fmt: skip
+        new = LowRankLinear(
+            self.in_features, self.out_features, self.rank, False, self.activation, device="meta"
+        )
         new.u, new.v = self._float("u"), self._float("v")
         new.bias = self._parameters["bias"]
         return new.train(self.training)

@@ -382,9 +382,11 @@ class SparseLinear(CompressedLinear):
         }
 
     def extra_repr(self) -> str:
-        known = "" if any(t is not None and t.is_meta for t in self.buffers()) else (
-            f", density={self.density:.3f}"
-        )  # fmt: skip
+        known = (
+            ""
+            if any(t is not None and t.is_meta for t in self.buffers())
+            else (f", density={self.density:.3f}")
+        )
         static = ", activations=static" if self.activations == "static" else ""
         return (
             f"{super().extra_repr()}, pattern={self.pattern}, values={self.stored}{static}{known}"

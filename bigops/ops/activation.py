@@ -14,8 +14,20 @@ from torch import Tensor
 
 # The position is the code that kernels see (csrc/common, kernels/common/activation.py) and saved
 # programs hold: append only.
-NAMES = ("none", "relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh",
-         "swiglu", "geglu", "geglu_tanh", "reglu")  # fmt: skip
+NAMES = (
+    "none",
+    "relu",
+    "relu2",
+    "gelu",
+    "gelu_tanh",
+    "silu",
+    "sigmoid",
+    "tanh",
+    "swiglu",
+    "geglu",
+    "geglu_tanh",
+    "reglu",
+)
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
 ACTIVATIONS = tuple(name for name in NAMES if name not in GATED)
 CODES = {name: code for code, name in enumerate(NAMES)}

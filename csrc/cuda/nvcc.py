@@ -17,13 +17,26 @@ CSRC = Path(__file__).resolve().parent.parent
 # a: with the instructions of that very architecture (wgmma, tcgen05).
 ARCHS = ("80", "86", "89", "90a", "100a", "120")
 NVCC_FLAGS = [
-    "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden",
-    "-Xptxas=-v", "--threads=0", f"-I{CSRC}",
-]  # fmt: skip
+    "-std=c++17",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Xptxas=-v",
+    "--threads=0",
+    f"-I{CSRC}",
+]
 # --no-as-needed: as in setup.py. libtorch_cuda is not named: it is in the process wherever this
 # library is loaded, and the CPU build of torch, which this may be built against, has none.
-LINK = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--exclude-libs,ALL", "-lcudart_static",
-        "-ldl", "-lrt", "-lpthread"]  # fmt: skip
+LINK = [
+    "-Wl,--no-as-needed",
+    "-ltorch",
+    "-ltorch_cpu",
+    "-Wl,--exclude-libs,ALL",
+    "-lcudart_static",
+    "-ldl",
+    "-lrt",
+    "-lpthread",
+]
 
 
 def sources(suffix: str) -> list[Path]:

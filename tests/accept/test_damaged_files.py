@@ -30,9 +30,29 @@ from tests.accept.conftest import Accept
 pytestmark = pytest.mark.slow
 
 VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 7, 1 << 40, 1 << 70, 0.5, float("inf"), "", "none", "x", "bigops",
-    [], [0], ["x"], [[0]], {}, {"x": 1}, {"kind": "Identity", "args": {}},
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    7,
+    1 << 40,
+    1 << 70,
+    0.5,
+    float("inf"),
+    "",
+    "none",
+    "x",
+    "bigops",
+    [],
+    [0],
+    ["x"],
+    [[0]],
+    {},
+    {"x": 1},
+    {"kind": "Identity", "args": {}},
+]
 
 
 def _sites(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

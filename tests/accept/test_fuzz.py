@@ -114,9 +114,16 @@ def low_rank(random: Random) -> str:
     rank = random.randint(0, min(n, k, 40))
     name, scale = random.choice(PLAIN), random.choice([1.0, 0.25])
     case = low_rank_cases.make(
-        lead_of(random) or [1], n, k, rank, random.choice(FLOATS), name,
-        base=random.random() < 0.5, extras=random.random() < 0.5, scale=scale,
-    )  # fmt: skip
+        lead_of(random) or [1],
+        n,
+        k,
+        rank,
+        random.choice(FLOATS),
+        name,
+        base=random.random() < 0.5,
+        extras=random.random() < 0.5,
+        scale=scale,
+    )
 
     def f(x: Tensor, u: Tensor, v: Tensor, *rest: Tensor | None) -> Tensor:
         bias, residual, base = rest
@@ -133,10 +140,14 @@ def loss(random: Random) -> str:
     tokens = random.randint(1, 40)
     ignored = 0.3 if tokens > 15 else 0.0  # of no token at all the mean is NaN
     cross_entropy_cases.make(
-        tokens, random.randint(1, 300), random.randint(1, 70),
-        random.choice(FLOATS), ignored=ignored, bias=random.random() < 0.5,
+        tokens,
+        random.randint(1, 300),
+        random.randint(1, 70),
+        random.choice(FLOATS),
+        ignored=ignored,
+        bias=random.random() < 0.5,
         **options,
-    ).check()  # fmt: skip
+    ).check()
     return "linear_cross_entropy"
 
 

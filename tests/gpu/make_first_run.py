@@ -89,11 +89,26 @@ def download(folder: Path) -> Path:
     """The wheel, for the Python of that image, whatever runs here."""
     platforms = [option for name in PLATFORMS for option in ("--platform", name)]
     subprocess.run(
-        [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet",
-         "--no-deps", "--only-binary=:all:", "--implementation", "cp", "--python-version", PYTHON,
-         *platforms, "--dest", folder, f"triton=={TRITON}"],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--implementation",
+            "cp",
+            "--python-version",
+            PYTHON,
+            *platforms,
+            "--dest",
+            folder,
+            f"triton=={TRITON}",
+        ],
         check=True,
-    )  # fmt: skip
+    )
     (wheel,) = folder.glob("triton-*.whl")
     return wheel
 

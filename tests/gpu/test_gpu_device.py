@@ -178,8 +178,12 @@ def test_a_small_program_runs_clean_under_compute_sanitizer(place: Place, tmp_pa
     for kind in ("memcheck", "racecheck"):
         done = subprocess.run(
             [tool, f"--tool={kind}", "--error-exitcode=9", sys.executable, str(program)],
-            capture_output=True, text=True, timeout=1800, env=env, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=1800,
+            env=env,
+            check=False,
+        )
         assert done.returncode == 0, f"{kind}: {done.stdout[-3000:]}{done.stderr[-1000:]}"
 
 
