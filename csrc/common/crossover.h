@@ -1,4 +1,5 @@
-// Where an own kernel hands over to torch's product: data from bigops/backend/configs/crossover_cpu.json.
+// Where an own kernel hands over to torch's product: data from
+// bigops/backend/configs/crossover_cpu.json.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,8 @@ Crossover crossover(const char* op, const char* dtype);
 void set_crossover(const std::string& op, const std::string& dtype, Crossover value);
 
 // Whose product of float matrices is called, where it is not ours: torch's own (aten) or oneDNN's.
-// torch's is MKL, which takes twice oneDNN's time on AMD (bigops/backend/configs/crossover_cpu.json).
+// torch's is MKL, which takes twice oneDNN's time on AMD
+// (bigops/backend/configs/crossover_cpu.json).
 bool onednn_floats();
 void set_float_product(const std::string& library);  // "aten" or "onednn"
 

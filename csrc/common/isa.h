@@ -15,7 +15,8 @@ const char* cpu_features();      // space separated, read-only string
 const char* cpu_vendor();        // amd, intel or other
 
 // Whether vdpbf16ps is worth it where floats would do as well: it has twice the rate of a float fma
-// on AMD's Zen 4 and 5, half of it on Intel's Sapphire Rapids (bigops/backend/configs/crossover_cpu.json).
+// on AMD's Zen 4 and 5, half of it on Intel's Sapphire Rapids
+// (bigops/backend/configs/crossover_cpu.json).
 bool bf16_dot_pays();
 void set_bf16_dot(bool pays);
 

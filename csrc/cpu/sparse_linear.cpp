@@ -1,4 +1,4 @@
-// sparse_linear on the CPU, forward: rows of W in slices (layout: bigops/ops/sparse_linear/__init__.py).
+// sparse_linear on the CPU, forward: rows of W in slices (layout: bigops/formats/sparse_layout.py).
 
 #include "cpu/sparse_linear.h"
 

@@ -1,5 +1,5 @@
 // The storage of a sparse weight as the CPU kernels read it, checked; what forward and backward
-// share. Layout: bigops/ops/sparse_linear/__init__.py.
+// share. Layout: bigops/formats/sparse_layout.py.
 #pragma once
 
 #include <string>

@@ -11,7 +11,7 @@ enum SparseDecodeType : int { kSparseFloat, kSparseBFloat16, kSparseHalf };  // 
 enum SparseDecodeWord : int { kSparseWordFloat, kSparseWordBFloat16, kSparseWordInt8 };
 
 // y = act(x W^T + bias) + residual. W: the storage of SparseWeight, layout in
-// bigops/formats/sparse.py.
+// bigops/formats/sparse_layout.py.
 struct SparseDecodeTask {
   const void* x;         // [M, K]; with int8 words int8 [M, x_stride], quantised, 4-byte aligned
   const float* x_scale;  // [M], x_zero likewise: with int8 words

@@ -1,5 +1,5 @@
 // What the instruction-set files offer to csrc/cpu/sparse_linear*.cpp. The storage is that of
-// bigops/ops/sparse_linear/__init__.py. Plain pointers and sizes; no torch header, no STL.
+// bigops/formats/sparse_layout.py. Plain pointers and sizes; no torch header, no STL.
 #pragma once
 
 #include <stdint.h>

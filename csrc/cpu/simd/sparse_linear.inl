@@ -1,4 +1,4 @@
-// Products with a sparse weight in slices (layout: bigops/ops/sparse_linear/__init__.py).
+// Products with a sparse weight in slices (layout: bigops/formats/sparse_layout.py).
 // Include after a lanes header and sparse_linear.h. Internal linkage throughout.
 
 #include "cpu/simd/sparse_words.inl"
