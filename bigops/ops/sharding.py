@@ -41,7 +41,7 @@ def _forward(op: LinearOp, names: tuple[str, ...], args: tuple[Any, ...]) -> lis
     named = dict(zip(names, args, strict=True))
     x, whole = named["x"], Replicate()
     last = x.ndim - 1
-    weight = op.form.of(x.shape[-1], *(named[field] for field in op.fields))
+    weight = op.format.of(x.shape[-1], *(named[field] for field in op.fields))
 
     def rule(y: Any, x_: Any, split: bool = False) -> Rule:
         placed = {
@@ -74,7 +74,7 @@ def of_backward(op: LinearOp) -> Rules:
         named = dict(zip(names, args, strict=True))
         x, whole = named["x"], Replicate()
         last = x.ndim - 1
-        weight = op.form.of(x.shape[-1], *(named[field] for field in op.fields))
+        weight = op.format.of(x.shape[-1], *(named[field] for field in op.fields))
 
         def rule(gx: Any, others: Any, grad: Any, x_: Any, split: bool = False) -> Rule:
             gradients = {"need_x": gx, "need_values": others, "need_bias": others}

@@ -26,12 +26,12 @@ class Gradients:
 
     def __init__(self, op: LinearOp, backward: Backward | None) -> None:
         self.op, self._on_cuda = op, backward
-        trains = op.form.TRAINS
+        trains = op.format.TRAINS
         self.needs = ("need_x", "need_values", "need_bias") if trains else ("need_x", "need_bias")
         self.arguments = ("grad", "x", *op.fields, "bias", "activation", *self.needs)
         results = ", ".join("Tensor" for _ in self.needs)
         self.backward = define(
-            f"{op.name}_backward(Tensor grad, Tensor x, {op.form.SCHEMA}, Tensor? bias, "
+            f"{op.name}_backward(Tensor grad, Tensor x, {op.format.SCHEMA}, Tensor? bias, "
             f"str activation, {', '.join(f'bool {need}' for need in self.needs)}) -> ({results})",
             self._serve,
         )
@@ -44,7 +44,7 @@ class Gradients:
             vmap=self._vmap,
             cuda=None if backward is None else self._cuda,
         )
-        tensors = op.form.TENSORS
+        tensors = op.format.TENSORS
         sizes = [name for name in op.fields if name not in tensors]
         self._weights = _picker(op.fields, tensors)
         self._saved = _picker(op.arguments, ("x", *tensors, "bias"))
@@ -135,11 +135,11 @@ class Gradients:
 
     def _refuse(self, tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> None:
         op = self.op
-        for name, t, need in zip(op.form.TENSORS, tensors, needs, strict=True):
-            trains = op.form.TRAINS and name == "values"
+        for name, t, need in zip(op.format.TENSORS, tensors, needs, strict=True):
+            trains = op.format.TRAINS and name == "values"
             if need and not (trains and t is not None and t.is_floating_point()):
                 what = "is frozen storage; train the dense weight and convert it anew"
-                if op.form.TRAINS:
+                if op.format.TRAINS:
                     what += ", or train its floating-point values"
                 raise ValueError(
                     f"{name}: expected a tensor that needs no gradient (the weight of {op.name} "
@@ -163,7 +163,7 @@ class Gradients:
         x, *tensors, bias = ctx.saved_tensors
         *sizes, code = ctx.plain
         asked = dict(zip(self.op.arguments, ctx.needs_input_grad, strict=True))
-        self._refuse(tensors, [asked[name] for name in self.op.form.TENSORS])
+        self._refuse(tensors, [asked[name] for name in self.op.format.TENSORS])
         need = {name: asked[name.removeprefix("need_")] for name in self.needs}
         args = (grad, x, *tensors, *sizes, bias, code, *need.values())
         found: dict[str, Tensor | None] = {}
@@ -205,8 +205,8 @@ class Gradients:
         return tuple(by_name.get(name) for name in self.arguments)
 
     def _differentiable(self, name: str, t: Tensor) -> bool:
-        if name in self.op.form.TENSORS:
-            return name == "values" and self.op.form.TRAINS and t.is_floating_point()
+        if name in self.op.format.TENSORS:
+            return name == "values" and self.op.format.TRAINS and t.is_floating_point()
         return True
 
     def _vmap(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:

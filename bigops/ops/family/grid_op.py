@@ -65,7 +65,7 @@ class GridOp:
         self.name = f"{op.name}_grid"
         self.arguments = ("x", *op.fields, *grids, "bias", "residual", "activation")
         self.forward = define(
-            f"{self.name}(Tensor x, {op.form.SCHEMA}, "
+            f"{self.name}(Tensor x, {op.format.SCHEMA}, "
             f"{', '.join(f'Tensor? {grid}' for grid in grids)}, Tensor? bias, Tensor? residual, "
             "str activation) -> Tensor",
             self._serve,

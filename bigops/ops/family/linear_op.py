@@ -40,16 +40,16 @@ def fields_of(schema: str) -> tuple[str, ...]:
 _SERVING: dict[type[Format], LinearOp] = {}
 
 
-def op_of(form: type[Format]) -> LinearOp:
+def op_of(format: type[Format]) -> LinearOp:
     """The op whose weight is in a format.
 
     Raises:
         TypeError: no op takes it.
     """
     try:
-        return _SERVING[form]
+        return _SERVING[format]
     except KeyError:
-        raise TypeError(f"format: expected one that an op takes; got {form.__name__}") from None
+        raise TypeError(f"format: expected one that an op takes; got {format.__name__}") from None
 
 
 def linear_ops() -> tuple[LinearOp, ...]:
@@ -62,7 +62,7 @@ class LinearOp:
 
     Args:
         name: of the op.
-        form: the format of its weight.
+        format: the format of its weight.
         choose: ``choose(call, target)``: what serves a call there; by default the reference.
         backward: ``backward(grad, call, **needs)``, the gradients of a call on a GPU (`needs` as
             `Gradients` names them), or None where the reference makes them.
@@ -73,19 +73,19 @@ class LinearOp:
     def __init__(
         self,
         name: str,
-        form: type[Format],
+        format: type[Format],
         product: Product = plain_product,
         choose: Choose | None = None,
         backward: Backward | None = None,
     ) -> None:
-        self.name, self.form, self.product = name, form, product
+        self.name, self.format, self.product = name, format, product
         self.choose = choose or (lambda call, target: reference(name, "it has no kernels"))
         self.twin: GridOp | None = None
-        _SERVING[form] = self
-        self.fields = fields_of(form.SCHEMA)
+        _SERVING[format] = self
+        self.fields = fields_of(format.SCHEMA)
         self.arguments = ("x", *self.fields, "bias", "residual", "activation")
         self.forward = define(
-            f"{name}(Tensor x, {form.SCHEMA}, Tensor? bias, Tensor? residual, str activation) "
+            f"{name}(Tensor x, {format.SCHEMA}, Tensor? bias, Tensor? residual, str activation) "
             "-> Tensor",
             self._serve,
         )
@@ -111,14 +111,14 @@ class LinearOp:
         """The weight of a call on x."""
         if x.dim() == 0 and self._reads_k:
             raise ValueError("x: expected shape [.., K]; got []")
-        return self.form.of(x.shape[-1] if x.dim() else 0, *fixed)
+        return self.format.of(x.shape[-1] if x.dim() else 0, *fixed)
 
     def stored(self, k: int, arguments: tuple[Any, ...]) -> Format:
         """The weight of a refused call; raise TypeError for what is no tensor of it."""
         for name, given in zip(self.fields, arguments, strict=True):
-            if name in self.form.TENSORS and not (given is None and name in self.form.OPTIONAL):
+            if name in self.format.TENSORS and not (given is None and name in self.format.OPTIONAL):
                 checks.tensor(name, given)
-        return self.form.of(k, *arguments)
+        return self.format.of(k, *arguments)
 
     # reference, fake ------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class LinearOp:
         y_grid: Tensor | None = None,
     ) -> Choice:
         """What `choose` answers for a call, which is checked first; ``device`` as of a `Target`."""
-        checks.stored(weight, self.form)
+        checks.stored(weight, self.format)
         call = Call(x, weight, bias, residual, activation)
         target = targets.named(device, x)
         if self.by_itself(x, weight, x_grid, y_grid):
