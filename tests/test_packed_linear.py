@@ -153,6 +153,11 @@ def test_autocast_keeps_the_dtype_of_the_weight() -> None:
     with torch.autocast("cpu", torch.float16):
         y = packed_linear(x, weight)
     assert torch.equal(y, packed_linear(x.bfloat16(), weight))
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = bigops.nn.PackedLinear(8, 5).to(dtype).freeze()
+        with torch.autocast("cpu", torch.float16), torch.no_grad():
+            y = layer(x, torch.ones(3, 5))
+        assert torch.equal(y, layer(x.to(dtype), torch.ones(3, 5, dtype=dtype)))
 
 
 def test_a_word_left_out_is_seen() -> None:

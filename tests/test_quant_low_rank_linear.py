@@ -387,3 +387,12 @@ def test_nan_refuses_to_freeze_and_leaves_the_layer() -> None:
         layer.freeze()
     assert not layer.frozen
     assert layer.u is not None
+
+
+def test_a_frozen_layer_is_exported_as_the_root() -> None:
+    layer = QuantLowRankLinear(16, 12, 4).freeze().eval()
+    again = QuantLowRankLinear.from_arguments(layer.arguments()).eval()
+    again.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(3, 16)
+    for module in (layer, again):
+        assert torch.equal(torch.export.export(module, (x,)).module()(x), layer(x))

@@ -69,6 +69,11 @@ class Format:
         """The floating dtypes that x may have in a product with this weight."""
         return FLOATS
 
+    @classmethod
+    def autocast_dtype(cls, *arguments: Any) -> torch.dtype | None:
+        """What `torch.autocast` casts x to for a weight of these `arguments`; None: its own."""
+        return None
+
     @property
     def arguments(self) -> tuple[Any, ...]:
         """The weight as its op takes it: the arguments of `SCHEMA`."""

@@ -80,6 +80,10 @@ class PackedWeight(Format):
     def x_dtypes(self) -> tuple[torch.dtype, ...]:
         return (self.panels.dtype,)
 
+    @classmethod
+    def autocast_dtype(cls, panels: Tensor, *_: Any) -> torch.dtype:  # type: ignore[override]
+        return panels.dtype  # they were laid out for this one
+
     def row_dims(self) -> dict[str, int]:
         return {"panels": 0}
 

@@ -334,7 +334,7 @@ class CompressedLinear(StoredState):
         tensors = storage.tensors()
         gone = {*self.trained_names, "mask", *tensors}
         buffers = {n: t for n, t in self._buffers.items() if n not in gone}
-        for name, value in tensors.items():
+        for name, value in self._registered(tensors).items():
             buffers[name] = None if value is None else value.detach()
         loose = self._non_persistent_buffers_set - gone
         vars(self).update(
@@ -345,6 +345,10 @@ class CompressedLinear(StoredState):
             _sizes=self._sizes_of(storage),
             frozen=True,
         )
+
+    def _registered(self, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """Which tensors become buffers, those that this weight has not as None."""
+        return tensors
 
     def _sizes_of(self, storage: Format) -> tuple[Any, ...]:
         return storage.sizes
@@ -392,7 +396,8 @@ class CompressedLinear(StoredState):
         if self.activation != "none":
             text += f", activation={self.activation}"
         text += ", thawed" if self.thawed else ", frozen" if self.frozen else ""
-        return "".join([text, *(f", {k}={v}" for k, v in self.form.items())])
+        form = (f", {k}={v}" for k, v in self.form.items() if v is not None)
+        return "".join([text, *form])
 
     def arguments(self) -> dict[str, Any]:
         """What `from_arguments` needs to make this layer again, as plain data."""

@@ -103,6 +103,10 @@ class FactoredLinear(CompressedLinear):
         u, v = self._straight_through(self.u), self._straight_through(self.v)
         return low_rank_linear(x, u, v, self.bias, residual, self.activation)
 
+    def _registered(self, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+        # torch.export of torch 2.13 counts buffers that are None among those of its root
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
     def _sizes_of(self, storage: Any) -> tuple[Any, ...]:
         return storage.u.sizes, storage.v.sizes
 
@@ -110,8 +114,8 @@ class FactoredLinear(CompressedLinear):
         buffers, names = self._buffers, self.format.TENSORS
         of_u, of_v = self._sizes
         return (
-            (*[buffers[f"u_{name}"] for name in names], *of_u),
-            (*[buffers[f"v_{name}"] for name in names], *of_v),
+            (*[buffers.get(f"u_{name}") for name in names], *of_u),
+            (*[buffers.get(f"v_{name}") for name in names], *of_v),
         )
 
     def run(self, x: Tensor, arguments: tuple[Any, ...], residual: Tensor | None) -> Tensor:

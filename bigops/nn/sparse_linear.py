@@ -19,6 +19,7 @@ from bigops.nn.fields import COMPRESSED, FLAG, SIZE, TEXT, left_out
 from bigops.ops.choice import Choice
 from bigops.ops.family import op_of
 from bigops.ops.fused_linear import fused_linear
+from bigops.ops.library import is_autocast_on
 from bigops.ops.sparse_linear import forms, sparse_linear
 
 SPARSITY = 0.8  # where none is given and the pattern does not say it
@@ -220,6 +221,8 @@ class SparseLinear(CompressedLinear):
         return sparse_linear(x, weight, self.bias, residual, self.activation)
 
     def run(self, x: Tensor, arguments: tuple[Any, ...], residual: Tensor | None) -> Tensor:
+        if not isinstance(x, Tensor) and self.x_grid is None and self.stored != "bf16":
+            return super().run(x, arguments, residual)  # a proxy of torch.fx
         if x.is_cuda and (form := self._second_form(x, residual)) is not None:
             op = op_of(type(form))
             return op(x, form.arguments, form.k, self.bias, residual, self.activation)
@@ -230,7 +233,7 @@ class SparseLinear(CompressedLinear):
             weight = SparseWeight.of(self.in_features, *arguments)
             return sparse_linear(x, weight, bias, residual, self.activation, x_grid=self.x_grid)
         served = self.stored != "bf16" or x.dtype == low
-        if served or torch.is_autocast_enabled(x.device.type):  # autocast casts by itself
+        if served or is_autocast_on(x):  # autocast casts by itself
             return super().run(x, arguments, residual)
         bias = None if bias is None else bias.to(low)
         y = self.op(x.to(low), arguments, self.in_features, bias, None, self.activation).to(x.dtype)
@@ -265,7 +268,7 @@ class SparseLinear(CompressedLinear):
         """The numbers of the static kernel by a dense product, straight through its rounding."""
         assert self.x_grid is not None
         dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
+        if is_autocast_on(x):
             dtype = torch.get_autocast_dtype(x.device.type)
         rows = quantize.quantize_rows(x.detach().to(dtype), "static", self.x_grid)
         seen = (rows.q - rows.zero_point) * rows.scale

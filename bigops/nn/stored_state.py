@@ -55,6 +55,8 @@ class StoredState(Layer):
 
     def _store(self, name: str, value: Tensor | None) -> None:
         parameter = self._parameters.get(name)
+        if value is None and name not in self._buffers:
+            return
         if parameter is None or value is None:
             self._buffers[name] = value
         elif parameter.is_meta:  # its data cannot come from another device

@@ -125,15 +125,24 @@ def register(
         LIB.impl(_local(op), in_words(op, cuda), "CUDA")
 
 
+def is_autocast_on(x: torch.Tensor) -> bool:
+    """Whether autocast is on for the device of x; "meta" knows none."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast(device_type: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Cast floating tensors to the active autocast dtype of ``device_type`` (float64 stays)."""
-    dtype = torch.get_autocast_dtype(device_type)
-    kept = (dtype, torch.float64)
+    return cast(torch.get_autocast_dtype(device_type), *tensors)
 
-    def cast(t: torch.Tensor | None) -> torch.Tensor | None:
-        return t if t is None or t.dtype in kept or not t.is_floating_point() else t.to(dtype)
 
-    return tuple(map(cast, tensors))
+def cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Cast floating tensors to a dtype (float64 stays)."""
+    return tuple(
+        t
+        if t is None or t.dtype in (dtype, torch.float64) or not t.is_floating_point()
+        else t.to(dtype)
+        for t in tensors
+    )
 
 
 def rows(t: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from bigops.ops import targets
 from bigops.ops.choice import Choice, reference
 from bigops.ops.family.call import Call
 from bigops.ops.family.gradients import Backward, Gradients
-from bigops.ops.library import autocast, define, encoder, register
+from bigops.ops.library import cast, define, encoder, register
 from bigops.ops.targets import Target
 
 if TYPE_CHECKING:
@@ -257,11 +257,10 @@ class LinearOp:
                 return self._words(x, *arguments, bias, residual, activation)
             if self._reads_k and x.shape[-1] != k:
                 raise TypeError  # it is named below
-            device_type = x.device.type
-            if device_type != "meta" and torch.is_autocast_enabled(
-                device_type
-            ):  # storage keeps its own dtypes
-                x, bias, residual = autocast(device_type, x, bias, residual)  # type: ignore[assignment]
+            kind = x.device.type
+            if kind != "meta" and torch.is_autocast_enabled(kind):  # storage keeps its own dtypes
+                dtype = self.format.autocast_dtype(*arguments) or torch.get_autocast_dtype(kind)
+                x, bias, residual = cast(dtype, x, bias, residual)  # type: ignore[assignment]
             if foreign:
                 return self._words(x, *arguments, bias, residual, activation)
             if torch.compiler.is_compiling():

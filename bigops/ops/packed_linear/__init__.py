@@ -5,7 +5,6 @@ For inference: packing costs a pass over the weight, whose place the panels take
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from bigops.formats import checks
@@ -59,10 +58,4 @@ def packed_linear(
         TypeError: a dtype that is not served, or dtypes that differ.
     """
     checks.stored(weight, PackedWeight)
-    kind = x.device.type if isinstance(x, Tensor) else "meta"
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        dtype = weight.panels.dtype
-        bias, residual = (t if t is None else t.to(dtype) for t in (bias, residual))
-        with torch.autocast(kind, enabled=False):
-            return op(x.to(dtype), weight.arguments, weight.k, bias, residual, activation)
     return op(x, weight.arguments, weight.k, bias, residual, activation)
