@@ -35,7 +35,7 @@ class Call(NamedTuple):
         self.weight.check_tensors()
         self.weight.check()
         for name, tensor in self.weight.tensors().items():
-            if tensor is not None:
+            if tensor is not None and tensor.device != self.x.device:
                 checks.device(name, tensor, self.x)
         x, (n, k) = self.x, self.weight.shape
         act.check_name(self.activation, gated=False)

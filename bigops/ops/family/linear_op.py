@@ -17,7 +17,7 @@ from bigops.ops import targets
 from bigops.ops.choice import Choice, reference
 from bigops.ops.family.call import Call
 from bigops.ops.family.gradients import Backward, Gradients
-from bigops.ops.library import cast, define, encoder, register
+from bigops.ops.library import cast, define, encoder, is_autocast_on, register
 from bigops.ops.targets import Target
 
 if TYPE_CHECKING:
@@ -131,16 +131,21 @@ class LinearOp:
         activation: str = "none",
     ) -> Tensor:
         """The meaning of the op in plain torch."""
-        call = Call(x, weight, bias, residual, activation)
-        return call.finish(self.product(call, None)).to(x.dtype)
+        return self._plainly(Call(x, weight, bias, residual, activation))
+
+    def _plainly(self, call: Call) -> Tensor:
+        return call.finish(self.product(call, None)).to(call.x.dtype)
 
     def serve(self, call: Call) -> Tensor:
         """The op by its reference, which is said to have run."""
         call.check()
         call.weight.check_structure()
         backend.note(f"reference.{self.name}")
-        with as_given(call.x):
-            return self.reference(*call)
+        if not is_autocast_on(call.x):
+            return self._plainly(call)
+        # inside an op it would round the products of a reference that holds float32
+        with torch.autocast(call.x.device.type, enabled=False):
+            return self._plainly(call)
 
     def _serve(self, *args: Any) -> Tensor:
         return self.serve(self.call(*args))
@@ -283,11 +288,6 @@ class LinearOp:
                 checks.tensors(x=x, bias=bias, residual=residual)
                 Call(x, self.stored(k, arguments), bias, residual, activation).check()
             raise
-
-
-def as_given(x: Tensor) -> torch.autocast:
-    """No autocast inside an op: it would round the products of a reference that holds float32."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def pick(args: Sequence[Any], dims: Sequence[Any], i: int) -> list[Any]:
