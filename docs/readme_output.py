@@ -204,7 +204,9 @@ def _said(command: list[str], cwd: str | Path) -> str:
     """What a command printed; its errors go on to the terminal."""
     print("$", *command, file=sys.stderr)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONPATH": path, "COLUMNS": "80"}
+    # a make below a make says which folder it enters and leaves
+    own = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    env = {**own, "PYTHONPATH": path, "COLUMNS": "80"}
     done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, text=True, env=env)
     if done.returncode:
         raise SystemExit(f"{done.stdout}\n{' '.join(command)}: ended with {done.returncode}")
