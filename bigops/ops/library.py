@@ -150,16 +150,16 @@ def rows(t: torch.Tensor) -> torch.Tensor:
     return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 
+def pick(args: Sequence[Any], in_dims: Sequence[Any], i: int) -> list[Any]:
+    """Item ``i`` of each argument that is batched, and the others as they are."""
+    return [a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)]
+
+
 def loop(
     function: Callable[..., Any], args: tuple[Any, ...], in_dims: tuple[Any, ...], batch: int
 ) -> Any:
     """A vmap rule: the function on each item of the batch, results stacked at 0."""
-    outs = [
-        function(
-            *(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True))
-        )
-        for i in range(batch)
-    ]
+    outs = [function(*pick(args, in_dims, i)) for i in range(batch)]
     if isinstance(outs[0], torch.Tensor):
         return torch.stack(outs)
     return tuple(torch.stack(parts) for parts in zip(*outs, strict=True))

@@ -13,7 +13,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.ops import activation as act
 from bigops.ops.family.call import Call
-from bigops.ops.library import define, in_words, register
+from bigops.ops.library import define, in_words, loop, register
 
 if TYPE_CHECKING:
     from bigops.ops.family.linear_op import LinearOp
@@ -211,11 +211,7 @@ class Gradients:
 
     def _vmap(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         """Per-example gradients: those of bias and values are one each, so each is its own call."""
-        from bigops.ops.family.linear_op import pick
-
-        calls = [self.backward(*pick(args, in_dims, i)) for i in range(info.batch_size)]
-        outputs = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
-        return outputs, (0,) * len(outputs)
+        return loop(self.backward, args, in_dims, info.batch_size), (0,) * len(self.needs)
 
     # roads ----------------------------------------------------------------------------------
 

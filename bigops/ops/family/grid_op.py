@@ -85,8 +85,13 @@ class GridOp:
         named = dict(zip(self.arguments, args, strict=True))
         weight = self.op.weight(named["x"], *(named[field] for field in self.op.fields))
         call = Call(named["x"], weight, *(named[n] for n in ("bias", "residual", "activation")))
-        own = getattr(weight, "x_grid", None)
-        return GridCall(call, named.get("x_grid", own), named["y_grid"])
+        return self._given(call, named.get("x_grid"), named["y_grid"])
+
+    def _given(self, call: Call, x_grid: Tensor | None, y_grid: Tensor | None) -> GridCall:
+        """The call with the grid of x that counts: the op's, or the weight's own."""
+        if "x_grid" not in self.grids:
+            x_grid = getattr(call.weight, "x_grid", None)
+        return GridCall(call, x_grid, y_grid)
 
     # checks ---------------------------------------------------------------------------------
 
@@ -120,8 +125,7 @@ class GridOp:
         self, call: Call, x_grid: Tensor | None, y_grid: Tensor | None, target: Target
     ) -> Choice:
         """What serves a call with a grid or a u8 x, which is checked first."""
-        own = getattr(call.weight, "x_grid", None)
-        given = GridCall(call, x_grid if "x_grid" in self.grids else own, y_grid)
+        given = self._given(call, x_grid, y_grid)
         self.check(given)
         if not targets.is_cpu(target):
             targets.why_not(given.floating, target, self.op.name)  # it refuses what is no device
@@ -233,8 +237,7 @@ class GridOp:
                 checks.tensors(x=x, bias=bias, residual=residual, **named)
                 weight = self.op.stored(k, arguments)
                 call = Call(x, weight, bias, residual, activation)
-                own = getattr(weight, "x_grid", None)
-                given = GridCall(call, named.get("x_grid", own), named["y_grid"])
+                given = self._given(call, named.get("x_grid"), named["y_grid"])
                 self.check(given)
                 self.check_values(given)
             raise

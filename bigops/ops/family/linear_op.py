@@ -17,7 +17,7 @@ from bigops.ops import targets
 from bigops.ops.choice import Choice, reference
 from bigops.ops.family.call import Call
 from bigops.ops.family.gradients import Backward, Gradients
-from bigops.ops.library import cast, define, encoder, is_autocast_on, register
+from bigops.ops.library import cast, define, encoder, is_autocast_on, pick, register
 from bigops.ops.targets import Target
 
 if TYPE_CHECKING:
@@ -288,8 +288,3 @@ class LinearOp:
                 checks.tensors(x=x, bias=bias, residual=residual)
                 Call(x, self.stored(k, arguments), bias, residual, activation).check()
             raise
-
-
-def pick(args: Sequence[Any], dims: Sequence[Any], i: int) -> list[Any]:
-    """Example ``i`` of each argument that is batched."""
-    return [a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)]
