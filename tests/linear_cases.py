@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigops.formats.dense import DenseWeight
+from bigops.ops.family import Call
 from tests.tolerance import LIPSCHITZ, check
 
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
@@ -67,6 +69,11 @@ class Case:
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         return self.x, self.weight, self.bias, self.residual
+
+    @property
+    def call(self) -> Call:
+        """The call as an op of the family takes it."""
+        return Call(self.x, DenseWeight(self.weight), self.bias, self.residual, self.name)
 
     def leaves(self) -> list[Tensor | None]:
         """Fresh copies of the inputs that require gradients."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigops.formats.dense import Factors
+from bigops.ops.family import Call
 from tests.linear_cases import act, curvature, offset, slope
 from tests.tolerance import check
 
@@ -26,6 +28,15 @@ class LowRankCase:
     grad: Tensor
     name: str
     scale: float
+
+    @property
+    def call(self) -> Call:
+        """The call as an op of the family takes it."""
+        x, u, v, bias, residual, base = self.inputs
+        assert x is not None
+        assert u is not None
+        assert v is not None
+        return Call(x, Factors(u, v, base, self.scale), bias, residual, self.name)
 
     def leaves(self) -> list[Tensor | None]:
         """Fresh copies of the inputs that require gradients."""

@@ -111,7 +111,7 @@ def call(kind: str, name: str, given: dict[str, Any]) -> Tensor:
         x, u, v, bias, residual, base = (given[k] for k in NAMES[kind])
         activation = FACTORS[name].activation
         if FACTORS[name].raw:
-            return ops.low_rank_linear(x, u, v, bias, residual, base, activation, 1.0)  # type: ignore[no-any-return]
+            return ops.low_rank_linear(x, u, v, base, 1.0, bias, residual, activation)  # type: ignore[no-any-return]
         return low_rank_linear(x, u, v, bias, residual, activation, base=base)
     case = LOSSES[name]
     x, weight, target, bias, class_weight = (given[k] for k in NAMES[kind])

@@ -289,7 +289,7 @@ def run_planted(mesh: Any) -> dict[str, bool]:
     from torch.distributed.tensor import DTensor
 
     known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
-    info = known[torch.ops.bigops.fused_linear_with_preact.code]
+    info = known[torch.ops.bigops.fused_linear_with_parts.code]
     argnum, info.static_argnum = info.static_argnum, 100
     try:
         run_case("relu_columns", mesh)

@@ -116,7 +116,7 @@ def case(name: str) -> tuple[Any, tuple[Any, ...]]:
     if name == "fused_linear":
         return ops.fused_linear, (x, w, None, None, "swiglu")
     if name == "low_rank_linear":
-        return ops.low_rank_linear, (x, u, v, None, None, None, "silu", 0.5)
+        return ops.low_rank_linear, (x, u, v, None, 0.5, None, None, "silu")
     if name == "linear_cross_entropy":
         return ops.linear_cross_entropy, (x, w, target, None, None, "sum", -100, 0.1, 0.0, 0.0)
     if name == "packed_linear":

@@ -245,7 +245,7 @@ def test_schema_and_kernel_agree(op: str, function: str, text: str) -> None:
 def test_every_op_has_a_cpu_kernel() -> None:
     registered = {op for op, _, _ in kernels()}
     ours = {name.split("::")[1] for name in torch.library._defs if name.startswith("bigops::")}
-    forms = ("fused_linear", "fused_linear_with_preact", "fused_linear_backward")
+    forms = ("fused_linear", "fused_linear_with_parts", "fused_linear_backward")
     assert {f"{form}.code" for form in forms} <= registered
     assert registered <= ours
 

@@ -58,7 +58,7 @@ def run(case: Case, way: Way, dtype: str, form: str = "dot") -> None:
         case.check_forward(y)
         leaves = case.leaves()
         saves = way.name == "cpu" and case.name != "none"
-        saved = kernel + ("_with_preact" if saves else "") + end
+        saved = kernel + ("_with_parts" if saves else "") + end
         with way.serving("fused_linear", saved, f"{kernel}_backward.", gradients=True):
             y = fused_linear(*leaves, case.name)
             grads = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], case.grad))
@@ -378,7 +378,7 @@ def test_a_stand_in_is_seen() -> None:
 
     def call() -> None:
         with expect(".fused_linear.f32.dot"):
-            module._serve(torch.randn(3, 4), torch.randn(5, 4), None, None, "none")
+            module.op._serve(torch.randn(3, 4), torch.randn(5, 4), None, None, "none")
 
     with pytest.raises(AssertionError, match="no '.fused_linear.f32.dot' among"):
         call()

@@ -26,12 +26,15 @@ import bigops
 from bigops import backend
 from bigops.backend import machine
 from bigops.cli import doctor
+from bigops.formats.dense import DenseWeight
 from bigops.formats.patterns import block_mask
 from bigops.formats.quantized import QuantizedWeight
 from bigops.formats.sparse import SparseWeight
 from bigops.kernels.common import form_tiles, tiles
 from bigops.kernels.quantized_linear import tiles as quantized_tiles
 from bigops.ops import targets
+from bigops.ops.family import Call
+from bigops.ops.fused_linear import triton as _triton_dense
 from bigops.ops.linear_cross_entropy import triton as _triton_loss
 from bigops.ops.report import triton_limits
 from bigops.ops.sparse_linear import triton as _triton_sparse
@@ -79,24 +82,24 @@ def _calls() -> dict[str, tuple[str, Run, Run]]:
 
     return {
         "fused_linear": (
-            lambda: dense._cuda(x, w, bias, None, "relu"),
+            lambda: dense.op._cuda(x, w, bias, None, "relu"),
             said("fused_linear", x, w, bias, None, "relu"),
         ),
-        "fused_linear_with_preact": (
-            lambda: dense._cuda_with_preact(x, w, bias, None, "relu"),
+        "fused_linear_with_parts": (
+            lambda: dense.op._cuda_kept(x, w, bias, None, "relu"),
             said("fused_linear", x, w),
         ),
         "fused_linear_backward": (
-            lambda: dense._cuda_backward(grad, x, w, grad, "relu", *needs),
+            lambda: dense.op.gradients._cuda(grad, x, w, grad, "relu", *needs),
             said("fused_linear", x, w),
         ),
         "low_rank_linear": (
-            lambda: low._cuda(x, u, v, bias, None, None, "relu", 1.0),
+            lambda: low.op._cuda(x, u, v, None, 1.0, bias, None, "relu"),
             said("low_rank_linear", x, u, v, bias),
         ),
         "low_rank_linear_backward": (
-            lambda: low._cuda_backward(
-                grad, x, u, v, None, x @ v.t(), None, "none", 1.0, True, True, True, True, False
+            lambda: low.op.gradients._cuda(
+                grad, x, u, v, None, 1.0, x @ v.t(), None, "none", True, True, True, False, True
             ),
             said("low_rank_linear", x, u, v, bias),
         ),
@@ -337,7 +340,7 @@ def _away(path: Path) -> None:
 def test_a_broken_config_file_is_named_and_torch_serves(
     op: str, spoil: Callable[[Path], None], why: str, configs: Path
 ) -> None:
-    folder = op.removesuffix("_with_preact").removesuffix("_backward")
+    folder = op.removesuffix("_with_parts").removesuffix("_backward")
     folder = folder if (configs / folder).is_dir() else ""
     for device in ("interpreter", "sm_90"):
         spoil(configs / folder / f"{device}.json")
@@ -365,7 +368,7 @@ def test_a_rank_that_no_tile_reaches_is_composed_of_dense_launches() -> None:
     x, u, v = torch.randn(3, 70), torch.randn(80, 60), torch.randn(60, 70)
     low = _module("low_rank_linear")
     with backend.record() as ran:
-        y: Tensor = low._cuda(x, u, v, None, None, None, "none", 1.0)
+        y: Tensor = low.op._cuda(x, u, v, None, 1.0, None, None, "none")
     assert ran == ["triton.low_rank_linear.f32.composed"]
     assert y.shape == (3, 80)
     said = bigops.explain("low_rank_linear", x, u, v, device="sm_90")
@@ -375,9 +378,7 @@ def test_a_rank_that_no_tile_reaches_is_composed_of_dense_launches() -> None:
 def test_a_size_past_32_bits_is_refused_by_name() -> None:
     long = torch.empty(1, device="meta").expand(2**31, 1)
     with pytest.raises(ValueError, match="x: expected sizes up to"):
-        _module("fused_linear")._triton.forward(
-            long, torch.empty(1, 1, device="meta"), None, None, "none", False
-        )
+        _triton_dense.forward(Call(long, DenseWeight(torch.empty(1, 1, device="meta"))), False)
 
 
 def test_more_columns_than_a_grid_holds_are_refused_by_name() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -43,19 +44,16 @@ NEEDS = (True, True, True, True, True)
 
 def run(case: LowRankCase, form: str = "fused") -> None:
     """Forward with parts and backward by the road that a GPU takes, outputs between guards."""
-    x, u, v, bias, residual, base = case.inputs
-    assert x is not None
-    dtype = next(name for name, d in DTYPES.items() if d == x.dtype)
-    needs = (True, True, True, bias is not None, base is not None)
+    _, _, _, bias, residual, base = case.inputs
+    dtype = next(name for name, d in DTYPES.items() if d == case.call.dtype)
+    needs = (True, True, True, base is not None, bias is not None)
     with guarded(), expect(f"triton.low_rank_linear.{dtype}.{form}"):
-        y, t, z = road.forward(x, u, v, bias, residual, base, case.name, case.scale, True)
+        y, t, z = road.forward(case.call, True)
     assert t is not None
     assert (z is None) == (case.name == "none")
     case.check_forward(y)
     with guarded(), expect(f"triton.low_rank_linear_backward.{dtype}.{form}"):
-        gx, gu, gv, gb, gbase = road.backward(
-            case.grad, x, u, v, base, t, z, case.name, case.scale, *needs
-        )
+        gx, gu, gv, gbase, gb = road.backward(case.grad, case.call, t, z, *needs)
     case.check_gradients(
         [
             gx,
@@ -79,8 +77,7 @@ def test_wide_sweep(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("base", [False, True], ids=["factors", "lora"])
 def test_no_extras_and_no_parts(base: bool) -> None:
     case = make(33, 20, 35, 6, torch.bfloat16, "silu", base=base, extras=False)
-    x, u, v, *_, b = case.inputs
-    y, t, z = road.forward(x, u, v, None, None, b, "silu", 1.0, False)
+    y, t, z = road.forward(case.call, False)
     assert t is None
     assert z is None
     case.check_forward(y)
@@ -301,18 +298,19 @@ def test_the_raw_ops_of_a_gpu_reach_the_kernel() -> None:
     """What is registered for CUDA, called by itself on the interpreter's tensors."""
     module = sys.modules["bigops.ops.low_rank_linear"]
     case = make([2, 3], 6, 8, 3, torch.float32, "relu", base=True)
-    args = (*case.inputs, case.name, case.scale)
+    x, u, v, bias, residual, base = case.inputs
+    weight = (u, v, base, case.scale)
+    args = (x, *weight, bias, residual, case.name)
     with expect("triton.low_rank_linear.f32.fused"):
-        y, t, z = module._cuda_with_parts(*args)
-        case.check_forward(module._cuda(*args))
+        y, t, z = module.op._cuda_kept(*args)
+        case.check_forward(module.op._cuda(*args))
     case.check_forward(y)
-    x, u, v, _, _, base = case.inputs
     with expect("triton.low_rank_linear_backward.f32.fused"):
-        gx, gu, gv, gb, gbase = module._cuda_backward(
-            case.grad, x, u, v, base, t, z, case.name, case.scale, *NEEDS
+        gx, gu, gv, gbase, gb = module.op.gradients._cuda(
+            case.grad, x, *weight, t, z, case.name, *NEEDS
         )
     case.check_gradients([gx, gu, gv, gb, case.grad, gbase])
-    double = [None if i is None else i.double() for i in case.inputs]
+    double = [i.double() if isinstance(i, Tensor) else i for i in args]
     with backend.record() as names:
-        module._cuda(*double, case.name, case.scale)
+        module.op._cuda(*double)
     assert names == ["reference.low_rank_linear"]

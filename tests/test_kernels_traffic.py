@@ -65,7 +65,7 @@ def check_epilogue(traffic: Traffic, read: int, written: int) -> None:
 def test_an_epilogue_adds_no_bytes(name: str, parts: bool) -> None:
     case = linear_cases.make(M, N, K, BF16, name)
     with counting() as traffic, expect("triton.fused_linear.bf16"):
-        y, z = linear_road.forward(*case.inputs, name, parts)
+        y, z = linear_road.forward(case.call, parts)
     assert traffic.kernels == ["gemm"]
     check_epilogue(traffic, size(*case.inputs), size(y, z))
 
@@ -75,7 +75,7 @@ def test_the_programs_of_a_product_read_each_operand_once(name: str) -> None:
     """x by every column of tiles, W and bias by every row of tiles; the rest lies in L2."""
     case = linear_cases.make(M, N, K, BF16, name)
     with counting() as traffic:
-        y, _ = linear_road.forward(*case.inputs, name, False)
+        y, _ = linear_road.forward(case.call, False)
     gated = name == "geglu"
     config = tiles.choose_config("interpreter", BF16, M, N, K, gated, False)
     rows, columns = -(-M // config.block_m), -(-N // config.block_n)
@@ -97,9 +97,9 @@ def test_the_persistent_form_moves_no_more(name: str) -> None:
 def test_gradients_of_a_dense_product_move_gz_and_nothing_else(name: str) -> None:
     """gz is written once and read by both products; column sums go through one row a chunk."""
     case = linear_cases.make(M, N, K, BF16, name)
-    _, z = linear_road.forward(*case.inputs, name, True)
+    _, z = linear_road.forward(case.call, True)
     with counting() as traffic, expect("triton.fused_linear_backward.bf16"):
-        gx, gw, gb = linear_road.backward(case.grad, case.x, case.weight, z, name, True, True, True)
+        gx, gw, gb = linear_road.backward(case.grad, case.call, z, True, True, True)
     assert traffic.kernels == ["activation_backward", "sum_rows", "gemm", "gemm"]
     tile = tiles.pointwise_config("interpreter")
     chunks = -(-M // (-(-M // tile.max_chunks // tile.block_m) * tile.block_m))
@@ -116,12 +116,8 @@ def test_gradients_of_a_dense_product_move_gz_and_nothing_else(name: str) -> Non
 @pytest.mark.parametrize(("base", "parts"), [(False, False), (True, True)])
 def test_the_low_rank_product_stays_on_chip(base: bool, parts: bool) -> None:
     case = low_rank_cases.make(M, N, K, 9, BF16, "gelu", base=base)
-    x, u, v, bias, residual, dense = case.inputs
-    assert x is not None
-    assert u is not None
-    assert v is not None
     with counting() as traffic, expect("triton.low_rank_linear.bf16.fused"):
-        y, t, z = low_rank_road.forward(x, u, v, bias, residual, dense, "gelu", 1.0, parts)
+        y, t, z = low_rank_road.forward(case.call, parts)
     assert traffic.kernels == ["low_rank_product"]
     check_epilogue(traffic, size(*case.inputs), size(y, t, z))
 
@@ -130,16 +126,12 @@ def test_the_low_rank_product_stays_on_chip(base: bool, parts: bool) -> None:
 def test_gradients_of_the_low_rank_product(base: bool) -> None:
     """gz and gt = gz u are written once each, whatever K and N."""
     case = low_rank_cases.make(M, N, K, 9, BF16, "gelu", base=base)
-    x, u, v, bias, residual, dense = case.inputs
-    assert x is not None
-    assert u is not None
-    assert v is not None
-    _, t, z = low_rank_road.forward(x, u, v, bias, residual, dense, "gelu", 1.0, True)
+    x, u, v, _, _, dense = case.inputs
+    _, t, z = low_rank_road.forward(case.call, True)
     assert t is not None
     with counting() as traffic, expect("triton.low_rank_linear_backward.bf16.fused"):
-        found = low_rank_road.backward(
-            case.grad, x, u, v, dense, t, z, "gelu", 1.0, True, True, True, True, base
-        )
+        needs = (True, True, True, base, True)
+        found = low_rank_road.backward(case.grad, case.call, t, z, *needs)
     products = ["gemm"] * (3 if base else 2)
     assert traffic.kernels == ["activation_backward", "sum_rows", "low_rank_product", *products]
     tile = tiles.pointwise_config("interpreter")
@@ -340,7 +332,7 @@ def test_an_epilogue_through_memory_is_caught(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(linear_kernels, "product", apart)
     case = linear_cases.make(M, N, K, BF16, "gelu")
     with counting() as traffic:
-        y, _ = linear_road.forward(*case.inputs, "gelu", False)
+        y, _ = linear_road.forward(case.call, False)
     case.check_forward(y)
     with pytest.raises(AssertionError, match="ideal"):
         check_epilogue(traffic, size(*case.inputs), size(y))
@@ -348,12 +340,8 @@ def test_an_epilogue_through_memory_is_caught(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_low_rank_product_through_memory_is_caught() -> None:
     case = low_rank_cases.make(M, N, K, 33, BF16)  # of a rank that the interpreter's tile lacks
-    x, u, v, bias, residual, _ = case.inputs
-    assert x is not None
-    assert u is not None
-    assert v is not None
     with counting() as traffic, expect("triton.low_rank_linear.bf16.composed"):
-        y, *_ = low_rank_road.forward(x, u, v, bias, residual, None, "none", 1.0, False)
+        y, *_ = low_rank_road.forward(case.call, False)
     with pytest.raises(AssertionError, match="ideal"):
         check_epilogue(traffic, size(*case.inputs), size(y))
 
@@ -383,7 +371,7 @@ def test_an_intermediate_kept_in_an_argument_is_caught(
     monkeypatch.setattr(products, "gemm", copy.gemm)
     case = linear_cases.make(M, N, K, BF16, "gelu")
     with counting() as traffic:
-        y, _ = linear_road.forward(*case.inputs, "gelu", False)
+        y, _ = linear_road.forward(case.call, False)
     case.check_forward(y)
     with pytest.raises(AssertionError, match="ideal"):
         check_epilogue(traffic, size(*case.inputs), size(y))

@@ -192,7 +192,7 @@ def test_a_perturbed_factor_is_seen() -> None:
 def test_reference_serves_where_there_is_no_kernel_and_says_so() -> None:
     case = make(5, 8, 12, 3, base=True, name="gelu")
     x, u, v, bias, residual, base = case.inputs
-    case.check_forward(reference(x, u, v, bias, residual, base, "gelu"))
+    case.check_forward(reference(x, u, v, bias, residual, "gelu", base=base))
     meta = [t.to("meta") for t in (x, u, v)]
     double = bigops.explain("low_rank_linear", *(t.double() for t in meta), device="sm_90")
     assert double.kernel == "reference.low_rank_linear"

@@ -353,7 +353,7 @@ def test_what_was_measured_serves_from_the_next_start_on(monkeypatch: pytest.Mon
     assert after.config["file"] == table.source
     assert f"tuned on this device, from {table.source}" in after.reason
     with expect("triton.fused_linear.f32"):
-        y = module._cuda(*case.inputs, "none")
+        y = module.op._cuda(*case.inputs, "none")
     case.check_forward(y)
     other = explain("fused_linear", torch.randn(200, 32), weight, device="interpreter")
     assert "kernels/configs" in other.reason  # another bucket

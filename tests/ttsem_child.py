@@ -53,9 +53,9 @@ ROWS = 37  # against the tiles of 32 rows of kernels/configs/**/interpreter.json
 
 def linear(dtype: torch.dtype, name: str, shape: tuple[int, int, int] = (ROWS, 45, 70)) -> None:
     case = linear_cases.make(*shape, dtype, name)
-    y, z = linear_road.forward(*case.inputs, name, True)
+    y, z = linear_road.forward(case.call, True)
     case.check_forward(y)
-    grads = linear_road.backward(case.grad, case.x, case.weight, z, name, True, True, True)
+    grads = linear_road.backward(case.grad, case.call, z, True, True, True)
     case.check_gradients([*grads, case.grad])
 
 
@@ -69,12 +69,11 @@ def persistent(dtype: torch.dtype, name: str) -> None:
 
 def low_rank(dtype: torch.dtype, base: bool, rank: int = 9) -> None:
     case = low_rank_cases.make(ROWS, 45, 70, rank, dtype, "gelu", base=base, scale=0.75)
-    x, u, v, bias, residual, dense = case.inputs
-    y, t, z = low_rank_road.forward(x, u, v, bias, residual, dense, "gelu", 0.75, True)
+    y, t, z = low_rank_road.forward(case.call, True)
+    assert t is not None
     case.check_forward(y)
-    gx, gu, gv, gb, gbase = low_rank_road.backward(
-        case.grad, x, u, v, dense, t, z, "gelu", 0.75, True, True, True, True, base
-    )
+    needs = (True, True, True, base, True)
+    gx, gu, gv, gbase, gb = low_rank_road.backward(case.grad, case.call, t, z, *needs)
     case.check_gradients([gx, gu, gv, gb, case.grad, gbase if base else None])
 
 
@@ -263,7 +262,7 @@ def planted(old: str, new: str) -> None:
         case = linear_cases.make(ROWS, 45, 70, F32, "gelu", residual=False)
         before, products.gemm = products.gemm, copy.gemm
         try:
-            y, _ = linear_road.forward(*case.inputs, "gelu", False)
+            y, _ = linear_road.forward(case.call, False)
         finally:
             products.gemm = before
     case.check_forward(y)

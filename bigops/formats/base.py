@@ -8,7 +8,7 @@ of its fields.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -34,8 +34,16 @@ class Format:
     """Names of the tensors, in the order of the schema."""
     OPTIONAL: ClassVar[frozenset[str]]
     """Those of them that a weight may lack."""
-    TRAINS: ClassVar[bool] = False
-    """Whether floating ``values`` have gradients."""
+    TRAINED: ClassVar[tuple[str, ...]] = ()
+    """Those that have gradients where they are floating."""
+    PLAIN: ClassVar[bool] = False
+    """Whether the tensors are torch's own, of x's dtype: a product computes in that one."""
+    GATED: ClassVar[bool] = False
+    """Whether a gated pair may follow: the first half of the rows of W is the gate, then up."""
+    KEPT: ClassVar[str] = ""
+    """What a forward keeps for its gradients, as a schema has it, the pre-activation last."""
+    K_OF_X: ClassVar[bool] = False
+    """Whether K is in no tensor and no field: kernels take that of x."""
 
     n: int
     k: int
@@ -68,6 +76,13 @@ class Format:
     def x_dtypes(self) -> tuple[torch.dtype, ...]:
         """The floating dtypes that x may have in a product with this weight."""
         return FLOATS
+
+    def check_beside(self, x: Tensor) -> None:
+        """Raise TypeError or ValueError unless x has a dtype and device for this weight."""
+        for name, t in self.tensors().items():
+            if t is not None and t.device != x.device:
+                checks.device(name, t, x)
+        checks.floating("x", x, self.x_dtypes)
 
     @classmethod
     def autocast_dtype(cls, *arguments: Any) -> torch.dtype | None:
@@ -135,8 +150,34 @@ class Format:
         self.check_structure()
 
     def sample(self, grad: Tensor) -> Tensor:
-        """Entries of a matrix [N, K] where ``values`` stores its own, in their shape and dtype."""
+        """Entries of a matrix [N, K] where a trained tensor stores its own, as that has them."""
         raise NotImplementedError
+
+    def kept(self, x: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """What `KEPT` names, of a product with x [.., K]; differentiable."""
+        raise NotImplementedError
+
+    def kept_sizes(self) -> dict[str, int]:
+        """The last dimension of each of them."""
+        return {}
+
+    def backward(
+        self, gz: Tensor, x: Tensor, wanted: Collection[str], kept: Mapping[str, Tensor | None]
+    ) -> dict[str, Tensor]:
+        """Gradients of z = x W^T as a differentiable expression.
+
+        Args:
+            gz: [.., N], of z; with x in the dtype of the computation.
+            wanted: "x" and names in `TRAINED`.
+            kept: what `KEPT` names.
+        """
+        found = {}
+        if "x" in wanted:
+            found["x"] = gz @ self.to_dense(gz.dtype)
+        for name in self.TRAINED:
+            if name in wanted:
+                found[name] = self.sample(rows(gz).transpose(0, 1) @ rows(x))
+        return found
 
     def replace(self, **fields: Any) -> Self:
         """The same weight but for some fields; not validated."""
@@ -219,6 +260,11 @@ class Format:
         made = self.with_tensors(tensors)
         names = {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         return made.replace(n=n) if "n" in names else made
+
+
+def rows(t: Tensor) -> Tensor:
+    """[.., K] as [M, K]; reshape(-1, K) cannot, where K is 0."""
+    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)

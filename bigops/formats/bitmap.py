@@ -46,7 +46,8 @@ class BitmapWeight(Format):
     n: int
     k: int
 
-    SCHEMA = "Tensor values, Tensor bits, Tensor ptr, SymInt n"  # K is that of x
+    SCHEMA = "Tensor values, Tensor bits, Tensor ptr, SymInt n"
+    K_OF_X = True
 
     @property
     def arguments(self) -> tuple[Any, ...]:

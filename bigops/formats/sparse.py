@@ -50,7 +50,8 @@ class SparseWeight(Format):
         "Tensor values, Tensor index, Tensor rows, Tensor length, Tensor ptr, Tensor? scale, "
         "Tensor? sums, SymInt n, int chunk"
     )
-    TRAINS = True
+    TRAINED = ("values",)
+    K_OF_X = True
     _always: ClassVar = ("values", "index", "rows", "length", "ptr")
 
     @property

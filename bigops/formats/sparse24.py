@@ -68,9 +68,9 @@ class Sparse24Weight(Format):
     meta_t: Tensor | None  # of a transposable weight
     k: int
 
-    # K is that of x.
     SCHEMA = "Tensor values, Tensor meta, Tensor? scale, Tensor? sums, Tensor? meta_t"
-    TRAINS = True
+    TRAINED = ("values",)
+    K_OF_X = True
 
     @property
     def n(self) -> int:  # type: ignore[override]

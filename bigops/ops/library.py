@@ -135,19 +135,16 @@ def autocast(device_type: str, *tensors: torch.Tensor | None) -> tuple[torch.Ten
     return cast(torch.get_autocast_dtype(device_type), *tensors)
 
 
-def cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Cast floating tensors to a dtype (float64 stays)."""
+def cast(dtype: torch.dtype, *arguments: Any) -> tuple[Any, ...]:
+    """Cast floating tensors to a dtype (float64 stays, and what is no tensor)."""
     return tuple(
         t
-        if t is None or t.dtype in (dtype, torch.float64) or not t.is_floating_point()
+        if not isinstance(t, torch.Tensor)
+        or t.dtype in (dtype, torch.float64)
+        or not t.is_floating_point()
         else t.to(dtype)
-        for t in tensors
+        for t in arguments
     )
-
-
-def rows(t: torch.Tensor) -> torch.Tensor:
-    """[.., K] as [M, K]; reshape(-1, K) cannot, where K is 0."""
-    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 
 def pick(args: Sequence[Any], in_dims: Sequence[Any], i: int) -> list[Any]:
@@ -156,10 +153,16 @@ def pick(args: Sequence[Any], in_dims: Sequence[Any], i: int) -> list[Any]:
 
 
 def loop(
-    function: Callable[..., Any], args: tuple[Any, ...], in_dims: tuple[Any, ...], batch: int
+    function: Callable[..., Any], args: Sequence[Any], in_dims: Sequence[Any], batch: int
 ) -> Any:
     """A vmap rule: the function on each item of the batch, results stacked at 0."""
-    outs = [function(*pick(args, in_dims, i)) for i in range(batch)]
+    if batch == 0:  # the results of one item of zeros have the shapes, and none of them is taken
+        args = tuple(
+            a if dim is None else a.new_zeros([1, *a.shape[:dim], *a.shape[dim + 1 :]])
+            for a, dim in zip(args, in_dims, strict=True)
+        )
+        in_dims = tuple(None if dim is None else 0 for dim in in_dims)
+    outs = [function(*pick(args, in_dims, i)) for i in range(max(batch, 1))]
     if isinstance(outs[0], torch.Tensor):
-        return torch.stack(outs)
-    return tuple(torch.stack(parts) for parts in zip(*outs, strict=True))
+        return torch.stack(outs)[:batch]
+    return tuple(torch.stack(parts)[:batch] for parts in zip(*outs, strict=True))

@@ -78,6 +78,8 @@ def register_sharding_rules() -> None:
         for name in names:
             register(getattr(torch.ops.bigops, name).code, getattr(module, name))
     for op in linear_ops():
+        if op.format.PLAIN:  # these have rules of their own, above
+            continue
         register(op.forward, sharding.of_linear_op(op))
         register(op.gradients.backward, sharding.of_backward(op))
         if op.twin is not None:

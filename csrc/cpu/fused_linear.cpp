@@ -187,12 +187,12 @@ Tensor fused_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias
   return dense_linear(x, weight, bias, residual, activation, nullptr, "fused_linear");
 }
 
-std::tuple<Tensor, Tensor> fused_linear_with_preact(const Tensor& x, const Tensor& weight,
-                                                    const OptTensor& bias,
-                                                    const OptTensor& residual, int64_t activation) {
-  Tensor preact;
-  Tensor y =
-      dense_linear(x, weight, bias, residual, activation, &preact, "fused_linear_with_preact");
+std::tuple<Tensor, Tensor> fused_linear_with_parts(const Tensor& x, const Tensor& weight,
+                                                   const OptTensor& bias, const OptTensor& residual,
+                                                   int64_t activation) {
+  Tensor preact = nothing(x.scalar_type());
+  Tensor* kept = activation == kNone ? nullptr : &preact;
+  Tensor y = dense_linear(x, weight, bias, residual, activation, kept, "fused_linear_with_parts");
   return {y, preact};
 }
 
@@ -320,6 +320,6 @@ std::pair<std::string, std::string> choose_fused_linear(int64_t m, int64_t n, in
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
   m.impl("fused_linear.code", TORCH_BOX(&bigops::fused_linear));
-  m.impl("fused_linear_with_preact.code", TORCH_BOX(&bigops::fused_linear_with_preact));
+  m.impl("fused_linear_with_parts.code", TORCH_BOX(&bigops::fused_linear_with_parts));
   m.impl("fused_linear_backward.code", TORCH_BOX(&bigops::fused_linear_backward));
 }

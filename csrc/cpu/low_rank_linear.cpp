@@ -23,6 +23,10 @@ void check_factors(const Tensor& x, const Tensor& u, const Tensor& v, const OptT
   if (v.dim() != 2) fail("v", "2 dimensions [r, K]", shape_of(v));
   if (u.size(1) != v.size(0))
     fail("u", std::to_string(v.size(0)) + " columns, the rows of v", shape_of(u));
+  const int64_t least = u.size(0) < v.size(1) ? u.size(0) : v.size(1);
+  if (v.size(0) > least)
+    fail("u, v", "a rank of at most " + std::to_string(least) + ", the smaller side",
+         std::to_string(v.size(0)));
   if (base.has_value()) {
     check_cpu("base", *base);
     check_dtype("base", *base, x.scalar_type());
@@ -45,8 +49,8 @@ Tensor times(const Tensor& t, double scale) {
 }
 
 // t and z: null when not asked for. z is left as it is for activation "none".
-Tensor forward(const Tensor& x_any, const Tensor& u, const Tensor& v, const OptTensor& bias,
-               const OptTensor& residual, const OptTensor& base, int64_t activation, double scale,
+Tensor forward(const Tensor& x_any, const Tensor& u, const Tensor& v, const OptTensor& base,
+               double scale, const OptTensor& bias, const OptTensor& residual, int64_t activation,
                Tensor* t_out, Tensor* z) {
   const int code = check_plain_activation(activation);
   check_factors(x_any, u, v, base);
@@ -71,25 +75,25 @@ Tensor forward(const Tensor& x_any, const Tensor& u, const Tensor& v, const OptT
   return activated(sum, dense(residual), code);
 }
 
-Tensor low_rank_linear(const Tensor& x, const Tensor& u, const Tensor& v, const OptTensor& bias,
-                       const OptTensor& residual, const OptTensor& base, int64_t activation,
-                       double scale) {
-  return forward(x, u, v, bias, residual, base, activation, scale, nullptr, nullptr);
+Tensor low_rank_linear(const Tensor& x, const Tensor& u, const Tensor& v, const OptTensor& base,
+                       double scale, const OptTensor& bias, const OptTensor& residual,
+                       int64_t activation) {
+  return forward(x, u, v, base, scale, bias, residual, activation, nullptr, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor> low_rank_linear_with_parts(
-    const Tensor& x, const Tensor& u, const Tensor& v, const OptTensor& bias,
-    const OptTensor& residual, const OptTensor& base, int64_t activation, double scale) {
+    const Tensor& x, const Tensor& u, const Tensor& v, const OptTensor& base, double scale,
+    const OptTensor& bias, const OptTensor& residual, int64_t activation) {
   Tensor t, z = nothing(x.scalar_type());
   const bool keep = check_activation(activation) != kNone;
-  Tensor y = forward(x, u, v, bias, residual, base, activation, scale, &t, keep ? &z : nullptr);
+  Tensor y = forward(x, u, v, base, scale, bias, residual, activation, &t, keep ? &z : nullptr);
   return {y, t, z};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
     const Tensor& grad_any, const Tensor& x_any, const Tensor& u_any, const Tensor& v_any,
-    const OptTensor& base_any, const Tensor& t_any, const OptTensor& preact_any, int64_t activation,
-    double scale, bool need_x, bool need_u, bool need_v, bool need_bias, bool need_base) {
+    const OptTensor& base_any, double scale, const Tensor& t_any, const OptTensor& preact_any,
+    int64_t activation, bool need_x, bool need_u, bool need_v, bool need_base, bool need_bias) {
   const int code = check_plain_activation(activation);
   check_factors(x_any, u_any, v_any, base_any);
   check_cpu("grad", grad_any);
@@ -129,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
          gbase = nothing(dtype);
   const bool products = need_x || need_u || need_v || need_base;
   const Tensor gz = preact_gradient(grad, preact, code, products, need_bias ? &gb : nullptr);
-  if (!products) return {gx, gu, gv, gb, gbase};
+  if (!products) return {gx, gu, gv, gbase, gb};
   const Tensor gz_t = torch::stable::transpose(gz, 0, 1);
   const Tensor x2 = view_matrix(x, m, k);
   if (need_u) gu = gradient_mm(gz_t, view_matrix(dense(t_any), m, rank));
@@ -147,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
       gx = view_like(gradient_mm(gt, v), x);
     }
   }
-  return {gx, gu, gv, gb, gbase};
+  return {gx, gu, gv, gbase, gb};
 }
 
 }  // namespace

@@ -28,12 +28,12 @@ from tests import triton_interpreter
 
 # op -> module of bigops.ops and what serves it on a GPU
 ROADS = {
-    "fused_linear": ("fused_linear", "_cuda"),
-    "fused_linear_with_preact": ("fused_linear", "_cuda_with_preact"),
-    "fused_linear_backward": ("fused_linear", "_cuda_backward"),
-    "low_rank_linear": ("low_rank_linear", "_cuda"),
-    "low_rank_linear_with_parts": ("low_rank_linear", "_cuda_with_parts"),
-    "low_rank_linear_backward": ("low_rank_linear", "_cuda_backward"),
+    "fused_linear": ("fused_linear", "op._cuda"),
+    "fused_linear_with_parts": ("fused_linear", "op._cuda_kept"),
+    "fused_linear_backward": ("fused_linear", "op.gradients._cuda"),
+    "low_rank_linear": ("low_rank_linear", "op._cuda"),
+    "low_rank_linear_with_parts": ("low_rank_linear", "op._cuda_kept"),
+    "low_rank_linear_backward": ("low_rank_linear", "op.gradients._cuda"),
     "quantized_linear": ("quantized_linear", "op._cuda"),
     "sparse_linear": ("sparse_linear", "op._cuda"),
     "sparse_linear_backward": ("sparse_linear", "op.gradients._cuda"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from bigops.formats import checks
@@ -30,30 +31,48 @@ class Call(NamedTuple):
         """The activation as kernels take it."""
         return act.CODES[self.activation]
 
+    @property
+    def n(self) -> int:
+        """Columns of the result: the rows of W, of a gated pair half of them."""
+        return self.weight.n // 2 if self.activation in act.GATED else self.weight.n
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the reference computes."""
+        return self.x.dtype if self.weight.PLAIN else torch.float32
+
     def check(self) -> None:
         """Raise ValueError or TypeError naming the argument, what was expected and what came."""
         self.weight.check_tensors()
         self.weight.check()
-        for name, tensor in self.weight.tensors().items():
-            if tensor is not None and tensor.device != self.x.device:
-                checks.device(name, tensor, self.x)
+        self.weight.check_beside(self.x)
         x, (n, k) = self.x, self.weight.shape
-        act.check_name(self.activation, gated=False)
-        checks.floating("x", x, self.weight.x_dtypes)
+        act.check_name(self.activation, self.weight.GATED)
         if x.dim() == 0 or x.shape[-1] != k:
             raise ValueError(
                 f"x: expected shape [.., {k}] for a weight of [{n}, {k}]; got {list(x.shape)}"
+            )
+        if self.activation in act.GATED and n % 2:
+            raise ValueError(
+                f"weight: {self.activation} needs an even number of rows (gate, then up); got {n}"
             )
         if self.bias is not None:
             checks.shape("bias", self.bias, [n])
             checks.like("bias", self.bias, x)
         if self.residual is not None:
-            checks.shape("residual", self.residual, [*x.shape[:-1], n])
+            checks.shape("residual", self.residual, [*x.shape[:-1], self.n])
             checks.like("residual", self.residual, x)
 
+    def kept(self) -> dict[str, Tensor]:
+        """What a forward keeps, the pre-activation in it, as a differentiable expression."""
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return self.weight.kept(self.x.to(self.dtype), bias)
+
+    def biased(self, z: Tensor) -> Tensor:
+        """x W^T with the bias, the pre-activation."""
+        return z if self.bias is None else z + self.bias.to(self.dtype)
+
     def finish(self, z: Tensor) -> Tensor:
-        """Bias, activation and residual on z = x W^T, in float32."""
-        if self.bias is not None:
-            z = z + self.bias.float()
-        y = act.apply(self.activation, z)
-        return y if self.residual is None else y + self.residual.float()
+        """Activation and residual on the pre-activation, in the dtype of the computation."""
+        y = act.epilogue(self.activation, z)
+        return y if self.residual is None else y + self.residual.to(self.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigops import backend
+from bigops.formats.base import rows
 from bigops.ops import activation as act
 from bigops.ops.family.call import Call
 from bigops.ops.library import define, in_words, loop, register
@@ -26,16 +27,17 @@ class Gradients:
 
     def __init__(self, op: LinearOp, backward: Backward | None) -> None:
         self.op, self._on_cuda = op, backward
-        trains = op.format.TRAINS
-        self.needs = ("need_x", "need_values", "need_bias") if trains else ("need_x", "need_bias")
-        self.arguments = ("grad", "x", *op.fields, "bias", "activation", *self.needs)
+        trained, tensors = op.format.TRAINED, op.format.TENSORS
+        self.needs = tuple(f"need_{name}" for name in ("x", *trained, "bias"))
+        # Of the bias only the pre-activation is made, where it is not kept.
+        extra, kept = op.format.KEPT or "Tensor? bias", op.kept or ("bias",)
+        self.arguments = ("grad", "x", *op.fields, *kept, "activation", *self.needs)
         results = ", ".join("Tensor" for _ in self.needs)
         self.backward = define(
-            f"{op.name}_backward(Tensor grad, Tensor x, {op.format.SCHEMA}, Tensor? bias, "
+            f"{op.name}_backward(Tensor grad, Tensor x, {op.format.SCHEMA}, {extra}, "
             f"str activation, {', '.join(f'bool {need}' for need in self.needs)}) -> ({results})",
             self._serve,
         )
-        self._expression = in_words(self.backward, self.reference)
         register(
             self.backward,
             fake=self._fake,
@@ -44,55 +46,72 @@ class Gradients:
             vmap=self._vmap,
             cuda=None if backward is None else self._cuda,
         )
-        tensors = op.format.TENSORS
+        self._reference = in_words(self.backward, self.reference)
+        self._call = in_words(op.forward, op.call)
         sizes = [name for name in op.fields if name not in tensors]
-        self._weights = _picker(op.fields, tensors)
         self._saved = _picker(op.arguments, ("x", *tensors, "bias"))
-        self._plain = _picker(op.arguments, (*sizes, "activation"))
-        self._twice = ("grad", "x", *tensors, "bias")
+        self._sizes = _picker(op.arguments, (*sizes, "activation"))
+        self._saved_names = ("x", *tensors, "bias", *op.kept)
+        self._twice = ("grad", "x", *tensors, *kept)
+        places = list(enumerate(op.fields))
+        self._frozen = [(at, name) for at, name in places if name in {*tensors} - {*trained}]
+        self._trained = [at for at, name in places if name in trained]
         self.eager, self.functorch = self._functions()
 
-        def node(*args: Any) -> Tensor:
+        def node(trains: bool, *args: Any) -> Tensor:
             # Runs when a graph is lowered, below the transforms of torch.func that it was traced in
             if torch._C._are_functorch_transforms_active():
                 return self.functorch(*args)
-            return op.forward(*op._encoded(args))  # type: ignore[no-any-return]
+            *given, code = op._encoded(args)
+            if trains and op.keeps(code):
+                return op.forward_kept(*given, code)[0]  # type: ignore[no-any-return]
+            return op.forward(*given, code)
 
         self.node = _NODES[op.name] = node
 
     # reference, fake ------------------------------------------------------------------------
 
-    def call(self, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Call, dict[str, bool]]:
-        """The arguments of the backward op in words as a call, and what is needed."""
+    def call(
+        self, grad: Tensor, x: Tensor, *rest: Any
+    ) -> tuple[Call, dict[str, Tensor | None], dict[str, bool]]:
+        """The arguments of the backward op in words: a call, what it kept, what is needed."""
         named = dict(zip(self.arguments, (grad, x, *rest), strict=True))
         weight = self.op.weight(x, *(named[field] for field in self.op.fields))
-        call = Call(x, weight, named["bias"], None, named["activation"])
-        return call, {need: named[need] for need in self.needs}
+        call = Call(x, weight, named.get("bias"), None, named["activation"])
+        kept = {name: named[name] for name in self.op.kept}
+        return call, kept, {need: named[need] for need in self.needs}
 
     def reference(self, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
         """The results of the backward op as a differentiable expression; None where not needed."""
-        call, need = self.call(grad, x, *rest)
-        bias = None if call.bias is None else call.bias.float()
-        w = call.weight.to_dense(torch.float32)
-        gz = grad.float()
+        call, kept, need = self.call(grad, x, *rest)
+        return self._expression(grad, call, kept or self._kept(call), need)
+
+    def _kept(self, call: Call) -> dict[str, Tensor]:
+        """What an expression for the gradients of a call starts from, itself differentiable."""
+        if self.op.kept:
+            return call.kept()
+        if call.activation == "none":
+            return {}
+        wide = call._replace(x=call.x.float())
+        z = call.biased(F.linear(wide.x, call.weight.to_dense(torch.float32)))
+        if call.weight.rounds:
+            seen = call.biased(self.op.product(wide, None))
+            z = z + (seen - z).detach()
+        return {"preact": z}
+
+    def _expression(
+        self, grad: Tensor, call: Call, kept: Mapping[str, Any], need: Mapping[str, bool]
+    ) -> tuple[Tensor | None, ...]:
+        gz = grad.to(call.dtype)
         if call.activation != "none":
-            z = F.linear(x.float(), w, bias)
-            if call.weight.rounds:
-                seen = self.op.reference(x.float(), call.weight, bias)
-                z = z + (seen - z).detach()
-            gz = act.epilogue_backward(call.activation, gz, z)
-        gx = (gz @ w).to(x.dtype) if need["need_x"] else None
-        rows = list(range(gz.dim() - 1))
-        gb = (gz.sum(rows) if rows else gz).to(x.dtype) if need["need_bias"] else None
-        if "need_values" not in need:
-            return gx, gb
-        gv = None
-        if need["need_values"]:
-            n, k = w.shape
-            gv = call.weight.sample(
-                gz.reshape(-1, n).t() @ x.float().reshape(-1, k) if n and k else w
-            )
-        return gx, gv, gb
+            gz = act.epilogue_backward(call.activation, gz, kept["preact"])
+        wanted = [name.removeprefix("need_") for name, asked in need.items() if asked]
+        found = call.weight.backward(gz, call.x.to(call.dtype), wanted, kept)
+        if "bias" in wanted:
+            found["bias"] = rows(gz).sum(0)
+        for name in {"x", "bias"} & {*wanted}:
+            found[name] = found[name].to(call.x.dtype)
+        return tuple(found.get(name.removeprefix("need_")) for name in need)
 
     def _serve(self, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         backend.note(f"reference.{self.op.name}_backward")
@@ -101,20 +120,18 @@ class Gradients:
         return tuple(x.new_empty(0) if g is None else g for g in found)  # none is another's
 
     def _fake(self, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        call, need = self.call(grad, x, *rest)
-        like = {"need_x": x, "need_values": getattr(call.weight, "values", x), "need_bias": x}
-        shape = {"need_x": x.shape, "need_bias": grad.shape[-1:]}
-        if need.get("need_values"):
-            shape["need_values"] = like["need_values"].shape
+        call, _, need = self.call(grad, x, *rest)
+        like = {**call.weight.tensors(), "x": x, "bias": x.new_empty(call.weight.n)}
+        found = ((like[name.removeprefix("need_")], asked) for name, asked in need.items())
         return tuple(
-            like[name].new_empty(shape[name]) if wanted else x.new_empty((0,))
-            for name, wanted in need.items()
+            t.new_empty(t.shape) if asked and t is not None else x.new_empty(0)
+            for t, asked in found
         )
 
     def _cuda(self, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        call, need = self.call(grad, x, *rest)
+        call, kept, need = self.call(grad, x, *rest)
         assert self._on_cuda is not None
-        found = self._on_cuda(grad, call, **need)
+        found = self._on_cuda(grad, call, **kept, **need)
         return self._serve(grad, x, *rest) if found is None else found
 
     # once -----------------------------------------------------------------------------------
@@ -123,59 +140,84 @@ class Gradients:
         self, x: Tensor, arguments: tuple[Any, ...], bias: Tensor | None, residual: Tensor | None
     ) -> bool:
         """Whether a call is to be recorded; raise ValueError for storage that has no gradient."""
-        weights = [t is not None and t.requires_grad for t in self._weights(arguments)]
-        if any(weights):
-            self._refuse(self._weights(arguments), weights)
-            return True
+        for at, name in self._frozen:
+            t = arguments[at]
+            if t is not None and t.requires_grad:
+                self._refuse(name)
+        for at in self._trained:
+            t = arguments[at]
+            if t is not None and t.requires_grad:
+                return True
         return (
             x.requires_grad
             or (bias is not None and bias.requires_grad)
             or (residual is not None and residual.requires_grad)
         )
 
-    def _refuse(self, tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> None:
-        op = self.op
-        for name, t, need in zip(op.format.TENSORS, tensors, needs, strict=True):
-            trains = op.format.TRAINS and name == "values"
-            if need and not (trains and t is not None and t.is_floating_point()):
-                what = "is frozen storage; train the dense weight and convert it anew"
-                if op.format.TRAINS:
-                    what += ", or train its floating-point values"
-                raise ValueError(
-                    f"{name}: expected a tensor that needs no gradient (the weight of {op.name} "
-                    f"{what}); got one with requires_grad"
-                )
+    def _refuse(self, name: str) -> None:
+        trained = self.op.format.TRAINED
+        what = "is frozen storage; train the dense weight and convert it anew"
+        if trained:
+            what += f", or train its floating-point {', '.join(trained)}"
+        raise ValueError(
+            f"{name}: expected a tensor that needs no gradient (the weight of {self.op.name} "
+            f"{what}); got one with requires_grad"
+        )
 
-    def save(self, ctx: Any, args: Sequence[Any]) -> None:
-        """Keep what the gradients need of the arguments of the op, in codes."""
-        ctx.plain = self._plain(args)
-        ctx.save_for_backward(*self._saved(args))
+    def save(self, ctx: Any, args: Sequence[Any], kept: Sequence[Tensor | None] = ()) -> None:
+        """Save what the gradients need of the arguments of the op, in codes, and what it kept."""
+        ctx.sizes = self._sizes(args)
+        ctx.save_for_backward(*self._saved(args), *kept)
 
     def setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """`torch.library`'s setup of the context of the raw op."""
-        _, *tensors, _ = self._saved(inputs)
-        _, *needs, _ = self._saved(ctx.needs_input_grad)
-        self._refuse(tensors, needs)
-        self.save(ctx, inputs)
+        for at, name in self._frozen:
+            if ctx.needs_input_grad[1 + at]:  # after x
+                self._refuse(name)
+        _, *kept = output if isinstance(output, tuple) else (output,)
+        if kept:
+            ctx.set_materialize_grads(False)
+        self.save(ctx, inputs, kept)
 
-    def raw_backward(self, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def raw_backward(self, ctx: Any, grad: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
         """Gradients of all inputs of the op: by the kernel, or as an expression."""
-        x, *tensors, bias = ctx.saved_tensors
-        *sizes, code = ctx.plain
-        asked = dict(zip(self.op.arguments, ctx.needs_input_grad, strict=True))
-        self._refuse(tensors, [asked[name] for name in self.op.format.TENSORS])
+        op = self.op
+        if any(g is not None for g in others):
+            raise RuntimeError(
+                f"{op.name}_with_parts: expected a gradient for y only; {' and '.join(op.kept)} "
+                "are kept for the backward pass and have none"
+            )
+        asked = dict(zip(op.arguments, ctx.needs_input_grad, strict=True))
+        for _, name in self._frozen:
+            if asked[name]:
+                self._refuse(name)
         need = {name: asked[name.removeprefix("need_")] for name in self.needs}
-        args = (grad, x, *tensors, *sizes, bias, code, *need.values())
-        found: dict[str, Tensor | None] = {}
-        if any(need.values()):
-            # create_graph: the expression is differentiable again
-            made = (self._expression if torch.is_grad_enabled() else self.backward)(*args)
-            found = {
-                name.removeprefix("need_"): gradient if wanted else None
-                for (name, wanted), gradient in zip(need.items(), made, strict=True)
-            }
-        found["residual"] = grad if asked["residual"] else None
-        return tuple(found.get(name) for name in self.op.arguments)
+        made: Sequence[Tensor | None] = self._made(ctx, grad, need) if any(need.values()) else ()
+        found = {
+            name.removeprefix("need_"): gradient
+            for (name, wanted), gradient in zip(need.items(), made, strict=False)
+            if wanted
+        }
+        if asked["residual"]:
+            found["residual"] = grad
+        return tuple(found.get(name) for name in op.arguments)
+
+    def _made(self, ctx: Any, grad: Tensor, need: dict[str, bool]) -> Sequence[Tensor | None]:
+        op, saved = self.op, dict(zip(self._saved_names, ctx.saved_tensors, strict=False))
+        *sizes, code = ctx.sizes
+        x, bias = saved["x"], saved["bias"]
+        weight = (*(saved[name] for name in op.format.TENSORS), *sizes)
+        if torch.is_grad_enabled():  # create_graph: the expression is differentiable again
+            call = self._call(x, *weight, bias, None, code)
+            return self._expression(grad, call, self._kept(call), need)
+        kept: Sequence[Tensor | None] = (bias,)
+        if op.kept and "preact" in saved:
+            kept = [saved[name] for name in op.kept]
+        elif op.keeps(code):  # the plain raw op keeps nothing
+            _, *kept = op.forward_kept(x, *weight, bias, None, code)
+        elif op.kept:
+            kept = [None for _ in op.kept]
+        return self.backward(grad, x, *weight, *kept, code, *need.values())  # type: ignore[no-any-return]
 
     # twice ----------------------------------------------------------------------------------
 
@@ -193,7 +235,7 @@ class Gradients:
         }
         named.update(leaves)
         with torch.enable_grad():
-            outputs = self._expression(*(named[name] for name in self.arguments))
+            outputs = self._reference(*(named[name] for name in self.arguments))
             pairs = [(o, v) for o, v in zip(outputs, grads, strict=True) if o is not None]
             found = torch.autograd.grad(
                 [o for o, _ in pairs],
@@ -206,7 +248,7 @@ class Gradients:
 
     def _differentiable(self, name: str, t: Tensor) -> bool:
         if name in self.op.format.TENSORS:
-            return name == "values" and self.op.format.TRAINS and t.is_floating_point()
+            return name in self.op.format.TRAINED and t.is_floating_point()
         return True
 
     def _vmap(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -218,13 +260,19 @@ class Gradients:
     def _functions(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
         """The eager Function (ctx form, 10 microseconds a call) and the one for torch.func."""
         gradients, op = self, self.op
+        unkept = (None,) * len(op.kept)
 
         class Eager(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *args):  # type: ignore[no-untyped-def]
-                gradients.save(ctx, args)
+                kept: Sequence[Tensor | None] = unkept
                 with torch._C._AutoDispatchBelowAutograd():
-                    return op.forward(*args)
+                    if op.kept and op.keeps(args[-1]):
+                        y, *kept = op.forward_kept(*args)
+                    else:
+                        y = op.forward(*args)
+                gradients.save(ctx, args, kept)
+                return y
 
             @staticmethod
             def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -249,14 +297,15 @@ class Gradients:
 
             @staticmethod
             def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
-                return op.fold(Functorch.forward, args, in_dims, info.batch_size), 0
+                return op.fold(Functorch.forward, args, in_dims, info.batch_size, op._serve), 0
 
         return Eager.apply, Functorch.apply
 
     def traced(self, *args: Any) -> Tensor:
         """The op in a graph that torch.compile or torch.export makes."""
         _allow_in_graph(self.op.name)
-        return self.node(*args)  # type: ignore[no-any-return]
+        # whether it may be differentiated is known here; a graph is lowered with gradients on
+        return self.node(torch.is_grad_enabled(), *args)  # type: ignore[no-any-return]
 
 
 _NODES: dict[str, Callable[..., Tensor]] = {}

@@ -21,7 +21,7 @@ from bigops.ops import targets
 from bigops.ops.choice import Choice
 from bigops.ops.family.call import Call
 from bigops.ops.family.linear_op import LinearOp
-from bigops.ops.library import autocast, define, encoder, in_words, register
+from bigops.ops.library import autocast, define, encoder, register
 from bigops.ops.targets import Target
 
 
@@ -153,7 +153,7 @@ class GridOp:
 
     def reference(self, given: GridCall) -> Tensor:
         """The meaning of the op in plain torch."""
-        y = given.call.finish(self.op.product(given.call, given.x_grid))
+        y = given.call.finish(given.call.biased(self.op.product(given.call, given.x_grid)))
         if given.y_grid is not None:
             return quantize.to_grid(y, given.y_grid)
         return y.to(given.dtype)
@@ -191,13 +191,6 @@ class GridOp:
     # vmap, dispatch -------------------------------------------------------------------------
 
     def _vmap(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        if info.batch_size == 0:
-            one = [
-                a if d is None else a.new_empty(a.shape[:d] + a.shape[d + 1 :])
-                for a, d in zip(args, in_dims, strict=True)
-            ]
-            y = in_words(self.forward, self._fake)(*one)
-            return y.new_empty((0, *y.shape)), 0
         return self.op.fold(self.forward, args, in_dims, info.batch_size), 0
 
     def __call__(

@@ -17,7 +17,14 @@ from bigops.ops import targets
 from bigops.ops.choice import Choice, reference
 from bigops.ops.family.call import Call
 from bigops.ops.family.gradients import Backward, Gradients
-from bigops.ops.library import cast, define, encoder, is_autocast_on, pick, register
+from bigops.ops.library import (
+    cast,
+    define,
+    encoder,
+    is_autocast_on,
+    loop,
+    register,
+)
 from bigops.ops.targets import Target
 
 if TYPE_CHECKING:
@@ -34,7 +41,7 @@ def plain_product(call: Call, x_grid: Tensor | None = None) -> Tensor:
 
 def fields_of(schema: str) -> tuple[str, ...]:
     """Names of the arguments in a schema."""
-    return tuple(part.split()[-1] for part in schema.split(","))
+    return tuple(part.split()[-1] for part in schema.split(",") if part)
 
 
 _SERVING: dict[type[Format], LinearOp] = {}
@@ -63,9 +70,10 @@ class LinearOp:
     Args:
         name: of the op.
         format: the format of its weight.
-        choose: ``choose(call, target)``: what serves a call there; by default the reference.
-        backward: ``backward(grad, call, **needs)``, the gradients of a call on a GPU (`needs` as
-            `Gradients` names them), or None where the reference makes them.
+        choose: ``choose(call, target)``: what serves a call there; by default the reference. Where
+            the format names what a forward keeps, ``run(call, keep)`` gives y and that.
+        backward: ``backward(grad, call, **kept, **needs)``, the gradients of a call on a GPU (named
+            as in the schema of the backward op), or None where the reference makes them.
         product: ``product(call, x_grid) -> x W^T`` in float32 as the kernels see x, on a grid where
             one is given; by default that of the dense weight.
     """
@@ -84,23 +92,46 @@ class LinearOp:
         _SERVING[format] = self
         self.fields = fields_of(format.SCHEMA)
         self.arguments = ("x", *self.fields, "bias", "residual", "activation")
-        self.forward = define(
-            f"{name}(Tensor x, {format.SCHEMA}, Tensor? bias, Tensor? residual, str activation) "
-            "-> Tensor",
-            self._serve,
-        )
+        self.kept = fields_of(format.KEPT)
+        schema = f"(Tensor x, {format.SCHEMA}, Tensor? bias, Tensor? residual, str activation) -> "
+        self.forward = define(f"{name}{schema}Tensor", self._serve)
+        self.forward_kept: Callable[..., Any] = self.forward
+        if self.kept:
+            results = ", ".join(["Tensor"] * (1 + len(self.kept)))
+            self.forward_kept = define(f"{name}_with_parts{schema}({results})", self._serve_kept)
         self._words = self.forward._overloadpacket.default
         self._encoded = encoder(self.forward)
         self.gradients = Gradients(self, backward)
+        self._register(self.forward, self._fake, self._cuda)
+        if self.kept:
+            self._register(self.forward_kept, self._fake_kept, self._cuda_kept)
+        self._reads_k, self._one_word = format.K_OF_X, "str " not in format.SCHEMA
+
+    def _register(
+        self,
+        op: Any,
+        fake: Callable[..., Any],
+        cuda: Callable[..., Any],
+    ) -> None:
+        def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+            found = self.fold(op, args, in_dims, info.batch_size)
+            if isinstance(found, Tensor):
+                return found, 0
+            # what is not kept is an empty tensor, to which a fold gives no batch
+            return found, tuple(None if t.dim() == 1 and not t.numel() else 0 for t in found)
+
         register(
-            self.forward,
-            fake=self._fake,
+            op,
+            fake=fake,
             backward=self.gradients.raw_backward,
             setup=self.gradients.setup,
-            vmap=self._vmap,
-            cuda=self._cuda,
+            vmap=vmap,
+            cuda=cuda,
         )
-        self._reads_k = "k" not in self.fields  # the kernels take K of x
+
+    def keeps(self, code: int) -> bool:
+        """Whether a forward with this activation has anything to keep for its gradients."""
+        return len(self.kept) > 1 or (bool(self.kept) and code != act.NONE)
 
     def call(self, x: Tensor, *rest: Any) -> Call:
         """The arguments of the op in words as an object."""
@@ -134,26 +165,49 @@ class LinearOp:
         return self._plainly(Call(x, weight, bias, residual, activation))
 
     def _plainly(self, call: Call) -> Tensor:
-        return call.finish(self.product(call, None)).to(call.x.dtype)
+        z = call.kept()["preact"] if self.kept else call.biased(self.product(call, None))
+        return call.finish(z).to(call.x.dtype)
+
+    def _plainly_kept(self, call: Call) -> tuple[Tensor, ...]:
+        kept = call.kept()
+        y = call.finish(kept["preact"])
+        if call.activation == "none":  # nobody needs it, and it may be y itself
+            kept["preact"] = call.x.new_empty(0)
+        return y, *kept.values()
 
     def serve(self, call: Call) -> Tensor:
         """The op by its reference, which is said to have run."""
+        return self._by_reference(call, self.name, self._plainly)  # type: ignore[no-any-return]
+
+    def _by_reference(self, call: Call, name: str, plainly: Callable[[Call], Any]) -> Any:
         call.check()
         call.weight.check_structure()
-        backend.note(f"reference.{self.name}")
+        backend.note(f"reference.{name}")
         if not is_autocast_on(call.x):
-            return self._plainly(call)
+            return plainly(call)
         # inside an op it would round the products of a reference that holds float32
         with torch.autocast(call.x.device.type, enabled=False):
-            return self._plainly(call)
+            return plainly(call)
 
     def _serve(self, *args: Any) -> Tensor:
         return self.serve(self.call(*args))
 
+    def _serve_kept(self, *args: Any) -> Any:
+        return self._by_reference(self.call(*args), f"{self.name}_with_parts", self._plainly_kept)
+
     def _fake(self, *args: Any) -> Tensor:
         call = self.call(*args)
         call.check()
-        return call.x.new_empty((*call.x.shape[:-1], call.weight.n))
+        return call.x.new_empty((*call.x.shape[:-1], call.n))
+
+    def _fake_kept(self, *args: Any) -> tuple[Tensor, ...]:
+        call = self.call(*args)
+        sizes = call.weight.kept_sizes()
+        x, lead = call.x, call.x.shape[:-1]
+        kept = {name: x.new_empty((*lead, size)) for name, size in sizes.items()}
+        if call.activation == "none":
+            kept["preact"] = x.new_empty(0)
+        return self._fake(*args), *kept.values()
 
     # kernels --------------------------------------------------------------------------------
     # The CPU kernels register themselves (csrc/cpu).
@@ -164,7 +218,15 @@ class LinearOp:
         if run is None:
             return self.serve(call)
         call.check()
-        return run(call)  # type: ignore[no-any-return]
+        return run(call, False)[0] if self.kept else run(call)  # type: ignore[no-any-return]
+
+    def _cuda_kept(self, *args: Any) -> Any:
+        call = self.call(*args)
+        run = self.choose(call, call.x.device).run
+        if run is None:
+            return self._serve_kept(*args)
+        call.check()
+        return tuple(call.x.new_empty(0) if t is None else t for t in run(call, True))
 
     def explain(
         self,
@@ -202,11 +264,17 @@ class LinearOp:
     # vmap -----------------------------------------------------------------------------------
 
     def fold(
-        self, op: Callable[..., Tensor], args: Sequence[Any], in_dims: Sequence[Any], batch: int
-    ) -> Tensor:
+        self,
+        op: Callable[..., Any],
+        args: Sequence[Any],
+        in_dims: Sequence[Any],
+        batch: int,
+        plainly: Callable[..., Any] | None = None,
+    ) -> Any:
         """Rows are independent, so a batch of x and residual is more rows of one call.
 
-        A batch of biases or weights is a call each: there is no kernel for many weights at once.
+        A batch of biases or weights has no kernel: plain weights take torch's batched products by
+        the reference ``plainly``, where one is given; others are a call each.
         """
 
         def front(t: Tensor | None, dim: int | None) -> Tensor | None:
@@ -216,28 +284,11 @@ class LinearOp:
 
         x, *others, residual, activation = args
         x_dim, *other_dims, residual_dim, _ = in_dims
-        xs, residuals = front(x, x_dim), front(residual, residual_dim)
-        assert xs is not None
         if all(dim is None for dim in other_dims):
-            return op(xs, *others, residuals, activation)
-        if batch == 0:
-            *fixed, _ = others
-            n = self.weight(x, *fixed).n
-            return xs.new_empty((0, *xs.shape[1:-1], n))
-        return torch.stack(
-            [
-                op(
-                    xs[i],
-                    *pick(others, other_dims, i),
-                    None if residuals is None else residuals[i],
-                    activation,
-                )
-                for i in range(batch)
-            ]
-        )
-
-    def _vmap(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        return self.fold(self.forward, args, in_dims, info.batch_size), 0
+            return op(front(x, x_dim), *others, front(residual, residual_dim), activation)
+        if self.format.PLAIN and plainly is not None:
+            return torch.vmap(plainly, tuple(in_dims))(*args)
+        return loop(op, args, in_dims, batch)
 
     # dispatch -------------------------------------------------------------------------------
 
@@ -266,14 +317,19 @@ class LinearOp:
             if kind != "meta" and torch.is_autocast_enabled(kind):  # storage keeps its own dtypes
                 dtype = self.format.autocast_dtype(*arguments) or torch.get_autocast_dtype(kind)
                 x, bias, residual = cast(dtype, x, bias, residual)  # type: ignore[assignment]
-            if foreign:
-                return self._words(x, *arguments, bias, residual, activation)
+                if self.format.PLAIN:
+                    arguments = cast(dtype, *arguments)
             if torch.compiler.is_compiling():
                 return self.gradients.traced(x, *arguments, bias, residual, activation)
             # Under functorch `requires_grad` of the wrapped tensors says nothing: ask this first.
             if torch._C._are_functorch_transforms_active():
                 return self.gradients.functorch(x, *arguments, bias, residual, activation)
-            coded = self._encoded((x, *arguments, bias, residual, activation))
+            if self._one_word:
+                coded: Sequence[Any] = (x, *arguments, bias, residual, act.CODES[activation])
+            else:
+                coded = self._encoded((x, *arguments, bias, residual, activation))
+            if foreign:
+                return self.forward(*coded)
             if torch.is_grad_enabled():
                 if self.gradients.wanted(x, arguments, bias, residual):
                     return self.gradients.eager(*coded)
@@ -283,7 +339,7 @@ class LinearOp:
                 return self.forward(*coded)
         except (RuntimeError, AttributeError, TypeError, KeyError, IndexError):
             # The kernel checks its arguments; only a refused call pays for naming what is wrong.
-            act.check_name(activation, gated=False)
+            act.check_name(activation, self.format.GATED)
             if not torch.compiler.is_compiling():
                 checks.tensors(x=x, bias=bias, residual=residual)
                 Call(x, self.stored(k, arguments), bias, residual, activation).check()

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from bigops import backend
 from bigops.formats import checks
+from bigops.formats.base import rows
 from bigops.formats.fp8 import Fp8Weight
 from bigops.ops import targets
 from bigops.ops.family import Call
-from bigops.ops.library import rows
 
 
 def name(call: Call, weight: Fp8Weight) -> str:

@@ -9,7 +9,7 @@ from bigops.ops.sharding import Rule, if_given
 
 
 def fused_linear(
-    x: Any, weight: Any, bias: Any, residual: Any, activation: str, results: int = 1
+    x: Any, weight: Any, bias: Any, residual: Any, activation: str, parts: bool = False
 ) -> list[Rule]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
@@ -17,9 +17,10 @@ def fused_linear(
 
     def rule(y: Any, x_: Any, weight_: Any, bias_: Any, residual_: Any) -> Rule:
         given = (if_given(bias, bias_), if_given(residual, residual_))
-        return [y] * results, [x_, weight_, *given, None]
+        results = [y, whole if activation == "none" else y] if parts else [y]
+        return results, [x_, weight_, *given, None]
 
-    whole = Replicate()
+    whole = Replicate()  # also of z where there is no activation: an empty tensor
     rules = [rule(whole, whole, whole, whole, whole)]
     rules += [rule(Shard(d), Shard(d), whole, whole, Shard(d)) for d in range(last)]
     if activation not in GATED:
@@ -30,10 +31,10 @@ def fused_linear(
     return rules
 
 
-def fused_linear_with_preact(
+def fused_linear_with_parts(
     x: Any, weight: Any, bias: Any, residual: Any, activation: str
 ) -> list[Rule]:
-    return fused_linear(x, weight, bias, residual, activation, results=2)
+    return fused_linear(x, weight, bias, residual, activation, parts=True)
 
 
 def fused_linear_backward(
@@ -55,7 +56,8 @@ def fused_linear_backward(
         # An unneeded gradient is an empty tensor, which cannot be split.
         needed = zip((need_x, need_weight, need_bias), (gx, gw, gb), strict=True)
         results = [placement if need else whole for need, placement in needed]
-        return results, [grad_, x_, weight_, if_given(preact, grad_), None, None, None, None]
+        preact_ = whole if activation == "none" else grad_
+        return results, [grad_, x_, weight_, if_given(preact, preact_), None, None, None, None]
 
     rules = [rule(whole, whole, whole, whole, whole, whole)]
     for d in range(last):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigops import backend
-from bigops.ops.library import rows
+from bigops.formats.base import rows
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:

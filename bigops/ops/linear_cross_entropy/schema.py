@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bigops.formats import checks
-from bigops.ops.library import arguments, define, rows
+from bigops.formats.base import rows
+from bigops.ops.library import arguments, define
 from bigops.ops.linear_cross_entropy import chunked
 from bigops.ops.linear_cross_entropy.check import check, check_range
 from bigops.ops.linear_cross_entropy.reference import (

@@ -11,11 +11,11 @@ def low_rank_linear(
     x: Any,
     u: Any,
     v: Any,
+    base: Any,
+    scale: float,
     bias: Any,
     residual: Any,
-    base: Any,
     activation: str,
-    scale: float,
     parts: bool = False,
 ) -> list[Rule]:
     from torch.distributed.tensor import Partial, Replicate, Shard
@@ -26,8 +26,8 @@ def low_rank_linear(
     def rule(y: Any, t: Any, x_: Any, u_: Any, v_: Any, row: Any, base_: Any) -> Rule:
         # z of activation "none" is an empty tensor, which cannot be split.
         results = [y, t, whole if activation == "none" else y] if parts else [y]
-        given = (if_given(bias, row), if_given(residual, y), if_given(base, base_))
-        return results, [x_, u_, v_, *given, None, None]
+        given = (if_given(bias, row), if_given(residual, y))
+        return results, [x_, u_, v_, if_given(base, base_), None, *given, None]
 
     rules = [rule(whole, whole, whole, whole, whole, whole, whole)]
     for d in range(last):
@@ -41,9 +41,9 @@ def low_rank_linear(
 
 
 def low_rank_linear_with_parts(
-    x: Any, u: Any, v: Any, bias: Any, residual: Any, base: Any, activation: str, scale: float
+    x: Any, u: Any, v: Any, base: Any, scale: float, bias: Any, residual: Any, activation: str
 ) -> list[Rule]:
-    return low_rank_linear(x, u, v, bias, residual, base, activation, scale, parts=True)
+    return low_rank_linear(x, u, v, base, scale, bias, residual, activation, parts=True)
 
 
 def low_rank_linear_backward(
@@ -52,10 +52,10 @@ def low_rank_linear_backward(
     u: Any,
     v: Any,
     base: Any,
+    scale: float,
     t: Any,
     preact: Any,
     activation: str,
-    scale: float,
     *needs: bool,
 ) -> list[Rule]:
     from torch.distributed.tensor import Partial, Replicate, Shard
@@ -66,10 +66,11 @@ def low_rank_linear_backward(
     def rule(grads: tuple[Any, ...], z: Any, x_: Any, u_: Any, v_: Any, t_: Any) -> Rule:
         results = [g if need else whole for g, need in zip(grads, needs, strict=True)]
         base_ = u_ if u_ == Shard(0) else whole
-        given = (z, x_, u_, v_, if_given(base, base_), t_, if_given(preact, z))
-        return results, [*given, *[None] * 7]
+        preact_ = whole if activation == "none" else z  # an empty tensor then
+        given = (z, x_, u_, v_, if_given(base, base_), None, t_, if_given(preact, preact_))
+        return results, [*given, *[None] * 6]
 
-    # Gradients of x, u, v, bias and base.
+    # Gradients of x, u, v, base and bias.
     grads: tuple[Any, ...] = (whole,) * 5
     rules = [rule(grads, whole, whole, whole, whole, whole)]
     for d in range(last):

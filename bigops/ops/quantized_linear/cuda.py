@@ -9,10 +9,11 @@ from torch import Tensor
 
 from bigops import backend
 from bigops.formats import checks
+from bigops.formats.base import rows
 from bigops.formats.quantized import QuantizedWeight, columns_of
 from bigops.ops import targets
 from bigops.ops.family import Call
-from bigops.ops.library import define, rows
+from bigops.ops.library import define
 
 MAX_ROWS = 16  # of x: two products of 8 columns each
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from bigops import backend
 from bigops.formats import checks
+from bigops.formats.base import rows
 from bigops.formats.quantized import QuantizedWeight
 from bigops.ops import targets
 from bigops.ops.family import Call
-from bigops.ops.library import rows
 
 MAX_K = 2**17  # that of kernels/quantized_linear.py, which only a machine with triton can import
 

@@ -16,11 +16,12 @@ from bigops import backend
 from bigops.backend import machine
 from bigops.formats import bitmap as storage
 from bigops.formats import checks
+from bigops.formats.base import rows
 from bigops.formats.bitmap import BitmapWeight
 from bigops.ops import targets
 from bigops.ops.choice import Choice, reference
 from bigops.ops.family import Call, LinearOp
-from bigops.ops.library import define, rows
+from bigops.ops.library import define
 from bigops.ops.targets import Target
 
 MAX_ROWS = 16  # of x

@@ -10,11 +10,12 @@ from torch import Tensor
 from bigops import backend
 from bigops.backend import machine
 from bigops.formats import checks
+from bigops.formats.base import rows
 from bigops.formats.sparse import SparseWeight
 from bigops.formats.sparse_layout import COLUMNS, PANEL, sizes
 from bigops.ops import targets
 from bigops.ops.family import Call
-from bigops.ops.library import define, rows
+from bigops.ops.library import define
 
 MAX_ROWS = 16  # of x
 MAX_K = 2**17  # with int8 values: sums past that may not fit in int32

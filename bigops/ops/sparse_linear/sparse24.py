@@ -22,12 +22,13 @@ from bigops import backend
 from bigops.backend import machine
 from bigops.formats import checks, quantize
 from bigops.formats import sparse24 as storage
+from bigops.formats.base import rows
 from bigops.formats.sparse24 import Sparse24Weight
 from bigops.ops import activation as act
 from bigops.ops import targets
 from bigops.ops.choice import Choice, reference
 from bigops.ops.family import Call, LinearOp
-from bigops.ops.library import define, rows
+from bigops.ops.library import define
 from bigops.ops.sparse_linear import sparse24_pack as kernels
 from bigops.ops.targets import Target
 

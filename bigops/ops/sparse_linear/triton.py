@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bigops import backend
 from bigops.formats import checks
+from bigops.formats.base import rows
 from bigops.formats.sparse import SparseWeight
 from bigops.ops import targets
 from bigops.ops.family import Call
-from bigops.ops.library import rows
 from bigops.ops.sparse_linear import blocks
 from bigops.ops.targets import present
 
