@@ -321,6 +321,8 @@ class LinearOp:
                     arguments = cast(dtype, *arguments)
             if torch.compiler.is_compiling():
                 return self.gradients.traced(x, *arguments, bias, residual, activation)
+            if foreign:
+                return self._words(x, *arguments, bias, residual, activation)
             # Under functorch `requires_grad` of the wrapped tensors says nothing: ask this first.
             if torch._C._are_functorch_transforms_active():
                 return self.gradients.functorch(x, *arguments, bias, residual, activation)
@@ -328,8 +330,6 @@ class LinearOp:
                 coded: Sequence[Any] = (x, *arguments, bias, residual, act.CODES[activation])
             else:
                 coded = self._encoded((x, *arguments, bias, residual, activation))
-            if foreign:
-                return self.forward(*coded)
             if torch.is_grad_enabled():
                 if self.gradients.wanted(x, arguments, bias, residual):
                     return self.gradients.eager(*coded)
