@@ -64,7 +64,7 @@ lint: dev
 	  -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 gpu-report: dev
-	$(PY) tests/gpu_report.py $(ARGS)
+	$(PY) tests/kernels/gpu_report/report.py $(ARGS)
 
 # Needs no GPU; what it makes is carried to one.
 gpu-first-run: $(PY)

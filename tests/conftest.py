@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "0"
     seed = config.getoption("--dot-seed")
     if seed is not None:
-        from tests import triton_interpreter
+        from tests.support import triton_interpreter
 
         triton_interpreter.dot_seed = seed
 

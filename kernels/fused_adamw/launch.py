@@ -70,8 +70,8 @@ def blocks_of(arch: str, coded: bool = False) -> tuple[int, int]:
     """(blocks of 256 that a program takes at a time, warps) on ``arch``: 8 elements a thread.
 
     With 16 some steps spill (sgd of float32 on sm_80 and sm_86, norms of float64 on sm_86, 8-bit
-    states on gfx942: see tests/gpu_report.py); ``coded`` states take half as many blocks besides,
-    for the scalar registers of gfx942.
+    states on gfx942: see tests/kernels/gpu_report); ``coded`` states take half as many blocks
+    besides, for the scalar registers of gfx942.
     """
     tile = pointwise_config(arch)
     blocks = max(1, tile.block_m * tile.block_n // BLOCK.value)

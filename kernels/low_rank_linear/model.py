@@ -4,8 +4,8 @@
   tiles of u in the second; with a base also blocks of x and base. The larger of the two loops
   must fit in the device's shared memory, beside which a program has no other.
 - The ranks of the config files are those for which this holds and nothing spills (see
-  tests/gpu_report.py). Past a rank of `LOOSE` they ask for factors whose strides divide by 16 and
-  which load in wide words: the addresses of others alone would overflow the registers.
+  tests/kernels/gpu_report). Past a rank of `LOOSE` they ask for factors whose strides divide by 16
+  and which load in wide words: the addresses of others alone would overflow the registers.
 - Where no config reaches, two launches of the dense kernel serve (three with a base).
 
 Rows of x are split among programs first. Only where these leave multiprocessors idle

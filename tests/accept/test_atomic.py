@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigops import FormatError
 from tests.accept.conftest import Accept
-from tests.interrupts import ROOT, lines, state
-from tests.kernels_ran import needs_extension
-from tests.verbs import VERBS, level  # noqa: F401
+from tests.support.interrupts import ROOT, lines, state
+from tests.support.kernels_ran import needs_extension
+from tests.support.verbs import VERBS, level  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("level"), needs_extension]
 

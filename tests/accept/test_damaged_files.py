@@ -24,8 +24,8 @@ from bigops import FormatError, load, save
 from bigops.compress import file_format, structure
 from bigops.compress.store import load_compressed
 from bigops.train import AdamW, MixedPrecision, load_checkpoint, save_checkpoint
-from tests import saved_models as saved
 from tests.accept.conftest import Accept
+from tests.support import saved_models as saved
 
 pytestmark = pytest.mark.slow
 

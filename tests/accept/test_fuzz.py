@@ -18,11 +18,14 @@ from torch import Tensor
 from bigops import backend
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.low_rank_linear import low_rank_linear
-from tests import compressed_cases, cross_entropy_cases, linear_cases, low_rank_cases
 from tests.accept.conftest import Accept
-from tests.compressed_cases import PATTERNS, QUANTISED, SPARSE, served
-from tests.kernels_ran import ISAS, isa, needs_extension, threads
-from tests.linear_cases import ACTIVATIONS, PLAIN
+from tests.support.cases import compressed as compressed_cases
+from tests.support.cases import cross_entropy as cross_entropy_cases
+from tests.support.cases import linear as linear_cases
+from tests.support.cases import low_rank as low_rank_cases
+from tests.support.cases.compressed import PATTERNS, QUANTISED, SPARSE, served
+from tests.support.cases.linear import ACTIVATIONS, PLAIN
+from tests.support.kernels_ran import ISAS, isa, needs_extension, threads
 
 pytestmark = [needs_extension, pytest.mark.slow]
 

@@ -20,7 +20,7 @@ from torch import nn
 from bigops import Int8, compress_, load, save
 from bigops.train import load_checkpoint, save_checkpoint
 from tests.accept.conftest import Accept
-from tests.saved_models import same_state, state_of
+from tests.support.saved_models import same_state, state_of
 
 pytestmark = pytest.mark.slow
 

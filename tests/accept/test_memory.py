@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import memory_cases
 from tests.accept.conftest import Accept
+from tests.support.cases import memory as memory_cases
 
 FULL = 100_000
 MEGABYTE = 1 << 20

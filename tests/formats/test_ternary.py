@@ -18,9 +18,9 @@ from bigops import FormatError, Receipt, backend, formats, freeze_, load, pack_,
 from bigops.compress import Int8, compress_, measure
 from bigops.compress.store import load_compressed
 from bigops.nn import CompressedLinear, Linear, QuantLinear
-from tests import tolerance
 from tests.formats.ternary import TernaryWeight
-from tests.saved_models import rewrite
+from tests.support import tolerance
+from tests.support.saved_models import rewrite
 
 
 @pytest.fixture(autouse=True)

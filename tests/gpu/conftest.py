@@ -24,7 +24,7 @@ from bigops.formats import Format
 from bigops.ops import targets
 from bigops.ops.library import in_words
 from bigops.ops.linear_cross_entropy import triton as _triton_loss
-from tests import triton_interpreter
+from tests.support import triton_interpreter
 
 # op -> module of bigops.ops and what serves it on a GPU
 ROADS = {

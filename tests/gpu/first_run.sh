@@ -62,10 +62,10 @@ PROGRAM
   ) > "$kept/build.txt" 2>&1 &
   local build=$!
   # 2. what decides most, cheapest first: every PTX wrapper against its twin on the host
-  run hostrun 60 $test -m gpu tests/test_hostrun.py
+  run hostrun 60 $test -m gpu tests/csrc/test_hostrun.py
   # 3. Triton: TMA, the fp8 units, all ops, forward and gradients
-  run triton 150 $test -n 7 -m gpu tests/test_kernels_gemm_persistent.py \
-    tests/gpu/test_gpu_values.py tests/test_kernels_fp8_linear.py
+  run triton 150 $test -n 7 -m gpu tests/ops/fused_linear/test_triton_persistent.py \
+    tests/gpu/test_gpu_values.py tests/ops/fp8_linear/test_triton.py
   # 4. streams, graphs, offsets past 2^31, run to run; every shipped tile runs
   run device 90 $test -n 5 -m gpu tests/gpu/test_gpu_device.py -k "not sanitizer"
   wait $build
@@ -73,10 +73,10 @@ PROGRAM
   # 5. CUDA C++, and the ops that it serves in place of Triton
   cd "$tree" || return 1
   export PYTHONPATH=$site:$tree
-  run cuda 90 $test -n 7 -m gpu tests/test_cuda_*.py tests/gpu/test_gpu_values.py
+  run cuda 90 $test -n 7 -m gpu tests/ops/*/test_cuda*.py tests/gpu/test_gpu_values.py
   # 6. races of the cp.async rings: only where the tool takes the device, which a sandbox may refuse
   LINES_SHOWN=4 run racecheck 40 compute-sanitizer --tool racecheck --error-exitcode 9 \
-    $test -m gpu tests/test_cuda_sparse24_linear.py -k s8-bf16-7
+    $test -m gpu tests/ops/sparse_linear/test_cuda_sparse24.py -k s8-bf16-7
 }
 
 fast() {

@@ -20,11 +20,11 @@ from bigops.formats.quantized import QuantizedWeight
 from bigops.kernels.common.tiles import device_arch
 from bigops.ops import tuned as _triton_tuned
 from bigops.tune import tiles as tune_gpu
-from tests import linear_cases
 from tests.gpu.conftest import Place
-from tests.kernels_ran import expect
-from tests.linear_cases import Case
-from tests.tolerance import check
+from tests.support.cases import linear as linear_cases
+from tests.support.cases.linear import Case
+from tests.support.kernels_ran import expect
+from tests.support.tolerance import check
 
 Need = Callable[..., None]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter

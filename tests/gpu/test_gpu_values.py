@@ -11,13 +11,16 @@ from torch import Tensor
 
 from bigops import fused_grad_norm, fused_linear, fused_sgd, low_rank_linear
 from bigops.ops.fused_adamw import reference_norm, reference_sgd
-from tests import backends, cross_entropy_cases, hostrun, linear_cases, low_rank_cases
-from tests.compressed_cases import make as make_compressed
 from tests.gpu.conftest import Place
-from tests.kernels_ran import expect
-from tests.optimizer_cases import Problem
-from tests.test_kernels_sparse_linear import trained
-from tests.tolerance import check
+from tests.ops.sparse_linear.test_triton import trained
+from tests.support import backends, hostrun
+from tests.support.cases import cross_entropy as cross_entropy_cases
+from tests.support.cases import linear as linear_cases
+from tests.support.cases import low_rank as low_rank_cases
+from tests.support.cases.compressed import make as make_compressed
+from tests.support.cases.optimizer import Problem
+from tests.support.kernels_ran import expect
+from tests.support.tolerance import check
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
