@@ -198,6 +198,10 @@ class Format:
         """Along which dimension each tensor splits with the rows of W; the others are whole."""
         return {}
 
+    def sum_dims(self) -> dict[str, int]:
+        """Along which dimension tensors, x and what is kept split so that products add up."""
+        return {}
+
     @property
     def row_unit(self) -> int:
         """Rows of W that stay together where it splits."""

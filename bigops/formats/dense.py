@@ -53,7 +53,6 @@ class DenseWeight(Plain):
 
     @classmethod
     def of(cls, _: int, weight: Tensor) -> DenseWeight:
-        checks.matrix("weight", weight)
         return cls(weight)
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -61,6 +60,12 @@ class DenseWeight(Plain):
 
     def check(self) -> None:
         checks.matrix("weight", self.weight)
+
+    def row_dims(self) -> dict[str, int]:
+        return {"weight": 0}
+
+    def sum_dims(self) -> dict[str, int]:
+        return {"x": -1, "weight": 1}
 
     def sample(self, grad: Tensor) -> Tensor:
         return grad
@@ -101,8 +106,6 @@ class Factors(Plain):
 
     @classmethod
     def of(cls, _: int, u: Tensor, v: Tensor, base: Tensor | None, scale: float) -> Factors:
-        checks.matrix("u", u)
-        checks.matrix("v", v)
         return cls(u, v, base, scale)
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -124,6 +127,16 @@ class Factors(Plain):
             )
         if self.base is not None:
             checks.shape("base", self.base, [n, k])
+
+    def row_dims(self) -> dict[str, int]:
+        return {"u": 0, "base": 0}
+
+    def sum_dims(self) -> dict[str, int]:
+        return {"u": 1, "v": 0, "t": -1} if self.base is None else {}
+
+    @property
+    def row_unit(self) -> int:
+        return max(self.rank, 1)  # a part of fewer rows than the rank would be refused
 
     def kept_sizes(self) -> dict[str, int]:
         return {"t": self.rank, "preact": self.n}

@@ -42,19 +42,10 @@ import torch
 
 from bigops.ops import sharding
 from bigops.ops.family import linear_ops
-from bigops.ops.fused_linear import sharding as fused_linear
 from bigops.ops.library import in_words
-from bigops.ops.linear_cross_entropy import sharding as linear_cross_entropy
-from bigops.ops.low_rank_linear import sharding as low_rank_linear
+from bigops.ops.linear_cross_entropy import sharding as loss_rules
 
-_RULES = {
-    module: [name for name in vars(module) if name.startswith(stem)]
-    for stem, module in (
-        ("fused_linear", fused_linear),
-        ("linear_cross_entropy", linear_cross_entropy),
-        ("low_rank_linear", low_rank_linear),
-    )
-}
+_LOSSES = [name for name in vars(loss_rules) if name.startswith("linear_cross_entropy")]
 _registered = False
 
 
@@ -74,13 +65,12 @@ def register_sharding_rules() -> None:
     def register(op: torch._ops.OpOverload, rules: sharding.Rules) -> None:
         register_sharding(op)(in_words(op, rules))
 
-    for module, names in _RULES.items():
-        for name in names:
-            register(getattr(torch.ops.bigops, name).code, getattr(module, name))
+    for name in _LOSSES:
+        register(getattr(torch.ops.bigops, name).code, getattr(loss_rules, name))
     for op in linear_ops():
-        if op.format.PLAIN:  # these have rules of their own, above
-            continue
         register(op.forward, sharding.of_linear_op(op))
+        if op.kept:
+            register(op.forward_kept, sharding.of_linear_op(op, op.kept))
         register(op.gradients.backward, sharding.of_backward(op))
         if op.twin is not None:
             register(op.twin.forward, sharding.of_grid_op(op.twin))

@@ -95,7 +95,7 @@ class LinearOp:
         self.kept = fields_of(format.KEPT)
         schema = f"(Tensor x, {format.SCHEMA}, Tensor? bias, Tensor? residual, str activation) -> "
         self.forward = define(f"{name}{schema}Tensor", self._serve)
-        self.forward_kept: Callable[..., Any] = self.forward
+        self.forward_kept = self.forward
         if self.kept:
             results = ", ".join(["Tensor"] * (1 + len(self.kept)))
             self.forward_kept = define(f"{name}_with_parts{schema}({results})", self._serve_kept)
