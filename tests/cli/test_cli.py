@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import signal
 import subprocess
 import sys
@@ -14,27 +13,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from torch import nn
 
 import bigops
-from bigops import cli, save
-from bigops.backend import machine
+from bigops import cli
 from bigops.benches import harness, rows
-from bigops.cli import doctor
 from tests.benches.test_harness import COLUMNS, ROW
-from tests.support.kernels_ran import named
+from tests.cli.command import run
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of one command in this process."""
-    try:
-        code = cli.main(argv)
-    except SystemExit as leave:  # argparse
-        code = int(leave.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 # --- start ---------------------------------------------------------------------------------------
@@ -330,189 +316,6 @@ def test_control_c_in_the_middle_of_a_real_bench(tmp_path: Path) -> None:
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
-
-
-# --- doctor and explain --------------------------------------------------------------------------
-
-
-def test_doctor_tells_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "doctor")
-    assert code == 0
-    report = bigops.report()
-    for op, served in report["ops"].items():
-        assert op in out
-        assert served["cpu"] in out
-        assert served["gpu"] in out
-    assert report["torch"] in out
-    if machine.extension is not None:
-        assert f"instruction set  {machine.extension.isa()} " in out
-
-
-def test_doctor_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "doctor", "--json")
-    assert code == 0
-    assert json.loads(out) == json.loads(json.dumps(bigops.report()))
-
-
-def fake_report(**more: Any) -> dict[str, Any]:
-    report: dict[str, Any] = {
-        "bigops": "0.1.0",
-        "python": "3.11.7",
-        "platform": "linux x86_64",
-        "cpu": {
-            "threads": 2,
-            "features": ["avx2"],
-            "isa": "avx2",
-            "isas": ["portable", "avx2"],
-            "forced": None,
-        },
-        "extension": "loaded",
-        "compiler": "g++",
-        "torch": "2.13.0",
-        "triton": "3.9.0",
-        "triton_error": "",
-        "triton_limits": "",
-        "tiles": [{"device": "One GPU", "source": "gpu-tuned.json", "tiles": 9, "ignored": ""}],
-        "cuda": {"built": "13.0", "available": True, "devices": ["One GPU"], "kernels": "loaded"},
-        "crossovers": {"source": "cpu-tuned.json", "ignored": ""},
-        "ops": {"fused_linear": {"cpu": "cpu.avx2.fused_linear", "gpu": "triton.fused_linear"}},
-    }
-    return {**report, **more}
-
-
-def test_doctor_has_no_advice_where_nothing_is_missing() -> None:
-    text = doctor.text(fake_report())
-    assert "What would help" not in text
-    assert "avx2 (of portable, avx2)" in text
-    assert "torch built for 13.0; One GPU" in text
-    assert "One GPU: gpu-tuned.json, 9 tuned" in text
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"extension": "not built"}, "pip install --no-build-isolation"),
-        ({"extension": "not built", "compiler": None}, "install a C++17 compiler"),
-        ({"triton": None, "triton_error": "triton is not installed"}, "pip install -U triton"),
-        (
-            {"tiles": [{"device": "One GPU", "source": "committed", "tiles": 0, "ignored": ""}]},
-            "`bigops tune --device cuda`",
-        ),
-        (
-            {
-                "tiles": [
-                    {"device": "One GPU", "source": "committed", "tiles": 0, "ignored": "g: cut"}
-                ]
-            },
-            "tuned tiles are ignored: g: cut",
-        ),
-        ({"crossovers": {"source": "committed", "ignored": ""}}, "`bigops tune`"),
-        ({"crossovers": {"source": "committed", "ignored": "f: cut off"}}, "ignored: f: cut off"),
-        (
-            {"cuda": {"built": None, "available": False, "devices": [], "kernels": "not built"}},
-            "built without CUDA",
-        ),
-        (
-            {
-                "cpu": {
-                    "threads": 1,
-                    "features": [],
-                    "isa": "portable",
-                    "isas": ["portable"],
-                    "forced": "portable",
-                }
-            },
-            "BIGOPS_ISA=portable",
-        ),
-    ],
-)
-def test_doctor_says_what_would_help(change: dict[str, Any], expected: str) -> None:
-    advice = doctor.text(fake_report(**change)).partition("What would help:")[2]
-    assert expected in advice
-
-
-def test_doctor_without_the_extension_says_so() -> None:
-    cpu = {"threads": 1, "features": [], "isa": "none", "isas": [], "forced": None}
-    text = doctor.text(fake_report(extension="not built", cpu=cpu))
-    assert "instruction set  none (needs the extension)" in text
-    assert "crossovers       none (needs the extension)" in text
-
-
-@pytest.mark.parametrize("op", sorted(bigops.report()["ops"]))
-def test_explain_names_a_kernel_and_a_reason(op: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(capsys, "explain", op, "--k", "64", "--n", "32", "--activation", "relu")
-    assert code == 0, err
-    assert out.startswith(f"{op}: ")
-    kernel = out.removeprefix(f"{op}: ").split(";")[0]
-    assert "." in kernel, "a kernel's name says where it runs: cpu.<isa>.., triton.., reference.."
-
-
-@pytest.mark.parametrize("values", ["int8", "bf16", "fp32"])
-@pytest.mark.parametrize("pattern", ["1x1", "16x1", "2:4"])
-def test_explain_of_sparse_weights(
-    pattern: str, values: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ("--k", "64", "--n", "32", "--pattern", pattern, "--values", values, "--dtype", "bf16")
-    code, out, err = run(capsys, "explain", "sparse_linear", *argv)
-    assert code == 0, err
-    kernel = {"int8": ".s8", "bf16": ".bf16.bf16", "fp32": ".f32"}[values]
-    assert named("sparse_linear", kernel) in out.split(";")[0]
-
-
-def test_explain_of_int8_factors(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ("explain", "low_rank_linear", "--k", "64", "--n", "32", "--rank", "8")
-    code, out, err = run(capsys, *argv, "--values", "int8")
-    assert code == 0, err
-    assert "quantized_linear" in out.split(";")[0]
-    assert "quantized_linear" not in run(capsys, *argv)[1]
-
-
-def test_show_draws_the_sparse_layers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
-    save(model, tmp_path / "dense")
-    bigops.compress_(model, {"0": bigops.Sparse(0.5, "16x16"), "2": bigops.Int8()})
-    save(model, tmp_path / "small")
-    code, out, _ = run(capsys, "show", str(tmp_path / "small"))
-    assert code == 0
-    assert out.startswith("0: SparseLinear(in_features=64")
-    assert model[0].storage().picture() in out
-    assert "\n2: QuantLinear(in_features=32" in out
-    code, out, _ = run(capsys, "show", str(tmp_path / "small"), "--layer", "2")
-    assert (code, out.count("\n")) == (0, 1)
-    code, _, err = run(capsys, "show", str(tmp_path / "small"), "--layer", "1")
-    assert code == cli.MISUSE
-    assert "--layer: expected one of 0, 2; got '1'" in err
-    code, _, err = run(capsys, "show", str(tmp_path / "dense"))
-    assert code == cli.MISUSE
-    assert "expected a model with compressed layers; it has none" in err
-
-
-def test_show_names_low_rank_layers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 32))
-    low_rank = bigops.LowRank(4)
-    bigops.compress_(model, {"0": low_rank, "1": low_rank + bigops.Int8()})
-    save(model, tmp_path / "small")
-    code, out, _ = run(capsys, "show", str(tmp_path / "small"))
-    assert code == 0
-    for i, layer in enumerate(model):
-        assert f"{i}: {layer}, {layer.nbytes:,} bytes" in out
-
-
-def test_explain_of_a_gpu_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ("explain", "fused_linear", "--k", "4096", "--n", "4096", "--dtype", "bf16", "--device")
-    code, out, err = run(capsys, *argv, "sm_90")
-    assert (code, err) == (0, "")
-    assert out.startswith("fused_linear: triton.fused_linear.bf16 [")
-    assert "configs/sm_90.json" in out
-    code, out, _ = run(capsys, *argv, "sm_75")
-    assert (code, "expected sm_80 or later" in out) == (0, True)
-    code, _, err = run(capsys, *argv, "sm")
-    assert (code, "got 'sm'" in err) == (2, True)
-
-
-def test_explain_of_a_gated_pair(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ("explain", "fused_linear", "--k", "64", "--n", "32", "--activation", "swiglu")
-    assert run(capsys, *argv)[0] == 0
 
 
 def test_threads_are_set_for_the_run(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

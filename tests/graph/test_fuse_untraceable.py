@@ -11,15 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bigops
+from tests.graph.reaching import INDEXED, REACH, ByKeyword, ByList
 from tests.graph.untraceable import (
-    INDEXED,
     QUIET,
-    REACH,
     UNTRACED,
     Around,
     Blocks,
-    ByKeyword,
-    ByList,
     Mlp,
     Nested,
     block,

@@ -128,7 +128,9 @@ def long_files(root: Path) -> list[str]:
 
 def full_folders(root: Path) -> list[str]:
     """Folders of the house with more files than a person takes in at a glance."""
-    files = Counter(file.parent for _, file in python_files(root) if file.name != "__init__.py")
+    found = [file for _, file in python_files(root)]
+    found += [file for file in tracked(root) if file.suffix == ".py" and in_tests(root, file)]
+    files = Counter(file.parent for file in found if file.name != "__init__.py")
     return [
         f"{folder.relative_to(root)}: {count} files; make folders in it"
         for folder, count in files.items()
@@ -244,6 +246,33 @@ def missing_stems(root: Path) -> list[str]:
     return found
 
 
+# Folders of tests/ that are no room: of the whole house, what tests share, what they keep, and the
+# suites with an entrance of their own.
+BESIDE = {"house", "support", "golden", "gpu", "accept", "faults"}
+
+
+def in_tests(root: Path, file: Path) -> tuple[str, ...]:
+    """Where a file lies in tests/; empty for any other."""
+    top, *rest = file.relative_to(root).parts
+    return tuple(rest) if top == "tests" else ()
+
+
+def misplaced_tests(root: Path) -> list[str]:
+    """Files of tests/ in none of its folders, and tests whose folder the house does not have."""
+    found = []
+    for file in tracked(root):
+        *folders, name = in_tests(root, file) or ("conftest.py",)
+        where = Path(*folders)
+        if not folders:
+            if name not in ("__init__.py", "conftest.py"):
+                found.append(f"tests/{name}: expected in the room that it is of, or in tests/house")
+        elif folders[0] not in BESIDE and name.startswith("test_"):
+            outside = folders[0] in ("csrc", "kernels", "benches") and (root / where).is_dir()
+            if not outside and not (root / "bigops" / where).is_dir():
+                found.append(f"tests/{where / name}: there is no bigops/{where}")
+    return found
+
+
 def unpacked_data(root: Path) -> list[str]:
     """Data files of the package that no package-data pattern carries into a wheel."""
     text = (root / "pyproject.toml").read_text()
@@ -283,6 +312,7 @@ CHECKS: dict[str, Check] = {
     "paths": machine_paths,
     "devices": unplaced_tensors,
     "stems": missing_stems,
+    "mirror": misplaced_tests,
     "data": unpacked_data,
 }
 
@@ -355,6 +385,9 @@ PLANTED = {
     ),
     "a number on it": ("devices", "kernels/a.py", "import torch\nx = 2 * torch.tensor([1]).t()\n"),
     "an op without test and bench": ("stems", "bigops/ops/two/__init__.py", "x = 1\n"),
+    "a test in no room": ("mirror", "tests/test_two.py", ""),
+    "a test of a room that is not there": ("mirror", "tests/utils/test_two.py", ""),
+    "a test of an op that is not there": ("mirror", "tests/ops/two/test_values.py", ""),
     "an unlisted data file": ("data", "kernels/configs/h.toml", "x = 1\n"),
 }
 

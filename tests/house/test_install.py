@@ -17,6 +17,8 @@ pytestmark = pytest.mark.slow
 # Tests of a layer of each kind, of files and receipts, and of the commands, without Triton's ways.
 ANYWHERE = (
     "cli/test_cli",
+    "cli/test_doctor",
+    "cli/test_explain",
     "ops/test_codes",
     "compress/test_choice",
     "compress/test_low_rank",

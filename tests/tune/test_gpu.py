@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,94 +19,37 @@ import torch
 pytest.importorskip("triton")
 
 import bigops
-from bigops import cli, explain, timing
+from bigops import cli, explain
 from bigops.backend import gpu_tiles
 from bigops.kernels.common import tuned
 from bigops.kernels.common.tiles import TileConfig
-from bigops.ops import targets
 from bigops.ops import tuned as _triton_tuned
 from bigops.tune import tiles as tune_gpu
-from bigops.tune.measured import TunedFile
 from bigops.tune.problems import PROBLEMS
 from bigops.tune.tiles import Target
 from tests.support import triton_interpreter
 from tests.support.backends import covering
 from tests.support.cases.linear import make
 from tests.support.kernels_ran import expect
+from tests.tune.gpu_cases import (  # noqa: F401 - fixtures
+    KEY,
+    MACHINE,
+    NAMES,
+    SHAPE,
+    TARGET,
+    TILES,
+    Scripted,
+    cache,
+    fill,
+    point,
+    run,
+    serve,
+    stored,
+    three_tiles,
+)
 
 triton_interpreter.install()
 module = sys.modules["bigops.ops.fused_linear"]
-
-MACHINE = gpu_tiles.machine("Some GPU 80GB", "interpreter", "3.9.0")
-TARGET = Target(torch.device("cpu"), MACHINE)
-FILE = TunedFile(gpu_tiles, MACHINE, tune_gpu.SECTIONS)
-TILES = [TileConfig(32, 32, 32, 2, 4, stages, 2) for stages in (2, 3, 4)]
-NAMES = [json.dumps(list(tile)) for tile in TILES]
-SHAPE = (20, 48, 32)
-KEY = "fused_linear: plain aligned f32 m32-n64-k32"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty user's cache, and no tuned tiles afterwards."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    forget()
-    yield tmp_path
-    forget()
-
-
-def forget() -> None:
-    for memo in (_triton_tuned.tables, _triton_tuned.hand_over, targets.unserved):
-        getattr(memo, "cache_clear", lambda: None)()
-    tuned.clear()
-
-
-@pytest.fixture
-def three_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton_tuned, "candidates", lambda *_: TILES)
-
-
-class Scripted:
-    """A timer that makes each call once and gives set seconds, by tile."""
-
-    def __init__(self, *seconds: float, stop: int | None = None) -> None:
-        self.seconds = dict(zip(NAMES, seconds, strict=False))
-        self.calls, self.stop = 0, stop
-
-    def __call__(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-        if self.calls == self.stop:
-            raise KeyboardInterrupt
-        self.calls += 1
-        for call in calls.values():
-            call()
-        return {name: self.seconds.get(name, 1.0) for name in calls}
-
-
-def run(timer: Scripted, **more: Any) -> list[str]:
-    lines: list[str] = []
-    options: dict[str, Any] = {"ops": ["fused_linear"], "shapes": [SHAPE], "dtypes": ["f32"]}
-    tune_gpu.tune(TARGET, **{**options, **more}, report=lines.append, timer=timer)
-    return lines
-
-
-def fill() -> Path:
-    """A file that holds what a run would write, without one."""
-    path = gpu_tiles.tuned_file(MACHINE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tune_gpu.keep(FILE, KEY, "20x48x32", point(3, 2, 1))
-    return path
-
-
-def stored() -> dict[str, Any]:
-    return gpu_tiles.read(gpu_tiles.tuned_file(MACHINE), MACHINE)
-
-
-def serve(monkeypatch: pytest.MonkeyPatch) -> gpu_tiles.Table:
-    """What a new process on such a GPU would serve by."""
-    table = _triton_tuned.checked(gpu_tiles.current(MACHINE))
-    forget()
-    monkeypatch.setattr(_triton_tuned, "tables", lambda: {"interpreter": table})
-    return table
 
 
 # --- keys ----------------------------------------------------------------------------------------
@@ -150,14 +93,6 @@ def test_every_shipped_tile_is_a_candidate_of_its_form_and_dtype() -> None:
             for form, dtypes, tile in _triton_tuned.entries(op, arch):
                 for dtype in dtypes:
                     assert tile in _triton_tuned.candidates(op, arch, form, dtype)
-
-
-# --- the choice ----------------------------------------------------------------------------------
-
-
-def point(*seconds: float | None) -> dict[str, Any]:
-    pairs = zip(NAMES, seconds, strict=True)
-    return {"seconds": {n: s for n, s in pairs if s is not None}, "failed": {}}
 
 
 @pytest.mark.parametrize(
@@ -303,7 +238,9 @@ def test_a_file_that_cannot_serve_is_named_and_ignored(
 
 
 def test_files_of_other_versions_of_triton_are_named(
-    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cache: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert gpu_tiles.current(MACHINE).ignored == ""
     old = {**MACHINE, "triton": "3.8.0"}
@@ -327,7 +264,7 @@ def test_a_file_belongs_to_one_gpu_and_its_versions() -> None:
 
 
 @pytest.mark.usefixtures("three_tiles")
-def test_a_cache_that_cannot_be_written_costs_no_time(cache: Path) -> None:
+def test_a_cache_that_cannot_be_written_costs_no_time(cache: Path) -> None:  # noqa: F811
     (cache / "bigops").write_text("a file where the folder should be")
     timer = Scripted()
     with pytest.raises(OSError, match="bigops"):
@@ -400,87 +337,3 @@ def test_a_tile_of_no_config_file_is_left_out_and_named(monkeypatch: pytest.Monk
     assert (
         f"left out: {KEY}, another_op: plain aligned f32 m16, nonsense, {gated}0" in table.ignored
     )
-
-
-# --- requests and the command --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"ops": ["conv"]}, "op: expected one of fused_linear, .*got 'conv'"),
-        ({"dtypes": ["f64"]}, "dtype: expected one of f32, bf16, f16; got 'f64'"),
-        ({"shapes": [(1, 0, 3)]}, r"shapes: expected M,N,K of at least 1 each; got \(1, 0, 3\)"),
-    ],
-)
-def test_bad_requests(more: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        run(Scripted(), **more)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--op", "fused_linear"], "--op, --shapes: expected with --device cuda only"),
-        (["--device", "tpu"], "device: expected cpu, cuda or cuda:N; got 'tpu'"),
-        (["--device", "meta"], "device: expected cpu, cuda or cuda:N; got 'meta'"),
-        (["--device", "cuda"], "torch sees no GPU here; got 'cuda'"),
-    ],
-)
-def test_the_command_refuses_in_one_line(
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.main(["tune", *arguments]) == cli.MISUSE
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["tune", "--device", "cuda", "--shapes", "4,4"])
-    assert "expected M,N,K of at least 1 each, got '4,4'" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("three_tiles")
-def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU that is this CPU, by a clock that is scripted."""
-    monkeypatch.setattr(tune_gpu, "target_of", lambda device: TARGET)
-    monkeypatch.setattr(tune_gpu, "_medians", lambda calls, device: Scripted(3, 1, 2)(calls))
-    words = ["tune", "--device", "cuda", "--op", "fused_linear", "--dtype", "fp32"]
-    assert cli.main([*words, "--shapes", "20,48,32", "3,16,16"]) == 0
-    shown = capsys.readouterr().out
-    assert f"{KEY} at 20x48x32: {TILES[1]}, 1000000.0 us of 3 tiles" in shown
-    assert "serves from the next start" in shown
-    assert len(stored()["tiles"]) == 4
-
-
-# --- the clock -----------------------------------------------------------------------------------
-
-
-def test_events_stand_around_each_call_behind_a_flush_in_rotating_order() -> None:
-    log: list[str] = []
-
-    class Event:
-        def record(self) -> None:
-            log.append("|")
-            self.at = len(log)
-
-        def elapsed_time(self, end: Event) -> float:
-            return 1000.0 * (end.at - self.at)
-
-    samples = timing.interleave_events(
-        {name: lambda name=name: log.append(name) for name in "ab"},
-        pairs=2,
-        warmup=1,
-        event=Event,
-        flush=lambda: log.append("f"),
-        sync=lambda: log.append("s"),
-    )
-    assert "".join(log) == "abs" + "f|a|f|b|" + "f|b|f|a|" + "s"
-    assert {name: list(of) for name, of in samples.items()} == {"a": [2, 2], "b": [2, 2]}
-    with pytest.raises(ValueError, match="sides: expected at least one"):
-        timing.interleave_events({})
-    with pytest.raises(ValueError, match="pairs: expected at least 1, got 0"):
-        timing.interleave_events({"a": lambda: None}, pairs=0)

@@ -1,6 +1,6 @@
 """The gradient of a sparse weight's floating values on every road, and its training.
 
-The kernels are held to the rule at every instruction set in test_values.py.
+The kernels are held to the rule at every instruction set in test_cpu.py.
 """
 
 from __future__ import annotations
