@@ -345,7 +345,7 @@ def _done(
 def freeze_(model: nn.Module) -> Record:
     """Freeze every compressed layer of ``model`` in place: the float weights go.
 
-    Of a thawed layer the stored values become a buffer again; a `LowRankLinear` is left. All
+    The stored values of a thawed layer are not trained any more; a `LowRankLinear` is left. All
     storages are made first, beside the float weights; interrupted anywhere, the model is as it was.
 
     Raises:

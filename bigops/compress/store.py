@@ -17,6 +17,7 @@ from bigops.files import FormatError
 from bigops.graph.atomic import atomic
 from bigops.graph.sites import Sites
 from bigops.nn.layer import Layer
+from bigops.nn.stored_parameter import StoredParameter
 
 if TYPE_CHECKING:
     from bigops.compress.receipt import Receipt
@@ -65,7 +66,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], receipt: Receipt | None
         "tied": tied,
         "views": views,
         "strides": strides,
-        "fixed": [n for n, p in model.named_parameters() if not p.requires_grad],
+        "fixed": [
+            name
+            for name, p in model.named_parameters()
+            if not (p.requires_grad or isinstance(p, StoredParameter))
+        ],
         "training": model.training,
         "versions": {name: of for name, of in versions.items() if of != {"version": 1}},
     }
@@ -178,8 +183,7 @@ def _fill(model: nn.Module, header: Header, tensors: Mapping[str, Tensor]) -> No
     """Give a model its tensors, ties and flags; every check comes before the first of them."""
     tensors = _all_tensors(header, tensors)
     state = _check_state(model, tensors, "")
-    given = tensors.keys() | structure.storage_keys(model)  # panels are made of the matrices
-    hollow = [n for n, b in model.named_buffers() if b.is_meta and n not in given]
+    hollow = [n for n, b in model.named_buffers() if b.is_meta and n not in tensors]
     if hollow:
         raise structure.StructureError(
             f"the buffers {hollow} are on the meta device and no part of the state_dict: build "

@@ -4,8 +4,8 @@ Recovery: the float ``weight`` Parameter is trained in the form it will be store
 gradients off the real kernel runs, on storage that is made of the weight anew in each call: the
 numbers are those after `freeze`, whatever wrote the weight; the speed comes with `freeze`.
 
-Frozen: only the compressed storage is left, as buffers. `SparseLinear` can thaw it: the stored
-values then are a Parameter.
+Frozen: only the compressed storage is left, in parameters that never train (`StoredParameter`).
+`SparseLinear` can thaw it: the stored values then are an ordinary Parameter.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from bigops.formats import quantize
 from bigops.formats.base import Format
 from bigops.nn import fields
 from bigops.nn.linear import check_size
+from bigops.nn.stored_parameter import StoredParameter
 from bigops.nn.stored_state import RETIRED, StoredState
 from bigops.ops import activation as act
 from bigops.ops.choice import Choice
@@ -35,8 +36,8 @@ class CompressedLinear(StoredState):
     """``act(x @ weight.T + bias) + residual`` with the weight stored in a format.
 
     Recovery state: a float ``weight`` [N, K], rounded in the forward pass to what will be stored,
-    with a straight-through gradient (arXiv 1308.3432). Frozen (`freeze`): the tensors of the format
-    as buffers.
+    with a straight-through gradient (arXiv 1308.3432). Frozen (`freeze`): the tensors of the
+    format, each a `StoredParameter`.
 
     Args:
         format: a class of `bigops.formats`.
@@ -55,7 +56,6 @@ class CompressedLinear(StoredState):
 
     FIELDS = fields.COMPRESSED | {"format": fields.TEXT, "form": fields.TABLE}
     compressed = freezes = True
-    storage_in_state = True  # whether the frozen state_dict has the buffers as they are
     trained_names: tuple[str, ...] = ("weight",)  # Parameters of the recovery state
     format: type[Format]
     form: dict[str, Any]
@@ -64,7 +64,7 @@ class CompressedLinear(StoredState):
     activation: str
     activations: str  # what the product does with x
     frozen: bool
-    x_grid: Tensor | None  # buffer [2]: the grid of x, activations "static" only
+    x_grid: Tensor | None  # [2], a buffer until frozen: the grid of x, activations "static" only
     weight: Tensor  # a Parameter; absent once frozen
     bias: Tensor | None
 
@@ -200,9 +200,8 @@ class CompressedLinear(StoredState):
         return None
 
     def least_bytes(self) -> int:
-        empty = self.from_arguments({**self.arguments(), "frozen": True})
-        bias = 0 if self.bias is None else self.bias.nbytes
-        return bias + sum(t.nbytes for t in empty.buffers())
+        empty = self.from_arguments({**self.arguments(), "frozen": True, "bias": False})
+        return empty.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     # --- forward ----------------------------------------------------------------------------
 
@@ -247,20 +246,22 @@ class CompressedLinear(StoredState):
 
     @property
     def storage_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Names of the buffers of the frozen state."""
+        """Names of the tensors of the frozen state."""
         return self.format.TENSORS
 
     def _arguments(self) -> tuple[Any, ...]:
         """`Format.arguments` of the frozen storage, without the way by a `Format`."""
-        buffers = self._buffers  # getattr would take a microsecond for each
-        return (*[buffers[name] for name in self.format.TENSORS], *self._sizes)
+        stored = self._parameters  # getattr would take a microsecond for each
+        return (*[stored[name] for name in self.format.TENSORS], *self._sizes)
 
     def storage(self) -> Any:
-        """The compressed weight: the buffers when frozen, else made of the float weight now."""
+        """The compressed weight: its tensors when frozen, else made of the float weight now."""
         if not self.frozen:
             return self._convert()
         assert self._empty is not None
-        return self._empty.with_tensors({name: self._stored(name) for name in self.storage_names})
+        return self._empty.with_tensors(
+            {name: self._parameters[name] for name in self.storage_names}
+        )
 
     def _convert(self) -> Format:
         # Storage made under inference_mode could never take part in autograd later.
@@ -333,22 +334,18 @@ class CompressedLinear(StoredState):
         """Become frozen with this storage, at once: no half of it is ever seen, nor left behind."""
         tensors = storage.tensors()
         gone = {*self.trained_names, "mask", *tensors}
-        buffers = {n: t for n, t in self._buffers.items() if n not in gone}
-        for name, value in self._registered(tensors).items():
-            buffers[name] = None if value is None else value.detach()
-        loose = self._non_persistent_buffers_set - gone
+        parameters = {n: p for n, p in self._parameters.items() if n not in gone}
+        parameters.update(
+            {n: None if t is None else StoredParameter(t) for n, t in tensors.items()}
+        )
         vars(self).update(
-            _parameters={n: p for n, p in self._parameters.items() if n not in gone},
-            _buffers=buffers,
-            _non_persistent_buffers_set=loose.union(() if self.storage_in_state else tensors),
+            _parameters=parameters,
+            _buffers={n: t for n, t in self._buffers.items() if n not in gone},
             _empty=storage.with_tensors(dict.fromkeys(tensors)),
             _sizes=self._sizes_of(storage),
             frozen=True,
+            thawed=False,
         )
-
-    def _registered(self, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-        """Which tensors become buffers, those that this weight has not as None."""
-        return tensors
 
     def _sizes_of(self, storage: Format) -> tuple[Any, ...]:
         return storage.sizes
@@ -360,12 +357,14 @@ class CompressedLinear(StoredState):
             return weight.float()
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.trained_names and self.__dict__.get("frozen", False):
-            raise AttributeError(f"{type(self).__name__}.{name}: {self._where_it_went}")
-        form = self.__dict__.get("form", {})
-        if name in form and name not in self.format.TENSORS:
-            return form[name]
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)  # first, for each call reads the bias
+        except AttributeError:
+            self._check_trained(name)
+            form = self.__dict__.get("form", {})
+            if name in form and name not in self.format.TENSORS:
+                return form[name]
+            raise
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._check_trained(name)

@@ -36,8 +36,8 @@ class Layer(nn.Module):
     thawed: bool = False  # whether of that the values are trained
     rank: int | None = None  # of the two factors that stand for the weight
     pattern: Pattern | None = None  # of the entries that are kept
-    gpu_nbytes: int = 0  # of a second form of the weight, beside the buffers
-    storage_names: tuple[str, ...] = ()  # the frozen buffers, whose sizes are free in a file
+    gpu_nbytes: int = 0  # of a second form of the weight, beside the storage
+    storage_names: tuple[str, ...] = ()  # the frozen tensors, whose sizes are free in a file
     retired_names: tuple[str, ...] = ()  # entries of older files that are read past
 
     def arguments(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from bigops.formats.packed import SERVED, PackedWeight
 from bigops.nn import fields
 from bigops.nn.compressed_linear import STATES, CompressedLinear
 from bigops.nn.linear import Linear
+from bigops.nn.stored_parameter import StoredParameter
 from bigops.ops.choice import Choice
 
 Self = TypeVar("Self", bound="PackedBase")
@@ -26,14 +27,14 @@ Self = TypeVar("Self", bound="PackedBase")
 class PackedBase(CompressedLinear):
     """What `PackedLinear` and `PackedLowRankLinear` share.
 
-    Frozen means packed: a buffer of panels for each float matrix, in no `state_dict`. In its place
-    `state_dict` has the matrices themselves, unpacked bit for bit under the names they had, and
-    `load_state_dict` packs what it is given: files of packed and unpacked layers are the same.
+    Frozen means packed: a `StoredParameter` of panels for each float matrix, in no `state_dict`. In
+    its place `state_dict` has the matrices themselves, unpacked bit for bit under the names they
+    had, and `load_state_dict` packs what it is given: files of packed and unpacked layers are the
+    same.
     """
 
     FIELDS = fields.COMPRESSED
     unpacks = True
-    storage_in_state = False
     _trained: dict[str, bool]  # requires_grad of each Parameter that is packed
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -52,11 +53,16 @@ class PackedBase(CompressedLinear):
         return {"weight": (self.out_features, self.in_features)}
 
     def _packs(self) -> Iterator[tuple[str, str, PackedWeight]]:
-        """Name of the float matrix, name of its buffer, its pack."""
-        for (name, shape), buffer in zip(self._shapes().items(), self.storage_names, strict=True):
-            panels = self._buffers[buffer]
+        """Name of the float matrix, name of its panels, its pack."""
+        for (name, shape), stored in zip(self._shapes().items(), self.storage_names, strict=True):
+            panels = self._parameters[stored]
             assert panels is not None
-            yield name, buffer, PackedWeight(panels, *shape)
+            if hasattr(panels, "device_mesh"):
+                raise TypeError(
+                    f"{stored}: expected whole panels to unpack; got a DTensor: a packed layer "
+                    "that is sharded has no state_dict (unpack_ it before)"
+                )
+            yield name, stored, PackedWeight(panels, *shape)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.frozen:
@@ -94,9 +100,8 @@ class PackedBase(CompressedLinear):
         """
         if self.frozen:
             unpacked = self._matrices()
-            for buffer in self.storage_names:
-                del self._buffers[buffer]
-                self._non_persistent_buffers_set.discard(buffer)
+            for stored in self.storage_names:
+                del self._parameters[stored]
             self.frozen = False
             bias = self._parameters.pop("bias")  # comes last, as optimisers saw it before
             for name, value in unpacked.items():
@@ -144,7 +149,7 @@ class PackedBase(CompressedLinear):
         if self.frozen:
             # Panels are no codes: `.half()` means them as it means the matrix they stand for.
             changed = {}
-            for name, buffer, pack in self._packs():
+            for name, stored, pack in self._packs():
                 dtype = fn(pack.panels.new_empty(0)).dtype
                 if dtype not in SERVED:
                     raise TypeError(
@@ -152,8 +157,9 @@ class PackedBase(CompressedLinear):
                         f"{', '.join(map(checks.short, SERVED))}; got {dtype} (thaw() the layer)"
                     )
                 if dtype != pack.panels.dtype:
-                    changed[buffer] = PackedWeight.from_dense(pack.to_dense().to(dtype)).panels
-            self._buffers.update(changed)
+                    panels = PackedWeight.from_dense(pack.to_dense().to(dtype)).panels
+                    changed[stored] = StoredParameter(panels)
+            self._parameters.update(changed)
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -161,6 +167,8 @@ class PackedBase(CompressedLinear):
             for name, value in self._matrices().items():
                 destination[prefix + name] = value
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._fixed():
+            del destination[prefix + name]
 
     def _load_from_state_dict(
         self,
@@ -175,22 +183,25 @@ class PackedBase(CompressedLinear):
         if self.frozen:
             state_dict = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
             assign = local_metadata.get("assign_to_params_buffers", False)
-            for name, buffer, pack in self._packs():
+            fixed = [prefix + name for name in self._fixed()]  # which no state_dict has
+            unexpected_keys.extend(key for key in fixed if strict and key in state_dict)
+            for name, stored, pack in self._packs():
                 key = prefix + name
                 value = state_dict.pop(key, None)
                 if value is None:
                     missing_keys.extend([key] if strict else [])
                     continue
                 try:
-                    self._buffers[buffer] = _packed_as(pack, name, value, assign)
+                    panels = _packed_as(pack, name, value, assign)
+                    self._parameters[stored] = StoredParameter(panels)
                 except (TypeError, ValueError) as error:
                     error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _load_storage(self, state_dict: dict[str, Any], *rest: Any) -> dict[str, Any]:
-        return state_dict  # loaded already, from the float matrices
+    def _load_storage(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> set[str]:
+        return {prefix + name for name in self._fixed()}  # loaded, from the float matrices
 
 
 def _packed_as(old: PackedWeight, name: str, value: Any, assign: bool) -> Tensor:
@@ -212,7 +223,7 @@ class PackedLinear(PackedBase):
 
     For inference on the CPU. Two states:
 
-    - Packed (`freeze`, `bigops.pack_`): the buffer ``panels`` in place of the Parameter ``weight``;
+    - Packed (`freeze`, `bigops.pack_`): ``panels`` in place of the Parameter ``weight``;
       one `bigops.packed_linear` call, on x of the weight's dtype. x, bias and residual have
       gradients, the weight has none. Reading ``weight`` raises AttributeError; `state_dict` has it.
       Under `torch.autocast` x is cast to the weight's dtype, and the result has that one.

@@ -17,7 +17,7 @@ class PackedLowRankLinear(PackedBase, FactoredLinear):
     """``act(x @ (u @ v).T + bias) + residual``, both factors in panels (`PackedWeight`).
 
     For inference on the CPU, by two `bigops.packed_linear` calls; packed and thawed as a
-    `PackedLinear` is, with buffers ``u_panels`` and ``v_panels`` in place of ``u`` and ``v``.
+    `PackedLinear` is, with ``u_panels`` and ``v_panels`` in place of ``u`` and ``v``.
 
     Args:
         in_features: K.

@@ -23,7 +23,7 @@ Self = TypeVar("Self", bound="FactoredLinear")
 class FactoredLinear(CompressedLinear):
     """A `CompressedLinear` whose weight is two factors, each stored in ``format``.
 
-    Buffers of the frozen state are those of the format by the factor: ``u_values`` and so on. The
+    Tensors of the frozen state are those of the format by the factor: ``u_values`` and so on. The
     rank stays in either state.
     """
 
@@ -103,19 +103,15 @@ class FactoredLinear(CompressedLinear):
         u, v = self._straight_through(self.u), self._straight_through(self.v)
         return low_rank_linear(x, u, v, self.bias, residual, self.activation)
 
-    def _registered(self, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-        # torch.export of torch 2.13 counts buffers that are None among those of its root
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
     def _sizes_of(self, storage: Any) -> tuple[Any, ...]:
         return storage.u.sizes, storage.v.sizes
 
     def _arguments(self) -> tuple[Any, ...]:
-        buffers, names = self._buffers, self.format.TENSORS
+        stored, names = self._parameters, self.format.TENSORS
         of_u, of_v = self._sizes
         return (
-            (*[buffers.get(f"u_{name}") for name in names], *of_u),
-            (*[buffers.get(f"v_{name}") for name in names], *of_v),
+            (*[stored[f"u_{name}"] for name in names], *of_u),
+            (*[stored[f"v_{name}"] for name in names], *of_v),
         )
 
     def run(self, x: Tensor, arguments: tuple[Any, ...], residual: Tensor | None) -> Tensor:

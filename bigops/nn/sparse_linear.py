@@ -38,13 +38,13 @@ class SparseLinear(CompressedLinear):
       rounding is trained through. Of "2:4t" with values "bf16" and x bfloat16,
       where sparse tensor cores serve, the weight is packed anew in every step and forward and
       gradients run on it; N and K divide by 4.
-    - Frozen (`freeze`): the buffers ``values``, ``index``, ``rows``, ``length``, ``ptr``,
+    - Frozen (`freeze`): the tensors ``values``, ``index``, ``rows``, ``length``, ``ptr``,
       ``scale`` and ``sums``, whose layout `bigops.formats.sparse` describes. For inference,
       and under adapters that are trained around it: x has a gradient, the weight has none. On a
-      GPU a second form is made on first use and kept beside the buffers (`nbytes` counts it): of
+      GPU a second form is made on first use and kept beside them (`nbytes` counts it): of
       2:4 that of the sparse tensor cores, of other patterns with floating values a bitmap for up
       to 16 rows, if it is fewer bytes. `load_state_dict`, `.to()`, `thaw` and `freeze` drop it; it
-      does not follow what is written into the buffers in place.
+      does not follow what is written into them in place.
     - Thawed (`thaw`, from frozen, floating values only): ``values`` is a Parameter. Forward and
       backward run the sparse kernels; gradient and optimiser state have the size of what is
       stored; padding counts as 0, whatever writes it. For long training at a fixed pattern, where
@@ -304,7 +304,7 @@ class SparseLinear(CompressedLinear):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _forget(self) -> None:
-        """Drop what was made of the frozen buffers."""
+        """Drop what was made of the frozen storage."""
         self._gpu_form = self._inside = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -328,15 +328,12 @@ class SparseLinear(CompressedLinear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.thawed and not self.values.is_meta:
+        # a rank does not know the padding in its shard
+        sharded = hasattr(self._parameters.get("values"), "device_mesh")
+        if self.thawed and not self.values.is_meta and not sharded:
             values = self.storage().values
             if not torch.equal(values, self.values):  # padding was written, which no file may hold
                 destination[prefix + "values"] = values if keep_vars else values.detach()
-
-    @property
-    def thawed(self) -> bool:  # type: ignore[override]
-        """Whether ``values`` is a Parameter."""
-        return "values" in self._parameters
 
     def thaw(self) -> SparseLinear:
         """Make the stored values of a frozen layer trainable, in place; twice is once.
@@ -356,11 +353,11 @@ class SparseLinear(CompressedLinear):
             )
         if not self.thawed:
             self._forget()
-            values = self._buffers.pop("values")
-            assert values is not None
+            values = self.values.data
             if values.is_inference():  # loaded under inference_mode: it could not be trained
                 values = values.clone()
-            self.register_parameter("values", nn.Parameter(values))
+            parameters = {**self._parameters, "values": nn.Parameter(values)}
+            vars(self).update(_parameters=parameters, thawed=True)
         return self
 
     @property
@@ -387,7 +384,7 @@ class SparseLinear(CompressedLinear):
     def extra_repr(self) -> str:
         known = (
             ""
-            if any(t is not None and t.is_meta for t in self.buffers())
+            if any(t is not None and t.is_meta for t in (*self.parameters(), *self.buffers()))
             else (f", density={self.density:.3f}")
         )
         static = ", activations=static" if self.activations == "static" else ""

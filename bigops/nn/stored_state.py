@@ -1,4 +1,4 @@
-"""Moving and loading of a layer whose storage is buffers: it stays whole, whatever it is given."""
+"""Moving and loading of a layer of compressed storage: it stays whole, whatever it is given."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bigops.formats import quantize
 from bigops.formats.base import Format
 from bigops.nn.layer import Layer
+from bigops.nn.stored_parameter import StoredParameter
 
 RETIRED = "y_grid"  # in files of older layers, which gave u8 to the next one: read past
 
@@ -17,7 +18,11 @@ Self = TypeVar("Self", bound="StoredState")
 
 
 class StoredState(Layer):
-    """A layer that keeps a `Format` in buffers once it is frozen."""
+    """A layer that keeps the tensors of a `Format`, each a `StoredParameter`, once it is frozen.
+
+    Hosts put plain Parameters in their place (pickle, `.to("meta")`, hooks that offload); the layer
+    computes with these too, and makes them what they were whenever it is moved or loaded.
+    """
 
     retired_names = (RETIRED,)
     format: type[Format]
@@ -32,9 +37,31 @@ class StoredState(Layer):
                 f"{[self.out_features, self.in_features]}; got {list(storage.shape)}"
             )
 
+    def _fixed(self) -> tuple[str, ...]:
+        """Names of the storage that is never trained."""
+        if not self.frozen:
+            return ()
+        return tuple(n for n in self.storage_names if not (self.thawed and n == "values"))
+
+    def _keep_fixed(self) -> None:
+        """Make the storage that is never trained `StoredParameter` again."""
+        for name in self._fixed():
+            found = self._parameters.get(name)
+            if type(found) is nn.Parameter:
+                self._parameters[name] = StoredParameter(found)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and name in self._fixed():
+            value = StoredParameter(value)
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep_fixed()
+
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         names = self.storage_names if self.frozen else ()
-        storage = [self._stored(name) for name in (*names, "x_grid")]
+        storage = [*map(self._parameters.get, names), self._buffers.get("x_grid")]
         ids = {id(t) for s in storage if s is not None for t in (s, s.grad) if t is not None}
 
         def move(t: Tensor) -> Tensor:
@@ -46,25 +73,14 @@ class StoredState(Layer):
             return new if new.stride() == t.stride() else new.contiguous()
 
         super()._apply(move, recurse)
+        self._keep_fixed()
         return self
 
-    def _stored(self, name: str) -> Tensor | None:
-        """A storage tensor: a buffer, or a Parameter where it is trained."""
-        found: Tensor | None = self._parameters.get(name, self._buffers.get(name))
-        return found
-
-    def _store(self, name: str, value: Tensor | None) -> None:
-        parameter = self._parameters.get(name)
-        if value is None and name not in self._buffers:
-            return
-        if parameter is None or value is None:
-            self._buffers[name] = value
-        elif parameter.is_meta:  # its data cannot come from another device
-            self._parameters[name] = nn.Parameter(value.detach(), parameter.requires_grad)
-        else:
-            if parameter.shape != value.shape:
-                parameter.grad = None
-            parameter.data = value.detach()  # optimisers keep the object
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key in () if keep_vars else (prefix + name for name in self._fixed()):
+            if type(destination.get(key)) is StoredParameter:
+                destination[key] = Tensor.detach(destination[key])
 
     def _load_from_state_dict(
         self,
@@ -79,14 +95,16 @@ class StoredState(Layer):
         if prefix + RETIRED in state_dict:
             state_dict = {k: v for k, v in state_dict.items() if k != prefix + RETIRED}
         state_dict = self._check_grid(state_dict, prefix, error_msgs)
+        found: set[str] = set()
         if self.frozen:
-            state_dict = self._load_storage(state_dict, prefix, local_metadata, error_msgs)
+            found = self._load_storage(state_dict, prefix, local_metadata, error_msgs)
+            state_dict = {k: v for k, v in state_dict.items() if k not in found}
         missing: list[str] = []
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
         # A state_dict of nn.Linear has no mask: the layer's own pattern stays.
-        missing_keys.extend(key for key in missing if key != prefix + "mask")
+        missing_keys.extend(key for key in missing if key not in {*found, prefix + "mask"})
 
     def _check_grid(
         self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]
@@ -94,8 +112,6 @@ class StoredState(Layer):
         """Refuse an ``x_grid`` that is none; the layer keeps its own then."""
         own, given = self._buffers.get("x_grid"), state_dict.get(prefix + "x_grid")
         if own is None or given is None or given.is_meta:
-            return state_dict
-        if self.frozen and "x_grid" in self.storage_names:
             return state_dict
         if not self.frozen and given.shape == own.shape and not bool(given.any()):
             return state_dict  # not calibrated yet
@@ -112,26 +128,36 @@ class StoredState(Layer):
         prefix: str,
         local_metadata: dict[str, Any],
         error_msgs: list[str],
-    ) -> dict[str, Any]:
-        """Take whole, valid storage of whatever size; give the dict that is left to load."""
-        names = [name for name in self.storage_names if self._stored(name) is not None]
-        if any(prefix + name not in state_dict for name in names):
-            return state_dict  # torch names what is missing
-        found: dict[str, Tensor | None] = dict.fromkeys(self.storage_names)
+    ) -> set[str]:
+        """Take whole, valid storage of whatever size; give the keys that torch need not load."""
+        own = {name: self._parameters[name] for name in self.storage_names}
+        names = [name for name, t in own.items() if t is not None]
+        plain = all(type(own[name]) in (StoredParameter, nn.Parameter) for name in names)
+        if not plain or any(prefix + name not in state_dict for name in names):
+            return set()  # torch copies shards, and names what is missing
+        found: dict[str, Any] = dict.fromkeys(own)
         found.update({name: state_dict[prefix + name].contiguous() for name in names})
+        assign = local_metadata.get("assign_to_params_buffers", False)
         try:
             assert self._empty is not None
             self.check_storage(self._empty.with_tensors(found))
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
-            found = {name: self._stored(name) for name in self.storage_names}
         else:
-            if not local_metadata.get("assign_to_params_buffers", False):
-                for name in names:
-                    old, new = self._stored(name), found[name]
-                    assert old is not None
-                    assert new is not None
-                    found[name] = new.detach().to(old.device, copy=True)
-            for name, value in found.items():
-                self._store(name, value)
-        return {**state_dict, **{prefix + name: found[name] for name in names}}
+            for name in names:
+                self._load_tensor(name, Tensor.detach(found[name]), assign)
+        return {prefix + name for name in names}
+
+    def _load_tensor(self, name: str, value: Tensor, assign: bool) -> None:
+        old = self._parameters[name]
+        assert old is not None
+        if not assign:
+            value = value.to(old.device, copy=True)
+        if name in self._fixed():
+            self._parameters[name] = StoredParameter(value)
+        elif assign or old.is_meta:  # whose data cannot come from another device
+            self._parameters[name] = nn.Parameter(value, old.requires_grad)
+        else:
+            if old.shape != value.shape:
+                old.grad = None
+            old.data = value  # optimisers keep the object

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from bigops.nn.stored_parameter import StoredParameter
 from bigops.ops import fused_grad_norm
 from bigops.ops.fused_adamw import states
 from bigops.optim import saved_states as saved
@@ -94,8 +95,8 @@ class FusedOptimizer(Optimizer):
         self._check_options({**self.defaults, **param_group})
         for item in [params] if isinstance(params, Tensor) else params:
             tensor = item[1] if isinstance(item, tuple) else item  # named parameters
-            if not isinstance(tensor, Tensor):
-                continue  # torch's own message
+            if not isinstance(tensor, Tensor) or isinstance(tensor, StoredParameter):
+                continue  # torch's own message; never trained
             if tensor.layout != torch.strided:
                 raise ValueError(f"params: expected dense parameters; got {tensor.layout}")
             if hasattr(tensor, "device_mesh"):

@@ -31,6 +31,6 @@ for name, make, f in (("compress_ int8", seq, lambda m: bigops.compress_(m, bigo
         torch.manual_seed(0); m = make(); before = state(m); _, at = run(f, m, k); after = state(m)
         if at is None: continue  # fell into a generator's end, where Python drops it
         kind = "unchanged" if after == before else "whole change, call raised" if after == full else "TORN"; count[kind] += 1; where.setdefault(kind, at)
-        lost += any(isinstance(l, bigops.nn.SparseLinear) and l._parameters.get("weight") is None and (not l.frozen or "values" not in l._buffers) for l in m)
+        lost += any(isinstance(l, bigops.nn.SparseLinear) and l._parameters.get("weight") is None and (not l.frozen or "values" not in l._parameters) for l in m)
     bad += count["TORN"] + count["whole change, call raised"]; print(f"{name}: {dict(count)}; first at {({k: v for k, v in where.items() if k != 'unchanged'})}; a layer without weight and without storage: {lost}")
 sys.exit(bad > 0)

@@ -1,0 +1,59 @@
+"""StoredParameter: a tensor of a format, among the parameters of its layer and never trained."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class StoredParameter(nn.Parameter):
+    """A Parameter without gradient, whatever asks for one; to the ops a plain tensor.
+
+    As a buffer DistributedDataParallel would send it before each forward pass and FSDP2 would leave
+    it whole. As a Parameter that is not trained neither sends it in a step, FSDP2 and distributed
+    checkpoints shard it, and optimisers leave it out. ``requires_grad_`` and ``requires_grad = ..``
+    do nothing, so that ``model.requires_grad_(True)`` trains the rest of a model.
+
+    In a `state_dict` it is a plain tensor, in a pickle a plain Parameter: a file needs no class of
+    this package, and the layer makes its own again.
+
+    Args:
+        data: any tensor. Of a subclass (DTensor, FakeTensor) a plain Parameter is made of it, as
+            `nn.Parameter` does: it has its own class.
+        requires_grad: ignored; hosts that copy a Parameter give it.
+    """
+
+    def __new__(cls, data: Tensor, requires_grad: bool = False) -> Any:
+        plain = Tensor.detach(data)
+        if type(plain) is not Tensor:
+            return nn.Parameter(plain, requires_grad=False)
+        return Tensor._make_subclass(cls, plain, False)
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        pass
+
+    def requires_grad_(self, requires_grad: bool = True) -> StoredParameter:
+        return self
+
+    def detach(self) -> Any:  # type: ignore[override]
+        # of the same class, or nn.Parameter(parameter) raises
+        return type(self)(self)
+
+    def copy_(self, other: Tensor, non_blocking: bool = False) -> Tensor:
+        # The moving average of equal codes is not theirs in floats: 6.9999995 is 7, torch makes 6.
+        if other.is_floating_point() and not self.is_floating_point():
+            other = other.round()
+        return super().copy_(other, non_blocking)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            # nn.Parameter would clone: tensors that share memory would not do so in the copy
+            memo[id(self)] = type(self)(copy.deepcopy(Tensor.detach(self), memo))
+        return memo[id(self)]
