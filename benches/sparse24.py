@@ -125,8 +125,8 @@ def _backward(
     ready = compiled(product)
     sides.append(Side("torch.compile", lambda: ready(grad, other), dense, "inductor", shown=only))
     if want_x:
-        turned = weight.t().contiguous()
-        optional_side(sides, _semi_structured, turned, lambda w: F.linear(grad, w), mine)
+        transposed = weight.t().contiguous()
+        optional_side(sides, _semi_structured, transposed, lambda w: F.linear(grad, w), mine)
     x64, grad64 = x.double().cpu(), grad.double().cpu()
     dense64 = own.to_dense(torch.float64).cpu()
     truth = grad64 @ dense64 if want_x else torch.where(kept.cpu(), grad64.t() @ x64, 0)

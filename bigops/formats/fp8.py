@@ -46,7 +46,7 @@ def to_codes(x: Tensor) -> Tensor:
     return x.clamp(-LARGEST, LARGEST).to(_CODES)
 
 
-def quantize_rows(x: Tensor, block: bool = False, x_scale: Tensor | None = None) -> Rows:
+def act_quant(x: Tensor, block: bool = False, x_scale: Tensor | None = None) -> Rows:
     """Round each row of ``x`` [.., K] to e4m3fn by its largest magnitude, which becomes 448.
 
     Args:

@@ -2,7 +2,7 @@
 
 Weights: one scale per output row or per group of columns, symmetric or with a zero point.
 Activations: u8 with one scale and zero point per row of x, found at run time, or given. The C++
-quantisers (csrc/cpu/simd/quantize.inl, quantized_linear.inl) agree with `quantize_rows` to the
+quantisers (csrc/cpu/simd/quantize.inl, quantized_linear.inl) agree with `act_quant` to the
 bit; both hold every step in float32.
 """
 
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
     zero_point: Tensor  # [.., 1] float32, whole numbers 0..255
 
 
-def quantize_rows(x: Tensor, activations: str = "dynamic", grid: Tensor | None = None) -> Rows:
+def act_quant(x: Tensor, activations: str = "dynamic", grid: Tensor | None = None) -> Rows:
     """Quantise each row of ``x`` [.., K] to u8 so that zero is represented exactly.
 
     Args:

@@ -26,7 +26,7 @@ gradient of x can be made on sparse tensor cores (Hubara et al. 2021, "Accelerat
 Training", arXiv 2102.08124). N and K divide by 4 then, and each 4 x 4 block keeps two entries in
 every row and every column: no place only fills up, so that training the values cannot leave the
 pattern. Where entries are kept does not change in training, so meta_t is stored; the values of W^T
-are made of those of W where they are needed (`turn`), so that they cannot be stale.
+are made of those of W where they are needed (`transpose`), so that they cannot be stale.
 """
 
 from __future__ import annotations
@@ -300,6 +300,6 @@ def sample(g: Tensor, meta: Tensor, dtype: torch.dtype) -> Tensor:
     return fours.gather(-1, places).flatten(1)
 
 
-def turn(values: Tensor, meta: Tensor, meta_t: Tensor, k: int) -> Tensor:
+def transpose(values: Tensor, meta: Tensor, meta_t: Tensor, k: int) -> Tensor:
     """The values [K, N' / 2] of the transpose of a transposable weight [N, k]."""
     return sample(to_dense(values, meta, k).t(), meta_t, values.dtype).to(values.dtype)

@@ -214,7 +214,7 @@ class CompressedLinear(StoredState):
         if self.frozen:
             return self.run(x, self._arguments(), residual)
         # Making storage asks for values, which a traced weight and one of torch.func does not have:
-        # these take the float road.
+        # these take the float path.
         if not (
             self.training
             or torch.is_grad_enabled()
@@ -231,7 +231,7 @@ class CompressedLinear(StoredState):
     def _floating(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """What the u8 numbers x stand for, in the dtype of the result.
 
-        `quantize_rows` finds the same numbers again; in bfloat16, where a float result of the layer
+        `act_quant` finds the same numbers again; in bfloat16, where a float result of the layer
         before would be rounded as well, those beyond 128 steps from 0 move by one at most.
         """
         if self.x_grid is None:

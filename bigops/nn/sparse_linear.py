@@ -270,7 +270,7 @@ class SparseLinear(CompressedLinear):
         dtype = x.dtype
         if is_autocast_on(x):
             dtype = torch.get_autocast_dtype(x.device.type)
-        rows = quantize.quantize_rows(x.detach().to(dtype), "static", self.x_grid)
+        rows = quantize.act_quant(x.detach().to(dtype), "static", self.x_grid)
         seen = (rows.q - rows.zero_point) * rows.scale
         seen = seen + (x.float() - x.detach().float())
         bias, add = (None if t is None else t.to(dtype).float() for t in (self.bias, residual))

@@ -1,4 +1,4 @@
-// sparse24_pack and sparse24_turn: checks and registration of the kernels in sparse24_pack.cu.
+// sparse24_pack and sparse24_transpose: checks and registration of the kernels in sparse24_pack.cu.
 
 #include "cuda/sparse24_pack.h"
 
@@ -84,7 +84,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse24_pack(const Tensor& w
 }
 
 // The values of the transpose [K, N' / 2] of a transposable weight [N, K].
-Tensor sparse24_turn(const Tensor& values, const Tensor& meta, const Tensor& meta_t, int64_t k) {
+Tensor sparse24_transpose(const Tensor& values, const Tensor& meta, const Tensor& meta_t,
+                          int64_t k) {
   if (!on_device(values)) fail("values", "a CUDA tensor", "another device");
   const ScalarType stored = values.scalar_type();
   if (stored != ScalarType::BFloat16 && stored != ScalarType::Half)
@@ -103,7 +104,7 @@ Tensor sparse24_turn(const Tensor& values, const Tensor& meta, const Tensor& met
   if (n == 0 || k == 0) return values_t;
   const Tensor values_dense = dense_16(values), meta_dense = dense_16(meta);
   const Tensor meta_t_dense = dense_16(meta_t);
-  Sparse24TurnTask task{};
+  Sparse24TransposeTask task{};
   task.values = values_dense.const_data_ptr();
   task.meta = static_cast<const uint32_t*>(meta_dense.const_data_ptr());
   task.meta_t = static_cast<const uint32_t*>(meta_t_dense.const_data_ptr());
@@ -114,8 +115,8 @@ Tensor sparse24_turn(const Tensor& values, const Tensor& meta, const Tensor& met
   task.padded_k = padded_k;
   task.tiles_n = tiles_n;
   task.tiles_k = tiles_k;
-  const char* error = turn_sparse24(task, stored == ScalarType::Half, stream_of(values));
-  STD_TORCH_CHECK(error == nullptr, "sparse24_turn: ", error == nullptr ? "" : error);
+  const char* error = transpose_sparse24(task, stored == ScalarType::Half, stream_of(values));
+  STD_TORCH_CHECK(error == nullptr, "sparse24_transpose: ", error == nullptr ? "" : error);
   return values_t;
 }
 
@@ -124,5 +125,5 @@ Tensor sparse24_turn(const Tensor& values, const Tensor& meta, const Tensor& met
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, BIGOPS_DEVICE, m) {
   m.impl("sparse24_pack.code", TORCH_BOX(&bigops::sparse24_pack));
-  m.impl("sparse24_turn", TORCH_BOX(&bigops::sparse24_turn));
+  m.impl("sparse24_transpose", TORCH_BOX(&bigops::sparse24_transpose));
 }

@@ -139,14 +139,15 @@ __device__ __forceinline__ unsigned bits_of(const uint32_t* words, int row, int 
 
 // Pairs of W^T from shared memory, [column of W, four of rows], to their rows; n0: a multiple
 // of 64.
-__device__ __forceinline__ void store_turned(const uint32_t* turned, void* values_t, int64_t n0,
-                                             int64_t k0, int64_t k, int64_t padded_n) {
+__device__ __forceinline__ void store_transposed(const uint32_t* transposed, void* values_t,
+                                                 int64_t n0, int64_t k0, int64_t k,
+                                                 int64_t padded_n) {
 #pragma unroll
   for (int i = threadIdx.x; i < kTile * kFours; i += kThreads) {
     const int column = i / kFours, four = i % kFours;
     if (k0 + column >= k) continue;
     const int64_t at = ((k0 + column) * padded_n + n0) / 4 + four;  // in words
-    static_cast<uint32_t*>(values_t)[at] = turned[column * kPitch + four];
+    static_cast<uint32_t*>(values_t)[at] = transposed[column * kPitch + four];
   }
 }
 
@@ -192,7 +193,7 @@ __device__ __forceinline__ unsigned choose(const Sparse24PackTask& task, const f
 template <class From, class E>
 __global__ void __launch_bounds__(kThreads)
     sparse24_compress(const Sparse24PackTask task, int64_t across, bool aligned) {
-  BIGOPS_SHARED(uint32_t, turned, kTile* kPitch);
+  BIGOPS_SHARED(uint32_t, transposed, kTile* kPitch);
   BIGOPS_SHARED(uint8_t, bits, kTile* kFours);    // [row, four]
   BIGOPS_SHARED(uint8_t, bits_t, kTile* kFours);  // [column, four of rows]
   const int thread = threadIdx.x, r = thread / kFours, c = thread % kFours;
@@ -235,7 +236,7 @@ __global__ void __launch_bounds__(kThreads)
       int low, high;
       places_of((down & 1u) | (down >> 3 & 2u) | (down >> 6 & 4u) | (down >> 9 & 8u), low, high);
       bits_t[(4 * c + j) * kFours + r] = static_cast<uint8_t>(low | high << 2);
-      turned[(4 * c + j) * kPitch + r] =
+      transposed[(4 * c + j) * kPitch + r] =
           ptx::pack(select(v[0][j], v[1][j], v[2][j], v[3][j], low),
                     select(v[0][j], v[1][j], v[2][j], v[3][j], high), E{});
     }
@@ -251,17 +252,18 @@ __global__ void __launch_bounds__(kThreads)
     task.meta_t[((k0 / 16 + tile) * (task.padded_n / kTile) + n0 / kTile) * 32 + lane] =
         word_of(bits_t + tile * 16 * kFours, lane);
   }
-  if (task.values_t != nullptr) store_turned(turned, task.values_t, n0, k0, task.k, task.padded_n);
+  if (task.values_t != nullptr)
+    store_transposed(transposed, task.values_t, n0, k0, task.k, task.padded_n);
 }
 
 // A value whose place W^T does not have becomes NaN: metadata that do not belong together.
 template <class E>
 __global__ void __launch_bounds__(kThreads)
-    sparse24_turn(const Sparse24TurnTask task, int64_t across) {
+    sparse24_transpose(const Sparse24TransposeTask task, int64_t across) {
   BIGOPS_SHARED(uint4, values, kTile * kFours / 4);  // [row, four], pairs of 16 bits
   BIGOPS_SHARED(uint4, meta, kRowTiles * 8);
   BIGOPS_SHARED(uint4, meta_t, kRowTiles * 8);
-  BIGOPS_SHARED(uint32_t, turned, kTile* kPitch);
+  BIGOPS_SHARED(uint32_t, transposed, kTile* kPitch);
   const int thread = threadIdx.x, r = thread / kFours, c = thread % kFours;
   const int64_t n0 = blockIdx.x / across * kTile, k0 = blockIdx.x % across * kTile;
   {
@@ -322,11 +324,11 @@ __global__ void __launch_bounds__(kThreads)
   const float nan = __uint_as_float(0x7fc00000u);
 #pragma unroll
   for (int j = 0; j < 4; ++j)
-    turned[(4 * c + j) * kPitch + r] = !inside       ? 0u
-                                       : met == have ? pairs[j]
-                                                     : ptx::pack(nan, nan, E{});
+    transposed[(4 * c + j) * kPitch + r] = !inside       ? 0u
+                                           : met == have ? pairs[j]
+                                                         : ptx::pack(nan, nan, E{});
   __syncthreads();  // the pairs of all columns are there
-  store_turned(turned, task.values_t, n0, k0, task.k, task.padded_n);
+  store_transposed(transposed, task.values_t, n0, k0, task.k, task.padded_n);
 }
 
 const char* status() {
@@ -355,8 +357,8 @@ const char* launch(const Sparse24PackTask& task, bool half, cudaStream_t stream)
 }
 
 template <class E>
-const char* launch(const Sparse24TurnTask& task, cudaStream_t stream) {
-  const auto kernel = sparse24_turn<E>;
+const char* launch(const Sparse24TransposeTask& task, cudaStream_t stream) {
+  const auto kernel = sparse24_transpose<E>;
   const int64_t across = task.padded_k / kTile, down = task.padded_n / kTile;
   if (across > INT32_MAX / down) return "W has too many rows and columns for one grid";
   BIGOPS_LAUNCH(kernel, dim3(static_cast<unsigned>(across * down)), dim3(kThreads), 0, stream, task,
@@ -373,7 +375,7 @@ const char* pack_sparse24(const Sparse24PackTask& task, Sparse24Source source, b
   return source == kPackBFloat16 ? launch<bf16>(task, half, on) : launch<f16>(task, half, on);
 }
 
-const char* turn_sparse24(const Sparse24TurnTask& task, bool half, void* stream) {
+const char* transpose_sparse24(const Sparse24TransposeTask& task, bool half, void* stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   return half ? launch<f16>(task, on) : launch<bf16>(task, on);
 }

@@ -31,7 +31,7 @@ struct Sparse24PackTask {
 };
 
 // The values of W^T from those of W: both metadata are there.
-struct Sparse24TurnTask {
+struct Sparse24TransposeTask {
   const void* values;      // [N, padded_k / 2], 16-byte aligned, as all that follows
   const uint32_t* meta;    // [tiles_n, padded_k / 64, 32]
   const uint32_t* meta_t;  // [tiles_k, padded_n / 64, 32]
@@ -43,6 +43,6 @@ struct Sparse24TurnTask {
 // text of an error, or null.
 const char* pack_sparse24(const Sparse24PackTask& task, Sparse24Source source, bool half,
                           void* stream);
-const char* turn_sparse24(const Sparse24TurnTask& task, bool half, void* stream);
+const char* transpose_sparse24(const Sparse24TransposeTask& task, bool half, void* stream);
 
 }  // namespace bigops

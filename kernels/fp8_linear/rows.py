@@ -44,7 +44,7 @@ def quantize_fp8(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Codes of BLOCK_M rows of x, to the bit as `bigops.formats.fp8.quantize_rows` has them.
+    """Codes of BLOCK_M rows of x, to the bit as `bigops.formats.fp8.act_quant` has them.
 
     Two passes: the second reads from cache what the first saw. To be launched without fusion of
     products and sums.
@@ -87,7 +87,7 @@ def quantize_fp8(
 def quantize_activations(
     x: Tensor, block: bool = False, x_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rows of x as e4m3fn, to the bit those of `bigops.formats.fp8.quantize_rows`.
+    """Rows of x as e4m3fn, to the bit those of `bigops.formats.fp8.act_quant`.
 
     Args:
         x: [M, K], float32, bfloat16 or float16, any strides.

@@ -55,7 +55,7 @@ def _numbers(block, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.const
 
 @triton.jit
 def quantized_gemm(
-    x,  # [M, K], or int8 [M, stride_xm] of `quantize_rows`
+    x,  # [M, K], or int8 [M, stride_xm] of `act_quant`
     values,  # [tiles, LINES, 16, 4]: int8, or uint8 with two numbers each
     scale,  # float32 [groups, N16]
     zero_point,  # int8 [groups, N16] or None

@@ -27,7 +27,7 @@ def _round(x):
 
 
 @triton.jit
-def quantize_rows(
+def act_quant(
     x,  # [M, K]
     grid,  # float32 [2], scale and zero point of x; None unless STATIC
     q,  # int8 [M, stride_q] out: u8 numbers less 128, 0 beyond K
@@ -43,7 +43,7 @@ def quantize_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Quantise BLOCK_M rows of x to the bit as `bigops.formats.quantize.quantize_rows` does.
+    """Quantise BLOCK_M rows of x to the bit as `bigops.formats.quantize.act_quant` does.
 
     Two passes: the second reads from cache what the first saw. To be launched without fusion of
     products and sums, which would round x * inverse otherwise than plain torch.
@@ -101,7 +101,7 @@ def quantize_rows(
 def quantize_activations(
     x: Tensor, activations: str, grid: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of x as whole numbers, to the bit those of `bigops.formats.quantize.quantize_rows`.
+    """Rows of x as whole numbers, to the bit those of `bigops.formats.quantize.act_quant`.
 
     Args:
         x: [M, K], float32, bfloat16 or float16, any strides.
@@ -125,7 +125,7 @@ def quantize_activations(
     if m:
         tile = row_config(device_arch(x.device))
         with on_device(x.device):
-            quantize_rows[(triton.cdiv(m, tile.block_m),)](
+            act_quant[(triton.cdiv(m, tile.block_m),)](
                 x,
                 contiguous(grid),
                 q,

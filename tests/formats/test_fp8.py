@@ -99,7 +99,7 @@ def test_rows_are_rounded_by_their_largest_magnitude(k: int, block: bool) -> Non
     x = torch.randn(6, k) * torch.logspace(-40, 4, 6).unsqueeze(1)
     x[1] = 0
     x[2, -1], x[3, 0] = float("nan"), float("inf")
-    rows = fp8.quantize_rows(x, block)
+    rows = fp8.act_quant(x, block)
     length = 128 if block else k
     assert list(rows.scale.shape) == [6, -(-k // length)]
     for m in range(6):
@@ -117,7 +117,7 @@ def test_rows_are_rounded_by_their_largest_magnitude(k: int, block: bool) -> Non
 
 def test_a_given_scale_saturates() -> None:
     x = torch.tensor([[1.0, -3.0, 0.1, 1000.0]])
-    rows = fp8.quantize_rows(x, False, torch.tensor([2.0 / 448]))
+    rows = fp8.act_quant(x, False, torch.tensor([2.0 / 448]))
     assert torch.equal(rows.q.double(), nearest(x * 224))
     assert rows.q[0, 1] == -448
     assert rows.q[0, 3] == 448
@@ -128,7 +128,7 @@ def test_a_given_scale_saturates() -> None:
 def test_rows_of_no_columns_and_any_rank(block: bool, lead: list[int]) -> None:
     for k in (0, 130):
         x = torch.randn(*lead, k)
-        rows = fp8.quantize_rows(x, block)
+        rows = fp8.act_quant(x, block)
         assert rows.q.shape == rows.dense().shape == x.shape
         assert list(rows.scale.shape[:-1]) == lead
 

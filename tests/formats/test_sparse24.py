@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bigops.formats.patterns import _BLOCKS, n_m_mask, transposable_mask
 from bigops.formats.sparse import SparseWeight
-from bigops.formats.sparse24 import Sparse24Weight, _bits, sample, to_dense, turn
+from bigops.formats.sparse24 import Sparse24Weight, _bits, sample, to_dense, transpose
 from bigops.ops.sparse_linear.sparse24_pack import pack24, prune24
 from tests.support import hostrun
 
@@ -261,7 +261,7 @@ def test_a_transposable_pack_holds_both(dtype: torch.dtype) -> None:
     packed.validate()
     want = torch.where(transposable_mask(w), w, 0)
     assert torch.equal(packed.to_dense(dtype), want)
-    values_t = turn(packed.values, packed.meta, packed.meta_t, 72)
+    values_t = transpose(packed.values, packed.meta, packed.meta_t, 72)
     assert torch.equal(to_dense(values_t, packed.meta_t, 36).to(dtype), want.t())
     assert torch.equal(sample(want, packed.meta, dtype), packed.values)
     assert packed.nbytes == sum(t.nbytes for t in (packed.values, packed.meta, packed.meta_t))

@@ -27,7 +27,7 @@ from bigops.ops.linear_cross_entropy import triton as _triton_loss
 from tests.support import triton_interpreter
 
 # op -> module of bigops.ops and what serves it on a GPU
-ROADS = {
+PATHS = {
     "fused_linear": ("fused_linear", "op._cuda"),
     "fused_linear_with_parts": ("fused_linear", "op._cuda_kept"),
     "fused_linear_backward": ("fused_linear", "op.gradients._cuda"),
@@ -112,11 +112,11 @@ def place(
         return
     triton_interpreter.install()
     library = torch.library.Library("bigops", "IMPL")
-    for op, (stem, name) in ROADS.items():
+    for op, (stem, name) in PATHS.items():
         packet = getattr(torch.ops.bigops, op)
         kernel = packet.code if "code" in packet.overloads() else packet.default
-        road = in_words(kernel, attrgetter(name)(sys.modules[f"bigops.ops.{stem}"]))
-        library.impl(kernel.name().removeprefix("bigops::"), road, "CPU", allow_override=True)
+        path = in_words(kernel, attrgetter(name)(sys.modules[f"bigops.ops.{stem}"]))
+        library.impl(kernel.name().removeprefix("bigops::"), path, "CPU", allow_override=True)
     adamw = sys.modules["bigops.ops.fused_adamw"]
     loss = sys.modules["bigops.ops.linear_cross_entropy.schema"]
     monkeypatch.setattr(adamw, "step_adamw", adamw.choose.adamw)

@@ -26,11 +26,11 @@ from bigops.kernels.common import tiles
 from bigops.kernels.common.activation import NAMES
 from bigops.kernels.common.tiles import TileConfig
 from bigops.kernels.low_rank_linear import kernel as low_rank_kernels
-from bigops.ops.fp8_linear import triton as fp8_road
-from bigops.ops.fused_linear import triton as linear_road
-from bigops.ops.low_rank_linear import triton as low_rank_road
-from bigops.ops.quantized_linear import triton as quantized_road
-from bigops.ops.sparse_linear import triton as sparse_road
+from bigops.ops.fp8_linear import triton as fp8_path
+from bigops.ops.fused_linear import triton as linear_path
+from bigops.ops.low_rank_linear import triton as low_rank_path
+from bigops.ops.quantized_linear import triton as quantized_path
+from bigops.ops.sparse_linear import triton as sparse_path
 from tests.support import triton_interpreter
 from tests.support.cases import compressed as compressed_cases
 from tests.support.cases import linear as linear_cases
@@ -68,7 +68,7 @@ def check_epilogue(traffic: Traffic, read: int, written: int) -> None:
 def test_an_epilogue_adds_no_bytes(name: str, parts: bool) -> None:
     case = linear_cases.make(M, N, K, BF16, name)
     with counting() as traffic, expect("triton.fused_linear.bf16"):
-        y, z = linear_road.forward(case.call, parts)
+        y, z = linear_path.forward(case.call, parts)
     assert traffic.kernels == ["gemm"]
     check_epilogue(traffic, size(*case.inputs), size(y, z))
 
@@ -78,7 +78,7 @@ def test_the_programs_of_a_product_read_each_operand_once(name: str) -> None:
     """x by every column of tiles, W and bias by every row of tiles; the rest lies in L2."""
     case = linear_cases.make(M, N, K, BF16, name)
     with counting() as traffic:
-        y, _ = linear_road.forward(case.call, False)
+        y, _ = linear_path.forward(case.call, False)
     gated = name == "geglu"
     config = tiles.choose_config("interpreter", BF16, M, N, K, gated, False)
     rows, columns = -(-M // config.block_m), -(-N // config.block_n)
@@ -100,9 +100,9 @@ def test_the_persistent_form_moves_no_more(name: str) -> None:
 def test_gradients_of_a_dense_product_move_gz_and_nothing_else(name: str) -> None:
     """gz is written once and read by both products; column sums go through one row a chunk."""
     case = linear_cases.make(M, N, K, BF16, name)
-    _, z = linear_road.forward(case.call, True)
+    _, z = linear_path.forward(case.call, True)
     with counting() as traffic, expect("triton.fused_linear_backward.bf16"):
-        gx, gw, gb = linear_road.backward(case.grad, case.call, z, True, True, True)
+        gx, gw, gb = linear_path.backward(case.grad, case.call, z, True, True, True)
     assert traffic.kernels == ["activation_backward", "sum_rows", "gemm", "gemm"]
     tile = tiles.pointwise_config("interpreter")
     chunks = -(-M // (-(-M // tile.max_chunks // tile.block_m) * tile.block_m))
@@ -120,7 +120,7 @@ def test_gradients_of_a_dense_product_move_gz_and_nothing_else(name: str) -> Non
 def test_the_low_rank_product_stays_on_chip(base: bool, parts: bool) -> None:
     case = low_rank_cases.make(M, N, K, 9, BF16, "gelu", base=base)
     with counting() as traffic, expect("triton.low_rank_linear.bf16.fused"):
-        y, t, z = low_rank_road.forward(case.call, parts)
+        y, t, z = low_rank_path.forward(case.call, parts)
     assert traffic.kernels == ["low_rank_product"]
     check_epilogue(traffic, size(*case.inputs), size(y, t, z))
 
@@ -130,11 +130,11 @@ def test_gradients_of_the_low_rank_product(base: bool) -> None:
     """gz and gt = gz u are written once each, whatever K and N."""
     case = low_rank_cases.make(M, N, K, 9, BF16, "gelu", base=base)
     x, u, v, _, _, dense = case.inputs
-    _, t, z = low_rank_road.forward(case.call, True)
+    _, t, z = low_rank_path.forward(case.call, True)
     assert t is not None
     with counting() as traffic, expect("triton.low_rank_linear_backward.bf16.fused"):
         needs = (True, True, True, base, True)
-        found = low_rank_road.backward(case.grad, case.call, t, z, *needs)
+        found = low_rank_path.backward(case.grad, case.call, t, z, *needs)
     products = ["gemm"] * (3 if base else 2)
     assert traffic.kernels == ["activation_backward", "sum_rows", "low_rank_product", *products]
     tile = tiles.pointwise_config("interpreter")
@@ -153,7 +153,7 @@ def test_weight_only_products_read_the_codes(form: str) -> None:
     """x, codes, scales and zero points once each, and y written: no dequantised weight."""
     case = compressed_cases.make(form, M, 48, 128, "bf16", "gelu")
     with counting() as traffic, expect("triton.quantized_linear.bf16"):
-        y = quantized_road.forward(case.call)
+        y = quantized_path.forward(case.call)
     assert traffic.kernels == ["quantized_gemm"]
     stored = size(case.weight.values, case.weight.scale, case.weight.zero_point)
     check_epilogue(traffic, size(*case.inputs) + stored, size(y))
@@ -166,8 +166,8 @@ def test_quantised_rows_are_written_once(form: str) -> None:
     """The one intermediate: x in one byte, with three numbers a row."""
     case = compressed_cases.make(form, M, 48, 128, "bf16", "gelu")
     with counting() as traffic, expect("triton.quantized_linear.bf16"):
-        y = quantized_road.forward(case.call)
-    assert traffic.kernels == ["quantize_rows", "quantized_gemm"]
+        y = quantized_path.forward(case.call)
+    assert traffic.kernels == ["act_quant", "quantized_gemm"]
     weight, rows = case.weight, M * 128 + 3 * 4 * M
     used = 0 if weight.zero_point is None else 4 * M  # sums of q, for the zero points of W
     stored = size(weight.values, weight.scale, weight.zero_point, weight.row_sum)
@@ -180,7 +180,7 @@ def test_fp8_weights_are_read_as_they_are_stored(form: str) -> None:
     """One byte a number. Where x is rounded, its codes and scales are the one intermediate."""
     case = compressed_cases.make(form, M, 48, 128, "bf16", "gelu")
     with counting() as traffic, expect("triton.fp8_linear.bf16"):
-        y = fp8_road.forward(case.call)
+        y = fp8_path.forward(case.call)
     rounded = case.weight.activations != "none"
     assert traffic.kernels == ["quantize_fp8"] * rounded + ["fp8_gemm"]
     rows = (M * 128 + 4 * M) * rounded
@@ -192,9 +192,9 @@ def test_fp8_weights_are_read_as_they_are_stored(form: str) -> None:
 def test_the_gradient_of_x_reads_the_codes(form: str) -> None:
     """gz once, codes, scales and zero points once, gx written: no dequantised weight."""
     case = compressed_cases.make(form, M, 48, 128, "bf16", residual=False)
-    of, road = ("fp8", fp8_road) if "fp8" in form else ("quantized", quantized_road)
+    of, path = ("fp8", fp8_path) if "fp8" in form else ("quantized", quantized_path)
     with counting() as traffic, expect(f"triton.{of}_linear_backward.bf16"):
-        gx, _ = road.backward(case.grad, case.call, True, False)
+        gx, _ = path.backward(case.grad, case.call, True, False)
     assert traffic.kernels == [f"{of}_gradient"]
     zero_point = getattr(case.weight, "zero_point", None)
     stored = size(case.weight.values, case.weight.scale, zero_point)
@@ -222,7 +222,7 @@ def test_sparse_products_read_the_stored_blocks(pattern: str) -> None:
     values = case.weight.values
     assert values.nbytes == int(full.sum()) * side * side * 2
 
-    blocks, why = sparse_road.blocks_of(case.call, "interpreter")
+    blocks, why = sparse_path.blocks_of(case.call, "interpreter")
     assert blocks is not None, why
 
     def moved(traffic: Traffic) -> tuple[list[str], dict[str, int], dict[str, int]]:
@@ -234,21 +234,21 @@ def test_sparse_products_read_the_stored_blocks(pattern: str) -> None:
         return traffic.kernels, read, dict(launch.once["written"])
 
     with counting() as traffic, expect("triton.sparse_linear.bf16"):
-        y = sparse_road.forward(case.call, blocks)
+        y = sparse_path.forward(case.call, blocks)
     assert moved(traffic) == (
         ["block_product"],
         {"x": M * columns * 2, "values": values.nbytes},
         {"y": size(y)},
     )
     with counting() as traffic:
-        gx, *_ = sparse_road.backward(case.grad, case.call, blocks, True, False, False)
+        gx, *_ = sparse_path.backward(case.grad, case.call, blocks, True, False, False)
     assert moved(traffic) == (
         ["block_product"],
         {"x": M * lines * 2, "values": values.nbytes},
         {"y": size(gx)},
     )
     with counting() as traffic:
-        _, gv, _ = sparse_road.backward(case.grad, case.call, blocks, False, True, False)
+        _, gv, _ = sparse_path.backward(case.grad, case.call, blocks, False, True, False)
     assert moved(traffic) == (
         ["block_samples"],
         {"x": M * columns * 2, "gz": M * lines * 2},
@@ -335,7 +335,7 @@ def test_an_epilogue_through_memory_is_caught(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(linear_kernels, "product", apart)
     case = linear_cases.make(M, N, K, BF16, "gelu")
     with counting() as traffic:
-        y, _ = linear_road.forward(case.call, False)
+        y, _ = linear_path.forward(case.call, False)
     case.check_forward(y)
     with pytest.raises(AssertionError, match="ideal"):
         check_epilogue(traffic, size(*case.inputs), size(y))
@@ -344,7 +344,7 @@ def test_an_epilogue_through_memory_is_caught(monkeypatch: pytest.MonkeyPatch) -
 def test_a_low_rank_product_through_memory_is_caught() -> None:
     case = low_rank_cases.make(M, N, K, 33, BF16)  # of a rank that the interpreter's tile lacks
     with counting() as traffic, expect("triton.low_rank_linear.bf16.composed"):
-        y, *_ = low_rank_road.forward(case.call, False)
+        y, *_ = low_rank_path.forward(case.call, False)
     with pytest.raises(AssertionError, match="ideal"):
         check_epilogue(traffic, size(*case.inputs), size(y))
 
@@ -374,7 +374,7 @@ def test_an_intermediate_kept_in_an_argument_is_caught(
     monkeypatch.setattr(products, "gemm", copy.gemm)
     case = linear_cases.make(M, N, K, BF16, "gelu")
     with counting() as traffic:
-        y, _ = linear_road.forward(case.call, False)
+        y, _ = linear_path.forward(case.call, False)
     case.check_forward(y)
     with pytest.raises(AssertionError, match="ideal"):
         check_epilogue(traffic, size(*case.inputs), size(y))

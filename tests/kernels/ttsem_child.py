@@ -1,6 +1,6 @@
 """The cases that ttsem judges, and the process that runs them, started by ttsem_run.py with NAMES.
 
-Prints a line of JSON for each. A case calls kernels by the road that a GPU takes, on CPU tensors,
+Prints a line of JSON for each. A case calls kernels by the path that a GPU takes, on CPU tensors,
 and holds the values to tests/support/tolerance.py itself. Outputs start as NaN.
 
 ttsem sees the arguments of a launch alone. The optimiser's kernels reach their tensors by addresses
@@ -27,18 +27,18 @@ from torch import Tensor
 import bigops
 from bigops import backend
 from bigops.formats import checks
-from bigops.formats.quantize import quantize_rows
+from bigops.formats.quantize import act_quant
 from bigops.kernels import fused_linear as linear_kernels
 from bigops.kernels.common.activation import NAMES
 from bigops.kernels.common.tiles import TileConfig
 from bigops.kernels.quantized_linear import rows as quantized_rows
-from bigops.ops.fp8_linear import triton as fp8_road
+from bigops.ops.fp8_linear import triton as fp8_path
 from bigops.ops.fused_adamw import reference_norm, reference_sgd
-from bigops.ops.fused_linear import triton as linear_road
-from bigops.ops.linear_cross_entropy import triton as loss_road
-from bigops.ops.low_rank_linear import triton as low_rank_road
-from bigops.ops.quantized_linear import triton as quantized_road
-from bigops.ops.sparse_linear import triton as sparse_road
+from bigops.ops.fused_linear import triton as linear_path
+from bigops.ops.linear_cross_entropy import triton as loss_path
+from bigops.ops.low_rank_linear import triton as low_rank_path
+from bigops.ops.quantized_linear import triton as quantized_path
+from bigops.ops.sparse_linear import triton as sparse_path
 from tests.support.cases import compressed as compressed_cases
 from tests.support.cases import cross_entropy as cross_entropy_cases
 from tests.support.cases import linear as linear_cases
@@ -56,9 +56,9 @@ ROWS = 37  # against the tiles of 32 rows of kernels/configs/**/interpreter.json
 
 def linear(dtype: torch.dtype, name: str, shape: tuple[int, int, int] = (ROWS, 45, 70)) -> None:
     case = linear_cases.make(*shape, dtype, name)
-    y, z = linear_road.forward(case.call, True)
+    y, z = linear_path.forward(case.call, True)
     case.check_forward(y)
-    grads = linear_road.backward(case.grad, case.call, z, True, True, True)
+    grads = linear_path.backward(case.grad, case.call, z, True, True, True)
     case.check_gradients([*grads, case.grad])
 
 
@@ -72,33 +72,33 @@ def persistent(dtype: torch.dtype, name: str) -> None:
 
 def low_rank(dtype: torch.dtype, base: bool, rank: int = 9) -> None:
     case = low_rank_cases.make(ROWS, 45, 70, rank, dtype, "gelu", base=base, scale=0.75)
-    y, t, z = low_rank_road.forward(case.call, True)
+    y, t, z = low_rank_path.forward(case.call, True)
     assert t is not None
     case.check_forward(y)
     needs = (True, True, True, base, True)
-    gx, gu, gv, gbase, gb = low_rank_road.backward(case.grad, case.call, t, z, *needs)
+    gx, gu, gv, gbase, gb = low_rank_path.backward(case.grad, case.call, t, z, *needs)
     case.check_gradients([gx, gu, gv, gb, case.grad, gbase if base else None])
 
 
 def quantized(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    case.check_forward(quantized_road.forward(case.call))
+    case.check_forward(quantized_path.forward(case.call))
 
 
 def fp8(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    case.check_forward(fp8_road.forward(case.call))
+    case.check_forward(fp8_path.forward(case.call))
 
 
 def fp8_backward(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    grads = fp8_road.backward(case.grad, case.call, True, True)
+    grads = fp8_path.backward(case.grad, case.call, True, True)
     case.check_gradients([*grads, case.grad], stored=True)
 
 
 def quantized_backward(form: str, dtype: str) -> None:
     case = compressed_cases.make(form, ROWS, 45, 150, dtype, "gelu")
-    grads = quantized_road.backward(case.grad, case.call, True, True)
+    grads = quantized_path.backward(case.grad, case.call, True, True)
     case.check_gradients([*grads, case.grad], stored=True)
 
 
@@ -106,7 +106,7 @@ def rows_as_integers(activations: str) -> None:
     x = torch.randn(ROWS, 150) * torch.logspace(-3, 3, ROWS).unsqueeze(1)
     grid = torch.tensor([0.02, 120.0]) if activations == "static" else None
     q, scale, _, sums = quantized_rows.quantize_activations(x, activations, grid)
-    want = quantize_rows(x, activations, grid)
+    want = act_quant(x, activations, grid)
     assert torch.equal(q[:, :150] + 128.0, want.q), "other whole numbers than the reference"
     assert torch.equal(scale, want.scale[:, 0]), "another scale than the reference"
     assert torch.equal(sums, q.sum(1, dtype=torch.int32)), "other sums than those of q"
@@ -114,17 +114,17 @@ def rows_as_integers(activations: str) -> None:
 
 def sparse(form: str, pattern: str, dtype: str, m: int = 35) -> None:
     case = compressed_cases.make(form, m, 48, 70, dtype, "gelu", pattern=pattern, values=True)
-    blocks, why = sparse_road.blocks_of(case.call, "interpreter")
+    blocks, why = sparse_path.blocks_of(case.call, "interpreter")
     assert blocks is not None, why
-    case.check_forward(sparse_road.forward(case.call, blocks))
-    grads = sparse_road.backward(case.grad, case.call, blocks, True, True, True)
+    case.check_forward(sparse_path.forward(case.call, blocks))
+    grads = sparse_path.backward(case.grad, case.call, blocks, True, True, True)
     case.check_gradients([*grads, case.grad], stored=True)
 
 
 def loss(dtype: torch.dtype, options: str) -> None:
     """Rows of more than one block; the public function, with the pass over logits of a GPU."""
     op = sys.modules["bigops.ops.linear_cross_entropy.schema"]
-    before, op.chunk_op = op.chunk_op, loss_road.serve_chunk  # type: ignore[attr-defined]
+    before, op.chunk_op = op.chunk_op, loss_path.serve_chunk  # type: ignore[attr-defined]
     try:
         cross_entropy_cases.make(5, 700, 9, dtype, **cross_entropy_cases.ALL[options]).check()
     finally:
@@ -265,7 +265,7 @@ def planted(old: str, new: str) -> None:
         case = linear_cases.make(ROWS, 45, 70, F32, "gelu", residual=False)
         before, products.gemm = products.gemm, copy.gemm
         try:
-            y, _ = linear_road.forward(case.call, False)
+            y, _ = linear_path.forward(case.call, False)
         finally:
             products.gemm = before
     case.check_forward(y)

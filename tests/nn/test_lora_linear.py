@@ -1,4 +1,4 @@
-"""bigops.nn.LoRALinear: values of every road, merging to the bit, state, and add_lora_."""
+"""bigops.nn.LoRALinear: values of every path, merging to the bit, state, and add_lora_."""
 
 import copy
 

@@ -231,7 +231,7 @@ def test_frozen_compiles_without_breaks() -> None:
     assert torch.equal(compiled(x), layer(x))
 
 
-def test_compiled_and_functorch_calls_take_the_float_road() -> None:
+def test_compiled_and_functorch_calls_take_the_float_path() -> None:
     layer = _layer().eval()
     x = torch.randn(3, 40)
     stacked = {n: torch.stack([p, 2 * p]).detach() for n, p in layer.named_parameters()}

@@ -265,7 +265,7 @@ def test_casts_leave_the_storage_alone() -> None:
     assert layer(torch.randn(2, 70, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-# --- roads ---------------------------------------------------------------------------------
+# --- paths ---------------------------------------------------------------------------------
 
 
 def test_compiled_exported_vmapped_and_under_autocast() -> None:

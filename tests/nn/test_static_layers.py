@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import bigops
 from bigops.compress import config, store
-from bigops.formats.quantize import from_grid, quantize_rows, static_grid, to_grid
+from bigops.formats.quantize import act_quant, from_grid, static_grid, to_grid
 from bigops.nn import Linear, QuantLinear, SparseLinear
 from bigops.nn.compressed_linear import CompressedLinear
 from tests.support.kernels_ran import expect, needs_extension
@@ -98,7 +98,7 @@ def test_floats_in_the_place_of_u8_are_the_same_numbers(dtype: torch.dtype) -> N
     every = torch.arange(256, dtype=torch.uint8)
     for lo, hi in itertools.product((-7.3, -1.0, -1e-3, 0.0), (0.1, 1.0, 3.3, 61.0)):
         grid = static_grid(lo, hi)
-        rows = quantize_rows(from_grid(every, grid, dtype), "static", grid)
+        rows = act_quant(from_grid(every, grid, dtype), "static", grid)
         off = (rows.q - every.float()).abs()
         far = (every.float() - grid[1]).abs() > 128
         assert float(off.max()) <= (1.0 if dtype == torch.bfloat16 else 0.0)

@@ -145,7 +145,7 @@ FORMS = (
 )
 
 
-def roads(packet: Any, args: tuple[Any, ...]) -> dict[str, Callable[[Tensor], Tensor]]:
+def paths(packet: Any, args: tuple[Any, ...]) -> dict[str, Callable[[Tensor], Tensor]]:
     """Ways of calling an op with words, as functions of x."""
     rest = args[1:]
     return {
@@ -166,8 +166,8 @@ def test_words_give_what_their_codes_give(form: str) -> None:
     x = coded[0].requires_grad_()
     want = packet.code(*coded)
     (want_grad,) = torch.autograd.grad(want.sum(), x)
-    for name, road in roads(packet, args).items():
-        got = road(x)
+    for name, path in paths(packet, args).items():
+        got = path(x)
         (grad,) = torch.autograd.grad(got.sum(), x)
         assert torch.equal(got, want), name
         assert torch.equal(grad, want_grad), name

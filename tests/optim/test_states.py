@@ -254,15 +254,15 @@ def test_small_states_stay_torchs() -> None:
 
 
 @pytest.mark.parametrize("name", THEIRS)
-@pytest.mark.parametrize("road", ["torch.save", "pickle", "flat", "flat by torch.save"])
-def test_8_bit_states_come_back_by_every_road(name: str, road: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["torch.save", "pickle", "flat", "flat by torch.save"])
+def test_8_bit_states_come_back_by_every_path(name: str, path: str, tmp_path: Path) -> None:
     """Flat is the form of older files: the codes themselves under the name of the moment."""
     params, ours = coded(name)
     saved = ours.state_dict()
-    if "flat" in road:
+    if "flat" in path:
         for state in saved["state"].values():
             state.update({k: v["codes"] for k, v in state.items() if isinstance(v, dict)})
-    if "torch.save" in road:
+    if "torch.save" in path:
         torch.save(saved, tmp_path / "state.pt")
         saved = torch.load(tmp_path / "state.pt", weights_only=True)
     else:

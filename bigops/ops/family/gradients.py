@@ -1,4 +1,4 @@
-"""The gradients of a linear op by every road: eager, raw, traced, torch.func, twice."""
+"""The gradients of a linear op by every path: eager, raw, traced, torch.func, twice."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ class Gradients:
         """Per-example gradients: those of bias and values are one each, so each is its own call."""
         return loop(self.backward, args, in_dims, info.batch_size), (0,) * len(self.needs)
 
-    # roads ----------------------------------------------------------------------------------
+    # paths ----------------------------------------------------------------------------------
 
     def _functions(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
         """The eager Function (ctx form, 10 microseconds a call) and the one for torch.func."""
@@ -279,7 +279,7 @@ class Gradients:
                 return gradients.raw_backward(ctx, grad)
 
         class Functorch(torch.autograd.Function):
-            # Each level lowers to the public road, so that levels nest (grad of vmap and back), and
+            # Each level lowers to the public path, so that levels nest (grad of vmap and back), and
             # takes words as that does.
             @staticmethod
             def forward(x, *rest):  # type: ignore[no-untyped-def]

@@ -301,7 +301,7 @@ class LinearOp:
         residual: Tensor | None = None,
         activation: str = "none",
     ) -> Tensor:
-        """Run the op by the road that the caller's context needs.
+        """Run the op by the path that the caller's context needs.
 
         Args:
             arguments, k: `Format.arguments` and ``Format.k`` of the weight.

@@ -20,9 +20,9 @@ def _product(call: Call, x_grid: Tensor | None) -> Tensor:
     if not weight.rounds:
         return F.linear(x.float(), weight.to_dense())
     if weight.scales == "block":
-        return F.linear(fp8.quantize_rows(x, True).dense(), weight.to_dense())
+        return F.linear(fp8.act_quant(x, True).dense(), weight.to_dense())
     # scales after the sums, which no small scale makes 0
-    rows = fp8.quantize_rows(x, False, weight.x_scale)
+    rows = fp8.act_quant(x, False, weight.x_scale)
     return F.linear(rows.q, weight.values.float()[:, : weight.k]) * weight.scale[:, 0] * rows.scale
 
 

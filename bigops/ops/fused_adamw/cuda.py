@@ -1,4 +1,4 @@
-"""The road from the optimiser steps to their CUDA C++ kernels (csrc/cuda/fused_adamw.cu)."""
+"""The path from the optimiser steps to their CUDA C++ kernels (csrc/cuda/fused_adamw.cu)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The road from the optimiser steps to their Triton kernels (kernels/fused_adamw.py)."""
+"""The path from the optimiser steps to their Triton kernels (kernels/fused_adamw.py)."""
 
 from __future__ import annotations
 

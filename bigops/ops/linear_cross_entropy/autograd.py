@@ -1,4 +1,4 @@
-"""Gradients of `linear_cross_entropy` along every road.
+"""Gradients of `linear_cross_entropy` along every path.
 
 Eagerly and in a graph that is traced they are made in the forward pass, while the logits of a chunk
 are there (as in Liger-Kernel, arXiv 2410.10989), and the backward pass scales them; under

@@ -1,4 +1,4 @@
-"""The road from the loss to its Triton kernel (kernels/linear_cross_entropy.py)."""
+"""The path from the loss to its Triton kernel (kernels/linear_cross_entropy.py)."""
 
 from __future__ import annotations
 

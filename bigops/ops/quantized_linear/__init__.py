@@ -20,7 +20,7 @@ def _product(call: Call, x_grid: Tensor | None) -> Tensor:
     if not weight.rounds:
         return torch.nn.functional.linear(call.x.float(), weight.to_dense())
     grid = weight.x_grid if x_grid is None else x_grid
-    rows = quantize.quantize_rows(call.x, weight.activations, grid)
+    rows = quantize.act_quant(call.x, weight.activations, grid)
     whole = (rows.q - rows.zero_point).double()
     if weight.bits == 8:
         # whole numbers below 2^53: the product is exact, in whatever order it is summed

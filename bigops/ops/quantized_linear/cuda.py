@@ -1,4 +1,4 @@
-"""The road from quantized_linear to its CUDA C++ decode kernels (csrc/cuda/quantized_linear.cu)."""
+"""The path from quantized_linear to its CUDA C++ decode kernels (csrc/cuda/quantized_linear.cu)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The road from quantized_linear and its backward to Triton kernels: flat rows, names what ran."""
+"""The path from quantized_linear and its backward to Triton kernels: flat rows, names what ran."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def _product(call: Call, x_grid: Tensor | None) -> Tensor:
     w = to_dense(weight.values, weight.positions(), weight.n, weight.k, weight.chunk)
     if weight.scale is None:
         return F.linear(x.float(), w)
-    seen = quantize.quantize_rows(x, "dynamic" if x_grid is None else "static", x_grid)
+    seen = quantize.act_quant(x, "dynamic" if x_grid is None else "static", x_grid)
     # whole numbers below 2^53: the product is exact, in whatever order it is summed
     total = torch.matmul((seen.q - seen.zero_point).double(), w.double().t()).float()
     return total * (seen.scale * weight.scale)

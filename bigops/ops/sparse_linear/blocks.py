@@ -110,8 +110,10 @@ def _of_side(
         steps = torch.stack([step[upper], F.pad(lower, (0, alone), value=-1)], 1)
         row, column = row[upper] // 2, column[upper]
     rows_of = _lines(side, False, row, column, steps, -(-n // side))
-    turned = (column * max(-(-n // side), 1) + row).argsort()
-    columns_of = _lines(side, False, column[turned], row[turned], steps[turned], -(-k // side))
+    transposed = (column * max(-(-n // side), 1) + row).argsort()
+    columns_of = _lines(
+        side, False, column[transposed], row[transposed], steps[transposed], -(-k // side)
+    )
     return _with_tasks(side, rows_of, columns_of)
 
 

@@ -1,4 +1,4 @@
-"""The road from sparse_linear to its CUDA C++ decode kernels (csrc/cuda/sparse_linear.cu)."""
+"""The path from sparse_linear to its CUDA C++ decode kernels (csrc/cuda/sparse_linear.cu)."""
 
 from __future__ import annotations
 

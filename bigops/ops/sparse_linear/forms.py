@@ -50,7 +50,7 @@ def trains_packed(x: Tensor, weight: Tensor) -> bool:
         dtype == low
         and x.is_floating_point()
         and not uneven(weight)
-        and x.shape[-1:] == weight.shape[1:]  # else the other road says what is wrong
+        and x.shape[-1:] == weight.shape[1:]  # else the other path says what is wrong
         and sparse24.serves(low, x.shape[-1], x.device)
         and packing.serves(weight, low)
     )

@@ -51,7 +51,7 @@ def _product(call: Call, x_grid: Tensor | None) -> Tensor:
     w = storage.to_dense(weight.values, weight.meta, weight.k)
     if weight.scale is None:
         return F.linear(x.float(), w)
-    seen = quantize.quantize_rows(x, "dynamic", None)
+    seen = quantize.act_quant(x, "dynamic", None)
     # whole numbers below 2^53: the product is exact, in whatever order it is summed
     total = torch.matmul((seen.q - seen.zero_point).double(), w.double().t()).float()
     return total * (seen.scale * weight.scale)
@@ -168,9 +168,9 @@ def gradients(
     gz, gb = _preact_gradient(rows(grad), z, call.activation, need_x or need_values, need_bias)
     gx, gv = x.new_empty(0), x.new_empty(0)
     if need_x and weight.meta_t is not None:
-        values_t = kernels.turn(values, meta, weight.meta_t, k)
-        turned = (values_t, weight.meta_t, weight.n)
-        gx = _multiply(gz, gz, *turned, None, None, act.NONE).view(x.shape)
+        values_t = kernels.transpose(values, meta, weight.meta_t, k)
+        transposed = (values_t, weight.meta_t, weight.n)
+        gx = _multiply(gz, gz, *transposed, None, None, act.NONE).view(x.shape)
         backend.note(_name(call, "_grad_x"))
     elif need_x:
         gx = (gz @ storage.to_dense(values, meta, k).to(x.dtype)).view(x.shape)

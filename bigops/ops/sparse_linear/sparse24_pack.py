@@ -27,7 +27,9 @@ _pack = define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _encoded = encoder(_pack)
-_turn = define("sparse24_turn(Tensor values, Tensor meta, Tensor meta_t, int k) -> Tensor")
+_transpose = define(
+    "sparse24_transpose(Tensor values, Tensor meta, Tensor meta_t, int k) -> Tensor"
+)
 _gradient = define("sparse24_gradient(Tensor gz, Tensor x, Tensor meta) -> Tensor")
 
 
@@ -62,10 +64,10 @@ def pack(
     return Packed(*found)
 
 
-def turn(values: Tensor, meta: Tensor, meta_t: Tensor, k: int) -> Tensor:
+def transpose(values: Tensor, meta: Tensor, meta_t: Tensor, k: int) -> Tensor:
     """The values [K, N' / 2] of the transpose of a transposable weight [N, k]."""
-    out: Tensor = _turn(values, meta, meta_t, k)
-    backend.note(f"cuda.sparse24_turn.{checks.short(values.dtype)}")
+    out: Tensor = _transpose(values, meta, meta_t, k)
+    backend.note(f"cuda.sparse24_transpose.{checks.short(values.dtype)}")
     return out
 
 
@@ -107,7 +109,7 @@ def pack24(
         checks.device("mask", mask, w)
     if serves(w, dtype) and not (transposable and uneven(w)):
         packed = pack(w.detach(), mask, "given", dtype, transposable)
-        if not bool(packed.broken.any()):  # else the road below names what is wrong
+        if not bool(packed.broken.any()):  # else the path below names what is wrong
             return _of_kernel(packed, w, transposable)
     return Sparse24Weight.from_mask(w, w != 0 if mask is None else mask, dtype, transposable)
 

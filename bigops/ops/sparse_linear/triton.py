@@ -1,4 +1,4 @@
-"""The road from sparse_linear to its Triton kernels: which weight they serve, and what ran."""
+"""The path from sparse_linear to its Triton kernels: which weight they serve, and what ran."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ inline typename L::wreg broadcast4(const void* p) {
 
 constexpr float kTiny = 1.17549435e-38f;  // FLT_MIN
 
-// One row of x to u8, exactly as quantize_rows in bigops/formats/quantize.py: every step in float,
+// One row of x to u8, exactly as act_quant in bigops/formats/quantize.py: every step in float,
 // two true divisions, rounding half to even. `q` is written for k entries.
 template <class L, class T>
 void quantize(const void* xv, int64_t k, uint8_t* q, float* scale, int32_t* zero_point) {

@@ -19,7 +19,7 @@ from tests.kernels.gpu_report.jobs import words as words_of
 
 KERNELS = {
     "quantized_gemm": kernels.quantized_gemm,
-    "quantize_rows": rows.quantize_rows,
+    "act_quant": rows.act_quant,
     "quantized_gradient": gradient.quantized_gradient,
 }
 # The matrix instructions of whole numbers: others in such a row would be no int8 product.
@@ -79,9 +79,9 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
                     yield gemm(kind, "bf16", entry, name)
     for mode in rows.MODES:
         for dtype in TRITON_TYPE if mode == "dynamic" else ("bf16",):
-            yield job(arch, "quantize_rows", mode, dtype, table.rows, "none")
+            yield job(arch, "act_quant", mode, dtype, table.rows, "none")
     for end in ("loose", "ones"):
-        yield job(arch, "quantize_rows", f"dynamic_{end}", "bf16", table.rows, "none")
+        yield job(arch, "act_quant", f"dynamic_{end}", "bf16", table.rows, "none")
 
 
 def _gradients(arch: str, job: Callable[..., Any], entry: Any) -> Iterator[Any]:
@@ -120,7 +120,7 @@ def unaligned(job: Any) -> tuple[str, ...]:
     if not {"odd", "loose", "ones"} & set(words):
         # K and the lines are whatever the layer's width gives; the other sizes are as in gemm
         return ()
-    if job.kernel == "quantize_rows":
+    if job.kernel == "act_quant":
         return ("M", "K", "stride_xm", "stride_xk")  # the rows of q are ours
     if job.kernel == "quantized_gradient":
         return ("M", "N", "K", "LINES", "stride_gm", "stride_gn")
@@ -141,7 +141,7 @@ def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
         own |= dict.fromkeys(("stride_xk", "stride_gn", "stride_rn"), 1)
     if "ones" in words:
         own |= dict.fromkeys(("M", "N", "K", "LINES"), 1)
-    if job.kernel == "quantize_rows":
+    if job.kernel == "act_quant":
         types |= {"grid": "*fp32", "q": "*i8"}
         own |= {"MODE": rows.MODES[words[0]]}
         if words[0] != "static":

@@ -279,7 +279,7 @@ def compilation(job: Job) -> Compilation:
     }
     source = ASTSource(fn, signature=signature, constexprs=constants, attrs=attrs)
     stages = job.tile.num_stages if isinstance(job.tile, tiles.TileConfig) else None
-    rounds_as_torch = job.kernel in ("quantize_rows", "quantize_fp8")
+    rounds_as_torch = job.kernel in ("act_quant", "quantize_fp8")
     options = launch_options(job.tile.num_warps, stages, fp_fusion=not rounds_as_torch)
     if job.arch.startswith("gfx"):
         target = GPUTarget("hip", job.arch, 64)

@@ -31,7 +31,7 @@ from tests.ops.family.grid_cases import (
     raw_arguments,
     run,
 )
-from tests.support import roads
+from tests.support import paths
 from tests.support.backends import covering
 from tests.support.cases.compressed import DTYPES, Case, make, served
 from tests.support.cases.linear import PLAIN
@@ -247,7 +247,7 @@ def test_numbers_outside_go_to_the_ends(level: str, form: str, m: int) -> None:
     assert bool((y[:, 1::2] == 0).all())
 
 
-# roads --------------------------------------------------------------------------------------
+# paths --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("form", "lead"), covering(FORMS, [[], [3], [2, 9]]), ids=str)
@@ -255,11 +255,11 @@ def test_opcheck(form: str, lead: list[int]) -> None:
     dtype = "bf16" if form == "sparse_bf16" else "f32"
     case = make(form, lead, 5, 7, dtype, "gelu")
     grid = grid_of(case)
-    roads.opcheck(raw(case), raw_arguments(case, case.x, grid))
+    paths.opcheck(raw(case), raw_arguments(case, case.x, grid))
     if form in U8_FORMS:
         q = to_grid(case.x, X_GRID)
-        roads.opcheck(raw(case), raw_arguments(case, q, grid))
-        roads.opcheck(raw(case), raw_arguments(case, q, None))
+        paths.opcheck(raw(case), raw_arguments(case, q, grid))
+        paths.opcheck(raw(case), raw_arguments(case, q, None))
 
 
 @pytest.mark.parametrize("form", ONE_OF_EACH)
@@ -313,29 +313,29 @@ def test_autocast_casts_what_is_floating() -> None:
 
 
 @pytest.mark.parametrize("form", ONE_OF_EACH)
-@pytest.mark.parametrize("road", ["public", "raw", "functorch", "compiled"])
+@pytest.mark.parametrize("path", ["public", "raw", "functorch", "compiled"])
 @pytest.mark.parametrize("name", ["x", "bias", "residual", "y_grid"])
-def test_what_wants_a_gradient_is_refused(form: str, road: str, name: str) -> None:
+def test_what_wants_a_gradient_is_refused(form: str, path: str, name: str) -> None:
     case = make(form, 3, 5, 4)
     given = {"x": case.x, "bias": case.bias, "residual": case.residual, "y_grid": grid_of(case)}
 
     def f(t: Tensor) -> Tensor:
         now: dict[str, Any] = {**given, name: t}
         case.bias, case.residual = now["bias"], now["residual"]
-        if road == "raw":
+        if path == "raw":
             y: Tensor = raw(case)(*raw_arguments(case, now["x"], now["y_grid"]))
             return y
         return call(case, now["x"], now["y_grid"])
 
     t = given[name]
     assert t is not None
-    if road == "functorch":
+    if path == "functorch":
         go: Any = torch.func.grad(lambda t: f(t).float().sum())
     else:
         torch._dynamo.reset()
-        go = torch.compile(f, backend="aot_eager") if road == "compiled" else f
+        go = torch.compile(f, backend="aot_eager") if path == "compiled" else f
     with pytest.raises(Exception, match=f"{name}: expected a tensor that needs no gradient"):
-        go(t if road == "functorch" else t.clone().requires_grad_())
+        go(t if path == "functorch" else t.clone().requires_grad_())
     with torch.no_grad(), expect("_u8"):
         f(t.clone().requires_grad_())
 

@@ -21,7 +21,7 @@ from bigops.kernels.fp8_linear import forward as kernels
 from bigops.kernels.fp8_linear import rows
 from bigops.kernels.fp8_linear import tiles as fp8_tiles
 from bigops.ops import activation as act
-from bigops.ops.fp8_linear import triton as road
+from bigops.ops.fp8_linear import triton as path
 from tests.ops.fused_linear.test_triton import guarded
 from tests.support import triton_interpreter
 from tests.support.cases.compressed import DTYPES, FP8, Case, make
@@ -75,10 +75,10 @@ def call(case: Case, module: ModuleType = kernels, **given: Any) -> Tensor:
 def run(
     form: str, dtype: str, lead: int | list[int], n: int, k: int, name: str = "none", **more: Any
 ) -> None:
-    """One case by the road that a GPU takes: values by the rule, the kernel by its name."""
+    """One case by the path that a GPU takes: values by the rule, the kernel by its name."""
     case = make(form, lead, n, k, dtype, name, **more)
     with guarded(), expect(kernel_of(form, dtype)):
-        y = road.forward(case.call)
+        y = path.forward(case.call)
     case.check_forward(y)
 
 
@@ -88,7 +88,7 @@ def run(
 def assert_rows(x: Tensor, block: bool, given: Tensor | None = None) -> None:
     with guarded():
         q, scale = rows.quantize_activations(x, block, given)
-    want = fp8.quantize_rows(x, block, given)
+    want = fp8.act_quant(x, block, given)
     k = x.shape[1]
     assert torch.equal(scale.t().isnan(), want.scale.isnan())
     assert torch.equal(scale.t().nan_to_num(), want.scale.nan_to_num())
@@ -215,7 +215,7 @@ def test_rows_of_zeros_and_scales_whose_product_is_none(form: str) -> None:
     case.weight, case.dense = weight, weight.to_dense(torch.float64)
     y = call(case)
     assert not y[0].any()
-    seen = fp8.quantize_rows(case.x, form == "fp8_block").dense(torch.float64)
+    seen = fp8.act_quant(case.x, form == "fp8_block").dense(torch.float64)
     truth = seen @ case.dense.t()
     held = truth[1].abs() > 1e-42  # the least step of float32 is 1.4e-45
     assert bool(held.any())
@@ -362,7 +362,7 @@ def test_on_a_gpu(form: str, m: int) -> None:
         if not form.startswith("w"):
             assert inputs[0] is not None
             q, by = rows.quantize_activations(inputs[0], form == "fp8_block", weight.x_scale)
-            want = fp8.quantize_rows(case.x, form == "fp8_block", case.weight.x_scale)
+            want = fp8.act_quant(case.x, form == "fp8_block", case.weight.x_scale)
             codes = q[:, :k].view(torch.float8_e4m3fn)
             assert torch.equal(codes.float().cpu(), want.q)
             assert torch.equal(by.t().cpu(), want.scale)

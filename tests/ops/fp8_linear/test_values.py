@@ -1,4 +1,4 @@
-"""fp8_linear as a torch op: values by the rule, gradients on every road, the contract, errors.
+"""fp8_linear as a torch op: values by the rule, gradients on every path, the contract, errors.
 
 On the CPU the reference serves, and `explain` says so; the kernels are in test_kernels_fp8_linear.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 import bigops
 from bigops.formats.fp8 import Fp8Weight
 from bigops.ops import fp8_linear as function
-from tests.support import roads
+from tests.support import paths
 from tests.support.cases.compressed import DTYPES, FP8, Case, make
 from tests.support.cases.linear import PLAIN
 from tests.support.tolerance import snr_db
@@ -24,13 +24,13 @@ FORMS = ("fp8", "fp8_block", "w_fp8")  # one of each kind of sums
 SNR_FLOOR_DB = 110  # of a double backward in float32
 
 
-def travel(road: str, case: Case) -> None:
-    f = case.raw if road == "raw" else case.public
-    go = roads.eager if road == "raw" else roads.ROADS[road]
+def travel(path: str, case: Case) -> None:
+    f = case.raw if path == "raw" else case.public
+    go = paths.eager if path == "raw" else paths.PATHS[path]
     with bigops.backend.record() as ran:
         grads = go(f, case.leaves(), case.grad)
     assert "reference.fp8_linear" in ran
-    case.check_gradients(grads, road)
+    case.check_gradients(grads, path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -38,7 +38,7 @@ def travel(road: str, case: Case) -> None:
 def test_values_and_gradients(form: str, dtype: str) -> None:
     case = make(form, [3, 4], 130, 140, dtype, "gelu")
     case.check_forward(case.public(*case.inputs))
-    case.check_gradients(roads.eager(case.public, case.leaves(), case.grad))
+    case.check_gradients(paths.eager(case.public, case.leaves(), case.grad))
 
 
 def test_a_result_half_a_step_off_is_seen() -> None:
@@ -52,7 +52,7 @@ def test_a_result_half_a_step_off_is_seen() -> None:
 def test_every_activation(name: str) -> None:
     case = make("fp8_block", 5, 7, 33, "f32", name)
     case.check_forward(case.public(*case.inputs))
-    case.check_gradients(roads.eager(case.public, case.leaves(), case.grad))
+    case.check_gradients(paths.eager(case.public, case.leaves(), case.grad))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -64,27 +64,27 @@ def test_every_activation(name: str) -> None:
 def test_shapes(form: str, lead: list[int], n: int, k: int) -> None:
     case = make(form, lead, n, k, "f32", "silu")
     case.check_forward(case.public(*case.inputs))
-    case.check_gradients(roads.eager(case.public, case.leaves(), case.grad))
+    case.check_gradients(paths.eager(case.public, case.leaves(), case.grad))
 
 
 @pytest.mark.parametrize(
     "dtype", ["f32", *(pytest.param(low, marks=pytest.mark.slow) for low in ("bf16", "f16"))]
 )
-@pytest.mark.parametrize("road", ["raw", *roads.ROADS])
-def test_gradients_on_every_road(road: str, dtype: str) -> None:
+@pytest.mark.parametrize("path", ["raw", *paths.PATHS])
+def test_gradients_on_every_path(path: str, dtype: str) -> None:
     for form in FORMS:
-        travel(road, make(form, 7, 20, 33, dtype, "gelu"))
-    travel(road, make("fp8", 3, 4, 5, dtype, "none", bias=False, residual=False))
+        travel(path, make(form, 7, 20, 33, dtype, "gelu"))
+    travel(path, make("fp8", 3, 4, 5, dtype, "none", bias=False, residual=False))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("road", ["raw", *roads.ROADS])
-def test_a_wrong_gradient_is_seen(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", ["raw", *paths.PATHS])
+def test_a_wrong_gradient_is_seen(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make("fp8", 3, 4, 5, "f32", "gelu")
     off = {need: lambda g: g * 1.05 for need in ("need_x", "need_bias")}
-    roads.plant(monkeypatch, case.linear_op, **off)
+    paths.plant(monkeypatch, case.linear_op, **off)
     with pytest.raises(AssertionError, match="gradient of"):
-        travel(road, case)
+        travel(path, case)
     torch._dynamo.reset()
 
 
@@ -127,8 +127,8 @@ def test_opcheck(form: str) -> None:
     before = [None if t is None else t.clone() for t in case.weight.tensors().values()]
     forward = (x, *case.storage, bias, residual, "relu")
     backward = (case.grad, case.x, *case.storage, case.bias, "relu", True, True)
-    roads.opcheck(ops.fp8_linear, forward, test_utils=utils)
-    roads.opcheck(ops.fp8_linear_backward, backward, test_utils=utils)
+    paths.opcheck(ops.fp8_linear, forward, test_utils=utils)
+    paths.opcheck(ops.fp8_linear_backward, backward, test_utils=utils)
     for old, t in zip(before, case.weight.tensors().values(), strict=True):
         assert t is old or torch.equal(t.float(), old.float())  # type: ignore[union-attr]
 

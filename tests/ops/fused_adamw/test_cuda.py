@@ -21,7 +21,7 @@ from bigops import fused_adamw, fused_grad_norm
 from bigops.backend import machine
 from bigops.benches import harness
 from bigops.ops.fused_adamw import choose, reference_adamw, reference_norm, schema, states
-from bigops.ops.fused_adamw import cuda as road
+from bigops.ops.fused_adamw import cuda as path
 from bigops.ops.fused_adamw.triton import maps_of
 from tests.support import hostrun
 from tests.support.cases.optimizer import Problem, round_roots, same
@@ -45,9 +45,9 @@ def library() -> Path:
 def _on_cuda(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ops as a GPU takes them."""
     hostrun.schedule(library, 0, False)
-    real = road.cuda_built_for
+    real = path.cuda_built_for
     here = lambda target: isinstance(target, torch.device) or real(target)  # noqa: E731
-    monkeypatch.setattr(road, "cuda_built_for", here)
+    monkeypatch.setattr(path, "cuda_built_for", here)
     monkeypatch.setattr(module, "step_adamw", choose.adamw)
     monkeypatch.setattr(module, "norm_op", choose.norm)
     round_roots(monkeypatch)
@@ -170,7 +170,7 @@ def test_nothing_changes_where_the_norm_is_not_finite(norm: float) -> None:
     for served in (True, False):
         ours, before = (Problem(*MIXED, shapes=SHAPES, eight_bit=True) for _ in range(2))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(road, "counts", lambda params, steps, served=served: served)
+            patch.setattr(path, "counts", lambda params, steps, served=served: served)
             ours.adamw(0, norm=torch.tensor(norm).double())
             same(ours, before)
             ours.adamw(0, norm=torch.tensor(3.0).double())
@@ -379,9 +379,9 @@ def test_what_the_kernels_do_not_serve() -> None:
     def kernels(*given: Any) -> object:
         return choose.choose("fused_adamw", *given)[0]
 
-    assert kernels({single}, cpu, {cpu}) is road
-    assert kernels({single, double}, cpu, {cpu}) is not road
-    assert kernels({single}, cpu, {cpu, meta}) is not road
+    assert kernels({single}, cpu, {cpu}) is path
+    assert kernels({single, double}, cpu, {cpu}) is not path
+    assert kernels({single}, cpu, {cpu, meta}) is not path
 
 
 def test_bad_arguments_change_nothing() -> None:

@@ -1,6 +1,6 @@
 """fused_adamw, fused_sgd, fused_grad_norm: values on every instruction set, layouts, determinism.
 
-Roads and errors are in test_roads.py, 8-bit codes and random bits in test_states.py, the optimisers
+Paths and errors are in test_paths.py, 8-bit codes and random bits in test_states.py, the optimisers
 on top in tests/optim/test_optimizers.py.
 """
 

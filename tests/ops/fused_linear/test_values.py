@@ -1,6 +1,6 @@
 """fused_linear: values and gradients by every way that serves it, layouts, determinism, errors.
 
-Gradients on every road are in test_roads.py; what is Triton's own, such as tiles and planted
+Gradients on every path are in test_paths.py; what is Triton's own, such as tiles and planted
 faults, in test_triton.py.
 """
 

@@ -23,7 +23,7 @@ from bigops.kernels.common import tile_walk, tiles
 from bigops.kernels.common.tiles import TileConfig
 from bigops.kernels.low_rank_linear import kernel as kernels
 from bigops.kernels.low_rank_linear import model
-from bigops.ops.low_rank_linear import triton as road
+from bigops.ops.low_rank_linear import triton as path
 from tests.kernels.test_gpu_compile import GOLDEN
 from tests.support import triton_interpreter
 from tests.support.cases.linear import PLAIN
@@ -43,17 +43,17 @@ NEEDS = (True, True, True, True, True)
 
 
 def run(case: LowRankCase, form: str = "fused") -> None:
-    """Forward with parts and backward by the road that a GPU takes, outputs between guards."""
+    """Forward with parts and backward by the path that a GPU takes, outputs between guards."""
     _, _, _, bias, residual, base = case.inputs
     dtype = next(name for name, d in DTYPES.items() if d == case.call.dtype)
     needs = (True, True, True, base is not None, bias is not None)
     with guarded(), expect(f"triton.low_rank_linear.{dtype}.{form}"):
-        y, t, z = road.forward(case.call, True)
+        y, t, z = path.forward(case.call, True)
     assert t is not None
     assert (z is None) == (case.name == "none")
     case.check_forward(y)
     with guarded(), expect(f"triton.low_rank_linear_backward.{dtype}.{form}"):
-        gx, gu, gv, gbase, gb = road.backward(case.grad, case.call, t, z, *needs)
+        gx, gu, gv, gbase, gb = path.backward(case.grad, case.call, t, z, *needs)
     case.check_gradients(
         [
             gx,
@@ -77,7 +77,7 @@ def test_wide_sweep(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("base", [False, True], ids=["factors", "lora"])
 def test_no_extras_and_no_parts(base: bool) -> None:
     case = make(33, 20, 35, 6, torch.bfloat16, "silu", base=base, extras=False)
-    y, t, z = road.forward(case.call, False)
+    y, t, z = path.forward(case.call, False)
     assert t is None
     assert z is None
     case.check_forward(y)

@@ -1,6 +1,6 @@
 """packed_linear on the CPU: values on every instruction set, layout, determinism, errors.
 
-Gradients on every road are in tests/ops/family/test_roads.py.
+Gradients on every path are in tests/ops/family/test_paths.py.
 """
 
 from __future__ import annotations

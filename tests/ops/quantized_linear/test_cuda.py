@@ -20,7 +20,7 @@ import bigops
 from bigops.backend import machine
 from bigops.formats.quantized import QuantizedWeight, pack
 from bigops.ops import activation as act
-from bigops.ops.quantized_linear import cuda as road
+from bigops.ops.quantized_linear import cuda as path
 from tests.support import hostrun
 from tests.support.cases.compressed import DTYPES, QUANTISED, Case, make
 from tests.support.kernels_ran import expect
@@ -51,7 +51,7 @@ def decode(case: Case, weight: QuantizedWeight | None = None, splits: int | None
     """The op on a case with x [M, K], as it is called on a GPU."""
     weight = weight or case.weight
     if splits is None:
-        splits = road.splits_for(weight.n, weight.k, weight.bits)
+        splits = path.splits_for(weight.n, weight.k, weight.bits)
     y: Tensor = torch.ops.bigops.quantized_linear_decode(
         case.x,
         *decoded(weight),
@@ -271,15 +271,15 @@ def test_without_the_library_triton_serves() -> None:
     case = make("w4", 4, 48, 256, "bf16")
     said = bigops.explain("quantized_linear", case.x, case.weight, device="sm_90")
     assert said.kernel.startswith("triton.")
-    assert not road.serves(case.call, case.weight, torch.device("cuda"))
+    assert not path.serves(case.call, case.weight, torch.device("cuda"))
 
 
 def test_splits_fill_a_device_and_leave_each_block_a_pipeline() -> None:
-    assert road.splits_for(4096, 4096, 4) == 4  # 16 stages of 256 columns
-    assert road.splits_for(4096, 4096, 8) == 8
-    assert road.splits_for(1024, 65536, 8) == 16
-    assert road.splits_for(65536, 4096, 8) == 1
-    assert road.splits_for(0, 0, 4) == 1
+    assert path.splits_for(4096, 4096, 4) == 4  # 16 stages of 256 columns
+    assert path.splits_for(4096, 4096, 8) == 8
+    assert path.splits_for(1024, 65536, 8) == 16
+    assert path.splits_for(65536, 4096, 8) == 1
+    assert path.splits_for(0, 0, 4) == 1
 
 
 def test_bad_arguments() -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 
 import bigops
-from bigops.formats.quantize import quantize_rows, static_grid
+from bigops.formats.quantize import act_quant, static_grid
 from bigops.formats.quantized import QuantizedWeight, pack
 from bigops.kernels.common.tiles import TileConfig
 from bigops.kernels.quantized_linear import forward as kernels
@@ -25,7 +25,7 @@ from bigops.kernels.quantized_linear import rows
 from bigops.kernels.quantized_linear import tiles as quantized_tiles
 from bigops.ops import activation as act
 from bigops.ops.family import Call
-from bigops.ops.quantized_linear import triton as road
+from bigops.ops.quantized_linear import triton as path
 from tests.support import triton_interpreter
 from tests.support.cases.compressed import DTYPES, QUANTISED, Case, make
 from tests.support.guarded import guarded
@@ -83,7 +83,7 @@ def test_rows_are_quantised_to_the_bit_as_the_reference_does(
     grid = static_grid(-1.0, 3.0) if activations == "static" else None
     with guarded():
         q, scale, zero, sums = rows.quantize_activations(x, activations, grid)
-    want = quantize_rows(x, activations, grid)
+    want = act_quant(x, activations, grid)
     finite = x.isfinite().all(1)
     assert torch.equal(scale.isnan(), ~finite)
     assert torch.equal(scale[finite], want.scale[finite, 0])
@@ -248,11 +248,11 @@ def test_explain_says_what_no_gpu_kernel_serves() -> None:
         said = bigops.explain("quantized_linear", x, case.weight, device="sm_90", y_grid=grid)
         assert said.kernel == "reference.quantized_linear_grid"
         assert why in said.reason
-    assert road.MAX_K == kernels.MAX_K
+    assert path.MAX_K == kernels.MAX_K
     wide = torch.empty(4, 1 << 17, device="meta")
     for activations, why in (("dynamic", "131072 columns"), ("none", "")):
         weight = QuantizedWeight.empty(6, 1 << 17, activations=activations)
-        said = road.why_not(Call(wide, weight), weight, "sm_90")
+        said = path.why_not(Call(wide, weight), weight, "sm_90")
         assert why in said
         assert bool(why) == bool(said)
     with pytest.raises(ValueError, match="x: expected shape"):

@@ -27,8 +27,8 @@ from bigops.kernels.fp8_linear import tiles as fp8_tiles
 from bigops.kernels.quantized_linear import gradient as quantized_kernels
 from bigops.kernels.quantized_linear import tiles as quantized_tiles
 from bigops.ops.family import Call
-from bigops.ops.fp8_linear import triton as fp8_road
-from bigops.ops.quantized_linear import triton as quantized_road
+from bigops.ops.fp8_linear import triton as fp8_path
+from bigops.ops.quantized_linear import triton as quantized_path
 from tests.support import triton_interpreter
 from tests.support.cases.compressed import DTYPES, FP8, Case, make
 from tests.support.guarded import guarded
@@ -57,8 +57,8 @@ def kernels_of(form: str) -> ModuleType:
     return fp8_kernels if is_fp8(form) else quantized_kernels
 
 
-def road_of(form: str) -> ModuleType:
-    return fp8_road if is_fp8(form) else quantized_road
+def path_of(form: str) -> ModuleType:
+    return fp8_path if is_fp8(form) else quantized_path
 
 
 def ragged(form: str) -> tuple[int, int, int]:
@@ -100,7 +100,7 @@ def test_every_fp8_format_and_dtype(form: str, dtype: str) -> None:
     case = make(form, 33, 40, 70, dtype, "gelu")
     args = (case.grad, Call(case.x, case.weight, case.bias, None, "gelu"), True, True)
     with guarded(), expect(f"triton.fp8_linear_backward.{dtype}"):
-        gx, gb = fp8_road.backward(*args)
+        gx, gb = fp8_path.backward(*args)
     case.check_gradients([gx, gb, case.grad], stored=True)
 
 
@@ -124,10 +124,10 @@ def test_codes_are_right_whoever_widens_them(form: str) -> None:
 def test_what_is_not_needed_is_empty_and_its_own(form: str) -> None:
     case = make(form, 5, 20, 33)
     back = (case.grad, Call(case.x, case.weight, case.bias, None, "none"))
-    gx, gb = road_of(form).backward(*back, False, True)
+    gx, gb = path_of(form).backward(*back, False, True)
     assert gx.shape == (0,)
     case.check_gradients([case.truth(torch.float32)[1][0], gb, case.grad])
-    gx, gb = road_of(form).backward(*back, False, False)
+    gx, gb = path_of(form).backward(*back, False, False)
     assert gx.shape == gb.shape == (0,)
     assert gx is not gb
 
@@ -137,7 +137,7 @@ def test_empty_sizes(form: str) -> None:
     for m, n, k in ((0, 5, 7), (3, 0, 7), (3, 5, 0)):
         case = make(form, m, n, k, residual=False)
         back = (case.grad, Call(case.x, case.weight, case.bias, None, "none"))
-        gx, gb = road_of(form).backward(*back, True, True)
+        gx, gb = path_of(form).backward(*back, True, True)
         assert gx.shape == (m, k)
         assert not gx.any()
         assert gb.shape == (n,)

@@ -1,6 +1,6 @@
 """quantized_linear: values of every format by every way that serves it, layouts.
 
-Gradients on every road are in tests/ops/family/test_roads.py, the storage is held to its definition
+Gradients on every path are in tests/ops/family/test_paths.py, the storage is held to its definition
 in tests/formats/test_quantized.py. What is the GPU kernels' own, such as tiles, schedules and
 planted faults, is in test_triton.py and test_cuda.py, what is refused in test_errors.py.
 """
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bigops.formats.quantize import quantize_rows, static_grid
+from bigops.formats.quantize import act_quant, static_grid
 from bigops.formats.quantized import QuantizedWeight, pack
 from bigops.ops.quantized_linear import op, quantized_linear
 from tests.support.backends import CPU, HOSTRUN, REFERENCE, TRITON, Way, covering
@@ -87,7 +87,7 @@ def test_quantiser_by_its_definition(dtype: str) -> None:
     x[1] = x[1].abs()
     x[2] = -x[2].abs()
     x[3] = 0
-    q, scale, zero = (t.double() for t in quantize_rows(x))
+    q, scale, zero = (t.double() for t in act_quant(x))
     assert q.min() >= 0
     assert q.max() <= 255
     assert torch.equal(q, q.round())
@@ -103,12 +103,12 @@ def test_quantiser_by_its_definition(dtype: str) -> None:
 def test_symmetric_and_static_quantisers_by_their_definition() -> None:
     x = torch.randn(50, 300) * torch.logspace(-6, 4, 50).unsqueeze(1)
     x[3] = 0
-    q, scale, zero = (t.double() for t in quantize_rows(x, "symmetric"))
+    q, scale, zero = (t.double() for t in act_quant(x, "symmetric"))
     assert bool((zero == 128).all())
     assert q.min() >= 1
     assert bool((((q - zero) * scale - x.double()).abs() <= scale * 0.5 * (1 + 1e-4)).all())
     grid = static_grid(-1.0, 3.0)
-    q, scale, zero = (t.double() for t in quantize_rows(x, "static", grid))
+    q, scale, zero = (t.double() for t in act_quant(x, "static", grid))
     assert bool((scale == grid[0].double()).all())
     near = x.double().clamp(-1.0, 3.0)
     assert bool((((q - zero) * scale - near).abs() <= scale * (1 + 1e-4)).all())
@@ -417,7 +417,7 @@ def test_a_wrong_kernel_is_seen(form: str) -> None:
     with pytest.raises(AssertionError, match="float64 says"):
         case.check_forward(off)
     if case.quantised:
-        rows = quantize_rows(case.x)
+        rows = act_quant(case.x)
         shifted = ((rows.q - rows.zero_point - 1) * rows.scale).double() @ case.dense.t()
     else:
         moved = case.dense - case.weight.scale.t()[:37].double().repeat_interleave(64, 1)[:, :83]

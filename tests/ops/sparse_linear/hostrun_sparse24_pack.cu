@@ -15,7 +15,7 @@ extern "C" void run_pack(const void* w, const uint8_t* mask, void* values, uint3
 extern "C" void run_turn(const void* values, const uint32_t* meta, const uint32_t* meta_t,
                          void* values_t, int64_t n, int64_t k, int64_t half) {
   const int64_t padded_n = (n + 63) / 64 * 64, padded_k = (k + 63) / 64 * 64;
-  const bigops::Sparse24TurnTask task{values, meta,     meta_t,   values_t,      n,
+  const bigops::Sparse24TransposeTask task{values, meta,     meta_t,   values_t,      n,
                                       k,      padded_n, padded_k, (n + 15) / 16, (k + 15) / 16};
-  bigops::turn_sparse24(task, half != 0, nullptr);
+  bigops::transpose_sparse24(task, half != 0, nullptr);
 }

@@ -16,7 +16,7 @@ from bigops.backend import machine
 from bigops.formats.sparse import SparseWeight
 from bigops.formats.sparse_layout import sizes
 from bigops.ops import activation as act
-from bigops.ops.sparse_linear import cuda as road
+from bigops.ops.sparse_linear import cuda as path
 from tests.support import hostrun
 from tests.support.cases.compressed import DTYPES, SPARSE, Case, make, served
 from tests.support.kernels_ran import expect
@@ -69,7 +69,7 @@ def decode(case: Case, splits: int = 1, **given: Any) -> Tensor:
 def run(
     form: str, dtype: str, lead: int | list[int], n: int, k: int, name: str = "none", **more: Any
 ) -> None:
-    """One case by the road that a GPU takes: values by the rule, the kernel by its name."""
+    """One case by the path that a GPU takes: values by the rule, the kernel by its name."""
     if form == "sparse_int8":
         pytest.importorskip("triton")
         from tests.support import triton_interpreter
@@ -77,7 +77,7 @@ def run(
         triton_interpreter.install()
     case = make(form, lead, n, k, dtype, name, **more)
     with expect(f"cuda.sparse_linear.{dtype}.{SPARSE[form]}"):
-        y = road.forward(case.call)
+        y = path.forward(case.call)
     case.check_forward(y)
 
 
@@ -200,10 +200,10 @@ def test_explain_names_the_kernel() -> None:
 
 
 def test_splits_leave_each_block_two_panels() -> None:
-    assert road.splits_for(4096, 4096, 256, torch.float32) == 16
-    assert road.splits_for(4096, 4096, 256, torch.int8) == 8
-    assert road.splits_for(65536, 4096, 256, torch.float32) == 2
-    assert road.splits_for(0, 0, 64, torch.float32) == 1
+    assert path.splits_for(4096, 4096, 256, torch.float32) == 16
+    assert path.splits_for(4096, 4096, 256, torch.int8) == 8
+    assert path.splits_for(65536, 4096, 256, torch.float32) == 2
+    assert path.splits_for(0, 0, 64, torch.float32) == 1
 
 
 def test_bad_arguments() -> None:

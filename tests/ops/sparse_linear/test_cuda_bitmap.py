@@ -26,7 +26,7 @@ from bigops.ops import activation as act
 from bigops.ops.family import Call
 from bigops.ops.sparse_linear import bitmap as op
 from bigops.ops.sparse_linear import sparse_linear
-from tests.support import hostrun, roads
+from tests.support import hostrun, paths
 from tests.support.backends import serve_by
 from tests.support.cases.compressed import DTYPES, Case, make
 from tests.support.cases.linear import PLAIN
@@ -76,7 +76,7 @@ def decode(case: Case, weight: BitmapWeight, **given: Any) -> Tensor:
 
 
 def run(dtype: str, lead: int | list[int], n: int, k: int, name: str = "none", **more: Any) -> None:
-    """One case by the road that a GPU takes: values by the rule, the kernel by its name."""
+    """One case by the path that a GPU takes: values by the rule, the kernel by its name."""
     case, weight = make_bitmap(dtype, lead, n, k, name, **more)
     with expect(f"cuda.bitmap_linear.{dtype}"):
         y = op._forward(Call(case.x, weight, case.bias, case.residual, name))
@@ -213,8 +213,8 @@ def test_offsets_past_32_bits(tmp_path: Path) -> None:
 # the op: reference, gradients, explain, the layer ------------------------------------------------
 
 
-@pytest.mark.parametrize("road", roads.ROADS)
-def test_gradients_on_every_road(road: str) -> None:
+@pytest.mark.parametrize("path", paths.PATHS)
+def test_gradients_on_every_path(path: str) -> None:
     """The references, on the CPU; they serve the gradients of the kernel as well."""
     case, weight = make_bitmap("f32", 5, 12, 33, "gelu")
 
@@ -222,16 +222,16 @@ def test_gradients_on_every_road(road: str) -> None:
         return sparse_linear(x, weight, *rest, "gelu")
 
     with backend.record() as names:
-        grads = roads.ROADS[road](f, case.leaves(), case.grad)
+        grads = paths.PATHS[path](f, case.leaves(), case.grad)
     assert any(name.startswith("reference.bitmap_linear") for name in names)
-    case.check_gradients(grads, road)
+    case.check_gradients(grads, path)
     case.check_forward(f(*case.inputs))
 
 
 def test_opcheck() -> None:
     case, weight = make_bitmap("bf16", 5, 12, 33, "gelu")
     x, bias, residual = case.leaves()
-    roads.opcheck(torch.ops.bigops.bitmap_linear, (x, *weight.arguments, bias, residual, "gelu"))
+    paths.opcheck(torch.ops.bigops.bitmap_linear, (x, *weight.arguments, bias, residual, "gelu"))
 
 
 @pytest.fixture

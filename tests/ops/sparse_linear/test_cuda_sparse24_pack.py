@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigops.backend import machine
 from bigops.formats.patterns import n_m_mask, transposable_mask
-from bigops.formats.sparse24 import Sparse24Weight, meta_shape, padded, turn
+from bigops.formats.sparse24 import Sparse24Weight, meta_shape, padded, transpose
 from bigops.ops.sparse_linear import sparse24_pack as kernels
 from bigops.ops.sparse_linear.sparse24_pack import pack24, prune24
 from tests.support import hostrun
@@ -57,7 +57,7 @@ def same(found: kernels.Packed, want: Sparse24Weight) -> None:
     if want.meta_t is None:
         assert found.values_t.numel() == found.meta_t.numel() == 0
     else:
-        values_t = turn(want.values, want.meta, want.meta_t, k)
+        values_t = transpose(want.values, want.meta, want.meta_t, k)
         assert list(values_t.shape) == [k, padded(n, want.values.dtype) // 2]
         assert torch.equal(found.values_t.view(torch.int16), values_t.view(torch.int16))
         assert torch.equal(found.meta_t, want.meta_t)
@@ -106,8 +106,8 @@ def test_transposable(shape: tuple[int, int], ties: bool) -> None:
     found = kernels.pack(w, None, "largest", to, True)
     same(found, want)
     same(kernels.pack(w, mask, "given", to, True), want)
-    with expect("cuda.sparse24_turn.f16"):
-        values_t = kernels.turn(found.values, found.meta, found.meta_t, shape[1])
+    with expect("cuda.sparse24_transpose.f16"):
+        values_t = kernels.transpose(found.values, found.meta, found.meta_t, shape[1])
     assert torch.equal(values_t.view(torch.int16), found.values_t.view(torch.int16))
 
 
@@ -138,8 +138,8 @@ def test_every_schedule_gives_the_same_bits(library: Path) -> None:
         hostrun.schedule(library, seed, early)
         found = kernels.pack(w, None, "largest", torch.bfloat16, True)
         same(found, want)
-        turned = kernels.turn(want.values, want.meta, want.meta_t, 136)
-        assert torch.equal(turned, found.values_t), (seed, early)
+        transposed = kernels.transpose(want.values, want.meta, want.meta_t, 136)
+        assert torch.equal(transposed, found.values_t), (seed, early)
 
 
 def test_each_byte_is_read_once(library: Path) -> None:
@@ -150,7 +150,7 @@ def test_each_byte_is_read_once(library: Path) -> None:
     assert hostrun.counts(library) == [0, w.nbytes]
     for pack in ((found.values, found.meta), (found.values_t, found.meta_t)):
         assert sum(t.nbytes for t in pack) * 16 == w.nbytes * 9
-    kernels.turn(found.values, found.meta, found.meta_t, 192)
+    kernels.transpose(found.values, found.meta, found.meta_t, 192)
     read = sum(t.nbytes for t in (found.values, found.meta, found.meta_t))
     assert hostrun.counts(library) == [read, 0]
 
@@ -183,12 +183,12 @@ def test_offsets_past_32_bits(tmp_path: Path) -> None:
         loaded.hostrun_only(ctypes.c_int64(-1))
     want = Sparse24Weight.from_mask(last, transposable_mask(last), to, True)
     assert want.meta_t is not None
-    turned = turn(want.values, want.meta, want.meta_t, k)
+    transposed = transpose(want.values, want.meta, want.meta_t, k)
     assert torch.equal(values[-64:], want.values)
     assert torch.equal(meta[-4:], want.meta)
     assert torch.equal(meta_t[:, -1:], want.meta_t)
-    assert torch.equal(values_t[:, -32:], turned)
-    assert torch.equal(again[:, -32:], turned)
+    assert torch.equal(values_t[:, -32:], transposed)
+    assert torch.equal(again[:, -32:], transposed)
     assert not values[-128:-64].any()
 
 
@@ -221,11 +221,11 @@ def test_metadata_that_do_not_belong_together_give_nan() -> None:
     one, other = prune24(w, transposable=True), prune24(weight(64, 64), transposable=True)
     assert one.meta_t is not None
     assert other.meta_t is not None
-    assert not kernels.turn(one.values, one.meta, one.meta_t, 64).isnan().any()
+    assert not kernels.transpose(one.values, one.meta, one.meta_t, 64).isnan().any()
     differ = transposable_mask(w) != (other.to_dense() != 0)
     blocks = differ.unflatten(1, (-1, 4)).unflatten(0, (-1, 4)).any(3).any(1)
-    turned = kernels.turn(one.values, one.meta, other.meta_t, 64)
-    nan = turned.isnan().unflatten(1, (-1, 2)).all(2).unflatten(0, (-1, 4)).all(1)
+    transposed = kernels.transpose(one.values, one.meta, other.meta_t, 64)
+    nan = transposed.isnan().unflatten(1, (-1, 2)).all(2).unflatten(0, (-1, 4)).all(1)
     assert torch.equal(nan, blocks.t())
 
 
@@ -253,7 +253,7 @@ def test_bad_arguments() -> None:
     w = weight(20, 68)
     found = kernels.pack(w, None, "largest", torch.bfloat16, True)
     values, meta, _, meta_t, _ = found
-    op, turned = torch.ops.bigops.sparse24_pack, torch.ops.bigops.sparse24_turn
+    op, transposed = torch.ops.bigops.sparse24_pack, torch.ops.bigops.sparse24_transpose
     for call, args, message in (
         (op, (w.double(), None, "largest", "bf16", False), "w: expected dtype f32, bf16 or f16"),
         (op, (w[0], None, "largest", "bf16", False), r"w: expected shape \[N, K\]; got \[68\]"),
@@ -267,11 +267,15 @@ def test_bad_arguments() -> None:
             r"mask: expected shape \[20, 68\]; got \[4",
         ),
         (op, (w[:7], None, "largest", "bf16", True), "w: expected N and K that divide by 4"),
-        (turned, (values.float(), meta, meta_t, 68), "values: expected dtype bf16 or f16; got f32"),
-        (turned, (values, meta, meta_t, 66), "k: expected a multiple of 4; got 66"),
-        (turned, (values[:, :32], meta, meta_t, 68), r"values: expected shape \[N, 64\]"),
-        (turned, (values, meta[:1], meta_t, 68), r"meta: expected shape \[2, 2, 32\]"),
-        (turned, (values, meta, meta_t[:1], 68), r"meta_t: expected shape \[5, 1, 32\]"),
+        (
+            transposed,
+            (values.float(), meta, meta_t, 68),
+            "values: expected dtype bf16 or f16; got f32",
+        ),
+        (transposed, (values, meta, meta_t, 66), "k: expected a multiple of 4; got 66"),
+        (transposed, (values[:, :32], meta, meta_t, 68), r"values: expected shape \[N, 64\]"),
+        (transposed, (values, meta[:1], meta_t, 68), r"meta: expected shape \[2, 2, 32\]"),
+        (transposed, (values, meta, meta_t[:1], 68), r"meta_t: expected shape \[5, 1, 32\]"),
     ):
         with pytest.raises(RuntimeError, match=message):
             call(*args)
@@ -280,7 +284,7 @@ def test_bad_arguments() -> None:
 # planted faults and sanitizers -------------------------------------------------------------------
 
 BITS_BARRIER = ("__syncthreads_or(broken ? 1 : 0)", "(broken ? 1 : 0)")
-TURN_BARRIER = ("__syncthreads();  // the pairs of all columns", "// the pairs of all columns")
+TRANSPOSE_BARRIER = ("__syncthreads();  // the pairs of all columns", "// the pairs of all columns")
 FAULTS = {
     "of equal ones the last": ("i < j ? key[i]", "i > j ? key[i]"),
     "of equal sums the last": ("if (total > best)", "if (total >= best)"),
@@ -302,9 +306,9 @@ def run(library: Path, w: Tensor, call: Any = hostrun.call, **how: Any) -> tuple
     done = call(library, "run_pack", *given, **how)
     want = Sparse24Weight.from_mask(w, transposable_mask(w), to, True)
     assert want.meta_t is not None
-    turned = turn(want.values, want.meta, want.meta_t, k)
+    transposed = transpose(want.values, want.meta, want.meta_t, k)
     other = call(library, "run_turn", want.values, want.meta, want.meta_t, again, n, k, 0, **how)
-    pairs = ((values, want.values), (values_t, turned), (again, turned), (meta, want.meta))
+    pairs = ((values, want.values), (values_t, transposed), (again, transposed), (meta, want.meta))
     good = all(torch.equal(a, b) for a, b in (*pairs, (meta_t, want.meta_t)))
     largest, mask = Sparse24Weight.from_mask(w, n_m_mask(w), to, False), n_m_mask(w)
     for given_mask, choice in ((None, 1), (mask, 0)):
@@ -323,7 +327,7 @@ def test_a_planted_fault_is_seen(fault: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("barrier", [BITS_BARRIER, TURN_BARRIER], ids=["bits", "turn"])
+@pytest.mark.parametrize("barrier", [BITS_BARRIER, TRANSPOSE_BARRIER], ids=["bits", "turn"])
 def test_a_missing_barrier_is_seen(barrier: tuple[str, str]) -> None:
     library = hostrun.build(SOURCE, "canary", (KERNEL, *barrier))
     assert not all(run(library, weight(68, 72), seed=seed)[0] for seed in (0, 1, 7))
@@ -396,5 +400,5 @@ def test_on_a_gpu(source: str, stored: str) -> None:
             kernels.Packed(*(t.cpu() for t in packed)),
             Sparse24Weight.from_mask(w, transposable_mask(w), to, True),
         )
-        turned = kernels.turn(packed.values, packed.meta, packed.meta_t, 5004)
-        assert torch.equal(turned, packed.values_t)
+        transposed = kernels.transpose(packed.values, packed.meta, packed.meta_t, 5004)
+        assert torch.equal(transposed, packed.values_t)

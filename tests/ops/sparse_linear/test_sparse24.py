@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bigops import backend
 from bigops.ops.sparse_linear import sparse_linear
-from tests.support import roads
+from tests.support import paths
 from tests.support.backends import HOSTRUN, REFERENCE, Way
 from tests.support.cases.linear import PLAIN
 from tests.support.cases.sparse24 import KINDS, make24
@@ -79,8 +79,8 @@ def test_optional_arguments(way: Way, bias: bool, residual: bool) -> None:
 
 
 @pytest.mark.parametrize(("stored", "dtype"), KINDS)
-@pytest.mark.parametrize("road", roads.ROADS)
-def test_gradients_on_every_road(stored: str, dtype: str, road: str) -> None:
+@pytest.mark.parametrize("path", paths.PATHS)
+def test_gradients_on_every_path(stored: str, dtype: str, path: str) -> None:
     """The references, on the CPU; they serve the gradients of the kernel as well."""
     case, weight = make24(stored, 5, 12, 33, dtype, "gelu")
 
@@ -88,13 +88,13 @@ def test_gradients_on_every_road(stored: str, dtype: str, road: str) -> None:
         return sparse_linear(x, weight, *rest, "gelu")
 
     with backend.record() as names:
-        grads = roads.ROADS[road](f, case.leaves(), case.grad)
+        grads = paths.PATHS[path](f, case.leaves(), case.grad)
     assert any(name.startswith("reference.sparse24_linear") for name in names)
-    case.check_gradients(grads, road)
+    case.check_gradients(grads, path)
     case.check_forward(f(*case.inputs))
 
 
 def test_opcheck() -> None:
     case, weight = make24("bf16", 5, 12, 33, "bf16", "gelu")
     x, bias, residual = case.leaves()
-    roads.opcheck(torch.ops.bigops.sparse24_linear, (x, *weight.arguments, bias, residual, "gelu"))
+    paths.opcheck(torch.ops.bigops.sparse24_linear, (x, *weight.arguments, bias, residual, "gelu"))

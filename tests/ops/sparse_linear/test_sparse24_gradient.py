@@ -1,5 +1,5 @@
 """Training of weights compressed to 2:4: the whole backward, by the kernels of csrc/cuda on the CPU
-(csrc/hostrun) and by the references, on every road.
+(csrc/hostrun) and by the references, on every path.
 
 What is the kernel's own is in test_cuda_sparse24_gradient.py.
 """
@@ -20,7 +20,7 @@ from bigops.backend import machine
 from bigops.ops.sparse_linear import sparse24 as op
 from bigops.ops.sparse_linear import sparse_linear
 from bigops.ops.sparse_linear.sparse24_pack import prune24
-from tests.support import hostrun, roads
+from tests.support import hostrun, paths
 from tests.support.backends import serve_by
 from tests.support.cases.linear import PLAIN
 from tests.support.cases.sparse24 import Trained24, trained24
@@ -66,10 +66,10 @@ def run(case: Trained24) -> list[Tensor | None]:
     with expect(
         f"cuda.sparse24_linear.{short}.{short}",
         f"cuda.sparse24_linear_grad_x.{short}.{short}",
-        f"cuda.sparse24_turn.{short}",
+        f"cuda.sparse24_transpose.{short}",
         f"cuda.sparse24_gradient.{short}",
     ):
-        grads = roads.eager(case.public, case.leaves(), case.grad)
+        grads = paths.eager(case.public, case.leaves(), case.grad)
     case.check_gradients(grads, "by kernels")
     return grads
 
@@ -97,7 +97,7 @@ def test_without_a_transposable_weight_torch_makes_the_gradient_of_x() -> None:
     """And says so; the gradient of the values stays on the kernel. Any N and K."""
     case = trained24(9, 21, 70, "bf16", "gelu", transposable=False)
     with backend.record() as names:
-        grads = roads.eager(case.public, case.leaves(), case.grad)
+        grads = paths.eager(case.public, case.leaves(), case.grad)
     assert names == [
         "cuda.sparse24_linear.bf16.bf16",
         "reference.sparse24_linear_grad_x",
@@ -176,27 +176,27 @@ def test_training_keeps_the_pattern_of_both() -> None:
 # the references, on the CPU ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("road", ["raw", *roads.ROADS])
-def test_gradients_on_every_road(road: str) -> None:
-    case = trained24(5, 12, 36, "bf16", "gelu", transposable=road != "after_step")
-    f = case.raw if road == "raw" else case.public
-    travel = roads.eager if road == "raw" else roads.ROADS[road]
+@pytest.mark.parametrize("path", ["raw", *paths.PATHS])
+def test_gradients_on_every_path(path: str) -> None:
+    case = trained24(5, 12, 36, "bf16", "gelu", transposable=path != "after_step")
+    f = case.raw if path == "raw" else case.public
+    travel = paths.eager if path == "raw" else paths.PATHS[path]
     with backend.record() as names:
         grads = travel(f, case.leaves(), case.grad)
     assert any(name.startswith("reference.sparse24_linear") for name in names)
-    case.check_gradients(grads, road)
+    case.check_gradients(grads, path)
     case.check_forward(f(*case.leaves()))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("road", ["raw", *roads.ROADS])
-def test_a_wrong_gradient_is_seen(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", ["raw", *paths.PATHS])
+def test_a_wrong_gradient_is_seen(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault: gradients of the values, and no others, 5 % off."""
     case = trained24(5, 12, 36, "bf16", "gelu")
-    roads.plant(monkeypatch, op.op, need_values=lambda g: g * 1.05)
-    travel = roads.eager if road == "raw" else roads.ROADS[road]
+    paths.plant(monkeypatch, op.op, need_values=lambda g: g * 1.05)
+    travel = paths.eager if path == "raw" else paths.PATHS[path]
     with pytest.raises(AssertionError, match="gradient of values"):
         case.check_gradients(
-            travel(case.raw if road == "raw" else case.public, case.leaves(), case.grad)
+            travel(case.raw if path == "raw" else case.public, case.leaves(), case.grad)
         )
     torch._dynamo.reset()
 
@@ -231,9 +231,9 @@ def test_opcheck() -> None:
         case = trained24(5, 12, 36, "bf16", "gelu", transposable=transposable)
         x, values, bias, residual = case.leaves()
         given = (x, *case.weight.replace(values=values).arguments, bias, residual, "gelu")
-        roads.opcheck(torch.ops.bigops.sparse24_linear, given)
+        paths.opcheck(torch.ops.bigops.sparse24_linear, given)
         for wanted in ((True, True, True), (False, True, False)):
-            roads.opcheck(
+            paths.opcheck(
                 torch.ops.bigops.sparse24_linear_backward,
                 (case.grad, case.x, *case.weight.arguments, case.bias, "gelu", *wanted),
             )

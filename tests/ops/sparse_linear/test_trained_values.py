@@ -1,4 +1,4 @@
-"""The gradient of a sparse weight's floating values on every road, and its training.
+"""The gradient of a sparse weight's floating values on every path, and its training.
 
 The kernels are held to the rule at every instruction set in test_cpu.py.
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 from bigops.formats.patterns import block_mask
 from bigops.formats.sparse import SparseWeight
 from bigops.ops.sparse_linear import sparse_linear
-from tests.ops.family.test_roads import SNR_FLOOR_DB, travel
-from tests.support import roads
+from tests.ops.family.test_paths import SNR_FLOOR_DB, travel
+from tests.support import paths
 from tests.support.backends import covering
 from tests.support.cases.compressed import Case, dtype_of, make, served
 from tests.support.kernels_ran import expect, needs_extension
@@ -26,7 +26,7 @@ pytestmark = needs_extension
 
 FORMS = ("sparse_float", "sparse_bf16")
 BOTH = [(form, dtype) for form in FORMS for dtype in served(form)]
-ROADS = ["raw", *roads.ROADS]
+PATHS = ["raw", *paths.PATHS]
 
 
 def trained(form: str, *shape: int, name: str = "gelu", **options: Any) -> Case:
@@ -35,13 +35,13 @@ def trained(form: str, *shape: int, name: str = "gelu", **options: Any) -> Case:
 
 
 @pytest.mark.parametrize(("form", "dtype"), BOTH)
-@pytest.mark.parametrize("road", ROADS)
-def test_gradients_on_every_road(form: str, road: str, dtype: str) -> None:
-    travel(road, trained(form, 7, 20, 33, dtype=dtype, pattern="4x1"))
+@pytest.mark.parametrize("path", PATHS)
+def test_gradients_on_every_path(form: str, path: str, dtype: str) -> None:
+    travel(path, trained(form, 7, 20, 33, dtype=dtype, pattern="4x1"))
     travel(
-        road,
+        path,
         trained(form, 3, 4, 5, dtype=dtype, name="none", pattern="1x1", residual=False)
-        if road != "grad_of_vmap"
+        if path != "grad_of_vmap"
         else trained(form, 3, 4, 5, dtype=dtype, pattern="1x1"),
     )
 
@@ -50,18 +50,18 @@ def test_gradients_on_every_road(form: str, road: str, dtype: str) -> None:
 def test_inductor_computes_the_same(form: str) -> None:
     case = trained(form, 5, 12, 9)
     with expect(".sparse_linear.", "sparse_linear_backward."):
-        grads = roads.inductor(case.public, case.leaves(), case.grad)
+        grads = paths.inductor(case.public, case.leaves(), case.grad)
     case.check_gradients(grads, "inductor")
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("road", ROADS)
-def test_a_wrong_gradient_is_seen(form: str, road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_a_wrong_gradient_is_seen(form: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault: gradients of the values, and no others, 5 % off."""
     case = trained(form, 3, 4, 5)
-    roads.plant(monkeypatch, case.linear_op, need_values=lambda g: g * 1.05)
+    paths.plant(monkeypatch, case.linear_op, need_values=lambda g: g * 1.05)
     with pytest.raises(AssertionError, match="gradient of values"):
-        travel(road, case)
+        travel(path, case)
     torch._dynamo.reset()
 
 
@@ -160,9 +160,9 @@ def test_opcheck(form: str, pattern: str) -> None:
     case = trained(form, 4, 6, 5, name="relu", pattern=pattern)
     x, values, bias, residual = case.leaves()
     arguments = case.weight.replace(values=values).arguments
-    roads.opcheck(ops.sparse_linear, (x, *arguments, bias, residual, "relu"))
+    paths.opcheck(ops.sparse_linear, (x, *arguments, bias, residual, "relu"))
     for wanted in ((True, True, True), (False, True, False)):
-        roads.opcheck(
+        paths.opcheck(
             ops.sparse_linear_backward,
             (case.grad, case.x, *case.storage, case.bias, "relu", *wanted),
         )

@@ -24,7 +24,7 @@ from bigops.kernels.sparse_linear import launch as kernels
 from bigops.ops.family import Call
 from bigops.ops.sparse_linear import blocks as _sparse_blocks
 from bigops.ops.sparse_linear import op
-from bigops.ops.sparse_linear import triton as road
+from bigops.ops.sparse_linear import triton as path
 from tests.support import triton_interpreter
 from tests.support.cases.compressed import Case, make
 from tests.support.guarded import guarded
@@ -211,7 +211,7 @@ def test_explain_says_what_no_gpu_kernel_serves() -> None:
     meta = case.weight.replace(
         values=torch.empty(case.weight.values.shape, device="meta"), scale=None, sums=None
     )
-    assert "meta device" in road.blocks_of(Call(case.x, meta), case.x.device)[1]
+    assert "meta device" in path.blocks_of(Call(case.x, meta), case.x.device)[1]
 
 
 def test_blocks_are_found_once_and_anew_when_the_storage_changes(

@@ -1,6 +1,6 @@
 """sparse_linear: values and gradients by the reference and the GPU kernels, which are named.
 
-The CPU kernels are in test_cpu.py, gradients on every road in tests/ops/family/test_roads.py,
+The CPU kernels are in test_cpu.py, gradients on every path in tests/ops/family/test_paths.py,
 storage in tests/formats/test_sparse.py, errors in test_errors.py; what is the GPU kernels' own in
 test_triton.py and test_cuda.py.
 """

@@ -23,7 +23,7 @@ from bigops.formats import fp8
 from bigops.formats.fp8 import Fp8Weight
 from bigops.formats.packed import PackedWeight
 from bigops.formats.patterns import Pattern
-from bigops.formats.quantize import quantize_rows, static_grid
+from bigops.formats.quantize import act_quant, static_grid
 from bigops.formats.quantized import QuantizedWeight
 from bigops.formats.sparse import SparseWeight
 from bigops.ops.family import Call, LinearOp, op_of
@@ -63,7 +63,7 @@ FP8: dict[str, dict[str, Any]] = {
     "w_fp8_tensor": {"scales": "tensor", "activations": "none"},
     "w_fp8_block": {"scales": "block", "activations": "none"},
 }
-# The roads are the same for all formats of an op: one of each kind of sums travels them.
+# The paths are the same for all formats of an op: one of each kind of sums travels them.
 FORMATS = ("int8", "w4_zero", "w4a8", "sparse_int8", "sparse_float", "sparse_bf16", "packed")
 VALUES = {"s8": torch.int8, "f32": torch.float32, "bf16": torch.bfloat16}  # of sparse_linear
 SPARSE = {"sparse_int8": "s8", "sparse_float": "f32", "sparse_bf16": "bf16"}
@@ -210,13 +210,11 @@ class Case:
             return self.x.double()
         if isinstance(self.weight, Fp8Weight):
             block = self.weight.scales == "block"
-            return fp8.quantize_rows(self.x.detach(), block, self.weight.x_scale).dense(
-                torch.float64
-            )
+            return fp8.act_quant(self.x.detach(), block, self.weight.x_scale).dense(torch.float64)
         options = ("dynamic", None)
         if self.op == "quantized_linear":
             options = (self.weight.activations, self.weight.x_grid)
-        rows = quantize_rows(self.x.detach(), *options)
+        rows = act_quant(self.x.detach(), *options)
         return (rows.q.double() - rows.zero_point.double()) * rows.scale.double()
 
     def truth(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None]]:

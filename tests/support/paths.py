@@ -1,4 +1,4 @@
-"""The roads by which a gradient is reached. `opcheck` proves none of them: each is compared with
+"""The paths by which a gradient is reached. `opcheck` proves none of them: each is compared with
 float64 (see `Case.check_gradients`)."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def opcheck(packet: Any, args: Sequence[Any], **options: Any) -> None:
 def plant(
     monkeypatch: pytest.MonkeyPatch, op: LinearOp, **wrong: Callable[[Tensor], Tensor]
 ) -> None:
-    """Make gradients of an op wrong on every road: ``need_x``, ``need_bias`` or ``need_values``."""
+    """Make gradients of an op wrong on every path: ``need_x``, ``need_bias`` or ``need_values``."""
     gradients = op.gradients
     for name in ("backward", "_expression"):
         true = getattr(gradients, name)
@@ -46,7 +46,7 @@ def _gradients(f: Op, leaves: Sequence[Tensor | None], grad: Tensor) -> Grads:
 
 
 def eager(f: Op, leaves: Sequence[Tensor | None], grad: Tensor) -> Grads:
-    """Gradients by f as it is (pass the raw `torch.ops` call for the raw road)."""
+    """Gradients by f as it is (pass the raw `torch.ops` call for the raw path)."""
     return _gradients(f, leaves, grad)
 
 
@@ -119,7 +119,7 @@ def after_step(f: Op, leaves: Sequence[Tensor | None], grad: Tensor) -> Grads:
     return _gradients(f, leaves, grad)
 
 
-ROADS: dict[str, Callable[[Op, Sequence[Tensor | None], Tensor], Grads]] = {
+PATHS: dict[str, Callable[[Op, Sequence[Tensor | None], Tensor], Grads]] = {
     "eager": eager,
     "compiled": compiled,
     "exported": exported,

@@ -1,4 +1,4 @@
-"""Gradients of low_rank_linear along every road against float64, and the contract of a torch op."""
+"""Gradients of low_rank_linear along every path against float64, and the contract of a torch op."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bigops.ops.low_rank_linear import low_rank_linear
-from tests.support import roads
+from tests.support import paths
 from tests.support.backends import covering
 from tests.support.cases.low_rank import NAMES, LowRankCase, make
 from tests.support.kernels_ran import expect, needs_extension
@@ -20,7 +20,7 @@ pytestmark = needs_extension
 KINDS = {"factors": {}, "lora": {"base": True, "scale": 0.5}}
 
 
-def public(case: LowRankCase) -> roads.Op:
+def public(case: LowRankCase) -> paths.Op:
     # x first and the residual last: `grad_of_vmap` gives these two a row for each of its calls
     def f(x, u, v, bias, base, residual):  # type: ignore[no-untyped-def]
         return low_rank_linear(x, u, v, bias, residual, case.name, base=base, scale=case.scale)
@@ -28,48 +28,48 @@ def public(case: LowRankCase) -> roads.Op:
     return f
 
 
-def raw_call(case: LowRankCase) -> roads.Op:
+def raw_call(case: LowRankCase) -> paths.Op:
     def f(x, u, v, bias, base, residual):  # type: ignore[no-untyped-def]
         return ops.low_rank_linear(x, u, v, base, case.scale, bias, residual, case.name)
 
     return f
 
 
-def travel(road: str, case: LowRankCase) -> None:
-    f = raw_call(case) if road == "raw" else public(case)
-    go = roads.eager if road == "raw" else roads.ROADS[road]
+def travel(path: str, case: LowRankCase) -> None:
+    f = raw_call(case) if path == "raw" else public(case)
+    go = paths.eager if path == "raw" else paths.PATHS[path]
     x, u, v, bias, residual, base = case.leaves()
     with expect("low_rank_linear"):
         gx, gu, gv, gb, gbase, gr = go(f, [x, u, v, bias, base, residual], case.grad)
-    case.check_gradients([gx, gu, gv, gb, gr, gbase], road)
+    case.check_gradients([gx, gu, gv, gb, gr, gbase], path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("road", ["raw", *roads.ROADS])
+@pytest.mark.parametrize("path", ["raw", *paths.PATHS])
 @pytest.mark.parametrize("name", ["none", "gelu", "relu2"])
-def test_float64_gradients(road: str, name: str, kind: str) -> None:
-    travel(road, make(3, 4, 5, 2, torch.float64, name, **KINDS[kind]))
+def test_float64_gradients(path: str, name: str, kind: str) -> None:
+    travel(path, make(3, 4, 5, 2, torch.float64, name, **KINDS[kind]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("road", ["raw", *roads.ROADS])
+@pytest.mark.parametrize("path", ["raw", *paths.PATHS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_gradients_in_every_dtype(road: str, dtype: torch.dtype, kind: str) -> None:
+def test_gradients_in_every_dtype(path: str, dtype: torch.dtype, kind: str) -> None:
     for name in ("none", "silu"):
-        travel(road, make(7, 20, 33, 9, dtype, name, **KINDS[kind]))
+        travel(path, make(7, 20, 33, 9, dtype, name, **KINDS[kind]))
 
 
-@pytest.mark.parametrize("road", ["raw", *roads.ROADS])
-def test_gradients_of_factors_alone_and_of_rank_zero(road: str) -> None:
-    travel(road, make(3, 4, 5, 2, torch.float64, "tanh", extras=False))
-    travel(road, make(3, 4, 5, 0, torch.float64, "tanh"))
+@pytest.mark.parametrize("path", ["raw", *paths.PATHS])
+def test_gradients_of_factors_alone_and_of_rank_zero(path: str) -> None:
+    travel(path, make(3, 4, 5, 2, torch.float64, "tanh", extras=False))
+    travel(path, make(3, 4, 5, 0, torch.float64, "tanh"))
 
 
 def test_inductor_computes_the_same() -> None:
     case = make(5, 12, 9, 4, torch.float32, "gelu", base=True)
     x, u, v, bias, residual, base = case.leaves()
     with expect(".low_rank_linear.", ".low_rank_linear_backward."):
-        gx, gu, gv, gb, gbase, gr = roads.inductor(
+        gx, gu, gv, gb, gbase, gr = paths.inductor(
             public(case), [x, u, v, bias, base, residual], case.grad
         )
     case.check_gradients([gx, gu, gv, gb, gr, gbase], "inductor")
@@ -88,12 +88,12 @@ def test_an_input_without_gradient(frozen: int, kind: str) -> None:
     case.check_gradients(got, kind)
 
 
-@pytest.mark.parametrize("road", ["raw", *roads.ROADS])
-def test_a_wrong_gradient_is_seen(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", ["raw", *paths.PATHS])
+def test_a_wrong_gradient_is_seen(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = dict.fromkeys(module.op.gradients.needs, lambda g: g * 1.01)
-    roads.plant(monkeypatch, module.op, **wrong)
+    paths.plant(monkeypatch, module.op, **wrong)
     with pytest.raises(AssertionError, match="gradient of"):
-        travel(road, make(3, 4, 5, 2, torch.float64, "gelu"))
+        travel(path, make(3, 4, 5, 2, torch.float64, "gelu"))
     torch._dynamo.reset()
 
 
@@ -124,17 +124,17 @@ def test_opcheck(name: str, lead: list[int], kind: str) -> None:
     case = make(lead, 6, 5, 3, torch.float32, name, **KINDS[kind])
     x, u, v, bias, residual, base = case.leaves()
     args = (x, u, v, base, case.scale, bias, residual, name)
-    roads.opcheck(ops.low_rank_linear, args)
+    paths.opcheck(ops.low_rank_linear, args)
     # its t and z have no gradient, which "test_aot_dispatch" asks for
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    roads.opcheck(ops.low_rank_linear_with_parts, args, test_utils=checks)
+    paths.opcheck(ops.low_rank_linear_with_parts, args, test_utils=checks)
     with torch.no_grad():
         y, t, z = ops.low_rank_linear_with_parts(*args)
     assert y.shape == case.grad.shape
     x, u, v, _, _, base = case.inputs
     for needs in ((True, True, True, base is not None, True), (False, True, False, False, True)):
         rest = (base, case.scale, t, None if name == "none" else z, name, *needs)
-        roads.opcheck(ops.low_rank_linear_backward, (case.grad, x, u, v, *rest))
+        paths.opcheck(ops.low_rank_linear_backward, (case.grad, x, u, v, *rest))
 
 
 def test_parts_have_no_gradient_and_say_so() -> None:

@@ -1,6 +1,6 @@
 """fused_adamw, fused_sgd, fused_grad_norm: the raw op, compiled, exported; what they refuse.
 
-A step has no gradient, so the roads are those of the step itself.
+A step has no gradient, so the paths are those of the step itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Gradients of fused_linear along every road against float64, and the contract of a torch op."""
+"""Gradients of fused_linear along every path against float64, and the contract of a torch op."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bigops.ops.fused_linear import fused_linear
-from tests.support import roads
+from tests.support import paths
 from tests.support.backends import covering
 from tests.support.cases.linear import ACTIVATIONS, Case, make
 from tests.support.kernels_ran import expect, needs_extension
@@ -19,85 +19,85 @@ raw = torch.ops.bigops.fused_linear
 pytestmark = needs_extension
 
 
-def public(name: str) -> roads.Op:
+def public(name: str) -> paths.Op:
     def f(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         return fused_linear(x, weight, bias, residual, name)
 
     return f
 
 
-def raw_call(name: str) -> roads.Op:
+def raw_call(name: str) -> paths.Op:
     def f(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         return raw(x, weight, bias, residual, name)
 
     return f
 
 
-def travel(road: str, case: Case) -> None:
-    """One road, one case: gradients by the rule, and a kernel of ours in the forward at least."""
-    f = raw_call(case.name) if road == "raw" else public(case.name)
-    go = roads.eager if road == "raw" else roads.ROADS[road]
+def travel(path: str, case: Case) -> None:
+    """One path, one case: gradients by the rule, and a kernel of ours in the forward at least."""
+    f = raw_call(case.name) if path == "raw" else public(case.name)
+    go = paths.eager if path == "raw" else paths.PATHS[path]
     with expect("fused_linear"):
         grads = go(f, case.leaves(), case.grad)
-    case.check_gradients(grads, road)
+    case.check_gradients(grads, path)
 
 
-@pytest.mark.parametrize("road", ["raw", *roads.ROADS])
+@pytest.mark.parametrize("path", ["raw", *paths.PATHS])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_float64_gradients(road: str, name: str) -> None:
-    travel(road, make(3, 4, 5, torch.float64, name))
+def test_float64_gradients(path: str, name: str) -> None:
+    travel(path, make(3, 4, 5, torch.float64, name))
 
 
-@pytest.mark.parametrize("road", ["raw", *roads.ROADS])
+@pytest.mark.parametrize("path", ["raw", *paths.PATHS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_gradients_in_every_dtype(road: str, dtype: torch.dtype) -> None:
+def test_gradients_in_every_dtype(path: str, dtype: torch.dtype) -> None:
     for name in ("none", "gelu", "swiglu"):
-        travel(road, make(7, 20, 33, dtype, name))
+        travel(path, make(7, 20, 33, dtype, name))
 
 
-@pytest.mark.parametrize("road", ["raw", *roads.ROADS])
-def test_gradients_without_bias_and_residual(road: str) -> None:
-    travel(road, make(3, 4, 5, torch.float64, "silu", bias=False, residual=False))
+@pytest.mark.parametrize("path", ["raw", *paths.PATHS])
+def test_gradients_without_bias_and_residual(path: str) -> None:
+    travel(path, make(3, 4, 5, torch.float64, "silu", bias=False, residual=False))
 
 
 def test_inductor_computes_the_same() -> None:
     case = make(5, 12, 9, torch.float32, "geglu")
     with expect("fused_linear_with_parts", "fused_linear_backward"):
-        grads = roads.inductor(public("geglu"), case.leaves(), case.grad)
+        grads = paths.inductor(public("geglu"), case.leaves(), case.grad)
     case.check_gradients(grads, "inductor")
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2, 3], ids=["x", "weight", "bias", "residual"])
-@pytest.mark.parametrize("road", ["raw", "eager", "compiled"])
-def test_an_input_without_gradient(road: str, frozen: int) -> None:
+@pytest.mark.parametrize("path", ["raw", "eager", "compiled"])
+def test_an_input_without_gradient(path: str, frozen: int) -> None:
     case = make(3, 4, 5, torch.float64, "tanh")
     leaves = case.leaves()
     leaves[frozen].requires_grad_(False)  # type: ignore[union-attr]
-    f = raw_call("tanh") if road == "raw" else public("tanh")
-    if road == "compiled":
+    f = raw_call("tanh") if path == "raw" else public("tanh")
+    if path == "compiled":
         torch._dynamo.reset()
         f = torch.compile(f, fullgraph=True, backend="aot_eager")
     wanted = [t for i, t in enumerate(leaves) if i != frozen]
     got = list(torch.autograd.grad(f(*leaves), wanted, case.grad))
     truth = case.plain(torch.float64)[1]
     got.insert(frozen, truth[frozen])
-    case.check_gradients(got, road)
+    case.check_gradients(got, path)
 
 
-# planted faults: a wrong gradient on each road must be seen ---------------------------------
+# planted faults: a wrong gradient on each path must be seen ---------------------------------
 
 
-@pytest.mark.parametrize("road", ["raw", *roads.ROADS])
-def test_a_wrong_gradient_is_seen(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", ["raw", *paths.PATHS])
+def test_a_wrong_gradient_is_seen(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = dict.fromkeys(module.op.gradients.needs, lambda g: g * 1.01)
-    roads.plant(monkeypatch, module.op, **wrong)
+    paths.plant(monkeypatch, module.op, **wrong)
     with pytest.raises(AssertionError, match="gradient of"):
-        travel(road, make(3, 4, 5, torch.float64, "gelu"))
+        travel(path, make(3, 4, 5, torch.float64, "gelu"))
     torch._dynamo.reset()
 
 
 def test_a_stale_weight_is_seen() -> None:
-    """A layer that remembers its weight from before the optimiser step fails the road."""
+    """A layer that remembers its weight from before the optimiser step fails the path."""
     kept: list[Tensor] = []
 
     def stale(x: Tensor, weight: Tensor, *rest: Tensor | None) -> Tensor:
@@ -107,7 +107,7 @@ def test_a_stale_weight_is_seen() -> None:
 
     case = make(3, 4, 5, torch.float64, "gelu")
     with pytest.raises(AssertionError, match="gradient of"):
-        case.check_gradients(roads.after_step(stale, case.leaves(), case.grad))
+        case.check_gradients(paths.after_step(stale, case.leaves(), case.grad))
 
 
 # contract of a torch op --------------------------------------------------------------------
@@ -137,15 +137,15 @@ def test_double_backward(name: str) -> None:
 def test_opcheck(name: str, lead: list[int]) -> None:
     case = make(lead, 6, 5, torch.float32, name)
     ops = torch.ops.bigops
-    roads.opcheck(ops.fused_linear, (*case.leaves(), name))
+    paths.opcheck(ops.fused_linear, (*case.leaves(), name))
     # its z has no gradient, which "test_aot_dispatch" asks for
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    roads.opcheck(ops.fused_linear_with_parts, (*case.leaves(), name), test_utils=checks)
+    paths.opcheck(ops.fused_linear_with_parts, (*case.leaves(), name), test_utils=checks)
     y, preact = ops.fused_linear_with_parts(*case.inputs, name)
     assert y.shape == case.grad.shape
     for needs in ((True, True, True), (False, True, False)):
         args = (case.grad, case.x, case.weight, None if name == "none" else preact, name, *needs)
-        roads.opcheck(ops.fused_linear_backward, args)
+        paths.opcheck(ops.fused_linear_backward, args)
 
 
 def test_one_dynamic_graph_serves_all_row_counts() -> None:

@@ -1,6 +1,6 @@
-"""quantized_linear and sparse_linear: gradients on every road, and the contract of a torch op.
+"""quantized_linear and sparse_linear: gradients on every path, and the contract of a torch op.
 
-Both get their roads from bigops/ops/family, so both are held to them here. The gradient of
+Both get their paths from bigops/ops/family, so both are held to them here. The gradient of
 sparse values travels them in tests/ops/sparse_linear/test_trained_values.py.
 """
 
@@ -20,7 +20,7 @@ from bigops.formats.quantized import QuantizedWeight
 from bigops.formats.sparse import SparseWeight
 from bigops.ops.quantized_linear import quantized_linear
 from bigops.ops.sparse_linear import sparse_linear
-from tests.support import roads
+from tests.support import paths
 from tests.support.backends import covering
 from tests.support.cases.compressed import DTYPES, FORMATS, QUANTISED, Case, dtype_of, make, served
 from tests.support.kernels_ran import ISAS, expect, isa, needs_extension
@@ -39,27 +39,27 @@ def needs(case: Case, x: bool, bias: bool, values: bool = False) -> tuple[bool, 
     return (x, values, bias) if case.sparse else (x, bias)
 
 
-def travel(road: str, case: Case) -> None:
-    """One road, one case: gradients by the rule, and a kernel of ours in the forward at least."""
-    f = case.raw if road == "raw" else case.public
-    go = roads.eager if road == "raw" else roads.ROADS[road]
+def travel(path: str, case: Case) -> None:
+    """One path, one case: gradients by the rule, and a kernel of ours in the forward at least."""
+    f = case.raw if path == "raw" else case.public
+    go = paths.eager if path == "raw" else paths.PATHS[path]
     with expect(f".{case.op}."):
         grads = go(f, case.leaves(), case.grad)
-    case.check_gradients(grads, road)
+    case.check_gradients(grads, path)
 
 
 @pytest.mark.parametrize(("form", "dtype"), BOTH)
-@pytest.mark.parametrize("road", ["raw", *roads.ROADS])
-def test_gradients_on_every_road(form: str, road: str, dtype: str) -> None:
-    travel(road, make(form, 7, 20, 33, dtype, "gelu"))
-    travel(road, make(form, 3, 4, 5, dtype, "none", bias=False, residual=False))
+@pytest.mark.parametrize("path", ["raw", *paths.PATHS])
+def test_gradients_on_every_path(form: str, path: str, dtype: str) -> None:
+    travel(path, make(form, 7, 20, 33, dtype, "gelu"))
+    travel(path, make(form, 3, 4, 5, dtype, "none", bias=False, residual=False))
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_inductor_computes_the_same(form: str) -> None:
     case = make(form, 5, 12, 9, dtype_of(form), "gelu")
     with expect(f"{case.op}.", f"{case.op}_backward."):
-        grads = roads.inductor(case.public, case.leaves(), case.grad)
+        grads = paths.inductor(case.public, case.leaves(), case.grad)
     case.check_gradients(grads, "inductor")
 
 
@@ -77,14 +77,14 @@ def test_an_input_without_gradient(form: str, frozen: int) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("road", ["raw", *roads.ROADS])
-def test_a_wrong_gradient_is_seen(form: str, road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", ["raw", *paths.PATHS])
+def test_a_wrong_gradient_is_seen(form: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault: gradients 5 % off."""
     case = make(form, 3, 4, 5, dtype_of(form), "gelu")
     off = {need: lambda g: g * 1.05 for need in ("need_x", "need_bias")}
-    roads.plant(monkeypatch, case.linear_op, **off)
+    paths.plant(monkeypatch, case.linear_op, **off)
     with pytest.raises(AssertionError, match="gradient of"):
-        travel(road, case)
+        travel(path, case)
     torch._dynamo.reset()
 
 
@@ -130,18 +130,18 @@ def test_backward_op_is_differentiable(form: str) -> None:
         assert snr_db(a, b) > SNR_FLOOR_DB[dtype_of(form)]
 
 
-@pytest.mark.parametrize("road", ["public", "raw", "functorch"])
+@pytest.mark.parametrize("path", ["public", "raw", "functorch"])
 @pytest.mark.parametrize("form", ["int8", "sparse_int8"])
-def test_a_scale_that_wants_a_gradient_is_refused(form: str, road: str) -> None:
+def test_a_scale_that_wants_a_gradient_is_refused(form: str, path: str) -> None:
     case = make(form, 3, 5, 4)
     scale = case.weight.scale
 
     def call(scale: Tensor) -> Tensor:
         changed = replace(case, weight=case.weight.replace(scale=scale))
-        return (changed.raw if road == "raw" else changed.public)(*case.inputs)
+        return (changed.raw if path == "raw" else changed.public)(*case.inputs)
 
     def refused() -> None:
-        if road == "functorch":
+        if path == "functorch":
             torch.func.grad(lambda s: call(s).sum())(scale)
         else:
             call(scale.clone().requires_grad_())
@@ -209,10 +209,10 @@ def test_opcheck(form: str, lead: list[int], name: str) -> None:
     case = make(form, lead, 6, 5, dtype_of(form), name)
     x, bias, residual = case.leaves()
     ops = torch.ops.bigops
-    roads.opcheck(getattr(ops, case.op), (x, *case.storage, bias, residual, name))
+    paths.opcheck(getattr(ops, case.op), (x, *case.storage, bias, residual, name))
     for wanted in (needs(case, True, True), needs(case, False, True)):
         args = (case.grad, case.x, *case.storage, case.bias, name, *wanted)
-        roads.opcheck(getattr(ops, f"{case.op}_backward"), args)
+        paths.opcheck(getattr(ops, f"{case.op}_backward"), args)
 
 
 @pytest.mark.parametrize("form", FORMATS)

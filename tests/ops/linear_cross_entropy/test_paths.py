@@ -1,4 +1,4 @@
-"""Gradients of linear_cross_entropy along every road against float64, and the contract of an op."""
+"""Gradients of linear_cross_entropy along every path against float64, and the contract of an op."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bigops.ops.linear_cross_entropy import chunked, linear_cross_entropy
-from tests.support import roads
+from tests.support import paths
 from tests.support.backends import covering
 from tests.support.cases.cross_entropy import ALL, Case, Leaves, make
 from tests.support.kernels_ran import expect, needs_extension
@@ -19,7 +19,7 @@ from tests.support.kernels_ran import expect, needs_extension
 module = importlib.import_module("bigops.ops.linear_cross_entropy")  # the name is the function's
 ops = torch.ops.bigops
 pytestmark = needs_extension
-ROADS = ["raw", "raw_with_grad", *roads.ROADS]
+PATHS = ["raw", "raw_with_grad", *paths.PATHS]
 
 
 def grad_of_vmap(case: Case) -> Leaves:
@@ -48,47 +48,47 @@ def with_grad(case: Case) -> Callable[..., Tensor]:
     return f
 
 
-def travel(road: str, case: Case) -> None:
-    """One road, one case: gradients by the rule, made by our kernel."""
+def travel(path: str, case: Case) -> None:
+    """One path, one case: gradients by the rule, made by our kernel."""
     with expect("linear_cross_entropy"):
-        if road == "grad_of_vmap":
+        if path == "grad_of_vmap":
             grads = grad_of_vmap(case)
-        elif road in ("raw", "raw_with_grad"):
-            f = case.raw() if road == "raw" else with_grad(case)
-            grads = roads.eager(f, case.leaves(), case.grad)
+        elif path in ("raw", "raw_with_grad"):
+            f = case.raw() if path == "raw" else with_grad(case)
+            grads = paths.eager(f, case.leaves(), case.grad)
         else:
-            grads = roads.ROADS[road](case.public(), case.leaves(), case.grad)
-    case.check_gradients(grads, road)
+            grads = paths.PATHS[path](case.public(), case.leaves(), case.grad)
+    case.check_gradients(grads, path)
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", ["plain", "sum", "none", "smoothed", "all", "all, none"])
-def test_float64_gradients(road: str, name: str) -> None:
+def test_float64_gradients(path: str, name: str) -> None:
     options = dict(ALL[name])
-    if road == "raw_with_grad" and options.get("reduction") == "none":
+    if path == "raw_with_grad" and options.get("reduction") == "none":
         options["reduction"] = "sum"
-    if road == "grad_of_vmap":
+    if path == "grad_of_vmap":
         options.pop("class_weight", None)  # its mean weighs tokens: `total` above divides by count
-    travel(road, make(5, 7, 3, torch.float64, **options))
+    travel(path, make(5, 7, 3, torch.float64, **options))
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_gradients_in_every_dtype(road: str, dtype: torch.dtype) -> None:
-    if road == "grad_of_vmap" and dtype != torch.float32:
+def test_gradients_in_every_dtype(path: str, dtype: torch.dtype) -> None:
+    if path == "grad_of_vmap" and dtype != torch.float32:
         pytest.skip("the gradient of a weight that vmap shares is summed by torch, in 16 bits")
-    travel(road, make(9, 33, 20, dtype, label_smoothing=0.1))
+    travel(path, make(9, 33, 20, dtype, label_smoothing=0.1))
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_gradients_without_bias(road: str) -> None:
-    if road == "raw_with_grad":
+@pytest.mark.parametrize("path", PATHS)
+def test_gradients_without_bias(path: str) -> None:
+    if path == "raw_with_grad":
         case = make(5, 7, 3, torch.float64, bias=False)
         args = (case.target, None, *case.raw_options(), True, True, False)
         f = lambda x, w, b: ops.linear_cross_entropy_with_grad(x, w, *args)[0]  # noqa: E731
-        case.check_gradients(roads.eager(f, case.leaves(), case.grad))
+        case.check_gradients(paths.eager(f, case.leaves(), case.grad))
     else:
-        travel(road, make(5, 7, 3, torch.float64, bias=False))
+        travel(path, make(5, 7, 3, torch.float64, bias=False))
 
 
 @pytest.mark.parametrize("name", ["all", "all, none"])
@@ -104,32 +104,32 @@ def test_gradcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_inductor_computes_the_same(name: str) -> None:
     case = make(9, 33, 20, torch.float32, **ALL[name])
     with expect("linear_cross_entropy"):
-        grads = roads.inductor(case.public(), case.leaves(), case.grad)
+        grads = paths.inductor(case.public(), case.leaves(), case.grad)
     case.check_gradients(grads, "inductor")
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2], ids=["x", "weight", "bias"])
-@pytest.mark.parametrize("road", ["raw", "eager", "compiled"])
-def test_an_input_without_gradient(road: str, frozen: int) -> None:
+@pytest.mark.parametrize("path", ["raw", "eager", "compiled"])
+def test_an_input_without_gradient(path: str, frozen: int) -> None:
     for reduction in ("mean", "none"):
         case = make(5, 7, 3, torch.float64, reduction=reduction)
         leaves = case.leaves()
         leaves[frozen].requires_grad_(False)  # type: ignore[union-attr]
-        f = case.raw() if road == "raw" else case.public()
-        if road == "compiled":
+        f = case.raw() if path == "raw" else case.public()
+        if path == "compiled":
             torch._dynamo.reset()
             f = torch.compile(f, fullgraph=True, backend="aot_eager")
         wanted = [t for i, t in enumerate(leaves) if i != frozen]
         got: Leaves = list(torch.autograd.grad(f(*leaves), wanted, case.grad))  # type: ignore[arg-type]
         got.insert(frozen, case.plain(torch.float64)[1][frozen])
-        case.check_gradients(got, road)
+        case.check_gradients(got, path)
 
 
 # planted faults ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_wrong_gradient_is_seen(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_a_wrong_gradient_is_seen(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     true_run = chunked.run
 
     def off(*args: Any) -> Any:
@@ -138,7 +138,7 @@ def test_a_wrong_gradient_is_seen(road: str, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(chunked, "run", off)
     with pytest.raises(AssertionError, match="gradient of"):
-        travel(road, make(5, 7, 3, torch.float64))
+        travel(path, make(5, 7, 3, torch.float64))
     torch._dynamo.reset()
 
 
@@ -169,14 +169,14 @@ def test_opcheck(name: str, lead: list[int]) -> None:
     case = make(lead, 6, 5, torch.float32, ignored=0, **ALL[name])
     x, weight, bias = case.leaves()
     args = (x, weight, case.target, bias, *case.raw_options())
-    roads.opcheck(ops.linear_cross_entropy, args)
+    paths.opcheck(ops.linear_cross_entropy, args)
     plain_args = (case.x, case.weight, case.target, case.bias, *case.raw_options())
     for needs in ((True, True, True), (False, True, False)):
-        roads.opcheck(ops.linear_cross_entropy_backward, (case.grad, *plain_args, *needs))
+        paths.opcheck(ops.linear_cross_entropy_backward, (case.grad, *plain_args, *needs))
         if name == "sum":
-            roads.opcheck(ops.linear_cross_entropy_with_grad, (*plain_args, *needs))
+            paths.opcheck(ops.linear_cross_entropy_with_grad, (*plain_args, *needs))
     if name == "sum":
-        roads.opcheck(ops.linear_cross_entropy_with_grad, (*args, True, True, True))
+        paths.opcheck(ops.linear_cross_entropy_with_grad, (*args, True, True, True))
 
 
 def test_opcheck_of_the_pass() -> None:
@@ -227,7 +227,7 @@ def test_export_with_a_dynamic_batch() -> None:
     assert torch.equal(program.module()(x, weight, target), want)
 
 
-def test_a_target_out_of_range_is_said_on_every_road() -> None:
+def test_a_target_out_of_range_is_said_on_every_path() -> None:
     case = make(4, 6, 5)
     case.target[2] = 6
     torch._dynamo.reset()
