@@ -31,13 +31,9 @@ class StoredParameter(nn.Parameter):
             return nn.Parameter(plain, requires_grad=False)
         return Tensor._make_subclass(cls, plain, False)
 
-    @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
-        return False
-
-    @requires_grad.setter
-    def requires_grad(self, value: bool) -> None:
-        pass
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "requires_grad":  # no property: each recorded call reads it
+            super().__setattr__(name, value)
 
     def requires_grad_(self, requires_grad: bool = True) -> StoredParameter:
         return self
