@@ -251,8 +251,11 @@ class CompressedLinear(StoredState):
 
     def _arguments(self) -> tuple[Any, ...]:
         """`Format.arguments` of the frozen storage, without the way by a `Format`."""
-        stored = self._parameters  # getattr would take a microsecond for each
-        return (*[stored[name] for name in self.format.TENSORS], *self._sizes)
+        parameters = self._parameters  # getattr would take a microsecond for each
+        stored: list[Any] = [parameters[name] for name in self.format.TENSORS]
+        if not torch.compiler.is_compiling():  # a graph has the parameters
+            stored = [t.plain if type(t) is StoredParameter else t for t in stored]
+        return (*stored, *self._sizes)
 
     def storage(self) -> Any:
         """The compressed weight: its tensors when frozen, else made of the float weight now."""

@@ -29,11 +29,27 @@ class StoredParameter(nn.Parameter):
         plain = Tensor.detach(data)
         if type(plain) is not Tensor:
             return nn.Parameter(plain, requires_grad=False)
-        return Tensor._make_subclass(cls, plain, False)
+        made = Tensor._make_subclass(cls, plain, False)
+        made.plain = plain
+        return made
+
+    plain: Tensor
+    """The same memory as an exact tensor: a call hands this to its op, since the dispatcher asks
+    each subclass for its ``__torch_function__`` (0.5 us a tensor)."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "requires_grad":  # no property: each recorded call reads it
             super().__setattr__(name, value)
+        if name == "data":
+            self.plain = Tensor.detach(self)
+
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        super().set_(*args, **kwargs)
+        self.plain = Tensor.detach(self)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(Tensor.detach(self), requires_grad=False).__reduce_ex__(protocol)
 
     def requires_grad_(self, requires_grad: bool = True) -> StoredParameter:
         return self

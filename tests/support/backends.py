@@ -155,7 +155,7 @@ def serve_by(
 
     def gradients(grad: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
         assert backward is not None
-        call, needs = op.gradients.call(grad, *args)
+        call, _, needs = op.gradients.call(grad, *args)
         return backward(grad, call, **needs)
 
     patch.setattr(op, "forward", in_words(op.forward, lambda *args: forward(op.call(*args))))
