@@ -190,9 +190,11 @@ Tensor fused_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias
 std::tuple<Tensor, Tensor> fused_linear_with_parts(const Tensor& x, const Tensor& weight,
                                                    const OptTensor& bias, const OptTensor& residual,
                                                    int64_t activation) {
-  Tensor preact = nothing(x.scalar_type());
-  Tensor* kept = activation == kNone ? nullptr : &preact;
-  Tensor y = dense_linear(x, weight, bias, residual, activation, kept, "fused_linear_with_parts");
+  Tensor preact;
+  const bool keep = activation != kNone;
+  Tensor y = dense_linear(x, weight, bias, residual, activation, keep ? &preact : nullptr,
+                          "fused_linear_with_parts");
+  if (!keep) preact = nothing(x.scalar_type());
   return {y, preact};
 }
 

@@ -260,18 +260,21 @@ class Gradients:
     def _functions(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
         """The eager Function (ctx form, 10 microseconds a call) and the one for torch.func."""
         gradients, op = self, self.op
-        unkept = (None,) * len(op.kept)
+        saved, sizes, unkept = self._saved, self._sizes, (None,) * len(op.kept)
+        keeps = [op.keeps(code) for code in range(len(act.NAMES))]
 
         class Eager(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *args):  # type: ignore[no-untyped-def]
-                kept: Sequence[Tensor | None] = unkept
+                # as `save` does: here each call counts
+                ctx.sizes = sizes(args)
                 with torch._C._AutoDispatchBelowAutograd():
-                    if op.kept and op.keeps(args[-1]):
+                    if keeps[args[-1]]:
                         y, *kept = op.forward_kept(*args)
+                        ctx.save_for_backward(*saved(args), *kept)
                     else:
                         y = op.forward(*args)
-                gradients.save(ctx, args, kept)
+                        ctx.save_for_backward(*saved(args), *unkept)
                 return y
 
             @staticmethod
@@ -332,4 +335,5 @@ def _picker(
     places = [names.index(name) for name in wanted]
     if len(places) > 1:
         return itemgetter(*places)
-    return lambda values: tuple(values[place] for place in places)
+    (place,) = places
+    return lambda values: (values[place],)
