@@ -50,7 +50,7 @@ class Gradients:
         self._call = in_words(op.forward, op.call)
         sizes = [name for name in op.fields if name not in tensors]
         self._saved = _picker(op.arguments, ("x", *tensors, "bias"))
-        self._sizes = _picker(op.arguments, (*sizes, "activation"))
+        self._sizes = _picker(op.arguments, sizes) if sizes else None
         self._saved_names = ("x", *tensors, "bias", *op.kept)
         self._twice = ("grad", "x", *tensors, *kept)
         places = list(enumerate(op.fields))
@@ -166,7 +166,7 @@ class Gradients:
 
     def save(self, ctx: Any, args: Sequence[Any], kept: Sequence[Tensor | None] = ()) -> None:
         """Save what the gradients need of the arguments of the op, in codes, and what it kept."""
-        ctx.sizes = self._sizes(args)
+        ctx.sizes, ctx.code = self._sizes(args) if self._sizes else (), args[-1]
         ctx.save_for_backward(*self._saved(args), *kept)
 
     def setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -204,7 +204,7 @@ class Gradients:
 
     def _made(self, ctx: Any, grad: Tensor, need: dict[str, bool]) -> Sequence[Tensor | None]:
         op, saved = self.op, dict(zip(self._saved_names, ctx.saved_tensors, strict=False))
-        *sizes, code = ctx.sizes
+        sizes, code = ctx.sizes, ctx.code
         x, bias = saved["x"], saved["bias"]
         weight = (*(saved[name] for name in op.format.TENSORS), *sizes)
         if torch.is_grad_enabled():  # create_graph: the expression is differentiable again
@@ -261,19 +261,20 @@ class Gradients:
         """The eager Function (ctx form, 10 microseconds a call) and the one for torch.func."""
         gradients, op = self, self.op
         saved, sizes, unkept = self._saved, self._sizes, (None,) * len(op.kept)
+        forward, forward_kept = op.forward, op.forward_kept
         keeps = [op.keeps(code) for code in range(len(act.NAMES))]
 
         class Eager(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *args):  # type: ignore[no-untyped-def]
                 # as `save` does: here each call counts
-                ctx.sizes = sizes(args)
+                ctx.sizes, ctx.code = sizes(args) if sizes else (), args[-1]
                 with torch._C._AutoDispatchBelowAutograd():
                     if keeps[args[-1]]:
-                        y, *kept = op.forward_kept(*args)
+                        y, *kept = forward_kept(*args)
                         ctx.save_for_backward(*saved(args), *kept)
                     else:
-                        y = op.forward(*args)
+                        y = forward(*args)
                         ctx.save_for_backward(*saved(args), *unkept)
                 return y
 

@@ -105,7 +105,7 @@ class LinearOp:
         self._register(self.forward, self._fake, self._cuda)
         if self.kept:
             self._register(self.forward_kept, self._fake_kept, self._cuda_kept)
-        self._reads_k, self._one_word = format.K_OF_X, "str " not in format.SCHEMA
+        self.run = self._dispatcher()
 
     def _register(
         self,
@@ -140,7 +140,7 @@ class LinearOp:
 
     def weight(self, x: Tensor, *fixed: Any) -> Format:
         """The weight of a call on x."""
-        if x.dim() == 0 and self._reads_k:
+        if x.dim() == 0 and self.format.K_OF_X:
             raise ValueError("x: expected shape [.., K]; got []")
         return self.format.of(x.shape[-1] if x.dim() else 0, *fixed)
 
@@ -292,55 +292,72 @@ class LinearOp:
 
     # dispatch -------------------------------------------------------------------------------
 
-    def __call__(
-        self,
-        x: Tensor,
-        arguments: tuple[Any, ...],
-        k: int,
-        bias: Tensor | None = None,
-        residual: Tensor | None = None,
-        activation: str = "none",
-    ) -> Tensor:
-        """Run the op by the path that the caller's context needs.
+    def _dispatcher(self) -> Callable[..., Tensor]:
+        """`__call__` with all that it needs at hand: looked up anew it would cost a tenth more."""
+        gradients, forward, words, encoded = (
+            self.gradients,
+            self.forward,
+            self._words,
+            self._encoded,
+        )
+        functorch, eager, wanted = gradients.functorch, gradients.eager, gradients.wanted
+        format, reads_k, codes = self.format, self.format.K_OF_X, act.CODES
+        one_word, below = "str " not in self.format.SCHEMA, torch._C._AutoDispatchBelowAutograd
+        is_foreign = torch._C._has_torch_function_unary
+        are_transforms_active = torch._C._are_functorch_transforms_active
+        is_any_autocast_on = torch._C._is_any_autocast_enabled
 
-        Args:
-            arguments, k: `Format.arguments` and ``Format.k`` of the weight.
-        """
-        try:
-            # fx's proxies and subclasses; modes, as that of a default device, change nothing
-            foreign = type(x) is not Tensor and torch._C._has_torch_function_unary(x)
-            if foreign and not isinstance(x, Tensor):
-                return self._words(x, *arguments, bias, residual, activation)
-            if self._reads_k and x.shape[-1] != k:
-                raise TypeError  # it is named below
-            kind = x.device.type
-            if kind != "meta" and torch.is_autocast_enabled(kind):  # storage keeps its own dtypes
-                dtype = self.format.autocast_dtype(*arguments) or torch.get_autocast_dtype(kind)
-                x, bias, residual = cast(dtype, x, bias, residual)  # type: ignore[assignment]
-                if self.format.PLAIN:
-                    arguments = cast(dtype, *arguments)
-            if torch.compiler.is_compiling():
-                return self.gradients.traced(x, *arguments, bias, residual, activation)
-            if foreign:
-                return self._words(x, *arguments, bias, residual, activation)
-            # Under functorch `requires_grad` of the wrapped tensors says nothing: ask this first.
-            if torch._C._are_functorch_transforms_active():
-                return self.gradients.functorch(x, *arguments, bias, residual, activation)
-            if self._one_word:
-                coded: Sequence[Any] = (x, *arguments, bias, residual, act.CODES[activation])
-            else:
-                coded = self._encoded((x, *arguments, bias, residual, activation))
-            if torch.is_grad_enabled():
-                if self.gradients.wanted(x, arguments, bias, residual):
-                    return self.gradients.eager(*coded)
-            elif torch.is_inference_mode_enabled():  # autograd is out of the way already
-                return self.forward(*coded)
-            with torch._C._AutoDispatchBelowAutograd():
-                return self.forward(*coded)
-        except (RuntimeError, AttributeError, TypeError, KeyError, IndexError):
-            # The kernel checks its arguments; only a refused call pays for naming what is wrong.
-            act.check_name(activation, self.format.GATED)
-            if not torch.compiler.is_compiling():
-                checks.tensors(x=x, bias=bias, residual=residual)
-                Call(x, self.stored(k, arguments), bias, residual, activation).check()
-            raise
+        def call(
+            x: Tensor,
+            arguments: tuple[Any, ...],
+            k: int,
+            bias: Tensor | None = None,
+            residual: Tensor | None = None,
+            activation: str = "none",
+        ) -> Tensor:
+            try:
+                # fx's proxies and subclasses; modes, as of a default device, change nothing
+                foreign = type(x) is not Tensor and is_foreign(x)
+                if foreign and not isinstance(x, Tensor):
+                    return words(x, *arguments, bias, residual, activation)
+                if reads_k and x.shape[-1] != k:
+                    raise TypeError  # it is named below
+                compiling = torch.compiler.is_compiling()
+                # the device of x takes 3 us where the call is recorded: it is asked for last
+                if (compiling or is_any_autocast_on()) and is_autocast_on(x):
+                    kind = x.device.type
+                    dtype = format.autocast_dtype(*arguments) or torch.get_autocast_dtype(kind)
+                    x, bias, residual = cast(dtype, x, bias, residual)
+                    if format.PLAIN:  # storage keeps its own dtypes
+                        arguments = cast(dtype, *arguments)
+                if compiling:
+                    return gradients.traced(x, *arguments, bias, residual, activation)
+                if foreign:
+                    return words(x, *arguments, bias, residual, activation)
+                # Under functorch `requires_grad` of wrapped tensors says nothing: ask this first.
+                if are_transforms_active():
+                    return functorch(x, *arguments, bias, residual, activation)
+                if one_word:
+                    coded: Sequence[Any] = (x, *arguments, bias, residual, codes[activation])
+                else:
+                    coded = encoded((x, *arguments, bias, residual, activation))
+                if torch.is_grad_enabled():
+                    if wanted(x, arguments, bias, residual):
+                        return eager(*coded)
+                elif torch.is_inference_mode_enabled():  # autograd is out of the way already
+                    return forward(*coded)
+                with below():
+                    return forward(*coded)
+            except (RuntimeError, AttributeError, TypeError, KeyError, IndexError):
+                # The kernel checks its arguments; only a refused call pays for naming what is wrong
+                act.check_name(activation, format.GATED)
+                if not torch.compiler.is_compiling():
+                    checks.tensors(x=x, bias=bias, residual=residual)
+                    Call(x, self.stored(k, arguments), bias, residual, activation).check()
+                raise
+
+        return call
+
+    def __call__(self, *args: Any) -> Tensor:
+        """Run the op by the path that the caller's context needs, as `run` does."""
+        return self.run(*args)
