@@ -139,7 +139,7 @@ class Factors(Plain):
         return max(self.rank, 1)  # a part of fewer rows than the rank would be refused
 
     def kept_sizes(self) -> dict[str, int]:
-        return {"t": self.rank, "preact": self.n}
+        return {"t": self.rank, **super().kept_sizes()}
 
     def kept(self, x: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         t = self._scaled(F.linear(x, self.v))

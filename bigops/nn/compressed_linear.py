@@ -177,7 +177,7 @@ class CompressedLinear(StoredState):
         if getattr(x, "dtype", None) is torch.uint8 and op.twin is not None:
             grids = (None,) * len(op.twin.grids)
             return op.twin(x, arguments, k, grids, self.bias, residual, self.activation)
-        return op(x, arguments, k, self.bias, residual, self.activation)
+        return op.run(x, arguments, k, self.bias, residual, self.activation)
 
     @property
     def op(self) -> LinearOp:

@@ -116,8 +116,8 @@ class FactoredLinear(CompressedLinear):
 
     def run(self, x: Tensor, arguments: tuple[Any, ...], residual: Tensor | None) -> Tensor:
         u, v = arguments
-        inner = self.op(x, v, self.in_features)
-        return self.op(inner, u, self.rank, self.bias, residual, self.activation)
+        inner = self.op.run(x, v, self.in_features)
+        return self.op.run(inner, u, self.rank, self.bias, residual, self.activation)
 
     def explain(self, x: Tensor) -> Choice:
         factors = self.storage()

@@ -225,7 +225,7 @@ class SparseLinear(CompressedLinear):
             return super().run(x, arguments, residual)  # a proxy of torch.fx
         if x.is_cuda and (form := self._second_form(x, residual)) is not None:
             op = op_of(type(form))
-            return op(x, form.arguments, form.k, self.bias, residual, self.activation)
+            return op.run(x, form.arguments, form.k, self.bias, residual, self.activation)
         bias, low = self.bias, torch.bfloat16
         if self.x_grid is not None:
             if wants_gradient(x, bias, residual):
@@ -236,7 +236,9 @@ class SparseLinear(CompressedLinear):
         if served or is_autocast_on(x):  # autocast casts by itself
             return super().run(x, arguments, residual)
         bias = None if bias is None else bias.to(low)
-        y = self.op(x.to(low), arguments, self.in_features, bias, None, self.activation).to(x.dtype)
+        y = self.op.run(x.to(low), arguments, self.in_features, bias, None, self.activation).to(
+            x.dtype
+        )
         if residual is None:
             return y
         checks.shape("residual", residual, list(y.shape))

@@ -87,8 +87,9 @@ def of_backward(op: LinearOp) -> Rules:
             return _rule(named, names, needs, {**placed, **made})
 
         found = [rule(whole, whole, whole, {})]
-        for d in range(last):
-            found.append(rule(Shard(d), Shard(d), Partial(), {"x": Shard(d), "t": Shard(d)}))
+        found += [
+            rule(Shard(d), Shard(d), Partial(), {"x": Shard(d), "t": Shard(d)}) for d in range(last)
+        ]
         if _rows_split(weight, x) and named["activation"] not in GATED:
             split = {"bias": Shard(0), **_shards(weight.row_dims(), last)}
             found.append(rule(Shard(last), Partial(), Partial(), split))

@@ -84,9 +84,10 @@ Tensor low_rank_linear(const Tensor& x, const Tensor& u, const Tensor& v, const 
 std::tuple<Tensor, Tensor, Tensor> low_rank_linear_with_parts(
     const Tensor& x, const Tensor& u, const Tensor& v, const OptTensor& base, double scale,
     const OptTensor& bias, const OptTensor& residual, int64_t activation) {
-  Tensor t, z = nothing(x.scalar_type());
+  Tensor t, z;
   const bool keep = check_activation(activation) != kNone;
   Tensor y = forward(x, u, v, base, scale, bias, residual, activation, &t, keep ? &z : nullptr);
+  if (!keep) z = nothing(x.scalar_type());
   return {y, t, z};
 }
 

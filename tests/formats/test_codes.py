@@ -290,7 +290,7 @@ def test_a_call_names_what_is_no_tensor_of_a_weight(name: str) -> None:
             said = f"^{leaf}: expected a torch.Tensor; got {got}"
             for grad in (False, True):
                 with pytest.raises(TypeError, match=said):
-                    op(x.clone().requires_grad_(grad), broken.arguments, 88)
+                    op.run(x.clone().requires_grad_(grad), broken.arguments, 88)
             with pytest.raises(TypeError, match=said):
                 op.explain(x, broken)
 

@@ -288,7 +288,7 @@ class Gradients:
             @staticmethod
             def forward(x, *rest):  # type: ignore[no-untyped-def]
                 *arguments, bias, residual, activation = rest
-                return op(x, tuple(arguments), x.shape[-1], bias, residual, activation)
+                return op.run(x, tuple(arguments), x.shape[-1], bias, residual, activation)
 
             @staticmethod
             def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]

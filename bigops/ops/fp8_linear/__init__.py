@@ -64,4 +64,4 @@ def fp8_linear(
         TypeError: a dtype that is not served, or dtypes that differ.
     """
     checks.stored(weight, Fp8Weight)
-    return op(x, weight.arguments, weight.k, bias, residual, activation)
+    return op.run(x, weight.arguments, weight.k, bias, residual, activation)

@@ -16,7 +16,6 @@ from bigops.ops.fused_linear.choose import backward, choose
 __all__ = ["fused_linear", "reference"]
 
 op = LinearOp("fused_linear", DenseWeight, choose=choose, backward=backward)
-_run = op.run
 
 
 @serves("fused_linear")
@@ -61,4 +60,4 @@ def fused_linear(
         ValueError: unknown activation, or shapes or devices that do not fit.
         TypeError: a dtype that is not served, or dtypes that differ.
     """
-    return _run(x, (weight,), 0, bias, residual, activation)
+    return op.run(x, (weight,), 0, bias, residual, activation)

@@ -94,7 +94,7 @@ def low_rank_linear(
     if isinstance(u, QuantizedWeight) or isinstance(v, QuantizedWeight):
         _check_form(base, scale)
         return factors.product(x, u, v, bias, residual, activation)  # type: ignore[arg-type]
-    return op(x, (u, v, base, scale), 0, bias, residual, activation)
+    return op.run(x, (u, v, base, scale), 0, bias, residual, activation)
 
 
 def _check_form(base: Tensor | None, scale: float) -> None:

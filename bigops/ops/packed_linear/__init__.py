@@ -58,4 +58,4 @@ def packed_linear(
         TypeError: a dtype that is not served, or dtypes that differ.
     """
     checks.stored(weight, PackedWeight)
-    return op(x, weight.arguments, weight.k, bias, residual, activation)
+    return op.run(x, weight.arguments, weight.k, bias, residual, activation)

@@ -80,5 +80,5 @@ def quantized_linear(
     """
     checks.stored(weight, QuantizedWeight)
     if y_grid is None and getattr(x, "dtype", None) is not torch.uint8:
-        return op(x, weight.arguments, weight.k, bias, residual, activation)
+        return op.run(x, weight.arguments, weight.k, bias, residual, activation)
     return grid_op(x, weight.arguments, weight.k, (y_grid,), bias, residual, activation)

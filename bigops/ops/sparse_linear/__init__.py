@@ -106,6 +106,6 @@ def sparse_linear(
     checks.stored(weight, *OPS)
     serving = OPS[type(weight)]
     if serving.by_itself(x, weight, x_grid, y_grid):
-        return serving(x, weight.arguments, weight.k, bias, residual, activation)
+        return serving.run(x, weight.arguments, weight.k, bias, residual, activation)
     grids = (x_grid, y_grid)  # of a `SparseWeight`, whose op alone has a twin
     return grid_op(x, weight.arguments, weight.k, grids, bias, residual, activation)

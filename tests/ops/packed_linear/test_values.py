@@ -195,7 +195,7 @@ def test_errors_of_values(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         named()
     with pytest.raises(ValueError, match=message):
-        op(x, tuple(arguments), 4)  # type: ignore[arg-type]
+        op.run(x, tuple(arguments), 4)  # type: ignore[arg-type]
 
 
 def test_errors_of_types() -> None:
