@@ -161,6 +161,11 @@ def serve_by(
     patch.setattr(op, "forward", in_words(op.forward, lambda *args: forward(op.call(*args))))
     if backward is not None:
         patch.setattr(op.gradients, "backward", in_words(op.gradients.backward, gradients))
+    # what holds the op that it calls is made anew
+    eager, functorch = op.gradients._functions()
+    patch.setattr(op.gradients, "eager", eager)
+    patch.setattr(op.gradients, "functorch", functorch)
+    patch.setattr(op, "run", op._dispatcher())
 
 
 @contextlib.contextmanager
