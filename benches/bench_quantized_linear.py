@@ -92,8 +92,8 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     ]
     if device == "cpu":
         if own.bits == 4:
-            grid = own.grid()
-            same = rivals.Int4Weight(grid.q.to(torch.int8), grid.scale.float())
+            rounded = own.codes()
+            same = rivals.Int4Weight(rounded.q.to(torch.int8), rounded.scale.float())
             sides += families.int4_sides(case, x, same, bias, activation)
         else:
             sides += families.dense_int8_sides(case, x, weight, bias, activation)
@@ -101,8 +101,8 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     layer = rivals.Layer(case, x, weight, bias, activation)
     if own.bits == 8:
         return reference, sides + rivals_cuda.int8_sides(layer)
-    grid = own.grid()
-    same = rivals.Int4Weight(grid.q.to(torch.int8), grid.scale.float())
+    rounded = own.codes()
+    same = rivals.Int4Weight(rounded.q.to(torch.int8), rounded.scale.float())
     sides += rivals_cuda.int4_sides(layer, same)
     return reference, sides
 

@@ -1,10 +1,10 @@
 """An MLP block in static int8: what it is worth that its products pass u8 to each other.
 
 A case has m rows, hidden size k and n features inside: Linear, gelu, Linear. Both of ours run the
-same two products on the same grids; one stores u8 between them by the op's ``y_grid``, the other,
-the layers of a model, floats that the second quantises again. The range of every activation is
-recorded from the float32 model on the case's own input, the best calibration there can be, for all
-sides alike.
+same two products by the same qparams; one stores u8 between them (``y_qparams`` of the op), the
+other, the layers of a model, floats that the second quantises again. The range of every activation
+is recorded from the float32 model on the case's own input, the best calibration there can be, for
+all sides alike.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def u8_between(first: QuantLinear, second: QuantLinear) -> Callable[[Tensor], Te
     up, down = first.storage(), second.storage()
 
     def run(x: Tensor) -> Tensor:
-        u8 = quantized_linear(x, up, first.bias, activation="gelu", y_grid=second.x_grid)
+        u8 = quantized_linear(x, up, first.bias, activation="gelu", y_qparams=second.x_qparams)
         return quantized_linear(u8, down, second.bias)
 
     return run

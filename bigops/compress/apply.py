@@ -167,11 +167,11 @@ def _calibrate(
     data: Iterable[Any] | None,
     notes: list[str],
 ) -> None:
-    """Find the grids of static activations; layers without one leave ``chosen``."""
+    """Find the qparams of static activations; layers without one leave ``chosen``."""
     static = [
         name
         for name, choice in chosen.items()
-        if choice.config.activations == "static" and choice.x_grid is None
+        if choice.config.activations == "static" and choice.x_qparams is None
     ]
     if not static:
         if data is not None:
@@ -185,8 +185,8 @@ def _calibrate(
             f"{', '.join(static)}; got None"
         )
     found = calibrate.calibrate(model, {name: layers.open[name] for name in static}, batches, what)
-    for name, grid in found.grids.items():
-        chosen[name] = chosen[name]._replace(x_grid=grid)
+    for name, qparams in found.qparams.items():
+        chosen[name] = chosen[name]._replace(x_qparams=qparams)
     for name, reason in found.left.items():
         left[name] = reason
         del chosen[name]

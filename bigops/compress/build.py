@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from bigops.compress.calibrate import Grid
+from bigops.compress.calibrate import Qparams
 from bigops.compress.config import Config, Int8
 from bigops.nn.layer import Layer, layer_of
 
@@ -17,7 +17,7 @@ class Choice(NamedTuple):
     """A config and what was found out for one layer."""
 
     config: Config
-    x_grid: Grid | None = None  # of static activations
+    x_qparams: Qparams | None = None  # of static activations
     rank: int | None = None  # of LowRank(energy=..)
 
 
@@ -49,7 +49,7 @@ def prepare(old: nn.Module, choice: Choice, freeze: bool) -> Built | Stays:
     before, config = nbytes(old), choice.config
     if config.alone is None or (ours is not None and (ours.pattern or ours.rank is not None)):
         return _within(before, old, choice, freeze)
-    alone = Choice(config.alone, choice.x_grid)
+    alone = Choice(config.alone, choice.x_qparams)
     made = _within(min(before, build(old, alone).least_bytes()), old, choice, freeze)
     if isinstance(made, Built) or not freeze:
         return made
@@ -101,9 +101,9 @@ def build(layer: nn.Module, choice: Choice, remarks: list[str] | None = None) ->
             f"config: expected a dense layer for {config}; got a {type(layer).__name__}"
         )
     new = config.make(layer, choice.rank, [] if remarks is None else remarks)
-    grid = getattr(new, "x_grid", None)
-    if grid is not None and choice.x_grid is not None:
-        grid.copy_(torch.tensor(choice.x_grid, device=grid.device))
+    qparams = getattr(new, "x_qparams", None)
+    if qparams is not None and choice.x_qparams is not None:
+        qparams.copy_(torch.tensor(choice.x_qparams, device=qparams.device))
     return new
 
 

@@ -1,4 +1,4 @@
-"""Static grids: the range of each layer's inputs over batches of data, in bounded memory."""
+"""Static qparams: the range of each layer's inputs over batches of data, in bounded memory."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from bigops.formats import quantize
 from bigops.graph.sites import evaluating, run_example
 
-Grid = tuple[float, float]  # scale and zero point
+Qparams = tuple[float, float]  # scale and zero point
 
 
 class Calibration(NamedTuple):
     """What the data says of each layer."""
 
-    grids: dict[str, Grid]
+    qparams: dict[str, Qparams]
     left: dict[str, str]  # layers without a range, and why
 
 
@@ -34,7 +34,7 @@ def check_data(data: Any) -> None:
 def calibrate(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], what: str
 ) -> Calibration:
-    """The u8 grid over all that each of ``layers`` is given while the model takes the batches.
+    """The u8 qparams of all that each of ``layers`` is given while the model takes the batches.
 
     Every call counts, all of them where a layer is called several times in a forward pass. Of each
     layer two numbers are kept, so data of any length will do; it is read once.
@@ -85,7 +85,7 @@ def calibrate(
             handle.remove()
     if not count:
         raise ValueError(f"{what}: expected at least one batch to calibrate with; got none")
-    grids: dict[str, Grid] = {}
+    qparams: dict[str, Qparams] = {}
     left: dict[str, str] = {}
     for path in layers:
         if path not in low:
@@ -93,6 +93,6 @@ def calibrate(
         elif low[path] == high[path] == 0:
             left[path] = f"{what} gives it zeros alone, of which static activations take no range"
         else:
-            scale, zero = quantize.static_grid(low[path], high[path]).tolist()
-            grids[path] = (scale, zero)
-    return Calibration(grids, left)
+            scale, zero = quantize.static_qparams(low[path], high[path]).tolist()
+            qparams[path] = (scale, zero)
+    return Calibration(qparams, left)

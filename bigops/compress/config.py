@@ -182,7 +182,7 @@ class Int8(Config):
 
     Args:
         activations: what the product does with x. "dynamic": each row becomes u8 with its own
-            scale and zero point; "symmetric": with its own scale only; "static": with a grid that
+            scale and zero point; "symmetric": with its own scale only; "static": with qparams that
             `compress_` takes from ``example_inputs``; "none": x stays in floating point.
         group: columns that share a scale, 32, 64 or 128, with "none" only; None: one a row.
         symmetric: no zero points of the weight.

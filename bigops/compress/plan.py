@@ -38,8 +38,8 @@ def write(layers: Mapping[str, Choice | None], freeze: bool) -> dict[str, Any]:
 
 def _entry(choice: Choice) -> dict[str, Any]:
     entry: dict[str, Any] = {"config": choice.config.encode()}
-    if choice.x_grid is not None:
-        entry["x_grid"] = list(choice.x_grid)
+    if choice.x_qparams is not None:
+        entry["x_qparams"] = list(choice.x_qparams)
     if choice.rank is not None:
         entry["rank"] = choice.rank
     return entry
@@ -60,19 +60,21 @@ def read(plan: Mapping[str, Any]) -> Decided:
 
 
 def _choice(name: str, entry: Any) -> Choice:
-    known = {"config", "x_grid", "rank"}
+    known = {"config", "x_qparams", "rank"}
+    if isinstance(entry, Mapping) and "x_grid" in entry:  # as older plans say
+        entry = {"x_qparams" if key == "x_grid" else key: entry[key] for key in entry}
     if not isinstance(entry, Mapping) or "config" not in entry or not set(entry) <= known:
-        raise ValueError(f"plan: expected config, x_grid and rank for {name}; got {entry!r}")
-    grid, rank = entry.get("x_grid"), entry.get("rank")
+        raise ValueError(f"plan: expected config, x_qparams and rank for {name}; got {entry!r}")
+    qparams, rank = entry.get("x_qparams"), entry.get("rank")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
         raise ValueError(f"plan: expected a rank of at least 0 for {name}; got {rank!r}")
-    if grid is not None:
+    if qparams is not None:
         try:
-            scale, zero = map(float, grid)
-            quantize.check_grid("x_grid", torch.tensor([scale, zero], device="cpu"))
+            scale, zero = map(float, qparams)
+            quantize.check_qparams("x_qparams", torch.tensor([scale, zero], device="cpu"))
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"plan: expected a scale and a zero point for {name}; {error}"
             ) from None
-        grid = (scale, zero)
-    return Choice(decode(entry["config"]), grid, rank)
+        qparams = (scale, zero)
+    return Choice(decode(entry["config"]), qparams, rank)

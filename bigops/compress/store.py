@@ -132,6 +132,7 @@ def load_compressed(path: str | os.PathLike[str]) -> dict[str, Layer]:
         for name, layer in found.items():
             prefix = f"{name}." if name else ""
             own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            own = structure.in_todays_names(layer, own)
             versions = {"": (header.versions or {}).get(name, {"version": 1})}
             _check_state(layer, own, f"module {name!r}: " if name else "")
             _load_state(layer, own, versions)
@@ -181,7 +182,7 @@ def _swap_in(sites: Sites, tree: Any) -> None:
 
 def _fill(model: nn.Module, header: Header, tensors: Mapping[str, Tensor]) -> None:
     """Give a model its tensors, ties and flags; every check comes before the first of them."""
-    tensors = _all_tensors(header, tensors)
+    tensors = structure.in_todays_names(model, _all_tensors(header, tensors))
     state = _check_state(model, tensors, "")
     hollow = [n for n, b in model.named_buffers() if b.is_meta and n not in tensors]
     if hollow:
@@ -226,7 +227,7 @@ def _check_state(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     """The model's own state; StructureError unless the tensors are just those that it has."""
     state: dict[str, Tensor] = model.state_dict()
     missing = sorted(state.keys() - tensors.keys())
-    extra = sorted(tensors.keys() - state.keys() - structure.retired_keys(model))
+    extra = sorted(tensors.keys() - state.keys())
     if missing or extra:
         raise structure.StructureError(
             f"{where}the model needs {missing or 'nothing'} that the file lacks, and the file has "

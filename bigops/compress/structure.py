@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from bigops.graph.sites import hook_reason
-from bigops.nn import LAYERS, fields
+from bigops.nn import LAYERS, fields, stored_state
 from bigops.nn.fields import FLAG, INT, NUMBER, SIZE, SIZES, Field, one_of, optional
 from bigops.nn.layer import Layer, layer_of
 
@@ -296,14 +296,14 @@ def storage_keys(model: nn.Module) -> set[str]:
     }
 
 
-def retired_keys(model: nn.Module) -> set[str]:
-    """Names that a file of an older version may hold and the layers of today read past."""
-    return {
-        _join(path, name)
-        for path, module in model.named_modules()
-        if (layer := layer_of(module)) is not None
-        for name in layer.retired_names
-    }
+def in_todays_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, which an older version may have written, by the names of today."""
+    for path, module in model.named_modules():
+        if (layer := layer_of(module)) is not None:
+            tensors = stored_state.in_todays_names(
+                tensors, f"{path}." if path else "", layer.older_names
+            )
+    return tensors
 
 
 def _class_name(module: nn.Module) -> str:

@@ -27,14 +27,14 @@ class Rows(NamedTuple):
     zero_point: Tensor  # [.., 1] float32, whole numbers 0..255
 
 
-def act_quant(x: Tensor, activations: str = "dynamic", grid: Tensor | None = None) -> Rows:
+def act_quant(x: Tensor, activations: str = "dynamic", qparams: Tensor | None = None) -> Rows:
     """Quantise each row of ``x`` [.., K] to u8 so that zero is represented exactly.
 
     Args:
         x: floating, or the u8 numbers themselves with "static".
         activations: "dynamic": the range of each row, with a zero point. "symmetric": the
-            largest magnitude of each row, zero point 128. "static": ``grid`` for all rows.
-        grid: float32 [2], scale and zero point.
+            largest magnitude of each row, zero point 128. "static": ``qparams`` for all rows.
+        qparams: float32 [2], scale and zero point.
     """
     known = x.dtype == torch.uint8
     x = x.float()
@@ -42,15 +42,15 @@ def act_quant(x: Tensor, activations: str = "dynamic", grid: Tensor | None = Non
     if x.shape[-1] == 0:
         return Rows(x, one, torch.zeros_like(one))
     if known:
-        assert grid is not None
-        return Rows(x, one * grid[0], one * grid[1])
+        assert qparams is not None
+        return Rows(x, one * qparams[0], one * qparams[1])
     lo = x.amin(-1, keepdim=True).clamp(max=0)
     hi = x.amax(-1, keepdim=True).clamp(min=0)
     finite = lo.isfinite() & hi.isfinite()
     least = 0
     if activations == "static":
-        assert grid is not None
-        scale, zero_point = one * grid[0], one * grid[1]
+        assert qparams is not None
+        scale, zero_point = one * qparams[0], one * qparams[1]
     elif activations == "symmetric":
         scale, zero_point = (torch.maximum(-lo, hi) / 127).clamp(min=TINY), one * 128
         least = 1
@@ -62,8 +62,8 @@ def act_quant(x: Tensor, activations: str = "dynamic", grid: Tensor | None = Non
     return Rows(q, torch.where(finite, scale, torch.nan), zero_point)
 
 
-def static_grid(lo: float, hi: float) -> Tensor:
-    """Scale and zero point, float32 [2], of a u8 grid over [lo, hi]; the range takes in 0.
+def static_qparams(lo: float, hi: float) -> Tensor:
+    """Scale and zero point, float32 [2], of u8 over [lo, hi]; the range takes in 0.
 
     Raises:
         ValueError: NaN, inf, or lo above hi.
@@ -76,16 +76,16 @@ def static_grid(lo: float, hi: float) -> Tensor:
     return torch.stack([scale, torch.round(-low / scale).clamp(0, 255)])
 
 
-def check_grid_form(name: str, grid: Tensor) -> None:
-    """Raise TypeError or ValueError unless ``grid`` is float32 [2]."""
-    checks.dtype(name, grid, torch.float32)
-    checks.shape(name, grid, [2])
+def check_qparams_form(name: str, qparams: Tensor) -> None:
+    """Raise TypeError or ValueError unless ``qparams`` is float32 [2]."""
+    checks.dtype(name, qparams, torch.float32)
+    checks.shape(name, qparams, [2])
 
 
-def check_grid(name: str, grid: Tensor) -> None:
-    """Raise TypeError or ValueError unless ``grid`` is a scale and a zero point of u8."""
-    check_grid_form(name, grid)
-    scale, zero = grid.tolist()
+def check_qparams(name: str, qparams: Tensor) -> None:
+    """Raise TypeError or ValueError unless ``qparams`` is a scale and a zero point of u8."""
+    check_qparams_form(name, qparams)
+    scale, zero = qparams.tolist()
     # 1 / scale is finite from the smallest normal number on
     if not (TINY <= scale < float("inf") and 0 <= zero <= 255 and zero == int(zero)):
         raise ValueError(
@@ -94,7 +94,7 @@ def check_grid(name: str, grid: Tensor) -> None:
         )
 
 
-def to_grid(y: Tensor, grid: Tensor) -> Tensor:
+def quantize_u8(y: Tensor, qparams: Tensor) -> Tensor:
     """``clamp(rint(y * (1 / scale)) + zero_point, 0, 255)`` as u8, in float32 throughout.
 
     Raises:
@@ -103,14 +103,14 @@ def to_grid(y: Tensor, grid: Tensor) -> Tensor:
     y = y.float()
     if not bool(torch.isfinite(y).all()):
         raise RuntimeError(
-            "y: expected finite values, since u8 on y_grid holds no other; got NaN or inf"
+            "y: expected finite values, since u8 by y_qparams holds no other; got NaN or inf"
         )
-    return (torch.round(y * (1 / grid[0])) + grid[1]).clamp(0, 255).to(torch.uint8)
+    return (torch.round(y * (1 / qparams[0])) + qparams[1]).clamp(0, 255).to(torch.uint8)
 
 
-def from_grid(q: Tensor, grid: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_u8(q: Tensor, qparams: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """What the u8 numbers ``q`` stand for."""
-    return ((q.float() - grid[1]) * grid[0]).to(dtype)
+    return ((q.float() - qparams[1]) * qparams[0]).to(dtype)
 
 
 def row_scales(w: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def to_int8(w: Tensor, scale: Tensor) -> Tensor:
     return torch.round(w.float() / scale).clamp(-127, 127).to(torch.int8)
 
 
-class Grid(NamedTuple):
+class Rounded(NamedTuple):
     """A rounded weight: ``scale * (q - zero_point)``, groups along K."""
 
     q: Tensor  # [N, K] float32, whole numbers
@@ -143,12 +143,12 @@ def widen(t: Tensor, group: int, k: int) -> Tensor:
     return t.expand(-1, k) if group == 0 else t.repeat_interleave(group, 1)[:, :k]
 
 
-def round_weight(w: Tensor, bits: int, group: int, symmetric: bool) -> Grid:
-    """Round ``w`` [N, K] to the grids of its groups (float32 throughout).
+def round_weight(w: Tensor, bits: int, group: int, symmetric: bool) -> Rounded:
+    """Round ``w`` [N, K] in its groups (float32 throughout).
 
-    Symmetric: the largest magnitude of a group goes to 127; in 4 bits to 7.5, so that the grid
+    Symmetric: the largest magnitude of a group goes to 127; in 4 bits to 7.5, so that the range
     -8..7 is half a step off at both ends and finer than with 7. With a zero point the range of
-    the group, 0 included, takes the whole grid.
+    the group, 0 included, takes the whole range.
     """
     w = w.float()
     k = w.shape[1]
@@ -168,7 +168,7 @@ def round_weight(w: Tensor, bits: int, group: int, symmetric: bool) -> Grid:
         zero = (torch.round(-lo / scale) + low).clamp(low, high)
         zero = torch.where((lo == 0) & (hi == 0), 0, zero)  # a group of zeros is exact in any form
         q = w / widen(scale, group, k) + widen(zero, group, k)
-    return Grid(torch.round(q).clamp(low, high), scale, zero)
+    return Rounded(torch.round(q).clamp(low, high), scale, zero)
 
 
 def _by_group(w: Tensor, group: int) -> Tensor:

@@ -74,7 +74,7 @@ class QuantizedWeight(Format):
     scale: Tensor  # [groups, N16] float32, N16 = N rounded up to 16
     zero_point: Tensor | None  # [groups, N16] int8
     row_sum: Tensor | None  # [N16] int32 sums of q; in 4 bits float32 sums of the matrix
-    x_grid: Tensor | None  # [2] float32: scale and zero point of x, activations "static" only
+    x_qparams: Tensor | None  # [2] float32: scale and zero point of x, activations "static" only
     n: int
     k: int
     bits: int  # 8 or 4
@@ -84,7 +84,7 @@ class QuantizedWeight(Format):
     # ``pad``, the rows that fill up the last tile, stands for N, so that whole tiles are a weight
     # by themselves: DTensor splits a weight without knowing the op's numbers.
     SCHEMA = (
-        "Tensor values, Tensor scale, Tensor? zero_point, Tensor? row_sum, Tensor? x_grid, "
+        "Tensor values, Tensor scale, Tensor? zero_point, Tensor? row_sum, Tensor? x_qparams, "
         "int pad, int k, int bits, int group, str activations"
     )
 
@@ -100,7 +100,7 @@ class QuantizedWeight(Format):
             self.scale,
             self.zero_point,
             self.row_sum,
-            self.x_grid,
+            self.x_qparams,
             -self.n % TILE,
             self.k,
             self.bits,
@@ -116,7 +116,7 @@ class QuantizedWeight(Format):
         scale: Tensor,
         zero_point: Tensor | None,
         row_sum: Tensor | None,
-        x_grid: Tensor | None,
+        x_qparams: Tensor | None,
         pad: int,
         k: int,
         bits: int,
@@ -129,7 +129,7 @@ class QuantizedWeight(Format):
             raise ValueError(
                 f"pad: expected the rows that fill up the last tile of {TILE}; got {pad}"
             )
-        return cls(values, scale, zero_point, row_sum, x_grid, n, k, bits, group, activations)
+        return cls(values, scale, zero_point, row_sum, x_qparams, n, k, bits, group, activations)
 
     @property
     def rounds(self) -> bool:
@@ -171,7 +171,7 @@ class QuantizedWeight(Format):
         group: int | None = None,
         symmetric: bool = True,
         activations: str | None = None,
-        x_grid: Any = None,
+        x_qparams: Any = None,
     ) -> QuantizedWeight:
         """Round a matrix to int8 or int4.
 
@@ -180,12 +180,12 @@ class QuantizedWeight(Format):
             bits: 8 or 4.
             group: columns that share a scale: 32, 64 or 128, or None for one scale per row. None
                 with an int8 weight and quantised activations.
-            symmetric: no zero points; else each group has one, and its range takes the whole grid.
+            symmetric: no zero points; else each group has one, and its range takes all codes.
             activations: what the product does with x. "none": it stays in floating point.
                 "dynamic": each row becomes u8 with its own scale and zero point; "symmetric": with
-                its own scale only; "static": with the scale and zero point of ``x_grid``. None:
+                its own scale only; "static": with the scale and zero point of ``x_qparams``. None:
                 "dynamic" for int8 with one scale per row, else "none".
-            x_grid: scale and zero point of x for "static" (`static_grid` makes them of a range).
+            x_qparams: scale and zero point of x for "static" (`static_qparams` of a range).
 
         Raises:
             ValueError: w is no matrix, or holds NaN or inf; a form that is not there.
@@ -194,8 +194,8 @@ class QuantizedWeight(Format):
         quantize.check_weight(w)
         columns, form = group or 0, cls.form(bits, group, symmetric, activations)
         activations = form["activations"]
-        grid = quantize.round_weight(w.detach(), bits, columns, symmetric)
-        return cls._of_grid(grid, bits, columns, activations, x_grid)
+        rounded = quantize.round_weight(w.detach(), bits, columns, symmetric)
+        return cls._of_rounded(rounded, bits, columns, activations, x_qparams)
 
     @classmethod
     def from_codes(
@@ -207,7 +207,7 @@ class QuantizedWeight(Format):
         bits: int = 8,
         group: int | None = None,
         activations: str = "none",
-        x_grid: Any = None,
+        x_qparams: Any = None,
     ) -> QuantizedWeight:
         """Store numbers that somebody else chose, as they are: ``scale * (q - zero_point)``.
 
@@ -215,7 +215,7 @@ class QuantizedWeight(Format):
             q: whole numbers ``[N, K]`` of any dtype: -128..127 with 8 bits, -8..7 with 4.
             scale: float32 ``[N, groups]``, finite and above 0; one group with ``group`` None.
             zero_point: whole numbers ``[N, groups]`` in the range of q, or None.
-            bits, group, activations, x_grid: as for `from_dense`.
+            bits, group, activations, x_qparams: as for `from_dense`.
 
         Raises:
             ValueError: numbers that the format does not hold, or shapes that do not fit.
@@ -241,35 +241,35 @@ class QuantizedWeight(Format):
         if zero_point is not None:
             checks.shape("zero_point", zero_point, shape)
             zero = zero_point.float()
-        grid = quantize.Grid(q.float(), scale.detach(), zero)
-        made = cls._of_grid(grid, bits, columns, activations, x_grid)
+        rounded = quantize.Rounded(q.float(), scale.detach(), zero)
+        made = cls._of_rounded(rounded, bits, columns, activations, x_qparams)
         made.validate()
         return made
 
     @classmethod
-    def _of_grid(
-        cls, grid: quantize.Grid, bits: int, group: int, activations: str, x_grid: Any
+    def _of_rounded(
+        cls, rounded: quantize.Rounded, bits: int, group: int, activations: str, x_qparams: Any
     ) -> QuantizedWeight:
-        if (x_grid is not None) != (activations == "static"):
+        if (x_qparams is not None) != (activations == "static"):
             raise ValueError(
-                "x_grid: expected a scale and a zero point with activations 'static', None with "
-                f"all others; got {x_grid!r} with {activations!r}"
+                "x_qparams: expected a scale and a zero point with activations 'static', None with "
+                f"all others; got {x_qparams!r} with {activations!r}"
             )
-        n, k = grid.q.shape
-        zero = None if grid.zero_point is None else lanes(grid.zero_point).to(torch.int8)
+        n, k = rounded.q.shape
+        zero = None if rounded.zero_point is None else lanes(rounded.zero_point).to(torch.int8)
         sums = None
         if activations != "none":
-            sums = lanes(row_sums(grid, bits, group).unsqueeze(1))[0]
-        if x_grid is not None:
-            x_grid = torch.as_tensor(x_grid, dtype=torch.float32, device=grid.q.device)
-            x_grid = x_grid.detach().clone()
-            quantize.check_grid("x_grid", x_grid)
+            sums = lanes(row_sums(rounded, bits, group).unsqueeze(1))[0]
+        if x_qparams is not None:
+            x_qparams = torch.as_tensor(x_qparams, dtype=torch.float32, device=rounded.q.device)
+            x_qparams = x_qparams.detach().clone()
+            quantize.check_qparams("x_qparams", x_qparams)
         return cls(
-            pack(grid.q, bits),
-            lanes(grid.scale),
+            pack(rounded.q, bits),
+            lanes(rounded.scale),
             zero,
             sums,
-            x_grid,
+            x_qparams,
             n,
             k,
             bits,
@@ -307,10 +307,10 @@ class QuantizedWeight(Format):
             activations,
         )
 
-    def grid(self) -> quantize.Grid:
+    def codes(self) -> quantize.Rounded:
         """The numbers by row: q [N, K], scale and zero point [N, groups]."""
         zero = self.zero_point
-        return quantize.Grid(
+        return quantize.Rounded(
             unpack(self.values, self.n, self.k, self.bits),
             self.scale.t()[: self.n],
             None if zero is None else zero.t()[: self.n].float(),
@@ -318,10 +318,10 @@ class QuantizedWeight(Format):
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix [N, K] that this weight stands for; float64 rounds nothing."""
-        q, scale, zero = self.grid()
+        q, scale, zero = self.codes()
         if dtype == torch.float64:
             q, scale = q.double(), scale.double()
-        return quantize.Grid(q, scale, zero).dense(self.group).to(dtype)
+        return quantize.Rounded(q, scale, zero).dense(self.group).to(dtype)
 
     def check(self) -> None:
         n, k, bits, group, activations = self.n, self.k, self.bits, self.group, self.activations
@@ -340,7 +340,7 @@ class QuantizedWeight(Format):
             ("scale", torch.float32, scale_shape, True),
             ("zero_point", torch.int8, scale_shape, has_zero),
             ("row_sum", sums, scale_shape[1:], has_sums),
-            ("x_grid", torch.float32, [2], static),
+            ("x_qparams", torch.float32, [2], static),
         ):
             t = getattr(self, name)
             if (t is not None) != wanted:
@@ -364,8 +364,8 @@ class QuantizedWeight(Format):
             raise ValueError(f"values: expected zeros beyond column {self.k}")
         if self.row_sum is not None and not self._has_sums(self.row_sum):
             raise ValueError("row_sum: expected the sums of the weight's rows; got others")
-        if self.x_grid is not None:
-            quantize.check_grid("x_grid", self.x_grid)
+        if self.x_qparams is not None:
+            quantize.check_qparams("x_qparams", self.x_qparams)
 
     def _beyond(self) -> Tensor:
         """The numbers that fill up the last line of each row."""
@@ -429,12 +429,12 @@ def check_form(bits: int, group: int, activations: str) -> None:
         )
 
 
-def row_sums(grid: quantize.Grid, bits: int, group: int) -> Tensor:
+def row_sums(rounded: quantize.Rounded, bits: int, group: int) -> Tensor:
     """[N] sums over K: of q in int32, or in 4 bits of the dequantised rows in float32.
 
     What a zero point of x adds to a product is that zero point times these.
     """
     if bits == 8:
-        return grid.q.sum(1, dtype=torch.float64).to(torch.int32)
-    q, scale, zero = grid
-    return quantize.Grid(q.double(), scale.double(), zero).dense(group).sum(1).float()
+        return rounded.q.sum(1, dtype=torch.float64).to(torch.int32)
+    q, scale, zero = rounded
+    return quantize.Rounded(q.double(), scale.double(), zero).dense(group).sum(1).float()

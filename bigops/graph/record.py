@@ -98,7 +98,7 @@ class Record:
 
         ``compress_(fresh, record.plan())`` on a model with the same weights makes the same layers,
         to the bit at the same number of threads, and times nothing: ranks that an energy chose,
-        the grids of static activations, configs that fell back and what was left are in it.
+        the qparams of static activations, configs that fell back and what was left are in it.
 
         Raises:
             ValueError: the record of another verb than `compress_`.

@@ -64,7 +64,7 @@ class CompressedLinear(StoredState):
     activation: str
     activations: str  # what the product does with x
     frozen: bool
-    x_grid: Tensor | None  # [2], a buffer until frozen: the grid of x, activations "static" only
+    x_qparams: Tensor | None  # [2], a buffer until frozen: of x, activations "static" only
     weight: Tensor  # a Parameter; absent once frozen
     bias: Tensor | None
 
@@ -96,7 +96,7 @@ class CompressedLinear(StoredState):
             self.register_parameter(name, parameter)
         # A scale of 0 says that nothing was seen yet; make_storage refuses it.
         static = self.activations == "static"
-        self.register_buffer("x_grid", torch.zeros(2, device=device) if static else None)
+        self.register_buffer("x_qparams", torch.zeros(2, device=device) if static else None)
 
     @classmethod
     def from_linear(
@@ -123,8 +123,8 @@ class CompressedLinear(StoredState):
         name = source.activation if activation is None else activation
         new = cls(**form, bias=False, activation=name, device="meta")
         new.weight, new.bias = source.weight, source.bias
-        if new.x_grid is not None:
-            new.x_grid = torch.zeros(2, device=source.weight.device)
+        if new.x_qparams is not None:
+            new.x_qparams = torch.zeros(2, device=source.weight.device)
         return new.train(linear.training)
 
     @classmethod
@@ -151,8 +151,8 @@ class CompressedLinear(StoredState):
     def make_storage(self) -> Format:
         """Convert the float weight to compressed storage (recovery state only)."""
         self.check_calibrated()
-        grid = {} if self.x_grid is None else {"x_grid": self.x_grid}
-        stored: Format = self.format.from_dense(self.weight, **self.form, **grid)
+        qparams = {} if self.x_qparams is None else {"x_qparams": self.x_qparams}
+        stored: Format = self.format.from_dense(self.weight, **self.form, **qparams)
         return stored
 
     def empty_storage(self) -> Format:
@@ -174,9 +174,9 @@ class CompressedLinear(StoredState):
     def run(self, x: Tensor, arguments: tuple[Any, ...], residual: Tensor | None) -> Tensor:
         """Call the op with `Format.arguments` of the storage."""
         op, k = self.op, self.in_features
-        if getattr(x, "dtype", None) is torch.uint8 and op.twin is not None:
-            grids = (None,) * len(op.twin.grids)
-            return op.twin(x, arguments, k, grids, self.bias, residual, self.activation)
+        if getattr(x, "dtype", None) is torch.uint8 and op.u8 is not None:
+            qparams = (None,) * len(op.u8.qparams)
+            return op.u8(x, arguments, k, qparams, self.bias, residual, self.activation)
         return op.run(x, arguments, k, self.bias, residual, self.activation)
 
     @property
@@ -234,15 +234,17 @@ class CompressedLinear(StoredState):
         `act_quant` finds the same numbers again; in bfloat16, where a float result of the layer
         before would be rounded as well, those beyond 128 steps from 0 move by one at most.
         """
-        if self.x_grid is None:
+        if self.x_qparams is None:
             raise TypeError(
-                f"x: expected a floating dtype, since the layer has no x_grid (its activations are "
-                f"{self.activations!r}); got uint8"
+                f"x: expected a floating dtype, since the layer has no x_qparams (its activations "
+                f"are {self.activations!r}); got uint8"
             )
         if not self.frozen:
             self.check_calibrated()
         given = self.bias if self.bias is not None else residual
-        return quantize.from_grid(x, self.x_grid, torch.float32 if given is None else given.dtype)
+        return quantize.dequantize_u8(
+            x, self.x_qparams, torch.float32 if given is None else given.dtype
+        )
 
     @property
     def storage_names(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -271,10 +273,10 @@ class CompressedLinear(StoredState):
         with torch.inference_mode(False), torch.no_grad():
             return self.make_storage()
 
-    # --- grids ------------------------------------------------------------------------------
+    # --- static qparams ---------------------------------------------------------------------
 
     def calibrate(self, x: Tensor) -> None:
-        """Widen the static grid of x so that it takes in ``x`` [.., K].
+        """Widen the static qparams of x so that they take in ``x`` [.., K].
 
         Zeros alone say nothing of a range: a layer that has seen no more is not calibrated.
 
@@ -282,23 +284,23 @@ class CompressedLinear(StoredState):
             ValueError: the layer's activations are not "static", it is frozen, or ``x`` holds NaN
                 or inf.
         """
-        if self.x_grid is None or self.frozen:
+        if self.x_qparams is None or self.frozen:
             state = "a frozen one" if self.frozen else f"activations {self.activations!r}"
             raise ValueError(f"calibrate: expected a trainable layer with 'static'; got {state}")
         if x.numel() == 0:
             return
         seen = x.detach().float()
-        scale, zero = self.x_grid.tolist()
+        scale, zero = self.x_qparams.tolist()
         lo = min(float(seen.min()), -zero * scale)
         hi = max(float(seen.max()), (255 - zero) * scale)
         if lo != hi:
-            self.x_grid.copy_(quantize.static_grid(lo, hi))
+            self.x_qparams.copy_(quantize.static_qparams(lo, hi))
 
     def check_calibrated(self) -> None:
-        """Raise ValueError where a static grid has seen no input."""
-        if self.x_grid is not None and not float(self.x_grid[0]) > 0:
+        """Raise ValueError where static qparams have seen no input."""
+        if self.x_qparams is not None and not float(self.x_qparams[0]) > 0:
             raise ValueError(
-                "x_grid: expected a calibrated layer (calibrate(x), or data= of "
+                "x_qparams: expected a calibrated layer (calibrate(x), or data= of "
                 "compress_); got one that has seen no input but zeros"
             )
 

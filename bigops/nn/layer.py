@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ class Layer(nn.Module):
     pattern: Pattern | None = None  # of the entries that are kept
     gpu_nbytes: int = 0  # of a second form of the weight, beside the storage
     storage_names: tuple[str, ...] = ()  # the frozen tensors, whose sizes are free in a file
-    retired_names: tuple[str, ...] = ()  # entries of older files that are read past
+    # entries of older files: what each is called today, None where it is read past
+    older_names: ClassVar[Mapping[str, str | None]] = {}
 
     def arguments(self) -> dict[str, Any]:
         """What `from_arguments` needs to make this layer again, as plain data."""

@@ -18,10 +18,10 @@ class QuantLinear(CompressedLinear):
     Args:
         in_features, out_features, bias, activation: as for `CompressedLinear`.
         bits, group, symmetric, activations: the form of the weight and of x, as
-            `QuantizedWeight.from_dense` takes them. With "static" the layer has a buffer ``x_grid``
-            that `calibrate` fills.
+            `QuantizedWeight.from_dense` takes them. With "static" the layer has a buffer
+            ``x_qparams`` that `calibrate` fills.
 
-    Shapes: x [.., K] float32, bfloat16 or float16, or uint8 on ``x_grid``; residual [.., N] or
+    Shapes: x [.., K] float32, bfloat16 or float16, or uint8 on ``x_qparams``; residual [.., N] or
     None; result [.., N] in x's dtype, of a uint8 x in that of bias, else of residual, else float32.
 
     Raises:

@@ -62,10 +62,10 @@ class SparseLinear(CompressedLinear):
         bias: whether the layer has a bias [N].
         activation: none, relu, relu2, gelu, gelu_tanh, silu, sigmoid or tanh.
         chunk: rows of a chunk of the storage, 64, 128 or 256; None chooses by N.
-        activations: "dynamic": with int8 values each row of x becomes u8 with its own grid.
-            "static": all with that of the buffer ``x_grid``, which `calibrate` fills.
+        activations: "dynamic": with int8 values each row of x becomes u8 with its own qparams.
+            "static": all with those of the buffer ``x_qparams``, which `calibrate` fills.
 
-    Shapes: x [.., K] float32, bfloat16 or float16, or uint8 on ``x_grid``; residual [.., N] or
+    Shapes: x [.., K] float32, bfloat16 or float16, or uint8 on ``x_qparams``; residual [.., N] or
     None; result [.., N] in x's dtype, of a uint8 x in that of bias, else of residual, else float32.
 
     Raises:
@@ -221,17 +221,19 @@ class SparseLinear(CompressedLinear):
         return sparse_linear(x, weight, self.bias, residual, self.activation)
 
     def run(self, x: Tensor, arguments: tuple[Any, ...], residual: Tensor | None) -> Tensor:
-        if not isinstance(x, Tensor) and self.x_grid is None and self.stored != "bf16":
+        if not isinstance(x, Tensor) and self.x_qparams is None and self.stored != "bf16":
             return super().run(x, arguments, residual)  # a proxy of torch.fx
         if x.is_cuda and (form := self._second_form(x, residual)) is not None:
             op = op_of(type(form))
             return op.run(x, form.arguments, form.k, self.bias, residual, self.activation)
         bias, low = self.bias, torch.bfloat16
-        if self.x_grid is not None:
+        if self.x_qparams is not None:
             if wants_gradient(x, bias, residual):
                 return self._static_with_gradient(x, self.storage(), residual)
             weight = SparseWeight.of(self.in_features, *arguments)
-            return sparse_linear(x, weight, bias, residual, self.activation, x_grid=self.x_grid)
+            return sparse_linear(
+                x, weight, bias, residual, self.activation, x_qparams=self.x_qparams
+            )
         served = self.stored != "bf16" or x.dtype == low
         if served or is_autocast_on(x):  # autocast casts by itself
             return super().run(x, arguments, residual)
@@ -256,7 +258,7 @@ class SparseLinear(CompressedLinear):
 
     def _second_form(self, x: Tensor, residual: Tensor | None) -> Format | None:
         """The frozen weight in the form that the op wants for a call on x, made once."""
-        fits = self.frozen and not self.thawed and self.x_grid is None
+        fits = self.frozen and not self.thawed and self.x_qparams is None
         if not fits or torch.compiler.is_compiling() or wants_gradient(x, self.bias, residual):
             return None
         pattern, stored = self.pattern, VALUES[self.stored]
@@ -268,11 +270,11 @@ class SparseLinear(CompressedLinear):
 
     def _static_with_gradient(self, x: Tensor, storage: Any, residual: Tensor | None) -> Tensor:
         """The numbers of the static kernel by a dense product, straight through its rounding."""
-        assert self.x_grid is not None
+        assert self.x_qparams is not None
         dtype = x.dtype
         if is_autocast_on(x):
             dtype = torch.get_autocast_dtype(x.device.type)
-        rows = quantize.act_quant(x.detach().to(dtype), "static", self.x_grid)
+        rows = quantize.act_quant(x.detach().to(dtype), "static", self.x_qparams)
         seen = (rows.q - rows.zero_point) * rows.scale
         seen = seen + (x.float() - x.detach().float())
         bias, add = (None if t is None else t.to(dtype).float() for t in (self.bias, residual))

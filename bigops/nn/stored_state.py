@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -12,9 +12,21 @@ from bigops.formats.base import Format
 from bigops.nn.layer import Layer
 from bigops.nn.stored_parameter import StoredParameter
 
-RETIRED = "y_grid"  # in files of older layers, which gave u8 to the next one: read past
+RETIRED = "y_grid"  # in files of older layers, which gave u8 to the next one
 
 Self = TypeVar("Self", bound="StoredState")
+
+
+def in_todays_names(
+    state: dict[str, Any], prefix: str, older: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """A state_dict whose entries of a layer at ``prefix`` are called as they are today."""
+    names = {prefix + old: new for old, new in older.items() if prefix + old in state}
+    if not names:
+        return state
+    kept = {name: value for name, value in state.items() if name not in names}
+    renamed = {prefix + new: state[old] for old, new in names.items() if new is not None}
+    return {**kept, **renamed}
 
 
 class StoredState(Layer):
@@ -24,7 +36,7 @@ class StoredState(Layer):
     computes with these too, and makes them what they were whenever it is moved or loaded.
     """
 
-    retired_names = (RETIRED,)
+    older_names: ClassVar[Mapping[str, str | None]] = {RETIRED: None, "x_grid": "x_qparams"}
     format: type[Format]
     _empty: Format | None  # frozen: the storage without its tensors
 
@@ -61,7 +73,7 @@ class StoredState(Layer):
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         names = self.storage_names if self.frozen else ()
-        storage = [*map(self._parameters.get, names), self._buffers.get("x_grid")]
+        storage = [*map(self._parameters.get, names), self._buffers.get("x_qparams")]
         ids = {id(t) for s in storage if s is not None for t in (s, s.grad) if t is not None}
 
         def move(t: Tensor) -> Tensor:
@@ -92,9 +104,8 @@ class StoredState(Layer):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if prefix + RETIRED in state_dict:
-            state_dict = {k: v for k, v in state_dict.items() if k != prefix + RETIRED}
-        state_dict = self._check_grid(state_dict, prefix, error_msgs)
+        state_dict = in_todays_names(state_dict, prefix, self.older_names)
+        state_dict = self._check_qparams(state_dict, prefix, error_msgs)
         found: set[str] = set()
         if self.frozen:
             found = self._load_storage(state_dict, prefix, local_metadata, error_msgs)
@@ -106,20 +117,20 @@ class StoredState(Layer):
         # A state_dict of nn.Linear has no mask: the layer's own pattern stays.
         missing_keys.extend(key for key in missing if key not in {*found, prefix + "mask"})
 
-    def _check_grid(
+    def _check_qparams(
         self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]
     ) -> dict[str, Any]:
-        """Refuse an ``x_grid`` that is none; the layer keeps its own then."""
-        own, given = self._buffers.get("x_grid"), state_dict.get(prefix + "x_grid")
+        """Refuse ``x_qparams`` that are none; the layer keeps its own then."""
+        own, given = self._buffers.get("x_qparams"), state_dict.get(prefix + "x_qparams")
         if own is None or given is None or given.is_meta:
             return state_dict
         if not self.frozen and given.shape == own.shape and not bool(given.any()):
             return state_dict  # not calibrated yet
         try:
-            quantize.check_grid("x_grid", given)
+            quantize.check_qparams("x_qparams", given)
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
-            return {**state_dict, prefix + "x_grid": own}
+            return {**state_dict, prefix + "x_qparams": own}
         return state_dict
 
     def _load_storage(

@@ -54,7 +54,7 @@ class Choice:
 
 
 def reference(op: str, reason: str, kernel: str | None = None) -> Choice:
-    """Plain torch serves; ``kernel``: the name of the reference, of a twin another one."""
+    """Plain torch serves; ``kernel``: the name of the reference, where it has another."""
     return Choice.of(op, f"reference.{kernel or op}", reason)
 
 

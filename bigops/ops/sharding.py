@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bigops.formats.base import Format
 from bigops.ops.activation import GATED
-from bigops.ops.family import GridOp, LinearOp
+from bigops.ops.family import LinearOp, U8Op
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
@@ -36,8 +36,8 @@ def of_linear_op(op: LinearOp, kept: tuple[str, ...] = ()) -> Rules:
     return lambda *args: _forward(op, op.arguments, args, kept)
 
 
-def of_grid_op(op: GridOp) -> Rules:
-    """The rules of the op without grids; each rank has the grids whole."""
+def of_u8_op(op: U8Op) -> Rules:
+    """The rules of the op without qparams; each rank has the qparams whole."""
     return lambda *args: _forward(op.op, op.arguments, args, ())
 
 

@@ -72,6 +72,6 @@ def register_sharding_rules() -> None:
         if op.kept:
             register(op.forward_kept, sharding.of_linear_op(op, op.kept))
         register(op.gradients.backward, sharding.of_backward(op))
-        if op.twin is not None:
-            register(op.twin.forward, sharding.of_grid_op(op.twin))
+        if op.u8 is not None:
+            register(op.u8.forward, sharding.of_u8_op(op.u8))
     _registered = True

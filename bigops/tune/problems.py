@@ -128,7 +128,7 @@ def quantized(
     def make(kind: str) -> Call:
         x, bias = _tensor(device, dtype, m, k), _tensor(device, dtype, n)
         w = QuantizedWeight.from_dense(_tensor(device, torch.float32, n, k), **KINDS[kind])  # type: ignore[arg-type]
-        stored = (w.values, w.scale, w.zero_point, w.row_sum, w.x_grid)
+        stored = (w.values, w.scale, w.zero_point, w.row_sum, w.x_qparams)
         form = (w.n, w.bits, w.group, w.activations)
         return lambda config: kernels.forward(x, *stored, *form, bias, config=config)
 

@@ -79,24 +79,24 @@ CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const Opt
   return check_call(x, n, k, bias, residual, activation, false);
 }
 
-CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const OptTensor& x_grid,
-                                const OptTensor& y_grid, const OptTensor& bias,
+CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const OptTensor& x_qparams,
+                                const OptTensor& y_qparams, const OptTensor& bias,
                                 const OptTensor& residual, int64_t activation) {
   const bool u8 = x.scalar_type() == ScalarType::Byte;
-  if (u8 && !x_grid.has_value()) fail("x", "a floating dtype without x_grid", "u8");
+  if (u8 && !x_qparams.has_value()) fail("x", "a floating dtype without x_qparams", "u8");
   CompressedCall call = check_call(x, n, k, bias, residual, activation, u8);
-  if (x_grid.has_value()) call.x_grid = check_grid("x_grid", *x_grid);
-  if (y_grid.has_value()) call.y_grid = check_grid("y_grid", *y_grid);
+  if (x_qparams.has_value()) call.x_qparams = check_qparams("x_qparams", *x_qparams);
+  if (y_qparams.has_value()) call.y_qparams = check_qparams("y_qparams", *y_qparams);
   return call;
 }
 
-Grid check_grid(const char* name, const Tensor& t) {
+Qparams check_qparams(const char* name, const Tensor& t) {
   check_cpu(name, t);
   check_dtype(name, t, ScalarType::Float);
   check_vector(name, t, 2);
   const Tensor kept = dense(t);
-  const float* grid = static_cast<const float*>(kept.const_data_ptr());
-  const float scale = grid[0], zero = grid[1];
+  const float* qparams = static_cast<const float*>(kept.const_data_ptr());
+  const float scale = qparams[0], zero = qparams[1];
   // 1 / scale is finite from FLT_MIN on.
   if (!(scale >= std::numeric_limits<float>::min() && scale <= std::numeric_limits<float>::max() &&
         zero >= 0.0f && zero <= 255.0f && zero == std::floor(zero)))
@@ -109,12 +109,12 @@ void quantize_row(const CompressedCall& call, int64_t i, uint8_t* q, float* scal
                   int32_t* zero_point) {
   const CompressedKernels& kernels = call.kernels();
   if (call.x_u8) {
-    *scale = call.x_grid->scale;
-    *zero_point = call.x_grid->zero_point;
+    *scale = call.x_qparams->scale;
+    *zero_point = call.x_qparams->zero_point;
     if (call.k > 0) std::memcpy(q, call.row(i), static_cast<size_t>(call.k));
-  } else if (call.x_grid) {
-    kernels.quantize_static[call.kind](call.row(i), call.k, q, call.x_grid->scale,
-                                       call.x_grid->zero_point, scale, zero_point);
+  } else if (call.x_qparams) {
+    kernels.quantize_static[call.kind](call.row(i), call.k, q, call.x_qparams->scale,
+                                       call.x_qparams->zero_point, scale, zero_point);
   } else {
     kernels.quantize[call.kind](call.row(i), call.k, q, scale, zero_point);
   }
@@ -128,8 +128,8 @@ FinishTask finish_task(const CompressedCall& call, void* y, YKind kind, int32_t*
   t.y_kind = kind;
   t.y_bad = y_bad;
   if (kind == kYU8) {
-    t.y_inverse = 1.0f / call.y_grid->scale;
-    t.y_zero = static_cast<float>(call.y_grid->zero_point);
+    t.y_inverse = 1.0f / call.y_qparams->scale;
+    t.y_zero = static_cast<float>(call.y_qparams->zero_point);
   }
   t.n = call.n;
   t.activation = call.activation;
@@ -137,7 +137,7 @@ FinishTask finish_task(const CompressedCall& call, void* y, YKind kind, int32_t*
 }
 
 void check_finite(int32_t y_bad) {
-  if (y_bad != 0) fail("y", "finite values, since u8 on y_grid holds no other", "NaN or inf");
+  if (y_bad != 0) fail("y", "finite values, since u8 by y_qparams holds no other", "NaN or inf");
 }
 
 Buffer::Buffer(int64_t bytes)

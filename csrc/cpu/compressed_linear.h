@@ -27,12 +27,12 @@ std::pair<std::string, std::string> choose_sparse_linear(int64_t m, const std::s
                                                          const std::string& dtype, bool y_u8);
 
 // u8 numbers q stand for scale * (q - zero_point).
-struct Grid {
+struct Qparams {
   float scale;
   int32_t zero_point;
 };
 // Of a float32 [2], checked to the values, since a kernel divides by one of them.
-Grid check_grid(const char* name, const Tensor& t);
+Qparams check_qparams(const char* name, const Tensor& t);
 
 // Arguments besides the storage, checked and contiguous.
 struct CompressedCall {
@@ -44,13 +44,14 @@ struct CompressedCall {
   Tensor x;
   OptTensor bias, residual;
   bool x_u8 = false;
-  std::optional<Grid> x_grid, y_grid;  // of the ops that have them; x_grid with x_u8 at least
+  std::optional<Qparams> x_qparams,
+      y_qparams;  // of the ops that have them; x_qparams with x_u8 at least
 
   const CompressedKernels& kernels() const { return *selected.kernels; }
   size_t item() const { return x_u8 ? 1 : dtype == ScalarType::Float ? 4 : 2; }
   const char* x_name() const { return x_u8 ? "u8" : short_name(dtype); }
-  YKind y_kind() const { return y_grid ? kYU8 : kYLikeX; }
-  ScalarType y_dtype() const { return y_grid ? ScalarType::Byte : dtype; }
+  YKind y_kind() const { return y_qparams ? kYU8 : kYLikeX; }
+  ScalarType y_dtype() const { return y_qparams ? ScalarType::Byte : dtype; }
   const char* row(int64_t i) const {  // of x
     return static_cast<const char*>(x.const_data_ptr()) + static_cast<size_t>(i * k) * item();
   }
@@ -59,9 +60,9 @@ struct CompressedCall {
 // k: columns of the weight as far as the storage knows them.
 CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const OptTensor& bias,
                                 const OptTensor& residual, int64_t activation);
-// The same for the ops with grids, where x may be u8.
-CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const OptTensor& x_grid,
-                                const OptTensor& y_grid, const OptTensor& bias,
+// The same for the ops with qparams, where x may be u8.
+CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const OptTensor& x_qparams,
+                                const OptTensor& y_qparams, const OptTensor& bias,
                                 const OptTensor& residual, int64_t activation);
 
 // Row i of x to u8, its scale and zero point; copied where it is u8 already.

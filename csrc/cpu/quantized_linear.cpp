@@ -25,7 +25,7 @@ constexpr int64_t exact_columns(bool zero_points) { return zero_points ? 32768 :
 // The weight as the schema gives it, checked and contiguous.
 struct Weight {
   Tensor values_tensor, scale_tensor;
-  OptTensor zero_tensor, sum_tensor, grid_tensor;
+  OptTensor zero_tensor, sum_tensor, qparams_tensor;
   int64_t n, k, bits, group;
   Activate mode;
   int64_t columns, lines, tiles, group_lines, stride;
@@ -35,10 +35,10 @@ struct Weight {
   }
   const float* scale() const { return static_cast<const float*>(scale_tensor.const_data_ptr()); }
   const int8_t* zero() const { return static_cast<const int8_t*>(data(zero_tensor)); }
-  std::optional<Grid> grid() const {
-    if (!grid_tensor.has_value()) return {};
-    const float* grid = static_cast<const float*>(grid_tensor->const_data_ptr());
-    return Grid{grid[0], static_cast<int32_t>(grid[1])};
+  std::optional<Qparams> qparams() const {
+    if (!qparams_tensor.has_value()) return {};
+    const float* qparams = static_cast<const float*>(qparams_tensor->const_data_ptr());
+    return Qparams{qparams[0], static_cast<int32_t>(qparams[1])};
   }
   bool integer() const { return mode != kFloating; }
   bool exact() const { return integer() && bits == 8; }  // int32 sums over all of K
@@ -71,7 +71,7 @@ void check_optional(const char* name, const OptTensor& t, bool wanted, ScalarTyp
 }
 
 Weight check_weight(const Tensor& values, const Tensor& scale, const OptTensor& zero_point,
-                    const OptTensor& row_sum, const OptTensor& x_grid, int64_t pad, int64_t k,
+                    const OptTensor& row_sum, const OptTensor& x_qparams, int64_t pad, int64_t k,
                     int64_t bits, int64_t group, int64_t activations) {
   const Activate mode =
       static_cast<Activate>(check_code("activations", activations, kActivateWords));
@@ -97,13 +97,13 @@ Weight check_weight(const Tensor& values, const Tensor& scale, const OptTensor& 
                  {groups, stride});
   check_optional("row_sum", row_sum, mode != kFloating,
                  bits == 8 ? ScalarType::Int : ScalarType::Float, {stride});
-  check_optional("x_grid", x_grid, mode == kStatic, ScalarType::Float, {2});
+  check_optional("x_qparams", x_qparams, mode == kStatic, ScalarType::Float, {2});
   const int64_t all = lines > 0 ? lines : 1;
   return {dense(values),
           dense(scale),
           dense(zero_point),
           dense(row_sum),
-          dense(x_grid),
+          dense(x_qparams),
           n,
           k,
           bits,
@@ -173,8 +173,8 @@ class Rows {
     const auto fill = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         if (direct_) {
-          scale()[i] = call.x_grid->scale;
-          zero()[i] = call.x_grid->zero_point;
+          scale()[i] = call.x_qparams->scale;
+          zero()[i] = call.x_qparams->zero_point;
           add_up(w, kernels, i, reinterpret_cast<const uint8_t*>(at(i)));
           continue;
         }
@@ -381,7 +381,7 @@ void gradient(const CompressedCall& call, const Weight& w, const float* gz, void
 Tensor run(const CompressedCall& call, const Weight& w) {
   if (g_recording.load(std::memory_order_relaxed) != 0)
     record(choose(call, w).isa, "quantized_linear", call.x_name(),
-           form_name(w.form(), call.y_grid.has_value()).c_str());
+           form_name(w.form(), call.y_qparams.has_value()).c_str());
   Tensor y = empty_rows_like(call.x, call.n, call.y_dtype());
   if (!call.empty()) product(call, w, y.mutable_data_ptr(), call.y_kind());
   return y;
@@ -389,33 +389,33 @@ Tensor run(const CompressedCall& call, const Weight& w) {
 
 Tensor quantized_linear(const Tensor& x, const Tensor& values, const Tensor& scale,
                         const OptTensor& zero_point, const OptTensor& row_sum,
-                        const OptTensor& x_grid, int64_t pad, int64_t k, int64_t bits,
+                        const OptTensor& x_qparams, int64_t pad, int64_t k, int64_t bits,
                         int64_t group, int64_t activations, const OptTensor& bias,
                         const OptTensor& residual, int64_t activation) {
   const Weight w =
-      check_weight(values, scale, zero_point, row_sum, x_grid, pad, k, bits, group, activations);
+      check_weight(values, scale, zero_point, row_sum, x_qparams, pad, k, bits, group, activations);
   CompressedCall call = check_compressed(x, w.n, k, bias, residual, activation);
-  call.x_grid = w.grid();
+  call.x_qparams = w.qparams();
   return run(call, w);
 }
 
-Tensor quantized_linear_grid(const Tensor& x, const Tensor& values, const Tensor& scale,
-                             const OptTensor& zero_point, const OptTensor& row_sum,
-                             const OptTensor& x_grid, int64_t pad, int64_t k, int64_t bits,
-                             int64_t group, int64_t activations, const OptTensor& y_grid,
-                             const OptTensor& bias, const OptTensor& residual, int64_t activation) {
+Tensor quantized_linear_u8(const Tensor& x, const Tensor& values, const Tensor& scale,
+                           const OptTensor& zero_point, const OptTensor& row_sum,
+                           const OptTensor& x_qparams, int64_t pad, int64_t k, int64_t bits,
+                           int64_t group, int64_t activations, const OptTensor& y_qparams,
+                           const OptTensor& bias, const OptTensor& residual, int64_t activation) {
   const Weight w =
-      check_weight(values, scale, zero_point, row_sum, x_grid, pad, k, bits, group, activations);
-  return run(check_compressed(x, w.n, k, x_grid, y_grid, bias, residual, activation), w);
+      check_weight(values, scale, zero_point, row_sum, x_qparams, pad, k, bits, group, activations);
+  return run(check_compressed(x, w.n, k, x_qparams, y_qparams, bias, residual, activation), w);
 }
 
 std::tuple<Tensor, Tensor> quantized_linear_backward(
     const Tensor& grad_any, const Tensor& x, const Tensor& values, const Tensor& scale,
-    const OptTensor& zero_point, const OptTensor& row_sum, const OptTensor& x_grid, int64_t pad,
+    const OptTensor& zero_point, const OptTensor& row_sum, const OptTensor& x_qparams, int64_t pad,
     int64_t k, int64_t bits, int64_t group, int64_t activations, const OptTensor& bias,
     int64_t activation, bool need_x, bool need_bias) {
   const Weight w =
-      check_weight(values, scale, zero_point, row_sum, x_grid, pad, k, bits, group, activations);
+      check_weight(values, scale, zero_point, row_sum, x_qparams, pad, k, bits, group, activations);
   CompressedCall call = check_compressed(x, w.n, k, bias, OptTensor(grad_any), activation);
   const Tensor grad = *call.residual;  // checked as such: grad has the shape of y
   call.residual.reset();
@@ -427,7 +427,7 @@ std::tuple<Tensor, Tensor> quantized_linear_backward(
   if (pointwise && !call.empty()) {
     CompressedCall plain = call;
     plain.activation = kNone;
-    plain.x_grid = w.grid();
+    plain.x_qparams = w.qparams();
     product(plain, w, z.at(0), kYFloat);
   }
   const Pointwise p =
@@ -461,6 +461,6 @@ std::pair<std::string, std::string> choose_quantized_linear(int64_t bits,
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
   m.impl("quantized_linear.code", TORCH_BOX(&bigops::quantized_linear));
-  m.impl("quantized_linear_grid.code", TORCH_BOX(&bigops::quantized_linear_grid));
+  m.impl("quantized_linear_u8.code", TORCH_BOX(&bigops::quantized_linear_u8));
   m.impl("quantized_linear_backward.code", TORCH_BOX(&bigops::quantized_linear_backward));
 }

@@ -173,7 +173,7 @@ Tensor run(const CompressedCall& call, const SparseStorage& s) {
   check_sparse_call(call, s);
   if (g_recording.load(std::memory_order_relaxed) != 0)
     record(s.selected.isa, "sparse_linear", call.x_name(),
-           form_of(s, call.m, call.y_grid.has_value()).c_str());
+           form_of(s, call.m, call.y_qparams.has_value()).c_str());
   Tensor y = empty_rows_like(call.x, call.n, call.y_dtype());
   if (!call.empty()) sparse_product(call, s, y.mutable_data_ptr(), call.y_kind());
   return y;
@@ -188,16 +188,16 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& index,
   return run(check_compressed(x, s.n, s.k, bias, residual, activation), s);
 }
 
-Tensor sparse_linear_grid(const Tensor& x, const Tensor& values, const Tensor& index,
-                          const Tensor& rows, const Tensor& length, const Tensor& ptr,
-                          const OptTensor& scale, const OptTensor& sums, int64_t n, int64_t chunk,
-                          const OptTensor& x_grid, const OptTensor& y_grid, const OptTensor& bias,
-                          const OptTensor& residual, int64_t activation) {
+Tensor sparse_linear_u8(const Tensor& x, const Tensor& values, const Tensor& index,
+                        const Tensor& rows, const Tensor& length, const Tensor& ptr,
+                        const OptTensor& scale, const OptTensor& sums, int64_t n, int64_t chunk,
+                        const OptTensor& x_qparams, const OptTensor& y_qparams,
+                        const OptTensor& bias, const OptTensor& residual, int64_t activation) {
   const SparseStorage s =
       check_sparse(x, {values, index, rows, length, ptr, scale, sums}, n, chunk);
-  if (x_grid.has_value() && s.kind != kWordS8)
-    fail("x_grid", "None with floating values", "a tensor");
-  return run(check_compressed(x, s.n, s.k, x_grid, y_grid, bias, residual, activation), s);
+  if (x_qparams.has_value() && s.kind != kWordS8)
+    fail("x_qparams", "None with floating values", "a tensor");
+  return run(check_compressed(x, s.n, s.k, x_qparams, y_qparams, bias, residual, activation), s);
 }
 
 }  // namespace
@@ -377,5 +377,5 @@ std::pair<std::string, std::string> choose_sparse_linear(int64_t m, const std::s
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
   m.impl("sparse_linear.code", TORCH_BOX(&bigops::sparse_linear));
-  m.impl("sparse_linear_grid.code", TORCH_BOX(&bigops::sparse_linear_grid));
+  m.impl("sparse_linear_u8.code", TORCH_BOX(&bigops::sparse_linear_u8));
 }

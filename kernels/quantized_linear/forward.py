@@ -213,7 +213,7 @@ def forward(
     scale: Tensor,
     zero_point: Tensor | None,
     row_sum: Tensor | None,
-    x_grid: Tensor | None,
+    x_qparams: Tensor | None,
     n: int,
     bits: int,
     group: int,
@@ -232,7 +232,7 @@ def forward(
         scale: [groups, N16] float32, N16 = N rounded up to 16.
         zero_point: [groups, N16] int8, or None.
         row_sum: [N16] int32, float32 in 4 bits; None with activations "none".
-        x_grid: [2] float32 with activations "static", else None.
+        x_qparams: [2] float32 with activations "static", else None.
         n: N.
         bits: 8 or 4.
         group: columns that share a scale: 32, 64, 128, or 0 for all.
@@ -253,7 +253,7 @@ def forward(
     """
     act = ungated_code(activation)
     storage = {"values": values, "scale": scale, "zero_point": zero_point, "row_sum": row_sum}
-    check_operands(x, **storage, x_grid=x_grid, bias=bias, residual=residual)
+    check_operands(x, **storage, x_qparams=x_qparams, bias=bias, residual=residual)
     m, k = x.shape
     whole = activations != "none"
     if whole and k >= MAX_K:
@@ -268,7 +268,7 @@ def forward(
     config = within(config, group)
     a, by, zero, sums = x, None, None, None
     if whole:
-        a, by, zero, sums = quantize_activations(x, activations, x_grid)
+        a, by, zero, sums = quantize_activations(x, activations, x_qparams)
     stride_r, lines = strides(residual), values.shape[1]
     launch_product(
         quantized_gemm,

@@ -86,7 +86,7 @@ def act_quant(
         at = k0 + cols
         mask = in_m[:, None] & (at < K)[None, :]
         v = tl.load(x_rows + at.to(tl.int64)[None, :] * stride_xk, mask=mask, other=0.0)
-        # any |x * inverse| past 512 ends up at an end of the grid, whatever the zero point
+        # any |x * inverse| past 512 ends up at an end of the range, whatever the zero point
         v = tl.minimum(tl.maximum(v.to(tl.float32) * inverse[:, None], -512.0), 512.0)
         v = tl.minimum(tl.maximum(_round(v) + zero[:, None], least), 255.0) - 128.0
         whole = tl.where(mask & finite[:, None], v, 0.0).to(tl.int32)
@@ -99,14 +99,14 @@ def act_quant(
 
 
 def quantize_activations(
-    x: Tensor, activations: str, grid: Tensor | None = None
+    x: Tensor, activations: str, qparams: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows of x as whole numbers, to the bit those of `bigops.formats.quantize.act_quant`.
 
     Args:
         x: [M, K], float32, bfloat16 or float16, any strides.
         activations: "dynamic", "symmetric" or "static".
-        grid: float32 [2], scale and zero point, with "static".
+        qparams: float32 [2], scale and zero point, with "static".
 
     Returns:
         (q int8 [M, K rounded up to 128], u8 numbers less 128 and 0 beyond K; scale float32 [M];
@@ -116,7 +116,7 @@ def quantize_activations(
         TypeError: a dtype that is not served.
         ValueError: tensors on different devices, or a size past 2^31.
     """
-    check_operands(x, x_grid=grid)
+    check_operands(x, x_qparams=qparams)
     m, k = x.shape
     q = torch.empty((m, -(-k // _PADDED) * _PADDED), dtype=torch.int8, device=x.device)
     by = torch.empty((m,), dtype=torch.float32, device=x.device)
@@ -127,7 +127,7 @@ def quantize_activations(
         with on_device(x.device):
             act_quant[(triton.cdiv(m, tile.block_m),)](
                 x,
-                contiguous(grid),
+                contiguous(qparams),
                 q,
                 by,
                 zero,

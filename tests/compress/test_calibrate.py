@@ -37,9 +37,9 @@ class Twice(nn.Module):
         return self.out(torch.relu(self.fc(x) + self.fc(input=x * scale)))
 
 
-def grid_of(*inputs: Tensor) -> list[float]:
+def qparams_of(*inputs: Tensor) -> list[float]:
     seen = torch.cat([t.flatten() for t in inputs])
-    return quantize.static_grid(float(seen.min()), float(seen.max())).tolist()
+    return quantize.static_qparams(float(seen.min()), float(seen.max())).tolist()
 
 
 def test_every_call_and_every_batch_is_in_the_range() -> None:
@@ -48,10 +48,10 @@ def test_every_call_and_every_batch_is_in_the_range() -> None:
     batches = [torch.randn(3, 64), torch.randn(5, 64) * 4, torch.randn(1, 64)]
     record = compress_(model, {"fc": STATIC}, data=batches)
     assert [d.name for d in record.done] == ["fc"]
-    assert model.fc.x_grid.tolist() == grid_of(*batches, *(10.0 * b for b in batches))
+    assert model.fc.x_qparams.tolist() == qparams_of(*batches, *(10.0 * b for b in batches))
     from_example = Twice().eval()
     compress_(from_example, {"fc": STATIC}, batches[0])
-    assert from_example.fc.x_grid.tolist() == grid_of(batches[0], 10.0 * batches[0])
+    assert from_example.fc.x_qparams.tolist() == qparams_of(batches[0], 10.0 * batches[0])
 
 
 @pytest.mark.parametrize(
@@ -70,11 +70,11 @@ def test_data_is_for_calibration_and_example_inputs_for_timing(config: Any, free
     x = torch.randn(4, 64)
     record = compress_(model, config, torch.zeros(4, 64), [x, 3 * x], freeze=freeze)
     assert record.done[0].speedup is not None
-    assert model[0].x_grid.tolist() == grid_of(x, 3 * x)
+    assert model[0].x_qparams.tolist() == qparams_of(x, 3 * x)
     untimed = nn.Sequential(nn.Linear(64, 64))
     record = compress_(untimed, config, data=[x, 3 * x])
     assert record.done[0].speedup is None
-    assert untimed[0].x_grid.tolist() == grid_of(x, 3 * x)
+    assert untimed[0].x_qparams.tolist() == qparams_of(x, 3 * x)
 
 
 def test_batches_come_in_every_form_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,12 +89,12 @@ def test_batches_come_in_every_form_and_once(monkeypatch: pytest.MonkeyPatch) ->
     model = Twice()
     compress_(model, {"fc": STATIC}, data=stream())
     assert len(drawn) == 4
-    assert model.fc.x_grid.tolist() == grid_of(x, 10 * x, 2 * x, 30 * x, 4 * x)
+    assert model.fc.x_qparams.tolist() == qparams_of(x, 10 * x, 2 * x, 30 * x, 4 * x)
     assert model.training  # as it was
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=2)
     again = nn.Sequential(nn.Linear(64, 64))
     compress_(again, STATIC, data=loader)
-    assert again[0].x_grid.tolist() == grid_of(x)
+    assert again[0].x_qparams.tolist() == qparams_of(x)
 
 
 def test_no_batch_is_kept() -> None:
@@ -135,11 +135,11 @@ def test_zeros_say_nothing_of_a_layer_by_itself() -> None:
         bigops.nn.QuantLinear(64, 64, bits=4, group=64, activations="static"),
     ):
         layer.calibrate(torch.zeros(3, 64))
-        with pytest.raises(ValueError, match="x_grid: expected a calibrated layer"):
+        with pytest.raises(ValueError, match="x_qparams: expected a calibrated layer"):
             layer.freeze()
         layer.calibrate(torch.tensor([[0.0, 2.0]]))
         layer.calibrate(torch.zeros(3, 64))
-        assert layer.freeze().x_grid.tolist() == grid_of(torch.tensor([0.0, 2.0]))
+        assert layer.freeze().x_qparams.tolist() == qparams_of(torch.tensor([0.0, 2.0]))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_the_range_is_that_of_eval_mode() -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 64))
     x = torch.rand(8, 64)
     found = calibrate(model, {"1": model[1]}, [x], "data")
-    assert list(found.grids["1"]) == grid_of(x)
+    assert list(found.qparams["1"]) == qparams_of(x)
     assert not found.left
     assert model[0].training
 

@@ -230,9 +230,14 @@ def test_choices_in_a_plan_are_resolved() -> None:
     )
     layers = record.plan()["layers"]
     assert layers["0"]["config"] == {"int8": {"activations": "static"}}
-    assert layers["0"]["x_grid"] == model[0].x_grid.tolist()
+    assert layers["0"]["x_qparams"] == model[0].x_qparams.tolist()
     assert layers["2"] == {"config": {"int8": {}}}
     assert layers["3"] == {"config": {"low_rank": {"energy": 0.5}}, "rank": 0}
+    older = copy.deepcopy(record.plan())  # named it otherwise
+    older["layers"]["0"]["x_grid"] = older["layers"]["0"].pop("x_qparams")
+    again = stack()
+    compress_(again, older)
+    assert torch.equal(again[0].x_qparams, model[0].x_qparams)
     left = compress_(stack(), {"0": Int8()}).plan()
     assert left["layers"]["2"] is left["layers"]["3"] is None
 
@@ -245,13 +250,13 @@ def test_choices_in_a_plan_are_resolved() -> None:
         (lambda p: p.update(freeze=1), "plan: expected 'layers' and 'freeze'"),
         (
             lambda p: p["layers"].update({"0": {"rank": 3}}),
-            "expected config, x_grid and rank for 0",
+            "expected config, x_qparams and rank for 0",
         ),
         (lambda p: p["layers"].update({"0": {"config": {"int9": {}}}}), "config: expected"),
         (lambda p: p["layers"]["0"].update(rank=-1), "expected a rank of at least 0 for 0"),
         (lambda p: p["layers"]["0"].update(rank=True), "expected a rank of at least 0 for 0"),
-        (lambda p: p["layers"]["0"].update(x_grid=[0.0, 3.0]), "a scale and a zero point for 0"),
-        (lambda p: p["layers"]["0"].update(x_grid=[1.0]), "a scale and a zero point for 0"),
+        (lambda p: p["layers"]["0"].update(x_qparams=[0.0, 3.0]), "a scale and a zero point for 0"),
+        (lambda p: p["layers"]["0"].update(x_qparams=[1.0]), "a scale and a zero point for 0"),
         (
             lambda p: p["layers"].update({"9": {"config": {"int8": {}}}}),
             r"layers to compress; no 9 \(no linear layer is there\)",

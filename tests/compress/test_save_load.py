@@ -93,8 +93,8 @@ def test_every_quantised_form_round_trips(
 ) -> None:
     model, x = nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 7)).eval(), torch.randn(5, 40)
     for i in (0, 1):
-        grid = (0.02, 128.0) if config.activations == "static" else None
-        model[i] = build(model[i], Choice(config, grid))
+        qparams = (0.02, 128.0) if config.activations == "static" else None
+        model[i] = build(model[i], Choice(config, qparams))
         if freeze:
             model[i].freeze()
     save(model, tmp_path / "m.safetensors")

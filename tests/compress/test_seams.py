@@ -31,7 +31,7 @@ class First(Sparse):
 def towards_zero(layer: QuantLinear) -> QuantizedWeight:
     """A quantiser: the codes are its own, the scales those of rounding to nearest."""
     nearest = round_to_nearest(layer)
-    scale = nearest.grid().scale
+    scale = nearest.codes().scale
     codes = (layer.weight.detach() / scale).trunc()
     form = {"activations": layer.activations, "bits": layer.bits, "group": layer.group}
     return QuantizedWeight.from_codes(codes, scale, **form)

@@ -33,7 +33,7 @@ load(sys.argv[1])
 from bigops.backend import machine  # noqa: E402
 from bigops.formats.packed import PackedWeight  # noqa: E402
 from bigops.formats.patterns import Pattern  # noqa: E402
-from bigops.formats.quantize import static_grid, to_grid  # noqa: E402
+from bigops.formats.quantize import static_qparams, to_u8  # noqa: E402
 from bigops.formats.quantized import QuantizedWeight  # noqa: E402
 from bigops.formats.sparse import SparseWeight  # noqa: E402
 from bigops.ops.fused_linear import fused_linear  # noqa: E402
@@ -58,8 +58,8 @@ QUANTISED: list[dict[str, Any]] = [
     {"bits": 4, "group": 32, "symmetric": False},
     {"bits": 4},
     {"bits": 4, "group": 64, "activations": "dynamic"},
-    {"symmetric": False, "activations": "static", "x_grid": static_grid(-2.0, 3.0)},
-    {"bits": 4, "group": 32, "activations": "static", "x_grid": static_grid(-2.0, 3.0)},
+    {"symmetric": False, "activations": "static", "x_qparams": static_qparams(-2.0, 3.0)},
+    {"bits": 4, "group": 32, "activations": "static", "x_qparams": static_qparams(-2.0, 3.0)},
 ]
 # rows, outputs, columns: none fills a vector, a tile, a panel or a chunk; some are empty
 SHAPES = [
@@ -170,8 +170,8 @@ def run_quantized_linear() -> None:
                     ),
                     *tensors(m, n, k, dtype, i == 0),
                 )
-            with_grids(
-                lambda x, grid, weight=weight: quantized_linear(x, weight, y_grid=grid),
+            with_qparams(
+                lambda x, qparams, weight=weight: quantized_linear(x, weight, y_qparams=qparams),
                 torch.randn(m, k),
                 options.get("activations") == "static",
             )
@@ -179,13 +179,13 @@ def run_quantized_linear() -> None:
     at_every_level(run)
 
 
-def with_grids(call: Callable[..., torch.Tensor], x: torch.Tensor, u8: bool) -> None:
+def with_qparams(call: Callable[..., torch.Tensor], x: torch.Tensor, u8: bool) -> None:
     """u8 from floats, and u8 to u8 and to floats."""
     with torch.no_grad():
-        call(x, static_grid(-3.0, 5.0))
+        call(x, static_qparams(-3.0, 5.0))
         if u8:
-            q = to_grid(x, static_grid(-2.0, 3.0))
-            call(q, static_grid(-3.0, 5.0))
+            q = to_u8(x, static_qparams(-2.0, 3.0))
+            call(q, static_qparams(-3.0, 5.0))
             call(q, None)
 
 
@@ -221,9 +221,9 @@ def run_sparse_linear() -> None:
 
                 both_ways(call, *leaves, *([weight.values] if trains else []))
             if stored == torch.int8:
-                with_grids(
-                    lambda x, grid, w=weight: sparse_linear(
-                        x, w, x_grid=static_grid(-2.0, 3.0), y_grid=grid
+                with_qparams(
+                    lambda x, qparams, w=weight: sparse_linear(
+                        x, w, x_qparams=static_qparams(-2.0, 3.0), y_qparams=qparams
                     ),
                     torch.randn(m, k),
                     True,

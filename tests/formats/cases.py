@@ -20,7 +20,7 @@ from bigops.formats import (
     SparseWeight,
 )
 from bigops.formats.patterns import n_m_mask
-from bigops.formats.quantize import static_grid
+from bigops.formats.quantize import static_qparams
 from bigops.ops.sparse_linear.sparse24_pack import pack24, prune24
 from tests.support.cases.compressed import FP8, QUANTISED
 
@@ -39,7 +39,7 @@ KINDS = (
 def _quantised(options: dict[str, Any]) -> Make:
     given = dict(options)
     if given.get("activations") == "static":
-        given["x_grid"] = static_grid(-2.0, 3.0)
+        given["x_qparams"] = static_qparams(-2.0, 3.0)
     return lambda w: QuantizedWeight.from_dense(w, **given)
 
 

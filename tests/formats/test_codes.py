@@ -18,7 +18,7 @@ from bigops.formats import (
     QuantizedWeight,
     SparseWeight,
 )
-from bigops.formats.quantize import static_grid
+from bigops.formats.quantize import static_qparams
 from bigops.ops.family import op_of
 from tests.formats.cases import FLAT, WEIGHTS, kept, same, weight_of
 
@@ -37,7 +37,7 @@ QUANTIZED_CODES = [
 def test_quantized_codes_are_stored_as_they_are(
     number: int, group: int | None, zero: bool, activations: str, dtype: torch.dtype
 ) -> None:
-    """Numbers at both ends of the grid included, which no rounding of ours makes all of."""
+    """Numbers at both ends of the range included, which no rounding of ours makes all of."""
     low, high = -(1 << number - 1), (1 << number - 1) - 1
     n, k = 21, 150
     groups = 1 if group is None else -(-k // group)
@@ -52,18 +52,18 @@ def test_quantized_codes_are_stored_as_they_are(
         bits=number,
         group=group,
         activations=activations,
-        x_grid=static_grid(-1.0, 2.0) if activations == "static" else None,
+        x_qparams=static_qparams(-1.0, 2.0) if activations == "static" else None,
     )
     weight.validate()
-    grid = weight.grid()
-    assert torch.equal(grid.q.long(), q)
-    assert torch.equal(grid.scale, scale)
+    rounded = weight.codes()
+    assert torch.equal(rounded.q.long(), q)
+    assert torch.equal(rounded.scale, scale)
     whole = q.double()
     if point is None:
-        assert grid.zero_point is None
+        assert rounded.zero_point is None
     else:
-        assert grid.zero_point is not None
-        assert torch.equal(grid.zero_point.long(), point)
+        assert rounded.zero_point is not None
+        assert torch.equal(rounded.zero_point.long(), point)
         whole = whole - point.double().repeat_interleave(group or k, 1)[:, :k]
     dense = whole * scale.double().repeat_interleave(group or k, 1)[:, :k]
     assert torch.equal(weight.to_dense(torch.float64), dense)
@@ -119,7 +119,7 @@ def test_sparse_codes_are_stored_as_they_are(masked: bool, chunk: int | None) ->
 def test_codes_of_a_weight_make_it_again(name: str) -> None:
     weight = weight_of(name)
     if isinstance(weight, QuantizedWeight):
-        q, scale, zero = weight.grid()
+        q, scale, zero = weight.codes()
         again: Format = QuantizedWeight.from_codes(
             q,
             scale,
@@ -182,7 +182,7 @@ CODES = torch.zeros(5, 40).to(torch.float8_e4m3fn)
         (lambda: QuantizedWeight.from_codes(Q, S, bits=3), ValueError, "bits: expected 8 or 4"),
         (lambda: QuantizedWeight.from_codes(Q, S, group=16), ValueError, "group: expected None"),
         (lambda: QuantizedWeight.from_codes(Q, S, activations="u8"), ValueError, "activations: "),
-        (lambda: QuantizedWeight.from_codes(Q, S, activations="static"), ValueError, "x_grid: "),
+        (lambda: QuantizedWeight.from_codes(Q, S, activations="static"), ValueError, "x_qparams: "),
         (lambda: QuantizedWeight.from_codes([[1]], S), TypeError, "q: expected a torch.Tensor"),
         (lambda: QuantizedWeight.from_codes(Q, [1.0]), TypeError, "scale: expected a torch.Tens"),
         (lambda: Fp8Weight.from_codes(CODES[0], S), ValueError, "codes: expected 2 dimensions"),
@@ -315,8 +315,8 @@ CONTENTS: list[tuple[str, str, Callable[[Tensor], None]]] = [
     ("w4_zero", "zero_point", _set((0, 3), -9)),
     ("int8", "row_sum", lambda t: t[3].add_(1)),
     ("w4a8", "row_sum", lambda t: t[3].mul_(1.01)),
-    ("int8_static", "x_grid", _set(0, torch.nan)),
-    ("int8_static", "x_grid", _set(1, 256.0)),
+    ("int8_static", "x_qparams", _set(0, torch.nan)),
+    ("int8_static", "x_qparams", _set(1, 256.0)),
     ("fp8", "values", _set((3, 4), 127)),
     ("fp8", "values", _set((3, 90), 1)),  # beyond the last column
     ("fp8", "scale", _set((3, 0), 0.0)),

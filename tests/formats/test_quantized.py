@@ -11,7 +11,7 @@ from torch import Tensor
 
 import bigops
 from bigops.formats import quantized as storage
-from bigops.formats.quantize import static_grid
+from bigops.formats.quantize import static_qparams
 from bigops.formats.quantized import QuantizedWeight
 from tests.support.cases.compressed import DTYPES, QUANTISED
 
@@ -54,17 +54,17 @@ def test_from_dense_rounds_to_the_nearest_step(form: str, dtype: torch.dtype) ->
     w[5, 32:] = 0
     options = dict(QUANTISED[form])
     if options.get("activations") == "static":
-        options["x_grid"] = static_grid(-1, 1)
+        options["x_qparams"] = static_qparams(-1, 1)
     q = QuantizedWeight.from_dense(w, **options)
     q.validate()
-    grid = q.grid()
-    steps = storage.quantize.widen(grid.scale, q.group, 133).double()
+    rounded = q.codes()
+    steps = storage.quantize.widen(rounded.scale, q.group, 133).double()
     error = (q.to_dense(torch.float64) - w.double()).abs()
     limit = 0.5 if q.zero_point is None else 1.0
     assert bool((error <= steps * limit * (1 + 1e-5)).all())
     assert not q.to_dense()[3].any()
-    inside = grid.q > -8 if q.bits == 4 else grid.q > -128
-    inside &= grid.q < (7 if q.bits == 4 else 127)
+    inside = rounded.q > -8 if q.bits == 4 else rounded.q > -128
+    inside &= rounded.q < (7 if q.bits == 4 else 127)
     assert bool((error <= steps * 0.5 * (1 + 1e-5))[inside].all())
     assert q.shape == w.shape
 
@@ -73,7 +73,7 @@ def test_int8_takes_the_whole_range_and_rounds_once() -> None:
     w = torch.randn(20, 33)
     w[3] = 0
     q = QuantizedWeight.from_dense(w)
-    assert q.grid().q.abs().amax(1).tolist() == [127] * 3 + [0] + [127] * 16
+    assert q.codes().q.abs().amax(1).tolist() == [127] * 3 + [0] + [127] * 16
     assert torch.equal(QuantizedWeight.from_dense(q.to_dense()).values, q.values)
     assert q.nbytes == 32 * 36 + 32 * 4 + 32 * 4
     assert q.activations == "dynamic"
@@ -84,7 +84,7 @@ def test_validate_accepts_what_is_made_and_refuses_the_rest() -> None:
     w = torch.randn(20, 70)
     int8 = QuantizedWeight.from_dense(w)
     int4 = QuantizedWeight.from_dense(w, 4, 32, symmetric=False, activations="dynamic")
-    static = QuantizedWeight.from_dense(w, activations="static", x_grid=static_grid(-1, 1))
+    static = QuantizedWeight.from_dense(w, activations="static", x_qparams=static_qparams(-1, 1))
     assert int8.row_sum is not None
     assert int4.row_sum is not None
     zero = int4.zero_point
@@ -99,8 +99,16 @@ def test_validate_accepts_what_is_made_and_refuses_the_rest() -> None:
         (int4.replace(zero_point=zero + 16), ValueError, r"zero_point: expected values in -8..7"),
         (int8.replace(bits=3), ValueError, "bits: expected 8 or 4; got 3"),
         (int8.replace(k=-1), ValueError, "n, k: expected at least 0"),
-        (static.replace(x_grid=torch.tensor([0.0, 3.0])), ValueError, "x_grid: expected a finite"),
-        (static.replace(x_grid=torch.tensor([1.0, 2.5])), ValueError, "x_grid: expected a finite"),
+        (
+            static.replace(x_qparams=torch.tensor([0.0, 3.0])),
+            ValueError,
+            "x_qparams: expected a finite",
+        ),
+        (
+            static.replace(x_qparams=torch.tensor([1.0, 2.5])),
+            ValueError,
+            "x_qparams: expected a finite",
+        ),
     ]
     for good in (int8, int4, static):
         good.validate()
@@ -120,13 +128,13 @@ def test_validate_accepts_what_is_made_and_refuses_the_rest() -> None:
         (torch.ones(2, 2), {"group": 16}, ValueError, "group: expected None, 32, 64 or 128"),
         (torch.ones(2, 2), {"activations": "x"}, ValueError, "activations: expected one of none"),
         (torch.ones(2, 2), {"group": 32, "activations": "dynamic"}, ValueError, "group: expected"),
-        (torch.ones(2, 2), {"activations": "static"}, ValueError, "x_grid: expected a scale"),
-        (torch.ones(2, 2), {"x_grid": (1.0, 0)}, ValueError, "x_grid: expected a scale"),
+        (torch.ones(2, 2), {"activations": "static"}, ValueError, "x_qparams: expected a scale"),
+        (torch.ones(2, 2), {"x_qparams": (1.0, 0)}, ValueError, "x_qparams: expected a scale"),
         (
             torch.ones(2, 2),
-            {"activations": "static", "x_grid": (-1.0, 0)},
+            {"activations": "static", "x_qparams": (-1.0, 0)},
             ValueError,
-            "x_grid: expected a finite scale",
+            "x_qparams: expected a finite scale",
         ),
     ],
 )
@@ -138,9 +146,9 @@ def test_from_dense_refuses(
 
 
 @pytest.mark.parametrize("ends", [(1.0, 0.0), (float("nan"), 1.0), (0.0, float("inf"))])
-def test_static_grid_refuses(ends: tuple[float, float]) -> None:
+def test_static_qparams_refuses(ends: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="lo, hi: expected finite numbers"):
-        static_grid(*ends)
+        static_qparams(*ends)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +193,7 @@ def test_each_sum_is_compared_with_the_packed_numbers(form: dict, size: tuple) -
             sums = weight.row_sum.clone()
             if weight.bits == 8:
                 sums[row] += way
-            else:  # by the least step of the grid: what a number that is off by one makes
+            else:  # by the least step of the codes: what a number that is off by one makes
                 sums[row] += way * weight.scale[:, row].min()
             with pytest.raises(ValueError, match="row_sum: expected the sums"):
                 weight.replace(row_sum=sums).validate()

@@ -104,9 +104,9 @@ def quantized_backward(form: str, dtype: str) -> None:
 
 def rows_as_integers(activations: str) -> None:
     x = torch.randn(ROWS, 150) * torch.logspace(-3, 3, ROWS).unsqueeze(1)
-    grid = torch.tensor([0.02, 120.0]) if activations == "static" else None
-    q, scale, _, sums = quantized_rows.quantize_activations(x, activations, grid)
-    want = act_quant(x, activations, grid)
+    qparams = torch.tensor([0.02, 120.0]) if activations == "static" else None
+    q, scale, _, sums = quantized_rows.quantize_activations(x, activations, qparams)
+    want = act_quant(x, activations, qparams)
     assert torch.equal(q[:, :150] + 128.0, want.q), "other whole numbers than the reference"
     assert torch.equal(scale, want.scale[:, 0]), "another scale than the reference"
     assert torch.equal(sums, q.sum(1, dtype=torch.int32)), "other sums than those of q"

@@ -31,7 +31,7 @@ FORMS: list[dict[str, object]] = [
 
 def _layer(activation: str = "relu", form: dict[str, object] | None = None) -> QuantLinear:
     layer = QuantLinear.from_linear(Linear(40, 24, activation=activation), **(form or {}))
-    if layer.x_grid is not None:
+    if layer.x_qparams is not None:
         layer.calibrate(torch.tensor([-3.0, 3.0]))
     return layer
 
@@ -81,7 +81,7 @@ def test_every_form_freezes_saves_and_loads(form: dict[str, object]) -> None:
     state = layer.state_dict()
     assert ("zero_point" in state) is not layer.symmetric
     assert ("row_sum" in state) is integer
-    assert ("x_grid" in state) is (layer.activations == "static")
+    assert ("x_qparams" in state) is (layer.activations == "static")
     meta = QuantLinear.from_arguments(layer.arguments())
     meta.load_state_dict(state, assign=True)
     assert torch.equal(meta(x).detach(), before)
@@ -97,7 +97,7 @@ def test_every_form_freezes_saves_and_loads(form: dict[str, object]) -> None:
 def test_static_layers_are_calibrated_first() -> None:
     layer = QuantLinear.from_linear(Linear(40, 24), activations="static").eval()
     x = torch.randn(5, 40)
-    with pytest.raises(ValueError, match="x_grid: expected a calibrated layer"):
+    with pytest.raises(ValueError, match="x_qparams: expected a calibrated layer"):
         layer.freeze()
     layer.calibrate(x)
     layer.calibrate(torch.empty(0, 40))
@@ -105,10 +105,10 @@ def test_static_layers_are_calibrated_first() -> None:
         first = layer(x)
         layer.calibrate(100 * x)
         assert not torch.equal(layer(x), first)
-    grid = layer.x_grid.clone()
+    qparams = layer.x_qparams.clone()
     layer.calibrate(x)
-    assert torch.equal(layer.x_grid, grid)
-    scale, zero = grid.tolist()
+    assert torch.equal(layer.x_qparams, qparams)
+    scale, zero = qparams.tolist()
     assert -zero * scale == pytest.approx(100 * float(x.min()), abs=scale)
     assert (255 - zero) * scale == pytest.approx(100 * float(x.max()), abs=scale)
     with pytest.raises(ValueError, match="lo, hi: expected finite"):

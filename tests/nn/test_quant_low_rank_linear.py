@@ -330,7 +330,7 @@ def test_explain_names_the_kernel_that_runs() -> None:
         (
             lambda: _layer().freeze()(torch.zeros(2, 70, dtype=torch.uint8)),
             TypeError,
-            "x: expected a floating dtype, since the layer has no x_grid",
+            "x: expected a floating dtype, since the layer has no x_qparams",
         ),
         (
             lambda: _layer().freeze()(torch.randn(2, 70), torch.randn(2, 49)),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import bigops
 from bigops.compress import config, store
-from bigops.formats.quantize import act_quant, from_grid, static_grid, to_grid
+from bigops.formats.quantize import act_quant, dequantize_u8, quantize_u8, static_qparams
 from bigops.nn import Linear, QuantLinear, SparseLinear
 from bigops.nn.compressed_linear import CompressedLinear
 from tests.support.kernels_ran import expect, needs_extension
@@ -57,12 +57,12 @@ def static_layer(form: str) -> CompressedLinear:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_u8_on_the_grid_is_taken_as_it_lies(form: str) -> None:
+def test_u8_on_the_qparams_is_taken_as_it_lies(form: str) -> None:
     layer = static_layer(form)
     x, residual = torch.randn(7, 48), torch.randn(7, 10)
     with torch.no_grad():
         with expect("_linear.u8."):
-            got = layer(to_grid(x, layer.x_grid), residual)
+            got = layer(quantize_u8(x, layer.x_qparams), residual)
         assert torch.equal(got, layer(x, residual))
     assert got.dtype == torch.float32
 
@@ -80,7 +80,10 @@ def test_a_gradient_through_u8(form: str, wanted: str) -> None:
     leaf.requires_grad_()
     y = layer(q, residual)
     (got,) = torch.autograd.grad(y.square().sum(), leaf)
-    x64, w64 = from_grid(q, layer.x_grid, torch.float32).double(), layer.dense_weight().double()
+    x64, w64 = (
+        dequantize_u8(q, layer.x_qparams, torch.float32).double(),
+        layer.dense_weight().double(),
+    )
     assert layer.bias is not None
     y64 = x64 @ w64.T + layer.bias.detach().double() + residual.detach().double()
     plain = (x64.float() @ w64.float().T + layer.bias.detach()) + residual.detach()
@@ -97,23 +100,23 @@ def test_a_gradient_through_u8(form: str, wanted: str) -> None:
 def test_floats_in_the_place_of_u8_are_the_same_numbers(dtype: torch.dtype) -> None:
     every = torch.arange(256, dtype=torch.uint8)
     for lo, hi in itertools.product((-7.3, -1.0, -1e-3, 0.0), (0.1, 1.0, 3.3, 61.0)):
-        grid = static_grid(lo, hi)
-        rows = act_quant(from_grid(every, grid, dtype), "static", grid)
+        qparams = static_qparams(lo, hi)
+        rows = act_quant(dequantize_u8(every, qparams, dtype), "static", qparams)
         off = (rows.q - every.float()).abs()
-        far = (every.float() - grid[1]).abs() > 128
+        far = (every.float() - qparams[1]).abs() > 128
         assert float(off.max()) <= (1.0 if dtype == torch.bfloat16 else 0.0)
         assert not off[~far].any()
 
 
-def test_a_layer_in_recovery_takes_u8_by_its_grid() -> None:
+def test_a_layer_in_recovery_takes_u8_by_its_qparams() -> None:
     layer = QuantLinear.from_linear(Linear(24, 10), activations="static")
     q = torch.randint(0, 256, (5, 24), dtype=torch.uint8)
-    with pytest.raises(ValueError, match="x_grid: expected a calibrated layer"):
+    with pytest.raises(ValueError, match="x_qparams: expected a calibrated layer"):
         layer(q)
     layer.calibrate(torch.tensor([-1.0, 2.0]))
     for training in (True, False):
         layer.train(training)
-        assert torch.equal(layer(q), layer(from_grid(q, layer.x_grid)))
+        assert torch.equal(layer(q), layer(dequantize_u8(q, layer.x_qparams)))
     with torch.no_grad():
         got = layer(q)
     assert torch.equal(got, layer.freeze()(q))
@@ -121,7 +124,7 @@ def test_a_layer_in_recovery_takes_u8_by_its_grid() -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_a_layer_without_a_grid_refuses_u8(frozen: bool, grad: bool) -> None:
+def test_a_layer_without_a_qparams_refuses_u8(frozen: bool, grad: bool) -> None:
     for make in (QuantLinear.from_linear, SparseLinear.from_linear):
         layer = make(Linear(24, 10)).eval()
         layer = layer.freeze() if frozen else layer
@@ -147,7 +150,7 @@ def test_vmap_compile_and_export(form: str) -> None:
 # state and files -----------------------------------------------------------------------------
 
 
-def test_a_grid_keeps_its_dtype_and_is_checked_when_loaded() -> None:
+def test_a_qparams_keeps_its_dtype_and_is_checked_when_loaded() -> None:
     for form in FORMS:
         layer = static_layer(form)
         state = layer.state_dict()
@@ -155,11 +158,11 @@ def test_a_grid_keeps_its_dtype_and_is_checked_when_loaded() -> None:
         with torch.no_grad():
             want = layer(x)
         moved = copy.deepcopy(layer).bfloat16()
-        assert moved.x_grid is not None
-        assert moved.x_grid.dtype == torch.float32
+        assert moved.x_qparams is not None
+        assert moved.x_qparams.dtype == torch.float32
         assert moved(x.bfloat16()).dtype == torch.bfloat16
-        broken = {**state, "x_grid": torch.tensor([0.0, 1.0])}
-        with pytest.raises(RuntimeError, match="x_grid: expected a finite scale above 0"):
+        broken = {**state, "x_qparams": torch.tensor([0.0, 1.0])}
+        with pytest.raises(RuntimeError, match="x_qparams: expected a finite scale above 0"):
             layer.load_state_dict(broken)
         with torch.no_grad():
             assert torch.equal(layer(x), want)  # nothing was taken over
@@ -175,7 +178,7 @@ def as_written_with_y_grid(path: Path, model: nn.Module) -> None:
 
     def with_y_grid(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         header["tree"]["children"]["0"]["args"]["y_grid"] = True
-        tensors["0.y_grid"] = tensors["2.x_grid"].clone()
+        tensors["0.y_grid"] = tensors["2.x_qparams"].clone()
 
     rewrite_as_older(path, with_y_grid)
 
@@ -194,7 +197,12 @@ def test_files_of_layers_that_gave_u8_still_load(plan: Any, tmp_path: Path) -> N
         assert torch.equal(bigops.load(path, copy.deepcopy(model))(x), want)
         assert torch.equal(layers["2"](layers["0"](x)), want)
     state = {**model.state_dict(), "0.y_grid": torch.ones(2)}  # by torch.save
-    assert copy.deepcopy(model).load_state_dict(state).unexpected_keys == []
+    state = {name.replace("x_qparams", "x_grid"): t for name, t in state.items()}
+    again = copy.deepcopy(model)
+    again[2].x_qparams.zero_()
+    assert again.load_state_dict(state).unexpected_keys == []
+    with torch.no_grad():
+        assert torch.equal(again(x), want)
     bigops.save(bigops.load(path), tmp_path / "again.safetensors")
     assert "y_grid" not in json.dumps(store.read_header(tmp_path / "again.safetensors"))
 
@@ -224,8 +232,8 @@ def test_save_and_load(plan: Any, given: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("plan", [bigops.Int8(), bigops.Sparse(0.5) + bigops.Int8()])
-def test_files_without_grids_say_nothing_of_them(plan: Any) -> None:
-    """So that older files load, and older versions read what has no grids."""
+def test_files_without_qparams_say_nothing_of_them(plan: Any) -> None:
+    """So that older files load, and older versions read what has no qparams."""
     model = block()
     bigops.compress_(model, plan)
     for layer in (model[0], model[2]):
@@ -233,7 +241,7 @@ def test_files_without_grids_say_nothing_of_them(plan: Any) -> None:
         assert arguments.get("activations") in (None, "dynamic")
         again = type(layer).from_arguments(arguments)
         again.load_state_dict(layer.state_dict(), assign=True)
-        assert again.x_grid is None
+        assert again.x_qparams is None
 
 
 def test_sparse_static_config_as_data() -> None:
@@ -259,7 +267,7 @@ def test_sparse_static_config_as_data() -> None:
         ),
         (
             lambda: SparseLinear(8, 8, activations="static").freeze(),
-            "x_grid: expected a calibrated layer",
+            "x_qparams: expected a calibrated layer",
         ),
     ],
 )

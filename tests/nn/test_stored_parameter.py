@@ -45,8 +45,10 @@ def test_all_storage_is_listed_with_the_parameters(kind: str) -> None:
     trained = {n for n, p in layer.named_parameters() if p.requires_grad}
     assert {n.rpartition(".")[2] for n in trained} <= {"bias", "values"}
     assert {n for n, _ in layer.named_parameters()} == {*stored, *trained}
-    # what is left with the buffers is the grid of x where the format does not hold it
-    assert [n for n, _ in layer.named_buffers()] == (["x_grid"] if kind == "sparse static" else [])
+    # what is left with the buffers is the qparams of x where the format does not hold it
+    assert [n for n, _ in layer.named_buffers()] == (
+        ["x_qparams"] if kind == "sparse static" else []
+    )
     if not is_packed(kind):
         assert {*stored, *trained, *dict(layer.named_buffers())} == set(layer.state_dict())
     else:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bigops.formats.fp8 import Fp8Weight
 from bigops.formats.packed import PackedWeight
 from bigops.formats.patterns import block_mask
-from bigops.formats.quantize import static_grid
+from bigops.formats.quantize import static_qparams
 from bigops.formats.quantized import QuantizedWeight
 from bigops.formats.sparse import SparseWeight
 from bigops.nn import Linear
@@ -190,32 +190,34 @@ def run_raw(mesh: Any) -> dict[str, Tensor]:
     }
 
 
-def grid_chain(op: str, x: Tensor, spread: Any, columns: bool = False) -> Tensor:
+def qparams_chain(op: str, x: Tensor, spread: Any, columns: bool = False) -> Tensor:
     """A chain whose middle is u8; ``spread(tensor, letter)`` places the storage on a mesh."""
     generator = torch.Generator().manual_seed(5)
     w1 = torch.randn(32, 16, generator=generator)
     w2 = torch.randn(7, 32, generator=generator)
-    grids = [static_grid(-3.0, 3.0), static_grid(-0.2, 9.0)]
+    first, second = static_qparams(-3.0, 3.0), static_qparams(-0.2, 9.0)
     y = x
-    for w, grid, y_grid in ((w1, grids[0], grids[1]), (w2, grids[1], None)):
-        placed = None if y_grid is None else spread(y_grid, "R")
+    for w, qparams, y_qparams in ((w1, first, second), (w2, second, None)):
+        placed = None if y_qparams is None else spread(y_qparams, "R")
         if op == "quantized":
-            weight: Any = QuantizedWeight.from_dense(w, activations="static", x_grid=grid)
+            weight: Any = QuantizedWeight.from_dense(w, activations="static", x_qparams=qparams)
             rows = columns and w is w1
             weight = weight.replace(
                 values=spread(weight.values, "0" if rows else "R"),
                 scale=spread(weight.scale, "1" if rows else "R"),
                 row_sum=spread(weight.row_sum, "0" if rows else "R"),
-                x_grid=spread(grid, "R"),
+                x_qparams=spread(qparams, "R"),
             )
-            y = quantized_linear(y, weight, activation="gelu", y_grid=placed)
+            y = quantized_linear(y, weight, activation="gelu", y_qparams=placed)
         else:
             weight = SparseWeight.from_mask(w, block_mask(w, 0.5)).map(lambda t: spread(t, "R"))
-            y = sparse_linear(y, weight, activation="gelu", x_grid=spread(grid, "R"), y_grid=placed)
+            y = sparse_linear(
+                y, weight, activation="gelu", x_qparams=spread(qparams, "R"), y_qparams=placed
+            )
     return y
 
 
-def run_grids(mesh: Any) -> dict[str, Tensor]:
+def run_qparams(mesh: Any) -> dict[str, Tensor]:
     """u8 between layers: by rows of x, and by output features of a quantised weight."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -228,9 +230,9 @@ def run_grids(mesh: Any) -> dict[str, Tensor]:
     assert x is not None
     with torch.no_grad():
         return {
-            "quantized": grid_chain("quantized", spread(x, "0"), spread).full_tensor(),
-            "columns": grid_chain("quantized", spread(x, "R"), spread, True).full_tensor(),
-            "sparse": grid_chain("sparse", spread(x, "0"), spread).full_tensor(),
+            "quantized": qparams_chain("quantized", spread(x, "0"), spread).full_tensor(),
+            "columns": qparams_chain("quantized", spread(x, "R"), spread, True).full_tensor(),
+            "sparse": qparams_chain("sparse", spread(x, "0"), spread).full_tensor(),
         }
 
 
@@ -311,7 +313,7 @@ def main() -> None:
         register_sharding_rules()
         mesh = init_device_mesh("cpu", (world.size,))
         seen = {name: run_case(name, mesh) for name in CASES}
-        seen |= {"grids": run_grids(mesh), **sharding_factors.run_all(mesh)}
+        seen |= {"qparams": run_qparams(mesh), **sharding_factors.run_all(mesh)}
         seen |= {"2:4": run_2_4(mesh)}
         seen |= {"raw": run_raw(mesh), "plan": run_plan(mesh), "planted": run_planted(mesh)}
         if world.is_first:

@@ -196,10 +196,10 @@ def test_a_name_of_no_architecture_is_refused() -> None:
             ("quantized_linear", QuantizedWeight.from_dense(w)),
             ("sparse_linear", SparseWeight.from_dense(w, torch.int8)),
         ):
-            for grid in (None, torch.tensor([0.1, 3.0])):
+            for qparams in (None, torch.tensor([0.1, 3.0])):
                 said = f"arch: expected sm_80 or later.*got '{device}'"
                 with pytest.raises(ValueError, match=said):
-                    bigops.explain(op, x, weight, device=device, y_grid=grid)
+                    bigops.explain(op, x, weight, device=device, y_qparams=qparams)
 
 
 # --- triton missing, broken, too old ----------------------
@@ -381,7 +381,7 @@ def test_a_size_past_32_bits_is_refused_by_name() -> None:
         _triton_dense.forward(Call(long, DenseWeight(torch.empty(1, 1, device="meta"))), False)
 
 
-def test_more_columns_than_a_grid_holds_are_refused_by_name() -> None:
+def test_more_columns_than_a_qparams_holds_are_refused_by_name() -> None:
     from bigops.kernels import fused_linear as kernels
 
     wide = torch.zeros(1, 1).expand(1, 65535 * 32 + 1)  # blocks of 32 in the interpreter

@@ -206,9 +206,9 @@ def test_one_ranks_share_of_factors_and_losses_would_be_seen(
 
 def test_u8_between_layers_on_two_ranks(seen: dict[str, dict[str, Tensor]]) -> None:
     x = worker.tensors("rows")["x"]
-    for name, value in seen["grids"].items():
+    for name, value in seen["qparams"].items():
         op = "sparse" if name == "sparse" else "quantized"
-        want = worker.grid_chain(op, x, lambda tensor, letter: tensor)
+        want = worker.qparams_chain(op, x, lambda tensor, letter: tensor)
         assert torch.equal(value, want), name
 
 

@@ -63,8 +63,10 @@ def compressed(name: str, freeze: bool = True, k: int = K, n: int = N) -> nn.Seq
     config = FORMATS[name]
     for i in () if config == DENSE else (0, 2):
         old = model[i]
-        grid = (0.02, 128.0)
-        new = PACKED[config](old) if isinstance(config, str) else build(old, Choice(config, grid))
+        qparams = (0.02, 128.0)
+        new = (
+            PACKED[config](old) if isinstance(config, str) else build(old, Choice(config, qparams))
+        )
         model[i] = new.freeze() if freeze and hasattr(new, "freeze") else new
     return model.eval()
 

@@ -10,7 +10,7 @@ def round_to_nearest(layer: CompressedLinear) -> Format:
     """The storage that `CompressedLinear.freeze` keeps.
 
     Raises:
-        ValueError: NaN or inf in the weight, or a static grid that has seen no input.
+        ValueError: NaN or inf in the weight, or static qparams that have seen no input.
     """
     stored: Format = layer.storage()
     return stored

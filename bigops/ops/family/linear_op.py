@@ -28,13 +28,13 @@ from bigops.ops.library import (
 from bigops.ops.targets import Target
 
 if TYPE_CHECKING:
-    from bigops.ops.family.grid_op import GridOp
+    from bigops.ops.family.u8_op import U8Op
 
 Product = Callable[[Call, Tensor | None], Tensor]
 Choose = Callable[[Call, Target], Choice]
 
 
-def plain_product(call: Call, x_grid: Tensor | None = None) -> Tensor:
+def plain_product(call: Call, x_qparams: Tensor | None = None) -> Tensor:
     """x W^T in float32 by the dense weight."""
     return F.linear(call.x.float(), call.weight.to_dense(torch.float32))
 
@@ -74,8 +74,8 @@ class LinearOp:
             the format names what a forward keeps, ``run(call, keep)`` gives y and that.
         backward: ``backward(grad, call, **kept, **needs)``, the gradients of a call on a GPU (named
             as in the schema of the backward op), or None where the reference makes them.
-        product: ``product(call, x_grid) -> x W^T`` in float32 as the kernels see x, on a grid where
-            one is given; by default that of the dense weight.
+        product: ``product(call, x_qparams) -> x W^T`` in float32 as the kernels see x, by
+            ``x_qparams`` where given; by default that of the dense weight.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class LinearOp:
     ) -> None:
         self.name, self.format, self.product = name, format, product
         self.choose = choose or (lambda call, target: reference(name, "it has no kernels"))
-        self.twin: GridOp | None = None
+        self.u8: U8Op | None = None
         _SERVING[format] = self
         self.fields = fields_of(format.SCHEMA)
         self.arguments = ("x", *self.fields, "bias", "residual", "activation")
@@ -237,27 +237,29 @@ class LinearOp:
         activation: str = "none",
         device: str | None = None,
         *,
-        x_grid: Tensor | None = None,
-        y_grid: Tensor | None = None,
+        x_qparams: Tensor | None = None,
+        y_qparams: Tensor | None = None,
     ) -> Choice:
         """What `choose` answers for a call, which is checked first; ``device`` as of a `Target`."""
         checks.stored(weight, self.format)
         call = Call(x, weight, bias, residual, activation)
         target = targets.named(device, x)
-        if self.by_itself(x, weight, x_grid, y_grid):
+        if self.by_itself(x, weight, x_qparams, y_qparams):
             call.check()
             return self.choose(call, target)
-        assert self.twin is not None
-        return self.twin.explain(call, x_grid, y_grid, target)
+        assert self.u8 is not None
+        return self.u8.explain(call, x_qparams, y_qparams, target)
 
     def by_itself(
-        self, x: Tensor, weight: Format, x_grid: Tensor | None, y_grid: Tensor | None
+        self, x: Tensor, weight: Format, x_qparams: Tensor | None, y_qparams: Tensor | None
     ) -> bool:
-        """Whether a call is this op's, not its twin's; raise ValueError for grids without one."""
-        given = x_grid is not None or y_grid is not None
-        if self.twin is None:
+        """Whether a call is this op's, not that of u8; raise ValueError for qparams without one."""
+        given = x_qparams is not None or y_qparams is not None
+        if self.u8 is None:
             if given:
-                raise ValueError(f"x_grid, y_grid: expected None with a {type(weight).__name__}")
+                raise ValueError(
+                    f"x_qparams, y_qparams: expected None with a {type(weight).__name__}"
+                )
             return True
         return not given and getattr(x, "dtype", None) is not torch.uint8
 

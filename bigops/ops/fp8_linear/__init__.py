@@ -14,7 +14,7 @@ from bigops.ops.fp8_linear.choose import backward, choose
 __all__ = ["fp8_linear"]
 
 
-def _product(call: Call, x_grid: Tensor | None) -> Tensor:
+def _product(call: Call, x_qparams: Tensor | None) -> Tensor:
     x, weight = call.x, call.weight
     assert isinstance(weight, Fp8Weight)
     if not weight.rounds:

@@ -8,30 +8,30 @@ from torch import Tensor
 from bigops.formats import checks, quantize
 from bigops.formats.quantized import QuantizedWeight
 from bigops.ops.explain import serves
-from bigops.ops.family import Call, GridOp, LinearOp
-from bigops.ops.quantized_linear.choose import backward, choose, choose_with_grids
+from bigops.ops.family import Call, LinearOp, U8Op
+from bigops.ops.quantized_linear.choose import backward, choose, choose_u8
 
 __all__ = ["quantized_linear"]
 
 
-def _product(call: Call, x_grid: Tensor | None) -> Tensor:
+def _product(call: Call, x_qparams: Tensor | None) -> Tensor:
     weight = call.weight
     assert isinstance(weight, QuantizedWeight)
     if not weight.rounds:
         return torch.nn.functional.linear(call.x.float(), weight.to_dense())
-    grid = weight.x_grid if x_grid is None else x_grid
-    rows = quantize.act_quant(call.x, weight.activations, grid)
+    qparams = weight.x_qparams if x_qparams is None else x_qparams
+    rows = quantize.act_quant(call.x, weight.activations, qparams)
     whole = (rows.q - rows.zero_point).double()
     if weight.bits == 8:
         # whole numbers below 2^53: the product is exact, in whatever order it is summed
-        q, by, zero = weight.grid()
+        q, by, zero = weight.codes()
         total = torch.matmul(whole, (q if zero is None else q - zero).double().t()).float()
         return total * (rows.scale * by[:, 0])
     return torch.matmul(whole, weight.to_dense(torch.float64).t()).float() * rows.scale
 
 
 op = LinearOp("quantized_linear", QuantizedWeight, _product, choose, backward)
-grid_op = GridOp(op, ("y_grid",), choose_with_grids)
+u8_op = U8Op(op, ("y_qparams",), choose_u8)
 serves("quantized_linear")(op.explain)
 
 
@@ -42,7 +42,7 @@ def quantized_linear(
     residual: Tensor | None = None,
     activation: str = "none",
     *,
-    y_grid: Tensor | None = None,
+    y_qparams: Tensor | None = None,
 ) -> Tensor:
     """``act(x @ W.T + bias) + residual`` with W in int8 or int4.
 
@@ -51,34 +51,34 @@ def quantized_linear(
     groups are summed by themselves and added up in float32, as is the epilogue. A row of x with NaN
     or inf gives a row of NaN where x is quantised.
 
-    With ``y_grid`` the result is rounded in the same pass and stored as u8, which the next layer
+    With ``y_qparams`` the result is rounded in the same pass and stored as u8, which the next layer
     reads as it is: ``clamp(rint(y * (1 / scale)) + zero_point, 0, 255)``, in float32 just what that
-    layer would make of a float32 y by its static grid.
+    layer would make of a float32 y by its static qparams.
 
     Args:
         x: ``[.., K]``; float32, bfloat16 or float16, any strides. Or uint8, on the weight's own
-            ``x_grid``, with activations "static".
+            ``x_qparams``, with activations "static".
         weight: `QuantizedWeight.from_dense` of a ``[N, K]`` matrix; it has no gradient.
         bias: ``[N]`` in x's dtype, or None.
         residual: ``[.., N]``, the shape of the result, or None.
         activation: none, relu, relu2, gelu (erf), gelu_tanh, silu, sigmoid or tanh.
-        y_grid: float32 ``[2]``, scale and zero point of a uint8 result (`static_grid` makes them of
-            a range, ``weight.x_grid`` of the next layer is one), or None.
+        y_qparams: float32 ``[2]``, scale and zero point of a uint8 result (`static_qparams` makes
+            them of a range, ``weight.x_qparams`` of the next layer is one), or None.
 
     Returns:
-        ``[.., N]``: uint8 with ``y_grid``, else in x's dtype (of a uint8 x in that of bias, without
-        one of residual, without both float32). Gradients for x, bias and residual are the
+        ``[.., N]``: uint8 with ``y_qparams``, else in x's dtype (of a uint8 x in that of bias,
+        without one of residual, without both float32). Gradients for x, bias and residual are the
         straight-through ones: those of the linear layer with the dequantised weight. Under
         `torch.autocast` floating x, bias and residual are cast to the autocast dtype first.
 
     Raises:
         ValueError: unknown or gated activation, shapes or devices that do not fit, a weight that
-            requires a gradient, a grid that is none, or anything that requires a gradient where x
+            requires a gradient, qparams that are none, or anything that requires a gradient where x
             or the result is uint8.
         TypeError: a dtype that is not served, or dtypes that differ.
         RuntimeError: NaN or inf in a y that was to become uint8: no number of it says that.
     """
     checks.stored(weight, QuantizedWeight)
-    if y_grid is None and getattr(x, "dtype", None) is not torch.uint8:
+    if y_qparams is None and getattr(x, "dtype", None) is not torch.uint8:
         return op.run(x, weight.arguments, weight.k, bias, residual, activation)
-    return grid_op(x, weight.arguments, weight.k, (y_grid,), bias, residual, activation)
+    return u8_op(x, weight.arguments, weight.k, (y_qparams,), bias, residual, activation)

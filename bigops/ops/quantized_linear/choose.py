@@ -2,8 +2,8 @@
 
 The CPU kernels register themselves (csrc/cpu/quantized_linear.cpp). On a GPU, Triton serves, but
 for the few rows of a decode step, where W is all that is read and its bytes can go from memory to
-the tensor cores by a shorter way than Triton knows; the backward is Triton's, and the twin with
-grids the reference, as `backend.record` says.
+the tensor cores by a shorter way than Triton knows; the backward is Triton's, and a u8 x or y is
+served by the reference, as `backend.record` says.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bigops.formats import checks
 from bigops.formats.quantized import QuantizedWeight
 from bigops.ops import targets
 from bigops.ops.choice import Choice, on_cpu, reference
-from bigops.ops.family import Call, GridCall
+from bigops.ops.family import Call, U8Call
 from bigops.ops.quantized_linear import cuda, triton
 from bigops.ops.targets import Target
 
@@ -39,18 +39,18 @@ def choose(call: Call, target: Target) -> Choice:
     )
 
 
-def choose_with_grids(given: GridCall, target: Target) -> Choice:
-    """The kernel that serves a call of the twin, whose x or result is u8."""
+def choose_u8(given: U8Call, target: Target) -> Choice:
+    """The kernel that serves a call whose x or result is u8."""
     weight = given.call.weight
     assert isinstance(weight, QuantizedWeight)
     if targets.is_cpu(target):
-        return _on_cpu(given.call, weight, given.y_grid is not None)
-    number = "result" if given.y_grid is not None else "x"
-    return reference(NAME, f"no Triton kernel for a uint8 {number}", f"{NAME}_grid")
+        return _on_cpu(given.call, weight, given.y_qparams is not None)
+    number = "result" if given.y_qparams is not None else "x"
+    return reference(NAME, f"no Triton kernel for a uint8 {number}", f"{NAME}_u8")
 
 
-def _on_cpu(call: Call, weight: QuantizedWeight, to_grid: bool) -> Choice:
-    given = (weight.bits, weight.activations, checks.short(call.x.dtype), to_grid)
+def _on_cpu(call: Call, weight: QuantizedWeight, to_u8: bool) -> Choice:
+    given = (weight.bits, weight.activations, checks.short(call.x.dtype), to_u8)
     return on_cpu(NAME, lambda extension: extension.choose_quantized_linear(*given))
 
 

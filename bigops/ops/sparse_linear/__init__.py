@@ -21,27 +21,27 @@ from bigops.formats.sparse24 import Sparse24Weight
 from bigops.formats.sparse_layout import to_dense
 from bigops.ops.choice import Choice
 from bigops.ops.explain import serves
-from bigops.ops.family import Call, GridOp, LinearOp
+from bigops.ops.family import Call, LinearOp, U8Op
 from bigops.ops.sparse_linear import bitmap, sparse24
-from bigops.ops.sparse_linear.choose import backward, choose, choose_with_grids
+from bigops.ops.sparse_linear.choose import backward, choose, choose_u8
 
 __all__ = ["sparse_linear"]
 
 
-def _product(call: Call, x_grid: Tensor | None) -> Tensor:
+def _product(call: Call, x_qparams: Tensor | None) -> Tensor:
     x, weight = call.x, call.weight
     assert isinstance(weight, SparseWeight)
     w = to_dense(weight.values, weight.positions(), weight.n, weight.k, weight.chunk)
     if weight.scale is None:
         return F.linear(x.float(), w)
-    seen = quantize.act_quant(x, "dynamic" if x_grid is None else "static", x_grid)
+    seen = quantize.act_quant(x, "dynamic" if x_qparams is None else "static", x_qparams)
     # whole numbers below 2^53: the product is exact, in whatever order it is summed
     total = torch.matmul((seen.q - seen.zero_point).double(), w.double().t()).float()
     return total * (seen.scale * weight.scale)
 
 
 op = LinearOp("sparse_linear", SparseWeight, _product, choose, backward)
-grid_op = GridOp(op, ("x_grid", "y_grid"), choose_with_grids)
+u8_op = U8Op(op, ("x_qparams", "y_qparams"), choose_u8)
 OPS: dict[type[Format], LinearOp] = {
     SparseWeight: op,
     Sparse24Weight: sparse24.op,
@@ -62,8 +62,8 @@ def sparse_linear(
     residual: Tensor | None = None,
     activation: str = "none",
     *,
-    x_grid: Tensor | None = None,
-    y_grid: Tensor | None = None,
+    x_qparams: Tensor | None = None,
+    y_qparams: Tensor | None = None,
 ) -> Tensor:
     """``act(x @ W.T + bias) + residual`` with W sparse; what is not stored costs nothing.
 
@@ -71,33 +71,34 @@ def sparse_linear(
     NaN or inf gives a row of NaN); floating values are multiplied in their precision and summed in
     float32.
 
-    Grids are float32 ``[2]``, scale and zero point of u8 (`bigops.formats.quantize.static_grid`
-    makes them of a range). With ``y_grid`` the result is rounded to u8 in the same pass, as
-    `quantized_linear` says; calls with a grid are for inference.
+    Qparams are float32 ``[2]``, scale and zero point of u8
+    (`bigops.formats.quantize.static_qparams` makes them of a range). With ``y_qparams`` the result
+    is rounded to u8 in the same pass, as `quantized_linear` says; calls with qparams are for
+    inference.
 
     Args:
         x: ``[.., K]``; float32, bfloat16 or float16, any strides; bfloat16 with bfloat16 values. Or
-            uint8 on ``x_grid`` with int8 values.
+            uint8 on ``x_qparams`` with int8 values.
         weight: a `SparseWeight` of a ``[N, K]`` matrix. Or, for the sparse tensor cores of sm_80 to
-            sm_89, a `Sparse24Weight`: it takes no grid, and x in the dtype of its floating values.
-            NaN and infinity of x at zeros of W do not spread there. Or, for up to 16 rows of x on a
-            GPU, a `BitmapWeight`: no grid, x in its dtype, and it has no gradient.
+            sm_89, a `Sparse24Weight`: it takes no qparams, and x in the dtype of its floating
+            values. NaN and infinity of x at zeros of W do not spread there. Or, for up to 16 rows
+            of x on a GPU, a `BitmapWeight`: no qparams, x in its dtype, and it has no gradient.
         bias: ``[N]`` in x's dtype, or None.
         residual: ``[.., N]``, the shape of the result, or None.
         activation: none, relu, relu2, gelu (erf), gelu_tanh, silu, sigmoid or tanh.
-        x_grid: with int8 values the grid of x, or None: a grid for each row, found at run time.
-        y_grid: the grid of a uint8 result, or None.
+        x_qparams: with int8 values the qparams of x, or None: those of each row, found at run time.
+        y_qparams: the qparams of a uint8 result, or None.
 
     Returns:
-        ``[.., N]``: uint8 with ``y_grid``, else in x's dtype (of a uint8 x in that of bias, without
-        one of residual, without both float32). Gradients for x, bias and residual are those of the
-        linear layer with the dequantised weight (straight through the rounding of x). Floating
-        values that require it get theirs, at the stored positions only. Under `torch.autocast` x,
-        bias and residual are cast to the autocast dtype first.
+        ``[.., N]``: uint8 with ``y_qparams``, else in x's dtype (of a uint8 x in that of bias,
+        without one of residual, without both float32). Gradients for x, bias and residual are those
+        of the linear layer with the dequantised weight (straight through the rounding of x).
+        Floating values that require it get theirs, at the stored positions only. Under
+        `torch.autocast` x, bias and residual are cast to the autocast dtype first.
 
     Raises:
         ValueError: unknown or gated activation, shapes or devices that do not fit, storage other
-            than floating values that requires a gradient, a grid that is none, or with a grid
+            than floating values that requires a gradient, qparams that are none, or with qparams
             anything that requires a gradient.
         TypeError: a dtype that is not served, or dtypes that differ.
         RuntimeError: storage whose contents are broken (`SparseWeight.validate` says where), or NaN
@@ -105,7 +106,7 @@ def sparse_linear(
     """
     checks.stored(weight, *OPS)
     serving = OPS[type(weight)]
-    if serving.by_itself(x, weight, x_grid, y_grid):
+    if serving.by_itself(x, weight, x_qparams, y_qparams):
         return serving.run(x, weight.arguments, weight.k, bias, residual, activation)
-    grids = (x_grid, y_grid)  # of a `SparseWeight`, whose op alone has a twin
-    return grid_op(x, weight.arguments, weight.k, grids, bias, residual, activation)
+    qparams = (x_qparams, y_qparams)  # of a `SparseWeight`, whose op alone has a form for u8
+    return u8_op(x, weight.arguments, weight.k, qparams, bias, residual, activation)

@@ -2,7 +2,7 @@
 
 The CPU kernels register themselves (csrc/cpu/sparse_linear.cpp). On a GPU a few rows of x, as in a
 decode step, have a CUDA C++ kernel for every pattern; more of them a Triton kernel where the weight
-has blocks. The twin with grids is the reference there, as `backend.record` says, and so is what
+has blocks. A call with qparams is the reference there, as `backend.record` says, and so is what
 `triton.blocks_of` gives a reason for.
 """
 
@@ -14,7 +14,7 @@ from bigops.formats import checks
 from bigops.formats.sparse import SparseWeight
 from bigops.ops import targets
 from bigops.ops.choice import Choice, on_cpu, reference
-from bigops.ops.family import Call, GridCall
+from bigops.ops.family import Call, U8Call
 from bigops.ops.sparse_linear import cuda, triton
 from bigops.ops.targets import Target
 
@@ -40,20 +40,20 @@ def choose(call: Call, target: Target) -> Choice:
     )
 
 
-def choose_with_grids(given: GridCall, target: Target) -> Choice:
-    """The kernel that serves a call of the twin, whose x or result is u8."""
+def choose_u8(given: U8Call, target: Target) -> Choice:
+    """The kernel that serves a call whose x or result is u8."""
     if targets.is_cpu(target):
-        return _on_cpu(given.call, given.y_grid is not None)
-    reason = "no GPU kernel for a call with grids"
-    return reference(NAME, f"{reason}; plain torch serves", f"{NAME}_grid")
+        return _on_cpu(given.call, given.y_qparams is not None)
+    reason = "no GPU kernel for a call with qparams"
+    return reference(NAME, f"{reason}; plain torch serves", f"{NAME}_u8")
 
 
-def _on_cpu(call: Call, to_grid: bool) -> Choice:
+def _on_cpu(call: Call, to_u8: bool) -> Choice:
     weight = call.weight
     assert isinstance(weight, SparseWeight)
     stored, x = checks.short(weight.values.dtype), checks.short(call.x.dtype)
     return on_cpu(
-        NAME, lambda extension: extension.choose_sparse_linear(call.rows, stored, x, to_grid)
+        NAME, lambda extension: extension.choose_sparse_linear(call.rows, stored, x, to_u8)
     )
 
 

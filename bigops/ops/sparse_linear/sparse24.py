@@ -45,7 +45,7 @@ _product_op = define(
 )  # the kernel by itself, for a GPU only; `sparse24_linear` has its reference and gradients
 
 
-def _product(call: Call, x_grid: Tensor | None) -> Tensor:
+def _product(call: Call, x_qparams: Tensor | None) -> Tensor:
     x, weight = call.x, call.weight
     assert isinstance(weight, Sparse24Weight)
     w = storage.to_dense(weight.values, weight.meta, weight.k)

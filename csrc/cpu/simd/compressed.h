@@ -24,7 +24,7 @@ struct TransposeTask {
 };
 
 // What y is stored as: the dtype of bias and residual (that of x, where it is floating), or u8 on
-// the grid y_inverse, y_zero.
+// the qparams y_inverse, y_zero.
 enum YKind : int { kYLikeX = 0, kYFloat, kYU8 };
 
 // y[m0:m1, n0:n1] = act(z + bias) + residual with z from a tile.
@@ -64,9 +64,9 @@ struct CompressedKernels {
   // One row of x to u8; scale is NaN for a row that holds NaN or inf.
   void (*quantize[kFloatKinds])(const void* x, int64_t k, uint8_t* q, float* scale,
                                 int32_t* zero_point);
-  // The same on a grid that is given (static) or found (symmetric, zero point 128).
-  void (*quantize_static[kFloatKinds])(const void* x, int64_t k, uint8_t* q, float grid_scale,
-                                       int32_t grid_zero, float* scale, int32_t* zero_point);
+  // The same by qparams that are given (static) or found (symmetric, zero point 128).
+  void (*quantize_static[kFloatKinds])(const void* x, int64_t k, uint8_t* q, float x_scale,
+                                       int32_t x_zero, float* scale, int32_t* zero_point);
   void (*quantize_symmetric[kFloatKinds])(const void* x, int64_t k, uint8_t* q, float* scale,
                                           int32_t* zero_point);
   void (*widen[kFloatKinds])(const void* x, int64_t n, float* out);

@@ -100,14 +100,14 @@ void round_row(const T* x, int64_t k, float inverse, float zero, float low, uint
 }
 
 template <class L, class T>
-void quantize_static(const void* xv, int64_t k, uint8_t* q, float grid_scale, int32_t grid_zero,
+void quantize_static(const void* xv, int64_t k, uint8_t* q, float x_scale, int32_t x_zero,
                      float* scale, int32_t* zero_point) {
   const T* x = static_cast<const T*>(xv);
   const float most = magnitude<L, T>(x, k);
-  *zero_point = grid_zero;
-  *scale = most == most ? grid_scale : most;
+  *zero_point = x_zero;
+  *scale = most == most ? x_scale : most;
   if (most == most)
-    round_row<L, T>(x, k, 1.0f / grid_scale, static_cast<float>(grid_zero), 0.0f, q);
+    round_row<L, T>(x, k, 1.0f / x_scale, static_cast<float>(x_zero), 0.0f, q);
   else
     memset(q, 0, static_cast<size_t>(k));
 }

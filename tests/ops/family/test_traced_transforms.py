@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bigops.formats import BitmapWeight, Format
-from bigops.formats.quantize import static_grid
+from bigops.formats.quantize import static_qparams
 from bigops.formats.sparse import SparseWeight
 from bigops.ops.family import LinearOp, op_of
 from bigops.ops.fp8_linear import fp8_linear
@@ -204,20 +204,20 @@ def test_traced_by_fx(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["int8_static", "sparse_int8"])
-def test_grids_by_fx_meta_and_fake_tensors(form: str) -> None:
-    """The twin of an op: x and the result in u8."""
+def test_qparams_by_fx_meta_and_fake_tensors(form: str) -> None:
+    """x and the result in u8."""
     case = problem(form)
-    grid, q = static_grid(-2.0, 3.0), torch.randint(0, 256, (M, K), dtype=torch.uint8)
-    own = {"x_grid": grid} if form == "sparse_int8" else {}
+    qparams, q = static_qparams(-2.0, 3.0), torch.randint(0, 256, (M, K), dtype=torch.uint8)
+    own = {"x_qparams": qparams} if form == "sparse_int8" else {}
     public = PUBLIC.get(case.op.name, sparse_linear)
 
     def f(x: Tensor) -> Tensor:
-        return public(x, case.weight, case.bias, None, "relu", y_grid=grid, **own)
+        return public(x, case.weight, case.bias, None, "relu", y_qparams=qparams, **own)
 
     traced = torch.fx.symbolic_trace(f)
-    assert case.op.twin is not None
+    assert case.op.u8 is not None
     called = {node.target for node in traced.graph.nodes if node.op == "call_function"}
-    assert case.op.twin.forward._overloadpacket.default in called, called
+    assert case.op.u8.forward._overloadpacket.default in called, called
     want = f(q)
     assert want.dtype == torch.uint8
     assert torch.equal(traced(q), want)
@@ -226,7 +226,7 @@ def test_grids_by_fx_meta_and_fake_tensors(form: str) -> None:
         fake = f(mode.from_tensor(q))
     weight, onto = case.weight.map(lambda t: t.to("meta")), lambda t: t.to("meta")
     own = {name: onto(t) for name, t in own.items()}
-    meta = public(onto(q), weight, onto(case.bias), None, "relu", y_grid=onto(grid), **own)
+    meta = public(onto(q), weight, onto(case.bias), None, "relu", y_qparams=onto(qparams), **own)
     for y in (fake, meta):
         assert (y.shape, y.dtype) == (want.shape, want.dtype)
     assert meta.device.type == "meta"

@@ -66,9 +66,9 @@ def refusals() -> list[tuple[str, type[Exception], str, dict[str, object]]]:
             {"weight": good.replace(row_sum=None)},
         ),
         (
-            "x_grid",
+            "x_qparams",
             ValueError,
-            "x_grid: expected a tensor with activations 'static'; got None",
+            "x_qparams: expected a tensor with activations 'static'; got None",
             {"weight": good.replace(activations="static")},
         ),
         (
@@ -133,7 +133,7 @@ def test_errors_name_argument_expected_and_got(
         ({2: torch.ones(3)}, "scale: expected shape"),
         ({3: torch.ones(3).char()}, "zero_point: expected shape"),
         ({4: None}, "row_sum: expected a tensor; got None"),
-        ({5: torch.ones(2)}, "x_grid: expected None; got a tensor"),
+        ({5: torch.ones(2)}, "x_qparams: expected None; got a tensor"),
         ({6: 16}, "pad: expected the rows"),
         ({7: -1}, "k: expected at least 0"),
         ({8: 3}, "bits: expected 8 or 4"),

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 
 import bigops
-from bigops.formats.quantize import act_quant, static_grid
+from bigops.formats.quantize import act_quant, static_qparams
 from bigops.formats.quantized import QuantizedWeight, pack
 from bigops.kernels.common.tiles import TileConfig
 from bigops.kernels.quantized_linear import forward as kernels
@@ -80,10 +80,10 @@ def test_rows_are_quantised_to_the_bit_as_the_reference_does(
     x = rows_of_all_kinds(k)
     x[10:] += torch.randn(30, 1)
     x = x.to(DTYPES[dtype])
-    grid = static_grid(-1.0, 3.0) if activations == "static" else None
+    qparams = static_qparams(-1.0, 3.0) if activations == "static" else None
     with guarded():
-        q, scale, zero, sums = rows.quantize_activations(x, activations, grid)
-    want = act_quant(x, activations, grid)
+        q, scale, zero, sums = rows.quantize_activations(x, activations, qparams)
+    want = act_quant(x, activations, qparams)
     finite = x.isfinite().all(1)
     assert torch.equal(scale.isnan(), ~finite)
     assert torch.equal(scale[finite], want.scale[finite, 0])
@@ -244,9 +244,9 @@ def test_explain_names_kernel_and_config(form: str) -> None:
 def test_explain_says_what_no_gpu_kernel_serves() -> None:
     case = make("int8_static", 4, 6, 40)
     u8 = torch.zeros(4, 40, dtype=torch.uint8)
-    for x, grid, why in ((u8, None, "uint8 x"), (case.x, case.weight.x_grid, "uint8 result")):
-        said = bigops.explain("quantized_linear", x, case.weight, device="sm_90", y_grid=grid)
-        assert said.kernel == "reference.quantized_linear_grid"
+    for x, qparams, why in ((u8, None, "uint8 x"), (case.x, case.weight.x_qparams, "uint8 result")):
+        said = bigops.explain("quantized_linear", x, case.weight, device="sm_90", y_qparams=qparams)
+        assert said.kernel == "reference.quantized_linear_u8"
         assert why in said.reason
     assert path.MAX_K == kernels.MAX_K
     wide = torch.empty(4, 1 << 17, device="meta")
@@ -277,7 +277,7 @@ FAULTS = {
     "correction by W forgotten": ("int8_zero", "(of_x - x_at * K)", "(of_x - x_at)"),
     "columns not written": ("int8", "range(0, stride_q, BLOCK_N)", "range(0, BLOCK_N, BLOCK_N)"),
     "sums of a row by another": ("w4a8", "sums[None, :]) * by", "sums[None, :] * 1.01) * by"),
-    "grid of x ignored": ("int8_static", "one * tl.load(grid + 1)", "one * 0.0"),
+    "qparams of x ignored": ("int8_static", "one * tl.load(grid + 1)", "one * 0.0"),
     "last K step dropped": ("w4a8", "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K, BLOCK_K)"),
 }
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bigops.formats.quantize import act_quant, static_grid
+from bigops.formats.quantize import act_quant, static_qparams
 from bigops.formats.quantized import QuantizedWeight, pack
 from bigops.ops.quantized_linear import op, quantized_linear
 from tests.support.backends import CPU, HOSTRUN, REFERENCE, TRITON, Way, covering
@@ -107,9 +107,9 @@ def test_symmetric_and_static_quantisers_by_their_definition() -> None:
     assert bool((zero == 128).all())
     assert q.min() >= 1
     assert bool((((q - zero) * scale - x.double()).abs() <= scale * 0.5 * (1 + 1e-4)).all())
-    grid = static_grid(-1.0, 3.0)
-    q, scale, zero = (t.double() for t in act_quant(x, "static", grid))
-    assert bool((scale == grid[0].double()).all())
+    qparams = static_qparams(-1.0, 3.0)
+    q, scale, zero = (t.double() for t in act_quant(x, "static", qparams))
+    assert bool((scale == qparams[0].double()).all())
     near = x.double().clamp(-1.0, 3.0)
     assert bool((((q - zero) * scale - near).abs() <= scale * (1 + 1e-4)).all())
 
@@ -335,7 +335,7 @@ def test_any_strides(form: str, m: int) -> None:
         "bias": (x, case.weight, spread[:, 1], residual),
         "residual": (x, case.weight, bias, odd(residual)),
     }
-    for name in ("values", "scale", "zero_point", "row_sum", "x_grid"):
+    for name in ("values", "scale", "zero_point", "row_sum", "x_qparams"):
         part = getattr(case.weight, name)
         if part is not None:
             changed = case.weight.replace(**{name: odd(part)})

@@ -319,8 +319,8 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(error, match=message):
             sparse_linear(*args)
-    with pytest.raises(ValueError, match="x_grid, y_grid: expected None with a Sparse24Weight"):
-        sparse_linear(x, weight, y_grid=torch.ones(2))
+    with pytest.raises(ValueError, match="y_qparams: expected None with a Sparse24Weight"):
+        sparse_linear(x, weight, y_qparams=torch.ones(2))
 
 
 # planted faults and sanitizers -------------------------------------------------------------------

@@ -155,7 +155,7 @@ def test_errors_name_argument_expected_and_got(
 
 
 def test_u8_rows_are_refused_by_name_where_no_weight_takes_them() -> None:
-    """2:4 and bitmap weights have no twin with grids."""
+    """2:4 and bitmap weights take no qparams."""
     w, x = torch.randn(20, 64), torch.zeros(3, 64, dtype=torch.uint8)
     for weight in (
         pack24(w, n_m_mask(w), torch.bfloat16),
@@ -166,12 +166,12 @@ def test_u8_rows_are_refused_by_name_where_no_weight_takes_them() -> None:
         for call in (sparse_linear, lambda *args: bigops.explain("sparse_linear", *args)):
             with pytest.raises(TypeError, match=f"x: expected dtype {names}; got uint8"):
                 call(x, weight)
-        grid = torch.tensor([1.0, 0.0])
-        said = f"x_grid, y_grid: expected None with a {type(weight).__name__}"
+        qparams = torch.tensor([1.0, 0.0])
+        said = f"x_qparams, y_qparams: expected None with a {type(weight).__name__}"
         with pytest.raises(ValueError, match=said):
-            sparse_linear(x, weight, x_grid=grid)
+            sparse_linear(x, weight, x_qparams=qparams)
         with pytest.raises(ValueError, match=said):
-            bigops.explain("sparse_linear", x, weight, y_grid=grid)
+            bigops.explain("sparse_linear", x, weight, y_qparams=qparams)
 
 
 # raw op ------------------------------------------------------------------------------------

@@ -198,12 +198,18 @@ def test_explain_names_kernel_and_config(dtype: torch.dtype, pattern: str) -> No
 
 def test_explain_says_what_no_gpu_kernel_serves() -> None:
     case = make("sparse_int8", 4, 32, 64, pattern="16x16")
-    grid = torch.tensor([0.1, 128.0])
+    qparams = torch.tensor([0.1, 128.0])
     u8 = torch.zeros(4, 64, dtype=torch.uint8)
+    why_not = "no GPU kernel for a call with qparams"
     for x, options, name, why in (
         (case.x, {}, "sparse_linear", "no GPU kernel for int8 values"),
-        (case.x, {"y_grid": grid}, "sparse_linear_grid", "no GPU kernel for a call with grids"),
-        (u8, {"x_grid": grid}, "sparse_linear_grid", "no GPU kernel for a call with grids"),
+        (
+            case.x,
+            {"y_qparams": qparams},
+            "sparse_linear_u8",
+            why_not,
+        ),
+        (u8, {"x_qparams": qparams}, "sparse_linear_u8", why_not),
     ):
         said = bigops.explain("sparse_linear", x, case.weight, device="sm_90", **options)
         assert said.kernel == f"reference.{name}"

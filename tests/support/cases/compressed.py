@@ -23,7 +23,7 @@ from bigops.formats import fp8
 from bigops.formats.fp8 import Fp8Weight
 from bigops.formats.packed import PackedWeight
 from bigops.formats.patterns import Pattern
-from bigops.formats.quantize import act_quant, static_grid
+from bigops.formats.quantize import act_quant, static_qparams
 from bigops.formats.quantized import QuantizedWeight
 from bigops.formats.sparse import SparseWeight
 from bigops.ops.family import Call, LinearOp, op_of
@@ -213,7 +213,7 @@ class Case:
             return fp8.act_quant(self.x.detach(), block, self.weight.x_scale).dense(torch.float64)
         options = ("dynamic", None)
         if self.op == "quantized_linear":
-            options = (self.weight.activations, self.weight.x_grid)
+            options = (self.weight.activations, self.weight.x_qparams)
         rows = act_quant(self.x.detach(), *options)
         return (rows.q.double() - rows.zero_point.double()) * rows.scale.double()
 
@@ -366,7 +366,7 @@ def make(
     if form in QUANTISED:
         options = dict(QUANTISED[form])
         if options.get("activations") == "static":
-            options["x_grid"] = static_grid(-2.0, 3.0)  # some of x lies outside
+            options["x_qparams"] = static_qparams(-2.0, 3.0)  # some of x lies outside
         weight = QuantizedWeight.from_dense(w, **options)
     elif form in FP8:
         weight = Fp8Weight.from_dense(w, **FP8[form])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import bigops
 from bigops.formats.bitmap import BitmapWeight
-from bigops.formats.quantize import static_grid
+from bigops.formats.quantize import static_qparams
 from bigops.formats.sparse import SparseWeight
 from bigops.ops.low_rank_linear import low_rank_linear
 from bigops.ops.sparse_linear.sparse24_pack import prune24
@@ -132,13 +132,15 @@ def calls() -> dict[str, Call]:
     for name, f in linear_forms().items():
         found[name] = lambda f=f: f(x)  # type: ignore[misc]
         found[f"{name}, backward"] = _both(f, x)
-    grid, sparse = static_grid(-3.0, 5.0), SparseWeight.from_dense(w, torch.int8)
-    static = bigops.formats.QuantizedWeight.from_dense(w, activations="static", x_grid=grid)
+    qparams, sparse = static_qparams(-3.0, 5.0), SparseWeight.from_dense(w, torch.int8)
+    static = bigops.formats.QuantizedWeight.from_dense(w, activations="static", x_qparams=qparams)
     dense = SparseWeight.from_dense(w)
     large, square = torch.randn(256, 64), torch.randn(64, 64)
     found |= {
-        "quantized_linear, grid": lambda: bigops.quantized_linear(x, static, y_grid=grid),
-        "sparse_linear, grid": lambda: bigops.sparse_linear(x, sparse, x_grid=grid, y_grid=grid),
+        "quantized_linear, qparams": lambda: bigops.quantized_linear(x, static, y_qparams=qparams),
+        "sparse_linear, qparams": lambda: bigops.sparse_linear(
+            x, sparse, x_qparams=qparams, y_qparams=qparams
+        ),
         "sparse_linear, values": _both(
             lambda v: bigops.sparse_linear(x, dense.replace(values=v)), dense.values
         ),

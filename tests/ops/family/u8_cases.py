@@ -1,4 +1,4 @@
-"""Calls of quantized_linear and sparse_linear with grids, and what holds their u8 results."""
+"""Calls of quantized_linear and sparse_linear with qparams, and what holds their u8 results."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigops.formats.quantize import from_grid, static_grid, to_grid
+from bigops.formats.quantize import dequantize_u8, quantize_u8, static_qparams
 from bigops.ops.quantized_linear import quantized_linear
 from bigops.ops.sparse_linear import sparse_linear
 from tests.support.cases.compressed import SPARSE, Case, kernel_of, make
 from tests.support.kernels_ran import expect
 from tests.support.tolerance import bound, check
 
-X_GRID = static_grid(-2.0, 3.0)  # that of the static cases; some of x lies outside
+X_QPARAMS = static_qparams(-2.0, 3.0)  # that of the static cases; some of x lies outside
 U8_FORMS = ("int8_static", "w4a8_static", "sparse_int8")  # whose x may be u8
 FORMS = (*U8_FORMS, "int8", "int8_zero", "w8_zero", "w4", "w4a8", "sparse_float", "sparse_bf16")
 
@@ -36,45 +36,47 @@ def kernel(form: str, level: str, x: Tensor, m: int, u8: bool) -> str:
     return kernel_of(form, level, dtype) + end
 
 
-def call(case: Case, x: Tensor, y_grid: Tensor | None, x_grid: Tensor | None = None) -> Tensor:
-    """The public call with these grids; a sparse one takes that of a u8 x besides."""
+def call(
+    case: Case, x: Tensor, y_qparams: Tensor | None, x_qparams: Tensor | None = None
+) -> Tensor:
+    """The public call with these qparams; a sparse one takes those of a u8 x besides."""
     f: Any = sparse_linear if case.sparse else quantized_linear
-    grids: dict[str, Any] = {"y_grid": y_grid}
+    qparams: dict[str, Any] = {"y_qparams": y_qparams}
     if case.sparse:
-        grids["x_grid"] = X_GRID if x.dtype == torch.uint8 else x_grid
-    y: Tensor = f(x, case.weight, case.bias, case.residual, case.name, **grids)
+        qparams["x_qparams"] = X_QPARAMS if x.dtype == torch.uint8 else x_qparams
+    y: Tensor = f(x, case.weight, case.bias, case.residual, case.name, **qparams)
     return y
 
 
-def raw_arguments(case: Case, x: Tensor, y_grid: Tensor | None) -> list[Any]:
-    x_grid = [X_GRID if x.dtype == torch.uint8 else None] if case.sparse else []
-    return [x, *case.storage, *x_grid, y_grid, case.bias, case.residual, case.name]
+def raw_arguments(case: Case, x: Tensor, y_qparams: Tensor | None) -> list[Any]:
+    x_qparams = [X_QPARAMS if x.dtype == torch.uint8 else None] if case.sparse else []
+    return [x, *case.storage, *x_qparams, y_qparams, case.bias, case.residual, case.name]
 
 
 def raw(case: Case) -> Any:
-    return getattr(torch.ops.bigops, f"{case.op}_grid")
+    return getattr(torch.ops.bigops, f"{case.op}_u8")
 
 
-def grid_of(case: Case) -> Tensor:
-    """A grid over most of the result: a few numbers lie outside."""
+def qparams_of(case: Case) -> Tensor:
+    """A qparams over most of the result: a few numbers lie outside."""
     y = case.truth(torch.float64)[0]
     if not y.numel():
-        return static_grid(-1.0, 1.0)
-    return static_grid(float(y.min()) * 0.9, float(y.max()) * 0.9)
+        return static_qparams(-1.0, 1.0)
+    return static_qparams(float(y.min()) * 0.9, float(y.max()) * 0.9)
 
 
-def on_grid(case: Case) -> Case:
-    """The case with the x that its u8 numbers on X_GRID stand for, which no kernel rounds again."""
-    x = from_grid(to_grid(case.x, X_GRID), X_GRID, torch.float32)
+def on_qparams(case: Case) -> Case:
+    """The case with the x that its u8 codes stand for, which no kernel rounds again."""
+    x = dequantize_u8(quantize_u8(case.x, X_QPARAMS), X_QPARAMS, torch.float32)
     return replace(case, x=x, quantised=False)
 
 
-def check_u8(case: Case, q: Tensor, grid: Tensor) -> None:
+def check_u8(case: Case, q: Tensor, qparams: Tensor) -> None:
     """Hold a u8 result to float64: half a step off at most, plus what the rule allows y."""
     assert q.dtype == torch.uint8
     ref64, plain = case.truth(torch.float64)[0], case.truth(torch.float32)[0]
     assert q.shape == ref64.shape
-    scale, zero = grid.double()
+    scale, zero = qparams.double()
     want = (ref64 / scale + zero).clamp(0, 255)
     allowed = 0.5 + bound(ref64, plain, case.scales()[0]) / scale
     # y * (1 / scale): two roundings of a number below 512
@@ -87,15 +89,15 @@ def check_u8(case: Case, q: Tensor, grid: Tensor) -> None:
 def run(form: str, level: str, m: int, n: int, k: int, dtype: str, name: str, **more: Any) -> None:
     """One case: a u8 result of x, and where x may be u8 the same of u8 rows."""
     case = make(form, m, n, k, dtype, name, **more)
-    grid = grid_of(case)
+    qparams = qparams_of(case)
     with expect(kernel(form, level, case.x, m, True)):
-        check_u8(case, call(case, case.x, grid), grid)
+        check_u8(case, call(case, case.x, qparams), qparams)
     if form not in U8_FORMS:
         return
-    q = to_grid(case.x, X_GRID)
+    q = quantize_u8(case.x, X_QPARAMS)
     with expect(kernel(form, level, q, m, True), kernel(form, level, q, m, False)):
-        u8, y = call(case, q, grid), call(case, q, None)
-    seen = on_grid(case)
-    check_u8(seen, u8, grid)
+        u8, y = call(case, q, qparams), call(case, q, None)
+    seen = on_qparams(case)
+    check_u8(seen, u8, qparams)
     truth, plain = seen.truth(torch.float64)[0], seen.truth(torch.float32)[0].to(y.dtype)
     check(y, truth, plain, seen.scales()[0], what=f"{name} of u8")

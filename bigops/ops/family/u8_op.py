@@ -1,8 +1,8 @@
-"""u8 between layers: the twins of quantized_linear and sparse_linear that read and give u8.
+"""u8 between layers: the forms of quantized_linear and sparse_linear that read and give u8.
 
-A grid is a float32 tensor [2], scale and zero point: u8 numbers q stand for
-``scale * (q - zero_point)``. An op takes ``(x, *arguments, [x_grid], y_grid, bias, residual,
-activation)``, the grids that its weight does not hold. It is for inference: u8 has no gradient,
+Qparams are a float32 tensor [2], scale and zero point: u8 numbers q stand for
+``scale * (q - zero_point)``. An op takes ``(x, *arguments, [x_qparams], y_qparams, bias, residual,
+activation)``, the qparams that its weight does not hold. It is for inference: u8 has no gradient,
 and an input that asks for one is refused.
 """
 
@@ -25,17 +25,17 @@ from bigops.ops.library import autocast, define, encoder, register
 from bigops.ops.targets import Target
 
 
-class GridCall(NamedTuple):
-    """A call of a `GridOp`."""
+class U8Call(NamedTuple):
+    """A call of a `U8Op`."""
 
     call: Call
-    x_grid: Tensor | None  # of the op, or the weight's own
-    y_grid: Tensor | None
+    x_qparams: Tensor | None  # of the op, or the weight's own
+    y_qparams: Tensor | None
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the result: u8 with a y_grid, else x's where that is floating, else bias's."""
-        return torch.uint8 if self.y_grid is not None else self.floating
+        """Of the result: u8 by y_qparams, else x's where that is floating, else bias's."""
+        return torch.uint8 if self.y_qparams is not None else self.floating
 
     @property
     def floating(self) -> torch.dtype:
@@ -47,26 +47,26 @@ class GridCall(NamedTuple):
         return torch.float32 if given is None else given.dtype
 
 
-class GridOp:
-    """Defines the twin ``<name>_grid`` of a linear op, and applies it.
+class U8Op:
+    """Defines ``<name>_u8``, the form of a linear op that reads and gives u8, and applies it.
 
     Args:
-        op: the op that it is a twin of; its product takes ``Call`` and the grid of x.
-        grids: the grids besides the weight, in order: ``("y_grid",)`` where the weight holds that
-            of x, ``("x_grid", "y_grid")`` where it does not.
+        op: the linear op; its product takes ``Call`` and the qparams of x.
+        qparams: those besides the weight, in order: ``("y_qparams",)`` where the weight holds
+            those of x, ``("x_qparams", "y_qparams")`` where it does not.
         choose: ``choose(call, target)``: what serves a call there.
     """
 
     def __init__(
-        self, op: LinearOp, grids: tuple[str, ...], choose: Callable[[GridCall, Target], Choice]
+        self, op: LinearOp, qparams: tuple[str, ...], choose: Callable[[U8Call, Target], Choice]
     ) -> None:
-        self.op, self.grids, self.choose = op, grids, choose
-        op.twin = self
-        self.name = f"{op.name}_grid"
-        self.arguments = ("x", *op.fields, *grids, "bias", "residual", "activation")
+        self.op, self.qparams, self.choose = op, qparams, choose
+        op.u8 = self
+        self.name = f"{op.name}_u8"
+        self.arguments = ("x", *op.fields, *qparams, "bias", "residual", "activation")
         self.forward = define(
             f"{self.name}(Tensor x, {op.format.SCHEMA}, "
-            f"{', '.join(f'Tensor? {grid}' for grid in grids)}, Tensor? bias, Tensor? residual, "
+            f"{', '.join(f'Tensor? {name}' for name in qparams)}, Tensor? bias, Tensor? residual, "
             "str activation) -> Tensor",
             self._serve,
         )
@@ -80,30 +80,30 @@ class GridOp:
             vmap=self._vmap,
         )
 
-    def call(self, *args: Any) -> GridCall:
+    def call(self, *args: Any) -> U8Call:
         """The arguments of the op in words as an object."""
         named = dict(zip(self.arguments, args, strict=True))
         weight = self.op.weight(named["x"], *(named[field] for field in self.op.fields))
         call = Call(named["x"], weight, *(named[n] for n in ("bias", "residual", "activation")))
-        return self._given(call, named.get("x_grid"), named["y_grid"])
+        return self._given(call, named.get("x_qparams"), named["y_qparams"])
 
-    def _given(self, call: Call, x_grid: Tensor | None, y_grid: Tensor | None) -> GridCall:
-        """The call with the grid of x that counts: the op's, or the weight's own."""
-        if "x_grid" not in self.grids:
-            x_grid = getattr(call.weight, "x_grid", None)
-        return GridCall(call, x_grid, y_grid)
+    def _given(self, call: Call, x_qparams: Tensor | None, y_qparams: Tensor | None) -> U8Call:
+        """The call with the qparams of x that counts: the op's, or the weight's own."""
+        if "x_qparams" not in self.qparams:
+            x_qparams = getattr(call.weight, "x_qparams", None)
+        return U8Call(call, x_qparams, y_qparams)
 
     # checks ---------------------------------------------------------------------------------
 
-    def check(self, given: GridCall) -> None:
+    def check(self, given: U8Call) -> None:
         """Raise ValueError or TypeError naming the argument, what was expected and what came.
 
-        What the grids hold is asked in `check_values`: fake tensors hold nothing.
+        What the qparams hold is asked in `check_values`: fake tensors hold nothing.
         """
         (x, _, bias, residual, _), floating = given.call, given.floating
         quantises = self._quantises(given)
         if x.dtype == torch.uint8:
-            if not (quantises and given.x_grid is not None):
+            if not (quantises and given.x_qparams is not None):
                 raise TypeError(
                     f"x: expected a floating dtype, since {self._why_floating(given)}; got uint8"
                 )
@@ -113,49 +113,49 @@ class GridOp:
                 checks.floating("residual", residual, quantize.SERVED)
                 checks.dtype("residual", residual, floating)
             x = x.new_empty(x.shape, dtype=floating)  # the others are held to this dtype
-        elif "x_grid" in self.grids and given.x_grid is not None and not quantises:
-            raise ValueError("x_grid: expected None with floating values; got a tensor")
+        elif "x_qparams" in self.qparams and given.x_qparams is not None and not quantises:
+            raise ValueError("x_qparams: expected None with floating values; got a tensor")
         given.call._replace(x=x).check()
-        for name, grid in (("x_grid", given.x_grid), ("y_grid", given.y_grid)):
-            if grid is not None:
-                quantize.check_grid_form(name, grid)
-                checks.device(name, grid, x)
+        for name, qparams in (("x_qparams", given.x_qparams), ("y_qparams", given.y_qparams)):
+            if qparams is not None:
+                quantize.check_qparams_form(name, qparams)
+                checks.device(name, qparams, x)
 
     def explain(
-        self, call: Call, x_grid: Tensor | None, y_grid: Tensor | None, target: Target
+        self, call: Call, x_qparams: Tensor | None, y_qparams: Tensor | None, target: Target
     ) -> Choice:
-        """What serves a call with a grid or a u8 x, which is checked first."""
-        given = self._given(call, x_grid, y_grid)
+        """What serves a call with qparams or a u8 x, which is checked first."""
+        given = self._given(call, x_qparams, y_qparams)
         self.check(given)
         if not targets.is_cpu(target):
             targets.why_not(given.floating, target, self.op.name)  # it refuses what is no device
         return self.choose(given, target)
 
-    def _quantises(self, given: GridCall) -> bool:
-        """Whether x may be u8: a weight that holds the grid of x has one with "static" only."""
+    def _quantises(self, given: U8Call) -> bool:
+        """Whether x may be u8: a weight that holds the qparams of x has them with "static" only."""
         weight = given.call.weight
-        return weight.rounds and ("x_grid" in self.grids or given.x_grid is not None)
+        return weight.rounds and ("x_qparams" in self.qparams or given.x_qparams is not None)
 
-    def _why_floating(self, given: GridCall) -> str:
+    def _why_floating(self, given: U8Call) -> str:
         if self._quantises(given):
-            return "there is no x_grid"
-        if "x_grid" in self.grids:
+            return "there is no x_qparams"
+        if "x_qparams" in self.qparams:
             return "the weight has floating values"
         return "the weight's activations are not 'static'"
 
-    def check_values(self, given: GridCall) -> None:
-        """Raise ValueError unless the grids hold what a grid is made of."""
-        for name, grid in (("x_grid", given.x_grid), ("y_grid", given.y_grid)):
-            if grid is not None and grid.numel() == 2:
-                quantize.check_grid(name, grid)
+    def check_values(self, given: U8Call) -> None:
+        """Raise ValueError unless the qparams hold a scale and a zero point."""
+        for name, qparams in (("x_qparams", given.x_qparams), ("y_qparams", given.y_qparams)):
+            if qparams is not None and qparams.numel() == 2:
+                quantize.check_qparams(name, qparams)
 
     # reference, fake ------------------------------------------------------------------------
 
-    def reference(self, given: GridCall) -> Tensor:
+    def reference(self, given: U8Call) -> Tensor:
         """The meaning of the op in plain torch."""
-        y = given.call.finish(given.call.biased(self.op.product(given.call, given.x_grid)))
-        if given.y_grid is not None:
-            return quantize.to_grid(y, given.y_grid)
+        y = given.call.finish(given.call.biased(self.op.product(given.call, given.x_qparams)))
+        if given.y_qparams is not None:
+            return quantize.quantize_u8(y, given.y_qparams)
         return y.to(given.dtype)
 
     def _serve(self, *args: Any) -> Tensor:
@@ -198,21 +198,21 @@ class GridOp:
         x: Tensor,
         arguments: tuple[Any, ...],
         k: int,
-        grids: tuple[Tensor | None, ...],
+        qparams: tuple[Tensor | None, ...],
         bias: Tensor | None,
         residual: Tensor | None,
         activation: str,
     ) -> Tensor:
-        """Run the op; ``arguments`` and ``k`` of the weight, ``grids`` as the schema has them."""
+        """Run the op; ``arguments`` and ``k`` of the weight, ``qparams`` as the schema has them."""
         try:
             if not isinstance(x, Tensor) and torch._C._has_torch_function_unary(x):  # fx's proxies
-                return self._words(x, *arguments, *grids, bias, residual, activation)
+                return self._words(x, *arguments, *qparams, bias, residual, activation)
             device_type = x.device.type
             if device_type != "meta" and torch.is_autocast_enabled(device_type):
                 x, bias, residual = autocast(device_type, x, bias, residual)  # type: ignore[assignment]
             if x.shape[-1] != k:
                 raise TypeError  # it is named below
-            args = (x, *arguments, *grids, bias, residual, activation)
+            args = (x, *arguments, *qparams, bias, residual, activation)
             if torch.is_grad_enabled():
                 for name, t in zip(self.arguments, args, strict=True):
                     if isinstance(t, Tensor) and t.requires_grad:
@@ -226,11 +226,11 @@ class GridOp:
             # The kernel checks its arguments; only a refused call pays for naming what is wrong.
             act.check_name(activation, gated=False)
             if not torch.compiler.is_compiling():
-                named = dict(zip(self.grids, grids, strict=True))
+                named = dict(zip(self.qparams, qparams, strict=True))
                 checks.tensors(x=x, bias=bias, residual=residual, **named)
                 weight = self.op.stored(k, arguments)
                 call = Call(x, weight, bias, residual, activation)
-                given = self._given(call, named.get("x_grid"), named["y_grid"])
+                given = self._given(call, named.get("x_qparams"), named["y_qparams"])
                 self.check(given)
                 self.check_values(given)
             raise
