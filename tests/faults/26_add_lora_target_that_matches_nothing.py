@@ -2,6 +2,7 @@
 
 Sources: huggingface/trl#5430 (gate_proj, up_proj in one module), casper-hansen/AutoAWQ#464.
 """
+
 import sys
 
 from torch import nn
