@@ -1,4 +1,4 @@
-"""nn.Linear(np.prod(shape), 64) works in torch; the verbs must take such a model, or leave the layer.
+"""nn.Linear(np.prod(shape), 64) works in torch; the verbs must take it, or leave the layer.
 
 Sources: carpedm20/BEGAN-tensorflow#17 (np.prod gives numpy.int64), huggingface/transformers#24340.
 """
