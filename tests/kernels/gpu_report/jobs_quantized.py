@@ -142,10 +142,10 @@ def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     if "ones" in words:
         own |= dict.fromkeys(("M", "N", "K", "LINES"), 1)
     if job.kernel == "act_quant":
-        types |= {"qparams": "*fp32", "q": "*i8"}
+        types |= {"grid": "*fp32", "q": "*i8"}
         own |= {"MODE": rows.MODES[words[0]]}
         if words[0] != "static":
-            own["qparams"] = None
+            own["grid"] = None
         return fn, types, constants_of(fn, job, **own)
     if "preact" in words:
         types["y"] = "*fp32"
