@@ -10,6 +10,7 @@ from torch import nn
 
 from bigops.compress.calibrate import Qparams
 from bigops.compress.config import Config, Int8
+from bigops.nn.computed_weight import is_dense
 from bigops.nn.layer import Layer, layer_of
 
 
@@ -96,11 +97,13 @@ def build(layer: nn.Module, choice: Choice, remarks: list[str] | None = None) ->
         raise ValueError(
             f"config: expected Int8() for a low-rank layer, whose rank stays; got {config}"
         )
-    if config.factors and not isinstance(layer, nn.Linear):
+    if config.factors and not is_dense(layer):
         raise ValueError(
             f"config: expected a dense layer for {config}; got a {type(layer).__name__}"
         )
-    new = config.make(layer, choice.rank, [] if remarks is None else remarks)
+    # what is made under inference_mode could not be trained later
+    with torch.inference_mode(False), torch.no_grad():
+        new = config.make(layer, choice.rank, [] if remarks is None else remarks)
     qparams = getattr(new, "x_qparams", None)
     if qparams is not None and choice.x_qparams is not None:
         qparams.copy_(torch.tensor(choice.x_qparams, device=qparams.device))
@@ -114,7 +117,7 @@ def nbytes(layer: nn.Module) -> int:
 
 def _saves_nothing(layer: nn.Module, rank: int | None) -> str | None:
     """Why factors of this rank would be no smaller than the layer, or None."""
-    if rank is None or not isinstance(layer, nn.Linear):
+    if rank is None or not is_dense(layer):
         return None
     n, k = layer.out_features, layer.in_features
     if rank * (k + n) < n * k:

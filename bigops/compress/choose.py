@@ -152,7 +152,7 @@ def has_factors(layer: nn.Module, config: Config) -> bool:
 def check_finite(name: str, layer: Any) -> None:
     """Raise ValueError where a weight or bias holds NaN or inf."""
     for leaf in ("weight", "u", "v", "values", "bias"):
-        value = getattr(layer, leaf, None)
+        value = layer._parameters.get(leaf)
         if value is not None and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())
             raise ValueError(

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeAlias
 
-import torch
 from torch import nn
 
 from bigops.compress.criteria import magnitude
@@ -18,6 +17,7 @@ from bigops.compress.quantizers import round_to_nearest
 from bigops.formats.fp8 import Fp8Weight
 from bigops.formats.patterns import Pattern
 from bigops.formats.quantized import check_form
+from bigops.nn.computed_weight import is_dense
 from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.layer import Layer, layer_of
 from bigops.nn.low_rank_linear import LowRankLinear
@@ -163,14 +163,12 @@ class LowRank(Config):
             object.__setattr__(self, "energy", float(energy))
 
     def make(self, old: nn.Module, rank: int | None, remarks: list[str]) -> LowRankLinear:
-        assert isinstance(old, nn.Linear)
+        assert is_dense(old)
         given = (self.rank, self.energy) if rank is None else (rank, None)
-        # Factors made under inference_mode could not be trained later.
-        with torch.inference_mode(False), torch.no_grad():
-            svd = truncated_svd(old.weight, *given, exact=self.exact)
-            if svd.fallback:
-                remarks.append(f"by LAPACK's SVD: {svd.fallback}")
-            return LowRankLinear.from_svd(old, svd)
+        svd = truncated_svd(old.weight, *given, exact=self.exact)
+        if svd.fallback:
+            remarks.append(f"by LAPACK's SVD: {svd.fallback}")
+        return LowRankLinear.from_svd(old, svd)
 
     def __add__(self, other: object) -> Config:
         return LowRankInt8(self, other) if isinstance(other, Int8) else super().__add__(other)

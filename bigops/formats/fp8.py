@@ -196,7 +196,7 @@ class Fp8Weight(Format):
         return cls(
             torch.empty((n, width), dtype=_CODES, device="meta"),
             torch.empty(shape, dtype=torch.float32, device="meta"),
-            torch.empty(1, device="meta") if activations == "static" else None,
+            torch.empty(1, dtype=torch.float32, device="meta") if activations == "static" else None,
             k,
             scales,
             activations,

@@ -287,7 +287,7 @@ def to_dense(values: Tensor, meta: Tensor, k: int) -> Tensor:
     n = values.shape[0]
     bits = _bits(meta, values.dtype)[:n]
     places = torch.stack([bits & 3, bits >> 2], -1)  # [N, K' / 4, 2]
-    dense = torch.zeros((*bits.shape, 4), device=values.device)
+    dense = torch.zeros((*bits.shape, 4), dtype=torch.float32, device=values.device)
     return dense.scatter(-1, places, values.float().unflatten(1, (-1, 2))).flatten(1)[:, :k]
 
 

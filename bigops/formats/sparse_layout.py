@@ -111,9 +111,8 @@ def positions(
 def to_dense(values: Tensor, at: Positions, n: int, k: int, chunk: int) -> Tensor:
     """The matrix [n, k] of stored values, float32, differentiable for floating values."""
     size = sizes(n, k, chunk, values.dtype)
-    padded = torch.zeros(
-        (size.chunks * chunk, size.panels * PANEL, size.columns), device=values.device
-    )
+    shape = (size.chunks * chunk, size.panels * PANEL, size.columns)
+    padded = torch.zeros(shape, dtype=torch.float32, device=values.device)
     # Padding lies at words that others store: its gradient is 0, not that of the matrix there.
     stored = torch.where(at.stored.unsqueeze(-1), values.float(), 0)
     dense = padded.index_put((at.row, at.word), stored, accumulate=True)

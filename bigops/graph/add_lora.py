@@ -11,9 +11,11 @@ from torch import nn
 from bigops.graph.atomic import atomic
 from bigops.graph.record import Done, Record, Skipped
 from bigops.graph.sites import Sites
+from bigops.nn import LAYERS
+from bigops.nn.computed_weight import is_dense
 from bigops.nn.layer import layer_of
 from bigops.nn.linear import Linear
-from bigops.nn.lora_linear import LoRAAdapter, LoRALinear, check_adapter
+from bigops.nn.lora import LoRAAdapter, LoRALinear, QLoRALinear, check_adapter
 
 
 @atomic
@@ -32,8 +34,8 @@ def add_lora_(
     included.
 
     Args:
-        model: holds `nn.Linear` or `bigops.nn.Linear` layers; a `LoRALinear` gets one more
-            adapter.
+        model: holds `nn.Linear`, `bigops.nn.Linear` or compressed layers (`QLoRALinear` is made
+            of these); a `LoRALinear` gets one more adapter.
         rank, alpha, dropout, name, rank_stabilized: see `LoRALinear.add_adapter`.
         targets: shell patterns (``"*.q_proj"``) of the layers' paths; each has to match one.
 
@@ -66,11 +68,11 @@ def add_lora_(
         try:
             check_adapter(linear.in_features, linear.out_features, rank, alpha, dropout)
             if adapted is None:
-                reason = sites.reason_to_leave(path, (nn.Linear, Linear), weight_goes=False)
+                reason = sites.reason_to_leave(path, (nn.Linear, *LAYERS), weight_goes=False)
                 if reason is not None:
                     left.append(Skipped(path, reason))
                     continue
-                adapted = new[path] = LoRALinear._unfrozen(Linear.from_linear(linear))
+                adapted = new[path] = _with_adapters(linear)
             adapter = adapted._new_adapter(name, rank, alpha, dropout, rank_stabilized)
             adapters[path] = adapted, adapter
         except (ValueError, RuntimeError) as error:
@@ -85,7 +87,7 @@ def add_lora_(
         )
     done = []
     for path, (layer, adapter) in adapters.items():
-        what, why = f"LoRALinear, rank {rank}", f"adapter {name!r}"
+        what, why = f"{type(layer).__name__}, rank {rank}", f"adapter {name!r}"
         added = sum(p.nbytes for p in adapter.parameters())
         done.append(Done(path, what, why, layer.nbytes, layer.nbytes + added))
     record = Record("add_lora_", done, left)
@@ -112,6 +114,13 @@ def _adapted(module: nn.Module) -> LoRALinear | None:
 def _linear(module: nn.Module) -> Any:
     """``module`` where it can have an adapter."""
     return _adapted(module) or (module if isinstance(module, nn.Linear) else None)
+
+
+def _with_adapters(linear: nn.Linear) -> LoRALinear:
+    """A layer beside ``linear`` that has no adapter yet."""
+    if is_dense(linear):
+        return LoRALinear._unfrozen(Linear.from_linear(linear))
+    return QLoRALinear._unfrozen(linear)
 
 
 def _matches(sites: Sites, module: nn.Module, pattern: str) -> bool:

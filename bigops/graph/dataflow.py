@@ -22,6 +22,7 @@ from bigops.graph.atomic import is_ours
 from bigops.graph.callers import Callers
 from bigops.graph.looking import looking, storage_of, written
 from bigops.graph.sites import Sites, hook_reason
+from bigops.nn.computed_weight import is_dense
 
 _MOST_OPTIONAL = 4  # optional arguments whose combinations are traced: 2^4 in two modes
 _GIVEN = object()
@@ -87,7 +88,7 @@ def _search(
     sites: Sites, twin: nn.Module | None, path: str, callers: Callers, flow: Dataflow
 ) -> None:
     module = sites.modules[path]
-    if not any(isinstance(m, nn.Linear) for m in module.modules()) or isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or not any(map(is_dense, module.modules())):
         return
     graphs: list[fx.Graph] | str = "" if twin is None else _trace(twin.get_submodule(path))
     if isinstance(graphs, list):
@@ -187,7 +188,7 @@ def _pairs_of_graphs(sites: Sites, root: str, graphs: list[fx.Graph]) -> Iterato
                 continue
             path = full(node.target)
             module = sites.modules[path]
-            if isinstance(module, nn.Linear):
+            if is_dense(module):
                 consumers.setdefault(path, set()).update(_readers(sites, node, full))
             elif activation_name(module):
                 producers.setdefault(id(module), set()).add(_producer(sites, node, full))
@@ -236,5 +237,5 @@ def _pairs_of_neighbours(sites: Sites, path: str) -> Iterator[Pair]:
     prefix = f"{path}." if path else ""
     for (first, linear), (second, module) in itertools.pairwise(children):
         name = activation_name(module)
-        if isinstance(linear, nn.Linear) and name and not hook_reason(module):
+        if is_dense(linear) and name and not hook_reason(module):
             yield Pair(prefix + first, name, [prefix + second], "neighbours in nn.Sequential")

@@ -11,6 +11,7 @@ from bigops.graph import dataflow
 from bigops.graph.atomic import atomic
 from bigops.graph.record import Done, Record, Skipped, account
 from bigops.graph.sites import Contest, Sites, capture, contest
+from bigops.nn.computed_weight import is_dense
 from bigops.nn.layer import layer_of
 from bigops.nn.linear import Linear
 
@@ -66,7 +67,7 @@ def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
     left: dict[str, str] = {}
     layers: dict[str, nn.Linear] = {}
     for path, module in sites.unique():
-        if not isinstance(module, nn.Linear):
+        if not is_dense(module):
             continue
         reason = sites.reason_to_leave(path, (nn.Linear, Linear), weight_goes=False)
         if reason is None and module.weight.dtype not in checks.FLOATING:

@@ -98,7 +98,7 @@ class Sites:
             return f"the same module is also reachable as {', '.join(others)}"
         for leaf in ("weight", "u", "v", "gate_up_weight", "gate_up_bias", "bias"):
             value = getattr(module, leaf, None)
-            if value is None:
+            if value is None or (leaf == "weight" and getattr(module, "computes_weight", None)):
                 continue
             if module._parameters.get(leaf) is not value:
                 return f"its {leaf} is no plain parameter"

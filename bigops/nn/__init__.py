@@ -6,7 +6,7 @@ from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.layer import Layer
 from bigops.nn.linear import Linear
 from bigops.nn.linear_cross_entropy import LinearCrossEntropy
-from bigops.nn.lora_linear import LoRALinear
+from bigops.nn.lora import LoRALinear, QLoRALinear
 from bigops.nn.low_rank_linear import LowRankLinear
 from bigops.nn.packed_gated_mlp import PackedGatedMLP
 from bigops.nn.packed_linear import PackedLinear
@@ -43,6 +43,7 @@ __all__ = [
     "PackedGatedMLP",
     "PackedLinear",
     "PackedLowRankLinear",
+    "QLoRALinear",
     "QuantLinear",
     "QuantLowRankLinear",
     "SparseLinear",

@@ -19,6 +19,7 @@ from bigops import formats
 from bigops.formats import quantize
 from bigops.formats.base import Format
 from bigops.nn import fields
+from bigops.nn.computed_weight import ComputedLinear, is_dense
 from bigops.nn.linear import check_size
 from bigops.nn.stored_parameter import StoredParameter
 from bigops.nn.stored_state import RETIRED, StoredState
@@ -32,8 +33,12 @@ STATES = ("frozen", "thawed", RETIRED)  # in `arguments()`, of no constructor
 Self = TypeVar("Self", bound="CompressedLinear")
 
 
-class CompressedLinear(StoredState):
+class CompressedLinear(StoredState, ComputedLinear):
     """``act(x @ weight.T + bias) + residual`` with the weight stored in a format.
+
+    An `nn.Linear` by type: ``weight`` is there in each state, of a frozen layer as a
+    `ComputedWeight`, which says shape, dtype and device, dequantises for what needs its numbers,
+    and refuses to be written.
 
     Recovery state: a float ``weight`` [N, K], rounded in the forward pass to what will be stored,
     with a straight-through gradient (arXiv 1308.3432). Frozen (`freeze`): the tensors of the
@@ -65,8 +70,8 @@ class CompressedLinear(StoredState):
     activations: str  # what the product does with x
     frozen: bool
     x_qparams: Tensor | None  # [2], a buffer until frozen: of x, activations "static" only
-    weight: Tensor  # a Parameter; absent once frozen
-    bias: Tensor | None
+    weight: Tensor  # a Parameter until frozen
+    bias: Any  # [N] or None
 
     def __init__(
         self,
@@ -83,7 +88,7 @@ class CompressedLinear(StoredState):
         check_size("in_features", in_features)
         check_size("out_features", out_features)
         op_of(format)
-        super().__init__()
+        nn.Module.__init__(self)  # the weight may be of another kind
         self.format, self.form = format, format.form(**form)
         self.activations = self.form.get("activations", "none")
         self.in_features = in_features
@@ -96,7 +101,9 @@ class CompressedLinear(StoredState):
             self.register_parameter(name, parameter)
         # A scale of 0 says that nothing was seen yet; make_storage refuses it.
         static = self.activations == "static"
-        self.register_buffer("x_qparams", torch.zeros(2, device=device) if static else None)
+        self.register_buffer(
+            "x_qparams", torch.zeros(2, dtype=torch.float32, device=device) if static else None
+        )
 
     @classmethod
     def from_linear(
@@ -124,7 +131,7 @@ class CompressedLinear(StoredState):
         new = cls(**form, bias=False, activation=name, device="meta")
         new.weight, new.bias = source.weight, source.bias
         if new.x_qparams is not None:
-            new.x_qparams = torch.zeros(2, device=source.weight.device)
+            new.x_qparams = torch.zeros(2, dtype=torch.float32, device=source.weight.device)
         return new.train(linear.training)
 
     @classmethod
@@ -133,9 +140,11 @@ class CompressedLinear(StoredState):
         given = {k: v for k, v in arguments.items() if k not in STATES}
         if "form" in given:
             given.update(given.pop("form"), format=formats.named(given["format"]))
+        dtype = given.pop("dtype", None)
         new = cls(**given, device="meta")
         if arguments["frozen"]:
             new.set_storage(new.empty_storage())
+            new.float_dtype = None if dtype is None else getattr(torch, dtype)
         return new
 
     # --- what a subclass may say otherwise ---------------------------------------------------
@@ -343,8 +352,10 @@ class CompressedLinear(StoredState):
         parameters.update(
             {n: None if t is None else StoredParameter(t) for n, t in tensors.items()}
         )
+        before = self._parameters.get(self.trained_names[0])
         vars(self).update(
             _parameters=parameters,
+            float_dtype=self.float_dtype if before is None else before.dtype,
             _buffers={n: t for n, t in self._buffers.items() if n not in gone},
             _empty=storage.with_tensors(dict.fromkeys(tensors)),
             _sizes=self._sizes_of(storage),
@@ -361,35 +372,44 @@ class CompressedLinear(StoredState):
             weight: Tensor = self.storage().to_dense()
             return weight.float()
 
+    @property
+    def computes_weight(self) -> str | None:
+        return self._where_it_went if self.__dict__.get("frozen", False) else None
+
+    def make_weight(self) -> Tensor:
+        dense: Tensor = self.storage().to_dense() if self.frozen else self.trained_weight()
+        return dense.to(self._weight_like()[0])
+
+    def _weight_like(self) -> tuple[torch.dtype, torch.device, bool]:
+        names = self.storage_names if self.frozen else self.trained_names
+        kept = [p for p in map(self._parameters.get, names) if p is not None]
+        dtype = kept[0].dtype if not self.frozen else self.float_dtype
+        if dtype is None:  # of an older file, which does not say it
+            dtype = torch.float32 if self.bias is None else self.bias.dtype
+        return dtype, kept[0].device, any(p.requires_grad for p in kept)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)  # first, for each call reads the bias
         except AttributeError:
-            self._check_trained(name)
+            if name != "weight":
+                self._check_settable(name)
             form = self.__dict__.get("form", {})
             if name in form and name not in self.format.TENSORS:
                 return form[name]
             raise
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._check_trained(name)
-        super().__setattr__(name, value)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        self._check_trained(name)
-        super().register_parameter(name, param)
-
-    def _check_trained(self, name: str) -> None:
+    def _check_settable(self, name: str) -> None:
+        super()._check_settable(name)
         if name in self.trained_names and self.__dict__.get("frozen", False):
-            # As an attribute it would be there, and no call would read it.
             raise AttributeError(f"{type(self).__name__}.{name}: {self._where_it_went}")
 
     @property
     def _where_it_went(self) -> str:
         """What to do for a float weight that is no more."""
         return (
-            "the layer is frozen and keeps its compressed storage alone; dense_weight() makes the "
-            "matrix that it stands for"
+            "the layer is frozen and keeps its compressed storage alone, which load_state_dict() "
+            "writes; dense_weight() makes the matrix that it stands for"
         )
 
     def extra_repr(self) -> str:
@@ -411,8 +431,16 @@ class CompressedLinear(StoredState):
             "bias": self.bias is not None,
             "activation": self.activation,
             "frozen": self.frozen,
+            **self._dtype_argument(),
             **self.form_arguments(),
         }
+
+    def _dtype_argument(self) -> dict[str, str]:
+        # left out where it says nothing
+        dtype = self.float_dtype
+        if not self.frozen or dtype in (None, torch.float32):
+            return {}
+        return {"dtype": str(dtype).removeprefix("torch.")}
 
     def form_arguments(self) -> dict[str, Any]:
         """The part of `arguments` that the format takes."""
@@ -441,10 +469,11 @@ class Source(NamedTuple):
 def check_source(linear: nn.Module) -> Source:
     """What ``linear`` is made of; raise TypeError or ValueError where it has no float weight."""
     names = getattr(linear, "trained_names", ("weight",))
-    if not isinstance(linear, nn.Linear | CompressedLinear) or "weight" not in names:
+    if not (is_dense(linear) or isinstance(linear, CompressedLinear)) or "weight" not in names:
         raise TypeError(f"linear: expected a torch.nn.Linear; got {type(linear).__name__}")
     if isinstance(linear, CompressedLinear) and linear.frozen:
         state = "thawed" if linear.thawed else "frozen"
         raise ValueError(f"linear: expected a layer with a float weight; got a {state} one")
     activation = getattr(linear, "activation", "none")
-    return Source(linear.in_features, linear.out_features, linear.weight, linear.bias, activation)
+    layer: Any = linear
+    return Source(layer.in_features, layer.out_features, layer.weight, layer.bias, activation)

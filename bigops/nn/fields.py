@@ -63,7 +63,12 @@ GATED = one_of(*act.GATED)
 
 LINEAR = {"in_features": SIZE, "out_features": SIZE, "bias": FLAG}
 ACTIVATED = {**LINEAR, "activation": PLAIN}
-COMPRESSED = {**ACTIVATED, "frozen": FLAG, "y_grid": left_out(FLAG)}
+COMPRESSED = {
+    **ACTIVATED,
+    "frozen": FLAG,
+    "dtype": left_out(one_of("bfloat16", "float16", "float64")),
+    "y_grid": left_out(FLAG),
+}
 GATED_MLP = {
     "in_features": SIZE,
     "hidden_features": SIZE,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bigops.nn import fields
+from bigops.nn.computed_weight import is_dense
 from bigops.nn.layer import Layer, layer_of
 from bigops.nn.linear import Linear, check_size
 from bigops.ops import activation as act
@@ -95,7 +96,7 @@ class GatedMLP(Layer):
             ValueError: shapes, biases, dtypes or devices that do not fit together.
         """
         for name, module in (("gate", gate), ("up", up), ("down", down)):
-            if not isinstance(module, nn.Linear):
+            if not is_dense(module):
                 raise TypeError(f"{name}: expected a torch.nn.Linear; got {type(module).__name__}")
         check_gated(activation)
         if up.weight.shape != gate.weight.shape:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bigops.nn import fields
+from bigops.nn.computed_weight import is_dense
 from bigops.nn.layer import Layer
 from bigops.ops import activation as act
 from bigops.ops.choice import Choice
@@ -62,7 +63,7 @@ class Linear(Layer, nn.Linear):
             linear: an `nn.Linear`; it is not changed.
             activation: by default that of ``linear`` where it has one, else none.
         """
-        if not isinstance(linear, nn.Linear):
+        if not is_dense(linear):
             raise TypeError(f"linear: expected a torch.nn.Linear; got {type(linear).__name__}")
         if activation is None:
             activation = getattr(linear, "activation", "none")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigops.nn.computed_weight import is_dense
 from bigops.nn.linear import check_size
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.linear_cross_entropy import linear_cross_entropy
@@ -78,7 +79,7 @@ class LinearCrossEntropy(nn.Linear):
             loss: whose weight, ignore_index, reduction and label_smoothing are taken over.
             **options: of this class; they go before those of ``loss``.
         """
-        if not isinstance(linear, nn.Linear):
+        if not is_dense(linear):
             raise TypeError(f"linear: expected a torch.nn.Linear; got {type(linear).__name__}")
         if loss is not None:
             if not isinstance(loss, nn.CrossEntropyLoss):

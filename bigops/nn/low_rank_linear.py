@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bigops.nn import fields
+from bigops.nn.computed_weight import ComputedLinear, is_dense
 from bigops.nn.layer import Layer
 from bigops.nn.linear import Linear, check_size
 from bigops.nn.truncated_svd import TruncatedSVD, truncated_svd
@@ -20,11 +21,16 @@ from bigops.ops.low_rank_linear import low_rank_linear
 Self = TypeVar("Self", bound="LowRankLinear")
 
 
-class LowRankLinear(Layer):
+# why there is no `weight` to write
+FACTORS = "the layer keeps two factors, u and v; to_linear() gives a dense layer"
+
+
+class LowRankLinear(Layer, ComputedLinear):
     """``act(x @ (u @ v).T + bias) + residual`` by one `bigops.low_rank_linear` call.
 
     The product ``u @ v`` is never formed: a row costs ``rank * (K + N)`` multiply-adds in place of
-    ``K * N``, and the factors are trained as they are, so the rank stays.
+    ``K * N``, and the factors are trained as they are, so the rank stays. An `nn.Linear` by type;
+    ``weight`` is their product, made where it is read, and refuses to be written.
 
     Args:
         in_features: K, length of the last dimension of x.
@@ -44,6 +50,7 @@ class LowRankLinear(Layer):
     compressed = True
     closed_to_pack = None
     rank: int
+    bias: Any  # [N] or None
 
     def __init__(
         self,
@@ -59,7 +66,7 @@ class LowRankLinear(Layer):
         check_size("in_features", in_features)
         check_size("out_features", out_features)
         check_rank(rank, in_features, out_features, least=0)
-        super().__init__()
+        nn.Module.__init__(self)  # there is no weight
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.activation = rank, activation
         where: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -110,7 +117,7 @@ class LowRankLinear(Layer):
             ValueError: both or none of rank and energy, one of them out of range, or a weight with
                 NaN or inf.
         """
-        if not isinstance(linear, nn.Linear):
+        if not is_dense(linear):
             raise TypeError(f"linear: expected a torch.nn.Linear; got {type(linear).__name__}")
         if (rank is None) == (energy is None):
             raise ValueError(f"rank, energy: expected one of the two; got {rank} and {energy}")
@@ -150,6 +157,17 @@ class LowRankLinear(Layer):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return low_rank_linear(x, self.u, self.v, self.bias, residual, self.activation)
+
+    @property
+    def computes_weight(self) -> str | None:
+        return FACTORS
+
+    def make_weight(self) -> Tensor:
+        return self.u @ self.v
+
+    def _weight_like(self) -> tuple[torch.dtype, torch.device, bool]:
+        u, v = self.u, self.v
+        return u.dtype, u.device, u.requires_grad or v.requires_grad
 
     def explain(self, x: Tensor) -> Choice:
         """Which kernel serves the layer on x."""

@@ -64,6 +64,16 @@ class PackedBase(CompressedLinear):
                 )
             yield name, stored, PackedWeight(panels, *shape)
 
+    def _weight_like(self) -> tuple[torch.dtype, torch.device, bool]:
+        if not self.frozen:
+            return super()._weight_like()
+        panels = self._parameters[self.storage_names[0]]
+        assert panels is not None
+        return panels.dtype, panels.device, False
+
+    def _dtype_argument(self) -> dict[str, str]:
+        return {}  # panels have the dtype of their matrix
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.frozen:
             return self.run(x, self._arguments(), residual)
@@ -225,7 +235,7 @@ class PackedLinear(PackedBase):
 
     - Packed (`freeze`, `bigops.pack_`): ``panels`` in place of the Parameter ``weight``;
       one `bigops.packed_linear` call, on x of the weight's dtype. x, bias and residual have
-      gradients, the weight has none. Reading ``weight`` raises AttributeError; `state_dict` has it.
+      gradients, the weight has none. Reading ``weight`` unpacks it; `state_dict` has it.
       Under `torch.autocast` x is cast to the weight's dtype, and the result has that one.
     - Thawed (`thaw`): the float Parameter is back, and the layer is `bigops.nn.Linear`.
 

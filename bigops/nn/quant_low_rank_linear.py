@@ -12,7 +12,7 @@ from bigops.formats.low_rank import LowRankWeight
 from bigops.formats.quantized import QuantizedWeight
 from bigops.nn import fields
 from bigops.nn.compressed_linear import CompressedLinear
-from bigops.nn.low_rank_linear import LowRankLinear, check_rank, density_of
+from bigops.nn.low_rank_linear import FACTORS, LowRankLinear, check_rank, density_of
 from bigops.ops.choice import Choice
 from bigops.ops.explain import explain
 from bigops.ops.low_rank_linear import low_rank_linear
@@ -30,7 +30,7 @@ class FactoredLinear(CompressedLinear):
     FIELDS = fields.COMPRESSED | {"rank": fields.SIZE}
     trained_names = ("u", "v")
     rank: int
-    u: Tensor  # Parameters; absent once frozen
+    u: Tensor  # Parameters until frozen
     v: Tensor
 
     def __init__(
@@ -83,6 +83,10 @@ class FactoredLinear(CompressedLinear):
         )
         new.u, new.v, new.bias = layer.u, layer.v, layer.bias
         return new.train(layer.training)
+
+    @property
+    def computes_weight(self) -> str | None:
+        return self._where_it_went if self.frozen else FACTORS
 
     @property
     def storage_names(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from bigops.formats import quantize
@@ -38,6 +39,7 @@ class StoredState(Layer):
 
     older_names: ClassVar[Mapping[str, str | None]] = {RETIRED: None, "x_grid": "x_qparams"}
     format: type[Format]
+    float_dtype: torch.dtype | None = None  # frozen: of the weight that the storage stands for
     _empty: Format | None  # frozen: the storage without its tensors
 
     def check_storage(self, storage: Format) -> None:
@@ -84,6 +86,9 @@ class StoredState(Layer):
             new = new if new.dtype == t.dtype else t.to(new.device)
             return new if new.stride() == t.stride() else new.contiguous()
 
+        if self.frozen and self.float_dtype is not None and storage[0] is not None:
+            like = torch.empty(0, dtype=self.float_dtype, device=storage[0].device)
+            self.float_dtype = fn(like).dtype
         super()._apply(move, recurse)
         self._keep_fixed()
         return self

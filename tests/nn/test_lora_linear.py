@@ -32,14 +32,14 @@ def _truth(layer: LoRALinear, x: torch.Tensor, residual: torch.Tensor | None = N
         def cast(t: torch.Tensor) -> torch.Tensor:
             return t.detach().to(dtype)
 
-        z = cast(x) @ cast(layer.weight).t() + cast(layer.bias)
+        z = cast(x) @ cast(layer.base_weight).t() + cast(layer.bias)
         for one in adapters:
             z = z + one.scale * (cast(x) @ cast(one.a).t() @ cast(one.b).t())
         y = act.apply(layer.activation, z)
         return y if residual is None else y + cast(residual)
 
     x64 = x.detach().abs().double()
-    scale = x64 @ layer.weight.abs().double().t() + layer.bias.abs().double()
+    scale = x64 @ layer.base_weight.abs().double().t() + layer.bias.abs().double()
     for one in adapters:
         inner = x64 @ one.a.detach().abs().double().t()
         scale = scale + abs(one.scale) * inner @ one.b.detach().abs().double().t()
@@ -138,34 +138,34 @@ def test_dropout_is_seen_by_the_adapters_in_training_only() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_is_right_and_unmerge_exact(dtype: torch.dtype) -> None:
     layer = _layer("silu", dtype).eval()
-    before = layer.weight.detach().clone()
-    version = layer.weight._version
+    before = layer.base_weight.detach().clone()
+    version = layer.base_weight._version
     want = before.double() + sum(layer.adapters[n].delta() for n in layer.active)
     layer.merge()
     assert layer.merged
-    assert layer.weight._version > version
-    assert torch.equal(layer.weight, want.to(dtype))
-    once = layer.weight.detach().clone()
+    assert layer.base_weight._version > version
+    assert torch.equal(layer.base_weight, want.to(dtype))
+    once = layer.base_weight.detach().clone()
     layer.merge()
-    assert torch.equal(layer.weight, once)
+    assert torch.equal(layer.base_weight, once)
     x = torch.randn(5, 14, dtype=dtype)
     with torch.no_grad():
         dense = layer.to_linear()
         assert torch.equal(layer(x), dense(x))
     layer.unmerge()
     assert not layer.merged
-    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.base_weight, before)
 
 
 def test_train_unmerges_and_eval_does_not() -> None:
     layer = _layer().eval()
-    before = layer.weight.detach().clone()
+    before = layer.base_weight.detach().clone()
     layer.merge()
     layer.eval()
     assert layer.merged
     layer.train()
     assert not layer.merged
-    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.base_weight, before)
 
 
 def test_state_dict_never_counts_an_adapter_twice() -> None:
@@ -192,14 +192,14 @@ def test_a_merged_copy_can_be_moved_and_unmerged() -> None:
     twin = copy.deepcopy(layer).double()
     layer.unmerge()
     twin.unmerge()
-    assert twin.weight.dtype == torch.float64
-    assert torch.equal(twin.weight, layer.weight.double())
+    assert twin.base_weight.dtype == torch.float64
+    assert torch.equal(twin.base_weight, layer.base_weight.double())
 
 
 def test_training_moves_the_adapter_alone() -> None:
     torch.manual_seed(0)
     layer = LoRALinear.from_linear(nn.Linear(8, 6), 2)
-    frozen = [layer.weight.detach().clone(), layer.bias.detach().clone()]
+    frozen = [layer.base_weight.detach().clone(), layer.bias.detach().clone()]
     x = torch.randn(32, 8)
     target = layer(x).detach() + x @ torch.randn(8, 1) @ torch.randn(1, 6)
     optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], 0.05)
@@ -211,7 +211,7 @@ def test_training_moves_the_adapter_alone() -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.01 * losses[0]
-    assert torch.equal(layer.weight, frozen[0])
+    assert torch.equal(layer.base_weight, frozen[0])
     assert torch.equal(layer.bias, frozen[1])
 
 
@@ -255,13 +255,13 @@ def test_errors_leave_the_layer_as_it_was(call, kind, text) -> None:
 
 def test_merging_nan_is_refused() -> None:
     layer = _layer().eval()
-    before = layer.weight.detach().clone()
+    before = layer.base_weight.detach().clone()
     with torch.no_grad():
         layer.adapters["two"].a[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN or inf in 'two'"):
         layer.merge()
     assert not layer.merged
-    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.base_weight, before)
 
 
 class _Block(nn.Module):

@@ -311,13 +311,16 @@ def test_save_and_load(tmp_path: Path) -> None:
 # --- reading the weight ----------------------------------------------------------------------
 
 
-def test_reading_and_setting_the_weight_raises_by_name() -> None:
+def test_the_weight_is_unpacked_where_it_is_read_and_cannot_be_set() -> None:
     model = make()
+    dense = [model[0].weight.detach().clone(), model[3].u.detach() @ model[3].v.detach()]
     bigops.pack_(model)
-    for layer, name in ((model[0], "weight"), (model[2].up_proj, "weight"), (model[3], "v")):
-        with pytest.raises(AttributeError, match=rf"{name}: the layer is packed.*thaw\(\)"):
-            getattr(layer, name)
+    assert torch.equal(model[0].weight.clone(), dense[0])
+    torch.testing.assert_close(model[3].weight.clone(), dense[1])
+    for layer, name in ((model[2].up_proj, "v"), (model[3], "v")):
         assert not hasattr(layer, name)
+    with pytest.raises(AttributeError, match=r"v: the layer is packed.*thaw\(\)"):
+        model[3].v  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'weights'"):
         model[0].weights  # noqa: B018
     for value in (nn.Parameter(torch.zeros(131, 65)), torch.zeros(131, 65)):
@@ -330,8 +333,6 @@ def test_reading_and_setting_the_weight_raises_by_name() -> None:
     frozen = QuantLinear(64, 64).freeze()
     with pytest.raises(AttributeError, match=r"QuantLinear.weight: the layer is frozen"):
         frozen.weight = nn.Parameter(torch.zeros(64, 64))
-    with pytest.raises(AttributeError, match=r"QuantLinear.weight: the layer is frozen"):
-        frozen.weight  # noqa: B018
     with pytest.raises(AttributeError, match=r"QuantLinear.weight: the layer is frozen"):
         frozen.register_parameter("weight", nn.Parameter(torch.zeros(64, 64)))
     assert "weight" not in dict(frozen.named_parameters())

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigops.nn.computed_weight import ComputedLinear, is_dense
 from bigops.nn.linear import Linear, check_size
 from bigops.nn.low_rank_linear import check_rank
 from bigops.ops import activation as act
@@ -54,13 +55,14 @@ class LoRAAdapter(nn.Module):
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(ComputedLinear):
     """``act(x @ (weight + sum of scale * b @ a).T + bias) + residual``, weight and bias frozen.
 
     All active adapters and the frozen weight take part in one `bigops.low_rank_linear` call. With
     dropout in training an adapter reads another x than the weight does, and each gets a call of
-    its own. It is no `nn.Linear` on purpose: `fuse_` and `compress_` would swap it and lose the
-    adapters; `to_linear()` gives the layer for them.
+    its own. An `nn.Linear` by type: ``weight`` is the sum, differentiable for the factors, so that
+    a model which reads it trains the adapters too; it refuses to be written while adapters are
+    active. `fuse_` and `compress_` leave the layer; `to_linear()` gives one for them.
 
     Args:
         in_features: K, length of the last dimension of x.
@@ -85,7 +87,7 @@ class LoRALinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         base = Linear(in_features, out_features, bias, activation, device=device, dtype=dtype)
         self._take(base)
         self._freeze()
@@ -99,8 +101,34 @@ class LoRALinear(nn.Module):
         # The weight before a merge: subtracting what was added would not give it back in floats.
         self.register_buffer("_unmerged", None, persistent=False)
 
+    @property
+    def base_weight(self) -> Any:
+        """The frozen weight [N, K], while merged with the adapters in it."""
+        return self._parameters["weight"]
+
+    @property
+    def computes_weight(self) -> str | None:
+        if self.__dict__.get("_active") and not self.merged:
+            return "adapters are added to base_weight; merge() or set_active([]) leaves a Parameter"
+        return None
+
+    def _check_settable(self, name: str) -> None:
+        pass  # a Parameter that is set is the frozen weight, as `load_state_dict(assign=True)` does
+
+    def make_weight(self) -> Tensor:
+        total: Tensor = self.base_weight
+        for name in self._active:
+            adapter = self._adapter(name)
+            total = total + adapter.scale * (adapter.b @ adapter.a)
+        return total
+
+    def _weight_like(self) -> tuple[torch.dtype, torch.device, bool]:
+        weight, trained = self.base_weight, [self._adapter(name) for name in self._active]
+        parameters = [weight, *(p for adapter in trained for p in adapter.parameters())]
+        return weight.dtype, weight.device, any(p.requires_grad for p in parameters)
+
     def _freeze(self) -> None:
-        self.weight.requires_grad_(False)
+        self.base_weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
 
@@ -121,8 +149,11 @@ class LoRALinear(nn.Module):
                 shared and stop requiring gradients.
             rank, alpha, dropout, name, rank_stabilized: see `add_adapter`.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear: expected a torch.nn.Linear; got {type(linear).__name__}")
+        if not is_dense(linear):
+            raise TypeError(
+                f"linear: expected a torch.nn.Linear with a dense weight; got "
+                f"{type(linear).__name__} (QLoRALinear takes a compressed one)"
+            )
         new = cls._unfrozen(linear)
         new.add_adapter(name, rank, alpha, dropout, rank_stabilized)
         new._freeze()
@@ -177,6 +208,7 @@ class LoRALinear(nn.Module):
             raise ValueError(
                 f"name: expected a name that torch.nn.ModuleDict does not use; got {name!r}"
             )
+        dtype, device, _ = self._weight_like()
         alpha = rank if alpha is None else alpha
         scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
         adapter = LoRAAdapter(
@@ -185,8 +217,8 @@ class LoRALinear(nn.Module):
             rank,
             scale,
             dropout,
-            self.weight.device,
-            self.weight.dtype,
+            device,
+            dtype,
         )
         return adapter.train(self.training)
 
@@ -241,9 +273,10 @@ class LoRALinear(nn.Module):
         if self.merged:
             return
         total = self._merged_weight()
-        before = self.weight.detach().clone()
+        weight = self.base_weight
+        before = weight.detach().clone()
         with torch.no_grad():
-            self.weight.copy_(total)
+            weight.copy_(total)
         self._unmerged = before
 
     def unmerge(self) -> None:
@@ -251,19 +284,20 @@ class LoRALinear(nn.Module):
         if self._unmerged is None:
             return
         with torch.no_grad():
-            self.weight.copy_(self._unmerged)
+            self.base_weight.copy_(self._unmerged)
         self._unmerged = None
 
     def _merged_weight(self) -> Tensor:
-        if self._unmerged is not None:
-            return self.weight.detach()
-        total = self.weight.detach().double()
+        total: Tensor = self.base_weight.detach()
+        if self.merged:
+            return total
+        dtype, total = total.dtype, total.double()
         for name in self._active:
             delta = self._adapter(name).delta()
             if not bool(torch.isfinite(delta).all()):
                 raise ValueError(f"adapters: expected finite factors; got NaN or inf in {name!r}")
             total = total + delta
-        return total.to(self.weight.dtype)
+        return total.to(dtype)
 
     def to_linear(self) -> Linear:
         """A `bigops.nn.Linear` with the active adapters in its weight; nothing is shared."""
@@ -287,7 +321,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.merged or not self._active:
-            return fused_linear(x, self.weight, self.bias, residual, self.activation)
+            return self._frozen(x, residual, self.activation)
         active = [self._adapter(name) for name in self._active]
         if self.training and any(adapter.dropout > 0 for adapter in active):
             return self._with_dropout(x, residual, active)
@@ -299,17 +333,21 @@ class LoRALinear(nn.Module):
             u = torch.cat([adapter.b * adapter.scale for adapter in active], dim=1)
             v = torch.cat([adapter.a for adapter in active])
             scale = 1.0
-        if u.shape[1] > min(self.in_features, self.out_features):
+        if sum(adapter.rank for adapter in active) > min(self.in_features, self.out_features):
             # Together they are no factorisation any more: one call each, summed before act.
             return self._one_by_one(x, residual, [(x, adapter) for adapter in active])
         return low_rank_linear(
-            x, u, v, self.bias, residual, self.activation, base=self.weight, scale=scale
+            x, u, v, self.bias, residual, self.activation, base=self.base_weight, scale=scale
         )
+
+    def _frozen(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        """The product with the frozen weight."""
+        return fused_linear(x, self.base_weight, self.bias, residual, activation)
 
     def _with_dropout(
         self, x: Tensor, residual: Tensor | None, active: list[LoRAAdapter]
     ) -> Tensor:
-        seen = [(F.dropout(x, adapter.dropout), adapter) for adapter in active]
+        seen = [(F.dropout(x, adapter.dropout, self.training), adapter) for adapter in active]
         return self._one_by_one(x, residual, seen)
 
     def _one_by_one(
@@ -323,8 +361,8 @@ class LoRALinear(nn.Module):
         if self.activation == "none":  # then the residual may come in anywhere
             if residual is not None and total is not None:
                 total = total + residual
-            return fused_linear(x, self.weight, self.bias, total)
-        y = act.apply(self.activation, fused_linear(x, self.weight, self.bias, total))
+            return self._frozen(x, total, "none")
+        y = act.apply(self.activation, self._frozen(x, total, "none"))
         return y if residual is None else y + residual
 
     def _adapter(self, name: str) -> LoRAAdapter:
@@ -353,8 +391,7 @@ class LoRALinear(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of the weight, the bias, the adapters and, while merged, the weight before."""
-        own = sum(p.nbytes for p in self.parameters())
-        return own + (0 if self._unmerged is None else self._unmerged.nbytes)
+        return sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, "
