@@ -106,7 +106,7 @@ def build(layer: nn.Module, choice: Choice, remarks: list[str] | None = None) ->
         new = config.make(layer, choice.rank, [] if remarks is None else remarks)
     qparams = getattr(new, "x_qparams", None)
     if qparams is not None and choice.x_qparams is not None:
-        qparams.copy_(torch.tensor(choice.x_qparams, device=qparams.device))
+        qparams.copy_(torch.tensor(choice.x_qparams, dtype=qparams.dtype, device=qparams.device))
     return new
 
 

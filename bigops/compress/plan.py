@@ -71,7 +71,9 @@ def _choice(name: str, entry: Any) -> Choice:
     if qparams is not None:
         try:
             scale, zero = map(float, qparams)
-            quantize.check_qparams("x_qparams", torch.tensor([scale, zero], device="cpu"))
+            quantize.check_qparams(
+                "x_qparams", torch.tensor([scale, zero], dtype=torch.float32, device="cpu")
+            )
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"plan: expected a scale and a zero point for {name}; {error}"
