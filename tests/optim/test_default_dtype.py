@@ -151,5 +151,6 @@ torch.save(results, sys.argv[3])
 def test_defaults_that_stood_before_the_import_change_no_bit(dtype: str, tmp_path: Path) -> None:
     want = {name: job(tmp_path) for name, job in JOBS.items()}
     file = tmp_path / "results.pt"
-    subprocess.run([sys.executable, "-c", IMPORT, dtype, tmp_path, file], check=True)
+    command = [sys.executable, "-c", IMPORT, dtype, tmp_path, file]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
     assert same(torch.load(file), want)
