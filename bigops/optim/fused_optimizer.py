@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,23 +16,14 @@ from bigops.nn.stored_parameter import StoredParameter
 from bigops.ops import fused_grad_norm
 from bigops.ops.fused_adamw import states
 from bigops.optim import saved_states as saved
+from bigops.optim.options import RefusedError, check_flags, check_number, refuse_capture
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NONE = torch.empty(0, device="cpu")  # says that this parameter has none
+_NONE = torch.empty(0, dtype=torch.float32, device="cpu")  # says that this parameter has none
 # Dtypes of states, of parameters of float64 and of all others.
 _KEPT = {True: (torch.float64,), False: (torch.float32, torch.uint8)}
 _LARGEST = torch.finfo(torch.float32).max
 _ZERO = {True: 127, False: 0}  # code of 0 in the signed and the unsigned map
-
-
-class Shared(TypedDict, total=False):
-    """Options of every optimiser here; `AdamW` says what they mean."""
-
-    maximize: bool
-    eight_bit: bool
-    stochastic_rounding: bool
-    master_weights: bool
-    seed: int
 
 
 class FusedOptimizer(Optimizer):
@@ -43,36 +34,21 @@ class FusedOptimizer(Optimizer):
     # What a saved state has all of, if any.
     _WHOLE: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(
-        self,
-        params: Any,
-        defaults: dict[str, Any],
-        *,
-        maximize: bool = False,
-        eight_bit: bool = False,
-        stochastic_rounding: bool = True,
-        master_weights: bool = False,
-        seed: int = 0,
-    ) -> None:
-        defaults |= {
-            "maximize": maximize,
-            "eight_bit": eight_bit,
-            "stochastic_rounding": stochastic_rounding,
-            "master_weights": master_weights,
-            "seed": seed,
-            "rounding_step": 0,
-        }
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        if isinstance(params, set | frozenset):
+            raise _unordered(params)
+        defaults["rounding_step"] = 0
         self._check_options(defaults)
         super().__init__(params, defaults)
 
     # --- what the subclasses give ------------------------------------------------------------
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        """Raise ValueError for an option out of range; the subclasses go on with their own."""
-        lr, seed = group["lr"], group["seed"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"lr: expected one element; got shape {list(lr.shape)}")
-        check_number("lr", float(lr), 0)
+        """Raise for an option out of range or not served; the subclasses go on with their own."""
+        check_number("lr", group["lr"], 0)
+        check_number("weight_decay", group["weight_decay"], 0)
+        check_flags(group)
+        seed = group["seed"]
         if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: expected an integer of 64 bits; got {seed!r}")
 
@@ -86,12 +62,16 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             ValueError: an option out of range, or a sparse parameter.
-            TypeError: a parameter's dtype that is not served.
+            RefusedError: an option that is not served; a ValueError and a RuntimeError.
+            TypeError: a parameter's dtype that is not served, or parameters in a set.
         """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group: expected a dict; got {type(param_group).__name__}")
         params = param_group["params"]
+        if isinstance(params, set | frozenset):
+            raise _unordered(params)
         if not isinstance(params, Tensor):
-            params = list(params)
-            param_group = {**param_group, "params": params}
+            params = param_group["params"] = list(params)  # a generator runs once
         self._check_options({**self.defaults, **param_group})
         for item in [params] if isinstance(params, Tensor) else params:
             tensor = item[1] if isinstance(item, tuple) else item  # named parameters
@@ -129,13 +109,16 @@ class FusedOptimizer(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: a sparse gradient, a grad_factor past float32, or states that do not fit a
-                parameter whose dtype or shape was changed; nothing was updated.
+            ValueError: a grad_factor past float32, or states that do not fit a parameter whose
+                dtype or shape was changed; nothing was updated.
+            RefusedError: a sparse gradient, or AdamW in the capture of a CUDA graph; likewise.
         """
         if not abs(grad_factor) <= _LARGEST:
             raise ValueError(
                 f"grad_factor: expected a number that float32 holds; got {grad_factor}"
             )
+        if "capturable" in self.defaults:
+            refuse_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -144,12 +127,15 @@ class FusedOptimizer(Optimizer):
         work: list[tuple[dict[str, Any], list[tuple[int, Tensor]]]] = []
         first_stream = 0
         for group in self.param_groups:
-            by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
+            # One kernel call for each device, and for each time that a group holds a parameter.
+            calls: dict[tuple[torch.device, int], list[tuple[int, Tensor]]] = {}
+            times: dict[int, int] = {}
             for stream, param in enumerate(group["params"], first_stream):
                 if param.grad is not None:
-                    by_device.setdefault(param.device, []).append((stream, param))
+                    times[id(param)] = time = times.get(id(param), -1) + 1
+                    calls.setdefault((param.device, time), []).append((stream, param))
             first_stream += len(group["params"])
-            for items in by_device.values():
+            for items in calls.values():
                 for _, param in items:
                     self._prepare(group, param)
                 work.append((group, items))
@@ -172,7 +158,8 @@ class FusedOptimizer(Optimizer):
             nothing was changed then, no state was made. ``.grad`` keeps what it held in any case.
 
         Raises:
-            ValueError: an argument out of range, or a sparse gradient; nothing was changed.
+            ValueError: an argument out of range; nothing was changed.
+            RefusedError: as `step` raises it; likewise.
         """
         if not 0 < inv_scale <= _LARGEST:
             raise ValueError(
@@ -202,7 +189,7 @@ class FusedOptimizer(Optimizer):
                 if param.grad is None:
                     continue
                 if param.grad.layout != torch.strided:
-                    raise ValueError(
+                    raise RefusedError(
                         f"param_groups[{g}]['params'][{p}]: expected a dense gradient; got "
                         f"{param.grad.layout} (torch.optim.SparseAdam takes sparse ones)"
                     )
@@ -269,8 +256,10 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             ValueError, TypeError: groups of other sizes, states of other shapes or kinds, an
-                option out of range, or amsgrad. States and groups are then as before, as they are
-                where a hook raised; only what a hook wrote into old tensors stays.
+                option out of range or not served (amsgrad, capturable, differentiable: with False
+                in its place in the file's groups the rest is loaded). States and groups are then
+                as before, as they are where a hook raised; only what a hook wrote into old tensors
+                stays.
         """
         given: dict[Tensor, dict[str, Any]] = {}
 
@@ -373,11 +362,11 @@ class Batch:
         return part
 
 
-def check_number(name: str, value: float, low: float, below: float = math.inf) -> None:
-    """Raise ValueError unless ``low <= value < below``."""
-    if not low <= value < below:
-        limit = "" if below == math.inf else f" and below {below:g}"
-        raise ValueError(f"{name}: expected at least {low:g}{limit}; got {value}")
+def _unordered(params: Any) -> TypeError:
+    return TypeError(
+        f"params: expected an ordered collection; got a {type(params).__name__}, whose order is "
+        "another in each run, and with it whose state is whose"
+    )
 
 
 def _check_fits(name: str, held: Tensor, param: Tensor, dtype_fits: bool) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from bigops.ops.fused_adamw import step_adamw, step_sgd
-from bigops.optim.fused_optimizer import Batch, FusedOptimizer, Shared, check_number
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from bigops.optim.fused_optimizer import Batch, FusedOptimizer
+from bigops.optim.options import RefusedError, check_number, check_tensors
 
 
 class AdamW(FusedOptimizer):
@@ -24,11 +23,15 @@ class AdamW(FusedOptimizer):
         stepped = optimizer.step_checked(clip_norm=1.0)  # or MixedPrecision.step(optimizer, 1.0)
 
     Args:
-        params: parameters or groups; float32, bfloat16, float16, float64, mixed freely, on the
+        params: parameters, pairs of name and parameter, or groups of them, in an order that is
+            the same in each run: no set. float32, bfloat16, float16, float64, mixed freely, on the
             CPU or a GPU (`bigops.explain("fused_adamw", params)` names the kernel).
-        lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; lr may be a tensor of one
-            element.
-        amsgrad: not served.
+        lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; each a number or a tensor
+            of one element, which is read at every step.
+        foreach, fused: ways of computing, kept in ``param_groups`` for whoever reads them there;
+            the kernel is the same. At most one may be True; foreach with tensors is refused, as
+            torch does.
+        amsgrad, capturable, differentiable: refused where True.
         eight_bit: states in 8 bits with an absmax per 256 elements (Dettmers et al., arXiv
             2110.02861): 0.26 of the float32 bytes. Tensors below 4096 elements and of float64
             keep full states.
@@ -45,8 +48,11 @@ class AdamW(FusedOptimizer):
     torch's step raises.
 
     Raises:
-        ValueError: an option out of range, amsgrad, or a sparse parameter.
-        TypeError: a parameter's dtype that is not served, or a DTensor.
+        ValueError: an option out of range, or a sparse parameter.
+        RefusedError: an option that is refused; it is a ValueError and a RuntimeError, since
+            torch.optim raises either.
+        TypeError: an option that is no number, a parameter's dtype that is not served (complex
+            ones too), a DTensor, or parameters in a set.
     """
 
     _SIGNED: ClassVar[dict[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
@@ -56,31 +62,63 @@ class AdamW(FusedOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
-        **shared: Unpack[Shared],
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        eight_bit: bool = False,
+        stochastic_rounding: bool = True,
+        master_weights: bool = False,
+        seed: int = 0,
     ) -> None:
-        own = {
+        defaults = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": True,
+            "eight_bit": eight_bit,
+            "stochastic_rounding": stochastic_rounding,
+            "master_weights": master_weights,
+            "seed": seed,
         }
-        super().__init__(params, own, **shared)
+        super().__init__(params, defaults)
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        for i, beta in enumerate(group["betas"]):
-            check_number(f"betas[{i}]", float(beta), 0, 1)
+        try:
+            betas = tuple(group["betas"])
+        except TypeError:
+            raise TypeError(f"betas: expected two numbers; got {group['betas']!r}") from None
+        if len(betas) != 2 or isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+            raise ValueError(f"betas: expected two numbers or two tensors; got {betas}")
+        for i, beta in enumerate(betas):
+            check_number(f"betas[{i}]", beta, 0, 1)
         check_number("eps", group["eps"], 0)
-        check_number("weight_decay", group["weight_decay"], 0)
+        check_tensors(group, ("lr", "betas"))
         if group["amsgrad"]:
-            raise ValueError("amsgrad: expected False, torch.optim.AdamW has it; got True")
+            raise RefusedError("amsgrad: expected False, torch.optim.AdamW has it; got True")
         if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0:
-            raise ValueError("state_dict: expected one of AdamW; got Adam's, with coupled decay")
+            raise ValueError(
+                "decoupled_weight_decay: expected True, as AdamW has it; got False, Adam's"
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # Adam's without decay is AdamW's, as torch takes it
+            group["decoupled_weight_decay"] = True
 
     def _prepare(self, group: dict[str, Any], param: Tensor) -> None:
         if "step" not in self.state[param]:
@@ -115,14 +153,15 @@ class SGD(FusedOptimizer):
     Args:
         params: as for `AdamW`.
         lr, momentum, dampening, weight_decay (coupled), nesterov, maximize: as in
-            torch.optim.SGD; lr may be a tensor of one element.
+            torch.optim.SGD; each number may be a tensor of one element.
+        foreach, fused, differentiable: as for `AdamW`; foreach may stand beside tensors.
         eight_bit, stochastic_rounding, master_weights, seed: as for `AdamW`; the state is the
             momentum buffer.
 
     Raises:
         ValueError: an option out of range, nesterov without momentum or with dampening, or a
             sparse parameter.
-        TypeError: a parameter's dtype that is not served.
+        RefusedError, TypeError: as `AdamW` raises them.
     """
 
     _SIGNED: ClassVar[dict[str, bool]] = {"momentum_buffer": True}
@@ -133,23 +172,39 @@ class SGD(FusedOptimizer):
         lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         dampening: float = 0.0,
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         nesterov: bool = False,
-        **shared: Unpack[Shared],
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        eight_bit: bool = False,
+        stochastic_rounding: bool = True,
+        master_weights: bool = False,
+        seed: int = 0,
     ) -> None:
-        own = {
+        defaults = {
             "lr": lr,
             "momentum": momentum,
             "dampening": dampening,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+            "eight_bit": eight_bit,
+            "stochastic_rounding": stochastic_rounding,
+            "master_weights": master_weights,
+            "seed": seed,
         }
-        super().__init__(params, own, **shared)
+        super().__init__(params, defaults)
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
         check_number("momentum", group["momentum"], 0)
-        check_number("weight_decay", group["weight_decay"], 0)
+        check_number("dampening", group["dampening"], -math.inf)
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
             raise ValueError(
                 "nesterov: expected a momentum above 0 and no dampening; got momentum "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import bigops
-from bigops.ops.fused_adamw import states
+from bigops.ops.fused_adamw import reference_norm, states
 from bigops.parallel import World
 from bigops.recipes.data import load
 from bigops.train import SGD, AdamW, MixedPrecision, load_checkpoint, save_checkpoint
@@ -137,7 +137,8 @@ def reference_job(_: Path) -> list[Tensor]:
     rows = X.reshape(-1)
     found = [*states.encode(rows, True), *states.encode(rows.abs(), False)]
     found += [states.decode(found[0], found[1], True), states.round_stochastic(rows, 1, 2, 3)]
-    return [*found, *map(states.buckets, (True, False)), bigops.fused_grad_norm([])]
+    norms = [bigops.fused_grad_norm([]), reference_norm([])]
+    return [*found, *map(states.buckets, (True, False)), *norms]
 
 
 def world_job(_: Path) -> list[Tensor]:

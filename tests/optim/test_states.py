@@ -130,7 +130,7 @@ def test_states_that_do_not_fit_change_nothing() -> None:
             lambda s: s["state"][0].pop("exp_avg_scale")
         ),
         "amsgrad: expected False": broken(lambda s: s["param_groups"][0].update(amsgrad=True)),
-        "expected one of AdamW": broken(
+        "decoupled_weight_decay: expected True": broken(
             lambda s: s["param_groups"][0].update(decoupled_weight_decay=False)
         ),
         "parameter group": broken(lambda s: s["param_groups"][0]["params"].append(5)),

@@ -15,7 +15,7 @@ from bigops.ops.fused_adamw import states
 
 def reference_norm(grads: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of all gradients together, summed in float64."""
-    total = torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else None)
+    total = torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else "cpu")
     for grad in grads:
         total = total + grad.double().square().sum()
     return total.sqrt()
