@@ -68,9 +68,21 @@ def dims(name: str, t: Tensor, expected: int) -> None:
         raise ValueError(f"{name}: expected {expected} dimensions; got shape {list(t.shape)}")
 
 
+def differ(a: int, b: int) -> bool:
+    """Whether two sizes differ.
+
+    While a graph is traced: whether they are known to. What only the run knows its kernel checks.
+    """
+    if torch.compiler.is_compiling() or isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        return guard_or_false(a != b)
+    return a != b
+
+
 def shape(name: str, t: Tensor, expected: Sequence[int]) -> None:
-    """Raise ValueError unless t has exactly the expected shape."""
-    if list(t.shape) != list(expected):
+    """Raise ValueError unless t has exactly the expected shape (see `differ`)."""
+    if len(t.shape) != len(expected) or any(map(differ, t.shape, expected)):
         raise ValueError(f"{name}: expected shape {list(expected)}; got {list(t.shape)}")
 
 

@@ -308,6 +308,7 @@ class LinearOp:
         functorch, eager, wanted = gradients.functorch, gradients.eager, gradients.wanted
         format, reads_k, codes = self.format, self.format.K_OF_X, act.CODES
         one_word, below = "str " not in self.format.SCHEMA, torch._C._AutoDispatchBelowAutograd
+        differ = checks.differ
         is_foreign = torch._C._has_torch_function_unary
         are_transforms_active = torch._C._are_functorch_transforms_active
         is_any_autocast_on = torch._C._is_any_autocast_enabled
@@ -325,9 +326,9 @@ class LinearOp:
                 foreign = type(x) is not Tensor and is_foreign(x)
                 if foreign and not isinstance(x, Tensor):
                     return words(x, *arguments, bias, residual, activation)
-                if reads_k and x.shape[-1] != k:
-                    raise TypeError  # it is named below
                 compiling = torch.compiler.is_compiling()
+                if reads_k and (differ(x.shape[-1], k) if compiling else x.shape[-1] != k):
+                    raise TypeError  # it is named below
                 # the device of x takes 3 us where the call is recorded: it is asked for last
                 if (compiling or is_any_autocast_on()) and is_autocast_on(x):
                     kind = x.device.type

@@ -210,7 +210,7 @@ class U8Op:
             device_type = x.device.type
             if device_type != "meta" and torch.is_autocast_enabled(device_type):
                 x, bias, residual = autocast(device_type, x, bias, residual)  # type: ignore[assignment]
-            if x.shape[-1] != k:
+            if checks.differ(x.shape[-1], k):
                 raise TypeError  # it is named below
             args = (x, *arguments, *qparams, bias, residual, activation)
             if torch.is_grad_enabled():
