@@ -24,10 +24,15 @@ def short(dtype: torch.dtype) -> str:
 
 
 def tensors(**arguments: object) -> None:
-    """Raise TypeError for an argument that is neither a tensor nor None (x, weight: no None)."""
+    """Raise TypeError for an argument that is no tensor, or a nested one.
+
+    None is no tensor where x and weight stand.
+    """
     for name, value in arguments.items():
         if not isinstance(value, Tensor) and (value is not None or name in ("x", "weight")):
             raise TypeError(f"{name}: expected a torch.Tensor; got {type(value).__name__}")
+        if isinstance(value, Tensor) and value.is_nested:
+            raise TypeError(f"{name}: expected a dense tensor; got a nested one ({value.layout})")
 
 
 def tensor(name: str, value: object) -> None:

@@ -17,6 +17,7 @@ from bigops.ops import targets
 from bigops.ops.choice import Choice, reference
 from bigops.ops.family.call import Call
 from bigops.ops.family.gradients import Backward, Gradients
+from bigops.ops.family.nested import on_values
 from bigops.ops.library import (
     cast,
     define,
@@ -323,9 +324,13 @@ class LinearOp:
         ) -> Tensor:
             try:
                 # fx's proxies and subclasses; modes, as of a default device, change nothing
-                foreign = type(x) is not Tensor and is_foreign(x)
-                if foreign and not isinstance(x, Tensor):
-                    return words(x, *arguments, bias, residual, activation)
+                foreign = False
+                if type(x) is not Tensor:
+                    foreign = is_foreign(x)
+                    if foreign and not isinstance(x, Tensor):
+                        return words(x, *arguments, bias, residual, activation)
+                    if x.is_nested:
+                        return on_values(call, x, arguments, k, bias, residual, activation)
                 compiling = torch.compiler.is_compiling()
                 if reads_k and (differ(x.shape[-1], k) if compiling else x.shape[-1] != k):
                     raise TypeError  # it is named below

@@ -63,7 +63,7 @@ def linear_cross_entropy(
         TypeError: a dtype that is not served, or dtypes that differ.
         RuntimeError: in double backward, which is not implemented.
     """
-    checks.tensors(x=x, weight=weight, bias=bias, class_weight=class_weight)
+    checks.tensors(x=x, weight=weight, target=target, bias=bias, class_weight=class_weight)
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a torch.Tensor; got {type(target).__name__}")
     check_options(reduction, ignore_index, label_smoothing, z_loss, softcap)
