@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian
@@ -16,6 +18,7 @@ from bigops.formats.quantize import static_qparams
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.quantized_linear import quantized_linear
 from tests.ops.family.problems import ALL, Problem, compiled, hold, problem
+from tests.support.cases.linear import ACTIVATIONS, GATED, act
 from tests.support.tolerance import snr_db
 
 Tangents = tuple[Tensor, ...]
@@ -123,24 +126,45 @@ def test_tangents_of_the_raw_ops(form: str) -> None:
             near(way(f, case.inputs, tangents), want, form)
 
 
-@pytest.mark.parametrize("lead", [[], [0], [2, 3], [2, 1, 3, 2]])
-def test_tangents_of_any_number_of_rows(lead: list[int]) -> None:
-    w, x, t = torch.randn(4, 6), torch.randn(*lead, 6), torch.randn(*lead, 6)
-    got = dual(lambda x: fused_linear(x, w), (x,), (t,))
-    assert torch.allclose(got.double(), t.double() @ w.double().t(), atol=1e-5)
+@given(
+    lead=st.lists(st.integers(0, 4), max_size=4),
+    n=st.integers(1, 5),
+    k=st.integers(0, 6),
+    activation=st.sampled_from(ACTIVATIONS),
+    given_flags=st.lists(st.booleans(), min_size=3, max_size=3),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_tangents_of_any_call(
+    lead: list[int], n: int, k: int, activation: str, given_flags: list[bool], seed: int
+) -> None:
+    """Any shape and activation, tangents of some of the arguments: as float64 has them."""
+    torch.manual_seed(seed)
+    width = 2 * n if activation in GATED else n
+    shapes = [*lead, k], [width, k], [width], [*lead, n]
+    x, weight, bias, residual = (torch.randn(shape) for shape in shapes)
+    flags = dict(zip(("x", "weight", "bias"), given_flags, strict=True))
+    inputs = {"x": x, "weight": weight, "bias": bias}
+    moved = {name: torch.randn_like(t) for name, t in inputs.items() if flags[name]}
 
+    def plain(*changed: Tensor) -> Tensor:
+        at = {name: t.double() for name, t in inputs.items()}
+        at.update(zip(moved, changed, strict=True))
+        return act(activation, torch.nn.functional.linear(at["x"], at["weight"], at["bias"]))
 
-@pytest.mark.parametrize("activation", ["swiglu", "reglu", "relu2", "sigmoid"])
-def test_tangents_of_other_activations(activation: str) -> None:
-    """Against gradients of float64: the two products with any direction are one number."""
-    torch.manual_seed(0)
-    x, w, tx, tw = (torch.randn(5, 6), torch.randn(8, 6), torch.randn(5, 6), torch.randn(8, 6))
-    got = dual(lambda x, w: fused_linear(x, w, activation=activation), (x, w), (tx, tw))
-    grad = torch.randn(got.shape).double()
-    leaves = [t.double().requires_grad_() for t in (x, w)]
-    found = torch.autograd.grad(fused_linear(*leaves, activation=activation), leaves, grad)
-    want = sum((g * t).sum() for g, t in zip(found, (tx, tw), strict=True))
-    assert torch.allclose((grad * got).sum(), want, rtol=1e-4)
+    def ours(*changed: Tensor) -> Tensor:
+        at = {**inputs, **dict(zip(moved, changed, strict=True))}
+        return fused_linear(at["x"], at["weight"], at["bias"], residual, activation)
+
+    if not moved:
+        return
+    primals, tangents = tuple(inputs[name] for name in moved), tuple(moved.values())
+    wide = [tuple(t.double() for t in ts) for ts in (primals, tangents)]
+    _, want = torch.func.jvp(plain, *wide)
+    for way in (dual, jvp):
+        got = way(ours, primals, tangents)
+        assert got.shape == want.shape
+        assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", ALL)
