@@ -8,6 +8,7 @@ of its fields.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -268,7 +269,8 @@ class Format:
 
 def rows(t: Tensor) -> Tensor:
     """[.., K] as [M, K]; reshape(-1, K) cannot, where K is 0."""
-    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
+    # reshape, as flatten has no rule in batches of torch.autograd.grad
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)

@@ -24,10 +24,15 @@ def short(dtype: torch.dtype) -> str:
 
 
 def tensors(**arguments: object) -> None:
-    """Raise TypeError for an argument that is neither a tensor nor None (x, weight: no None)."""
+    """Raise TypeError for an argument that is no tensor, or a nested one.
+
+    None is no tensor where x and weight stand.
+    """
     for name, value in arguments.items():
         if not isinstance(value, Tensor) and (value is not None or name in ("x", "weight")):
             raise TypeError(f"{name}: expected a torch.Tensor; got {type(value).__name__}")
+        if isinstance(value, Tensor) and value.is_nested:
+            raise TypeError(f"{name}: expected a dense tensor; got a nested one ({value.layout})")
 
 
 def tensor(name: str, value: object) -> None:
@@ -68,9 +73,21 @@ def dims(name: str, t: Tensor, expected: int) -> None:
         raise ValueError(f"{name}: expected {expected} dimensions; got shape {list(t.shape)}")
 
 
+def differ(a: int, b: int) -> bool:
+    """Whether two sizes differ.
+
+    While a graph is traced: whether they are known to. What only the run knows its kernel checks.
+    """
+    if torch.compiler.is_compiling() or isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        return guard_or_false(a != b)
+    return a != b
+
+
 def shape(name: str, t: Tensor, expected: Sequence[int]) -> None:
-    """Raise ValueError unless t has exactly the expected shape."""
-    if list(t.shape) != list(expected):
+    """Raise ValueError unless t has exactly the expected shape (see `differ`)."""
+    if len(t.shape) != len(expected) or any(map(differ, t.shape, expected)):
         raise ValueError(f"{name}: expected shape {list(expected)}; got {list(t.shape)}")
 
 

@@ -150,7 +150,7 @@ class Factors(Plain):
         self, gz: Tensor, x: Tensor, wanted: Collection[str], kept: Mapping[str, Tensor | None]
     ) -> dict[str, Tensor]:
         found = {}
-        gz_t, x2, t = rows(gz).transpose(0, 1), rows(x), kept["t"]
+        gz_t, x2, t = rows(gz).transpose(0, 1), rows(x), kept.get("t")
         if "u" in wanted:
             assert t is not None
             found["u"] = gz_t @ rows(t)

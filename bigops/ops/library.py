@@ -10,9 +10,28 @@ from typing import Any, TypeVar
 
 import torch
 
-from bigops.ops import codes
+from bigops.ops import codes, forward_mode
 
-LIB = torch.library.Library("bigops", "DEF")
+
+class _Library(torch.library.Library):
+    """A library whose ops drop no tangent: torch's autograd for custom ops looks for none."""
+
+    def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> None:
+        if dispatch_key != "Autograd":
+            return super().impl(op_name, fn, dispatch_key, **options)
+
+        def with_tangents(keyset: Any, *args: Any) -> Any:
+            if forward_mode.is_active() and any(map(forward_mode.has_tangent, args)):
+                return _in_forward_mode(op_name)(*args)
+            # What comes out is no view to autograd, so that it may be written in place.
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                return fn(keyset, *args)
+
+        return super().impl(op_name, with_tangents, dispatch_key, **options)
+
+
+LIB = _Library("bigops", "DEF")
+_EXPRESSIONS: dict[str, Callable[..., Any]] = {}
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -108,13 +127,16 @@ def register(
     setup: Callable[..., None] | None = None,
     vmap: Callable[..., Any] | None = None,
     cuda: Callable[..., Any] | None = None,
+    expression: Callable[..., Any] | None = None,
 ) -> None:
     """Give an op of `define` what `torch.library` calls these.
 
-    The fake and the kernel for GPUs take words; backward, the setup of its context and the vmap
-    rule take codes.
+    The fake, the kernel for GPUs and ``expression``, the op by torch's own for forward mode, take
+    words; backward, the setup of its context and the vmap rule take codes.
     """
     name = op.name()
+    if expression is not None:
+        _EXPRESSIONS[_local(op)] = in_words(op, expression)
     if fake is not None:
         torch.library.register_fake(name, in_words(op, fake), lib=LIB)
     if backward is not None:
@@ -123,6 +145,15 @@ def register(
         torch.library.register_vmap(name, vmap, lib=LIB)
     if cuda is not None:
         LIB.impl(_local(op), in_words(op, cuda), "CUDA")
+
+
+def _in_forward_mode(name: str) -> Callable[..., Any]:
+    try:
+        return _EXPRESSIONS[name]
+    except KeyError:
+        raise NotImplementedError(
+            f"{name.partition('.')[0]}: forward mode is not implemented for this op"
+        ) from None
 
 
 def is_autocast_on(x: torch.Tensor) -> bool:

@@ -162,9 +162,9 @@ def serve_by(
     if backward is not None:
         patch.setattr(op.gradients, "backward", in_words(op.gradients.backward, gradients))
     # what holds the op that it calls is made anew
-    eager, functorch = op.gradients._functions()
-    patch.setattr(op.gradients, "eager", eager)
-    patch.setattr(op.gradients, "functorch", functorch)
+    names = ("eager", "eager_frozen", "functorch")
+    for name, function in zip(names, op.gradients._functions(), strict=True):
+        patch.setattr(op.gradients, name, function)
     patch.setattr(op, "run", op._dispatcher())
 
 

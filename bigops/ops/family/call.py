@@ -48,7 +48,7 @@ class Call(NamedTuple):
         self.weight.check_beside(self.x)
         x, (n, k) = self.x, self.weight.shape
         act.check_name(self.activation, self.weight.GATED)
-        if x.dim() == 0 or x.shape[-1] != k:
+        if x.dim() == 0 or checks.differ(x.shape[-1], k):
             raise ValueError(
                 f"x: expected shape [.., {k}] for a weight of [{n}, {k}]; got {list(x.shape)}"
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.formats.base import rows
 from bigops.ops import activation as act
+from bigops.ops import forward_mode, graph_node
 from bigops.ops.family.call import Call
 from bigops.ops.library import define, in_words, loop, register
 
@@ -45,21 +46,24 @@ class Gradients:
             setup=self._setup_double,
             vmap=self._vmap,
             cuda=None if backward is None else self._cuda,
+            expression=self._or_empty,
         )
         self._reference = in_words(self.backward, self.reference)
         self._call = in_words(op.forward, op.call)
         sizes = [name for name in op.fields if name not in tensors]
         self._saved = _picker(op.arguments, ("x", *tensors, "bias"))
+        self._weight = _picker(op.arguments, tensors)
         self._sizes = _picker(op.arguments, sizes) if sizes else None
         self._saved_names = ("x", *tensors, "bias", *op.kept)
         self._twice = ("grad", "x", *tensors, *kept)
         places = list(enumerate(op.fields))
         self._frozen = [(at, name) for at, name in places if name in {*tensors} - {*trained}]
         self._trained = [at for at, name in places if name in trained]
-        self.eager, self.functorch = self._functions()
+        self.eager, self.eager_frozen, self.functorch = self._functions()
 
         def node(trains: bool, *args: Any) -> Tensor:
-            # Runs when a graph is lowered, below the transforms of torch.func that it was traced in
+            if forward_mode.is_active():
+                return op.differentiable(*args)
             if torch._C._are_functorch_transforms_active():
                 return self.functorch(*args)
             *given, code = op._encoded(args)
@@ -67,7 +71,7 @@ class Gradients:
                 return op.forward_kept(*given, code)[0]  # type: ignore[no-any-return]
             return op.forward(*given, code)
 
-        self.node = _NODES[op.name] = node
+        self.node = graph_node.add(op.name, node)
 
     # reference, fake ------------------------------------------------------------------------
 
@@ -90,14 +94,18 @@ class Gradients:
         """What an expression for the gradients of a call starts from, itself differentiable."""
         if self.op.kept:
             return call.kept()
-        if call.activation == "none":
-            return {}
+        return {} if call.activation == "none" else {"preact": self.preact(call)}
+
+    def preact(self, call: Call) -> Tensor:
+        """x W^T with the bias as a differentiable expression; rounding is straight through."""
+        if self.op.kept:
+            return call.kept()["preact"]
         wide = call._replace(x=call.x.float())
         z = call.biased(F.linear(wide.x, call.weight.to_dense(torch.float32)))
         if call.weight.rounds:
             seen = call.biased(self.op.product(wide, None))
             z = z + (seen - z).detach()
-        return {"preact": z}
+        return z
 
     def _expression(
         self, grad: Tensor, call: Call, kept: Mapping[str, Any], need: Mapping[str, bool]
@@ -116,7 +124,10 @@ class Gradients:
     def _serve(self, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         backend.note(f"reference.{self.op.name}_backward")
         with torch.autocast(x.device.type, enabled=False):
-            found = self.reference(grad, x, *rest)
+            return self._or_empty(grad, x, *rest)
+
+    def _or_empty(self, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        found = self.reference(grad, x, *rest)
         return tuple(x.new_empty(0) if g is None else g for g in found)  # none is another's
 
     def _fake(self, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -137,9 +148,18 @@ class Gradients:
     # once -----------------------------------------------------------------------------------
 
     def wanted(
-        self, x: Tensor, arguments: tuple[Any, ...], bias: Tensor | None, residual: Tensor | None
-    ) -> bool:
-        """Whether a call is to be recorded; raise ValueError for storage that has no gradient."""
+        self,
+        x: Tensor,
+        arguments: tuple[Any, ...],
+        bias: Tensor | None,
+        residual: Tensor | None,
+        code: int,
+    ) -> Callable[..., Tensor] | None:
+        """What records a call, None where nothing learns.
+
+        Raises:
+            ValueError: a gradient is asked for storage that has none.
+        """
         for at, name in self._frozen:
             t = arguments[at]
             if t is not None and t.requires_grad:
@@ -147,12 +167,20 @@ class Gradients:
         for at in self._trained:
             t = arguments[at]
             if t is not None and t.requires_grad:
-                return True
-        return (
-            x.requires_grad
-            or (bias is not None and bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
-        )
+                return self.eager
+        if x.requires_grad:
+            return self.eager_frozen if code == act.NONE else self.eager
+        if (bias is not None and bias.requires_grad) or (
+            residual is not None and residual.requires_grad
+        ):
+            return self.eager_frozen
+        return None
+
+    def refuse_tangents(self, *args: Any) -> None:
+        """Raise ValueError for a tangent of storage that has no gradient."""
+        for at, name in self._frozen:
+            if forward_mode.has_tangent(args[1 + at]):  # after x
+                self._refuse(name)
 
     def _refuse(self, name: str) -> None:
         trained = self.op.format.TRAINED
@@ -169,6 +197,28 @@ class Gradients:
         ctx.sizes, ctx.code = self._sizes(args) if self._sizes else (), args[-1]
         ctx.save_for_backward(*self._saved(args), *kept)
 
+    def save_frozen(self, ctx: Any, args: Sequence[Any], kept: Sequence[Any] = ()) -> None:
+        """`save` where no tensor of the weight learns, and not x before an activation.
+
+        The gradient of x reads the weight alone, that of the bias the pre-activation: x is saved
+        where that has to be made again.
+        """
+        need_x, *_, need_bias, _, _ = ctx.needs_input_grad
+        x, code = args[0], args[-1]
+        ctx.sizes, ctx.code, ctx.k = self._sizes(args) if self._sizes else (), code, x.shape[-1]
+        active = need_bias and code != act.NONE
+        if active and not any(t is not None for t in kept):
+            # of an inference tensor, which autograd does not save, a copy
+            _, *rest = args
+            return self.save(ctx, (x.clone() if x.is_inference() else x, *rest), kept)
+        _, *weight, bias = self._saved(args)
+        if not need_x:
+            weight = [None for _ in weight]
+        if not active:
+            bias, kept = None, [None for _ in kept]
+        ctx.save_for_backward(None, *weight, bias, *kept)
+        return None
+
     def setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """`torch.library`'s setup of the context of the raw op."""
         for at, name in self._frozen:
@@ -177,7 +227,9 @@ class Gradients:
         _, *kept = output if isinstance(output, tuple) else (output,)
         if kept:
             ctx.set_materialize_grads(False)
-        self.save(ctx, inputs, kept)
+        need_x, *needs = ctx.needs_input_grad
+        learns = any(needs[at] for at in self._trained) or (need_x and inputs[-1] != act.NONE)
+        (self.save if learns else self.save_frozen)(ctx, inputs, kept)
 
     def raw_backward(self, ctx: Any, grad: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
         """Gradients of all inputs of the op: by the kernel, or as an expression."""
@@ -207,17 +259,44 @@ class Gradients:
         sizes, code = ctx.sizes, ctx.code
         x, bias = saved["x"], saved["bias"]
         weight = (*(saved[name] for name in op.format.TENSORS), *sizes)
+        dropped = x is None  # by `save_frozen`
+        if dropped and not need["need_x"]:
+            return self._of_bias(grad, saved, act.NAMES[code])
+        if x is None:
+            x = grad.new_empty((*grad.shape[:-1], ctx.k))  # for its shape: no gradient reads it
         if torch.is_grad_enabled():  # create_graph: the expression is differentiable again
             call = self._call(x, *weight, bias, None, code)
-            return self._expression(grad, call, self._kept(call), need)
+            return self._expression(grad, call, {} if dropped else self._kept(call), need)
         kept: Sequence[Tensor | None] = (bias,)
-        if op.kept and "preact" in saved:
+        if op.kept and saved.get("preact") is not None:
             kept = [saved[name] for name in op.kept]
+        elif dropped:
+            kept = self._unread(x, op.weight(x, *weight).kept_sizes())
         elif op.keeps(code):  # the plain raw op keeps nothing
             _, *kept = op.forward_kept(x, *weight, bias, None, code)
         elif op.kept:
             kept = [None for _ in op.kept]
         return self.backward(grad, x, *weight, *kept, code, *need.values())  # type: ignore[no-any-return]
+
+    def _unread(self, x: Tensor, sizes: Mapping[str, int]) -> Sequence[Tensor | None]:
+        """What is kept, as the schema has it, where no gradient reads it."""
+        made = {name: x.new_empty((*x.shape[:-1], size)) for name, size in sizes.items()}
+        made.pop("preact", None)
+        return [made.get(name) for name in self.op.kept or ("bias",)]
+
+    def _of_bias(
+        self, grad: Tensor, saved: Mapping[str, Any], activation: str
+    ) -> Sequence[Tensor | None]:
+        """The gradients where neither x nor the weight learns."""
+        backend.note(f"reference.{self.op.name}_backward")
+        bias, z = saved["bias"], saved.get("preact")
+        gz = grad if self.op.format.PLAIN else grad.float()
+        if z is not None:
+            if torch.is_grad_enabled():
+                z = z + (bias - bias.detach())  # by which it may be differentiated
+            gz = act.epilogue_backward(activation, gz, z)
+        *none, _ = [None for _ in self.needs]
+        return *none, rows(gz).sum(0).to(grad.dtype)
 
     # twice ----------------------------------------------------------------------------------
 
@@ -257,19 +336,22 @@ class Gradients:
 
     # paths ----------------------------------------------------------------------------------
 
-    def _functions(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-        """The eager Function (ctx form, 10 microseconds a call) and the one for torch.func."""
+    def _functions(self) -> tuple[Callable[..., Tensor], ...]:
+        """The eager Functions (ctx form, 10 microseconds a call) and the one for torch.func."""
         gradients, op = self, self.op
         saved, sizes, unkept = self._saved, self._sizes, (None,) * len(op.kept)
+        weight, save_frozen, none = self._weight, self.save_frozen, act.NONE
         forward, forward_kept = op.forward, op.forward_kept
         keeps = [op.keeps(code) for code in range(len(act.NAMES))]
+        # What comes out is no view to autograd, so that it may be written in place.
+        below = torch._C._AutoDispatchBelowADInplaceOrView
 
         class Eager(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *args):  # type: ignore[no-untyped-def]
                 # as `save` does: here each call counts
                 ctx.sizes, ctx.code = sizes(args) if sizes else (), args[-1]
-                with torch._C._AutoDispatchBelowAutograd():
+                with below():
                     if keeps[args[-1]]:
                         y, *kept = forward_kept(*args)
                         ctx.save_for_backward(*saved(args), *kept)
@@ -281,6 +363,23 @@ class Gradients:
             @staticmethod
             def backward(ctx, grad):  # type: ignore[no-untyped-def]
                 return gradients.raw_backward(ctx, grad)
+
+        class EagerFrozen(Eager):
+            @staticmethod
+            def forward(ctx, *args):  # type: ignore[no-untyped-def]
+                kept: Sequence[Tensor | None] = unkept
+                with below():
+                    if kept and args[-1] != none:
+                        y, *kept = forward_kept(*args)
+                    else:
+                        y = forward(*args)
+                if args[-1] == none and args[0].requires_grad:  # as `save_frozen` does
+                    ctx.sizes, ctx.code = sizes(args) if sizes else (), none
+                    ctx.k = args[0].shape[-1]
+                    ctx.save_for_backward(None, *weight(args), None, *kept)
+                else:
+                    save_frozen(ctx, args, kept)
+                return y
 
         class Functorch(torch.autograd.Function):
             # Each level lowers to the public path, so that levels nest (grad of vmap and back), and
@@ -303,30 +402,13 @@ class Gradients:
             def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
                 return op.fold(Functorch.forward, args, in_dims, info.batch_size, op._serve), 0
 
-        return Eager.apply, Functorch.apply
+        return Eager.apply, EagerFrozen.apply, Functorch.apply
 
     def traced(self, *args: Any) -> Tensor:
         """The op in a graph that torch.compile or torch.export makes."""
-        _allow_in_graph(self.op.name)
+        graph_node.allow(self.op.name)
         # whether it may be differentiated is known here; a graph is lowered with gradients on
         return self.node(torch.is_grad_enabled(), *args)  # type: ignore[no-any-return]
-
-
-_NODES: dict[str, Callable[..., Tensor]] = {}
-
-
-def _allow_in_graph(name: str) -> bool:
-    """Let dynamo put calls of a node into its graphs as they are.
-
-    Dynamo runs this while it traces (`torch._dynamo.assume_constant_result`, whose mark is set
-    below): to ask earlier would import dynamo with bigops, which takes as long as torch itself. The
-    node goes by its name, since what dynamo has looked at before would stay as it was.
-    """
-    torch.compiler.allow_in_graph(_NODES[name])
-    return True
-
-
-_allow_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _picker(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bigops import backend
 from bigops.formats import checks
@@ -17,6 +18,7 @@ from bigops.ops import targets
 from bigops.ops.choice import Choice, reference
 from bigops.ops.family.call import Call
 from bigops.ops.family.gradients import Backward, Gradients
+from bigops.ops.family.nested import on_values
 from bigops.ops.library import (
     cast,
     define,
@@ -102,9 +104,11 @@ class LinearOp:
         self._words = self.forward._overloadpacket.default
         self._encoded = encoder(self.forward)
         self.gradients = Gradients(self, backward)
-        self._register(self.forward, self._fake, self._cuda)
+        self._register(self.forward, self._fake, self._cuda, self.differentiable)
         if self.kept:
-            self._register(self.forward_kept, self._fake_kept, self._cuda_kept)
+            self._register(
+                self.forward_kept, self._fake_kept, self._cuda_kept, self._differentiable_kept
+            )
         self.run = self._dispatcher()
 
     def _register(
@@ -112,6 +116,7 @@ class LinearOp:
         op: Any,
         fake: Callable[..., Any],
         cuda: Callable[..., Any],
+        expression: Callable[..., Any],
     ) -> None:
         def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
             found = self.fold(op, args, in_dims, info.batch_size)
@@ -127,6 +132,7 @@ class LinearOp:
             setup=self.gradients.setup,
             vmap=vmap,
             cuda=cuda,
+            expression=expression,
         )
 
     def keeps(self, code: int) -> bool:
@@ -182,6 +188,9 @@ class LinearOp:
     def _by_reference(self, call: Call, name: str, plainly: Callable[[Call], Any]) -> Any:
         call.check()
         call.weight.check_structure()
+        return self._by_torch(call, name, plainly)
+
+    def _by_torch(self, call: Call, name: str, plainly: Callable[[Call], Any]) -> Any:
         backend.note(f"reference.{name}")
         if not is_autocast_on(call.x):
             return plainly(call)
@@ -191,6 +200,22 @@ class LinearOp:
 
     def _serve(self, *args: Any) -> Tensor:
         return self.serve(self.call(*args))
+
+    def differentiable(self, *args: Any) -> Tensor:
+        """The op, of its arguments in words, by torch's own, which torch differentiates forward."""
+        self.gradients.refuse_tangents(*args)
+        call = self.call(*args)
+        call.check()
+
+        def plainly(call: Call) -> Tensor:
+            return call.finish(self.gradients.preact(call)).to(call.x.dtype)
+
+        return self._by_torch(call, self.name, plainly)  # type: ignore[no-any-return]
+
+    def _differentiable_kept(self, *args: Any) -> Any:
+        call = self.call(*args)
+        call.check()
+        return self._by_torch(call, f"{self.name}_with_parts", self._plainly_kept)
 
     def _serve_kept(self, *args: Any) -> Any:
         return self._by_reference(self.call(*args), f"{self.name}_with_parts", self._plainly_kept)
@@ -305,9 +330,15 @@ class LinearOp:
             self._words,
             self._encoded,
         )
-        functorch, eager, wanted = gradients.functorch, gradients.eager, gradients.wanted
+        functorch, wanted, differentiable = (
+            gradients.functorch,
+            gradients.wanted,
+            self.differentiable,
+        )
         format, reads_k, codes = self.format, self.format.K_OF_X, act.CODES
-        one_word, below = "str " not in self.format.SCHEMA, torch._C._AutoDispatchBelowAutograd
+        one_word = "str " not in self.format.SCHEMA
+        below = torch._C._AutoDispatchBelowADInplaceOrView
+        differ = checks.differ
         is_foreign = torch._C._has_torch_function_unary
         are_transforms_active = torch._C._are_functorch_transforms_active
         is_any_autocast_on = torch._C._is_any_autocast_enabled
@@ -322,12 +353,16 @@ class LinearOp:
         ) -> Tensor:
             try:
                 # fx's proxies and subclasses; modes, as of a default device, change nothing
-                foreign = type(x) is not Tensor and is_foreign(x)
-                if foreign and not isinstance(x, Tensor):
-                    return words(x, *arguments, bias, residual, activation)
-                if reads_k and x.shape[-1] != k:
-                    raise TypeError  # it is named below
+                foreign = False
+                if type(x) is not Tensor:
+                    foreign = is_foreign(x)
+                    if foreign and not isinstance(x, Tensor):
+                        return words(x, *arguments, bias, residual, activation)
+                    if x.is_nested:
+                        return on_values(call, x, arguments, k, bias, residual, activation)
                 compiling = torch.compiler.is_compiling()
+                if reads_k and (differ(x.shape[-1], k) if compiling else x.shape[-1] != k):
+                    raise TypeError  # it is named below
                 # the device of x takes 3 us where the call is recorded: it is asked for last
                 if (compiling or is_any_autocast_on()) and is_autocast_on(x):
                     kind = x.device.type
@@ -337,6 +372,8 @@ class LinearOp:
                         arguments = cast(dtype, *arguments)
                 if compiling:
                     return gradients.traced(x, *arguments, bias, residual, activation)
+                if forward_ad._current_level >= 0:
+                    return differentiable(x, *arguments, bias, residual, activation)
                 if foreign:
                     return words(x, *arguments, bias, residual, activation)
                 # Under functorch `requires_grad` of wrapped tensors says nothing: ask this first.
@@ -347,8 +384,9 @@ class LinearOp:
                 else:
                     coded = encoded((x, *arguments, bias, residual, activation))
                 if torch.is_grad_enabled():
-                    if wanted(x, arguments, bias, residual):
-                        return eager(*coded)
+                    record = wanted(x, arguments, bias, residual, coded[-1])
+                    if record is not None:
+                        return record(*coded)
                 elif torch.is_inference_mode_enabled():  # autograd is out of the way already
                     return forward(*coded)
                 with below():

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bigops import backend
 from bigops.formats import checks, quantize
@@ -210,7 +211,7 @@ class U8Op:
             device_type = x.device.type
             if device_type != "meta" and torch.is_autocast_enabled(device_type):
                 x, bias, residual = autocast(device_type, x, bias, residual)  # type: ignore[assignment]
-            if x.shape[-1] != k:
+            if checks.differ(x.shape[-1], k):
                 raise TypeError  # it is named below
             args = (x, *arguments, *qparams, bias, residual, activation)
             if torch.is_grad_enabled():
@@ -218,9 +219,13 @@ class U8Op:
                     if isinstance(t, Tensor) and t.requires_grad:
                         self._refuse(name)
             coded = self._encoded(args)
-            if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            if (
+                torch.compiler.is_compiling()
+                or torch._C._are_functorch_transforms_active()
+                or forward_ad._current_level >= 0
+            ):
                 return self.forward(*coded)
-            with torch._C._AutoDispatchBelowAutograd():
+            with torch._C._AutoDispatchBelowADInplaceOrView():
                 return self.forward(*coded)
         except (RuntimeError, AttributeError, TypeError, KeyError, IndexError):
             # The kernel checks its arguments; only a refused call pays for naming what is wrong.

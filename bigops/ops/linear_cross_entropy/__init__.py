@@ -8,10 +8,10 @@ from torch import Tensor
 from bigops.formats import checks
 from bigops.ops.library import autocast, encoder
 from bigops.ops.linear_cross_entropy import choose as choose  # registers what serves
-from bigops.ops.linear_cross_entropy.autograd import call, needs_of
+from bigops.ops.linear_cross_entropy.autograd import call, traced
 from bigops.ops.linear_cross_entropy.check import check, check_options
 from bigops.ops.linear_cross_entropy.reference import reference
-from bigops.ops.linear_cross_entropy.schema import Problem, forward_op, with_grad_op
+from bigops.ops.linear_cross_entropy.schema import Problem, forward_op
 
 __all__ = ["linear_cross_entropy", "reference"]
 _encoded = encoder(forward_op)
@@ -36,7 +36,8 @@ def linear_cross_entropy(
     eighth of the tokens at a time. With reduction "mean" and "sum" the gradients are made in the
     forward pass (three products) and scaled in the backward pass; with "none" their incoming
     gradient is one number a token, so that the backward pass computes the logits again (four
-    products), as it does under torch.func and for a second backward of a retained graph.
+    products), as it does under torch.func. In forward mode (torch.func.jvp, hessian) the logits are
+    held as a whole.
 
     Args:
         x: ``[.., K]``; float32, bfloat16, float16 or float64, any strides.
@@ -63,7 +64,7 @@ def linear_cross_entropy(
         TypeError: a dtype that is not served, or dtypes that differ.
         RuntimeError: in double backward, which is not implemented.
     """
-    checks.tensors(x=x, weight=weight, bias=bias, class_weight=class_weight)
+    checks.tensors(x=x, weight=weight, target=target, bias=bias, class_weight=class_weight)
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a torch.Tensor; got {type(target).__name__}")
     check_options(reduction, ignore_index, label_smoothing, z_loss, softcap)
@@ -73,10 +74,4 @@ def linear_cross_entropy(
     problem = Problem(x, weight, target, bias, class_weight, *options)
     check(problem)
     args = _encoded(problem)
-    if not torch.compiler.is_compiling():
-        return call(*args)
-    needs = needs_of(x, weight, bias)
-    if reduction != "none" and torch.is_grad_enabled() and any(needs):
-        loss, *_ = with_grad_op(*args, *needs)
-        return loss
-    return forward_op(*args)  # type: ignore[no-any-return]
+    return traced(*args) if torch.compiler.is_compiling() else call(*args)

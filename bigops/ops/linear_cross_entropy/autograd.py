@@ -2,7 +2,8 @@
 
 Eagerly and in a graph that is traced they are made in the forward pass, while the logits of a chunk
 are there (as in Liger-Kernel, arXiv 2410.10989), and the backward pass scales them; under
-torch.func transforms, by the raw op and in a second backward they are computed there.
+torch.func transforms and by the raw op they are computed there. In forward mode the loss is the
+reference, which torch differentiates.
 
 The order of arguments is that of the schema, the reduction its code.
 """
@@ -15,10 +16,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from bigops.ops import codes
-from bigops.ops.library import loop
+from bigops import backend
+from bigops.ops import codes, forward_mode, graph_node
+from bigops.ops.library import in_words, loop
 from bigops.ops.linear_cross_entropy.chunked import Needs
-from bigops.ops.linear_cross_entropy.reference import reduced
+from bigops.ops.linear_cross_entropy.reference import reduced, reference
 from bigops.ops.linear_cross_entropy.schema import Problem, backward_op, forward_op, with_grad_op
 
 _UNDIFFERENTIATED = (None,) * 5  # reduction .. softcap
@@ -61,52 +63,110 @@ class _Tied(torch.autograd.Function):
     as a constant otherwise."""
 
     @staticmethod
-    def forward(ctx, grad, *sources):  # type: ignore[no-untyped-def]
+    def forward(grad, *sources):  # type: ignore[no-untyped-def]
         return grad.view_as(grad)
 
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        pass
+
     backward = staticmethod(no_double_backward)  # type: ignore[assignment]
+    jvp = staticmethod(no_double_backward)  # type: ignore[assignment]
+
+    @staticmethod
+    def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
+        return _Tied.apply(*args), in_dims[0]
 
 
-def _tied(grads: tuple[Any, ...], *sources: Tensor | None) -> tuple[Any, ...]:
+def _refuse_tangents(*of: Any) -> None:
+    """Raise for a tangent of what the kernel of the backward pass takes."""
+    if any(map(forward_mode.has_tangent, of)):
+        raise NotImplementedError(
+            "linear_cross_entropy: forward mode over a backward pass is not implemented; enter "
+            "forward mode before the loss is computed"
+        )
+
+
+def _tied(grads: tuple[Any, ...], grad: Tensor, *sources: Tensor | None) -> tuple[Any, ...]:
     if not torch.is_grad_enabled():  # it is with create_graph alone
         return grads
-    return tuple(g if g is None else _Tied.apply(g, *sources) for g in grads)
+    if not torch._C._functorch.is_legacy_batchedtensor(grad):
+        return tuple(g if g is None else _Tied.apply(g, grad, *sources) for g in grads)
+    # Autograd of a batch looks below it, where the result of a Function is a constant.
+    zero = _Tied.apply(torch.zeros((), device=grad.device), *sources)
+    return tuple(g if g is None else g + zero.to(g.dtype) for g in grads)
 
 
 # --- eager ---------------------------------------------------------------------------------
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients made in the forward pass are handed out once, scaled in place; a second backward
-    of a retained graph computes them anew."""
+class _Recomputing(torch.autograd.Function):
+    """Reduction "none": a backward pass computes the logits again."""
 
     @staticmethod
     def forward(ctx, *args):  # type: ignore[no-untyped-def]
-        ctx.needs, ctx.made = _needs(ctx), None
         _save(ctx, args)
-        reduction, *_ = ctx.options
-        with torch._C._AutoDispatchBelowAutograd():
-            if reduction == _NONE:
-                return forward_op(*args)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return forward_op(*args)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        needs = _needs(ctx)
+        _refuse_tangents(grad)
+        with _no_grad_but_in_batches(grad):
+            grads = backward_op(grad, *ctx.saved_tensors, *ctx.options, *needs)
+        return _tied(_ordered(grads, needs), grad, *ctx.saved_tensors)
+
+
+class _MadeInForward(torch.autograd.Function):
+    """Reductions to a number: gradients are made in the forward pass, and scaled here, in place
+    unless the graph is retained. Nothing of x is kept."""
+
+    @staticmethod
+    def forward(ctx, stub, *args):  # type: ignore[no-untyped-def]
+        _, *needs = ctx.needs_input_grad
+        x, weight, _, bias, *_ = args
+        ctx.needs = needs[0], needs[1], needs[3]
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             loss, *ctx.made = with_grad_op(*args, *ctx.needs)
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(stub, weight, bias)
         return loss
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        made, ctx.made = ctx.made, None
-        with torch.no_grad():
-            if made is None:
-                grads = backward_op(grad, *ctx.saved_tensors, *ctx.options, *ctx.needs)
+        sources = ctx.saved_tensors  # raises where the graph is freed
+        *grads, factor = ctx.made
+        with _no_grad_but_in_batches(grad):
+            factor = grad * factor
+            if _is_batched(grad) or torch._C._autograd._get_current_graph_task_keep_graph():
+                grads = [g * factor for g in grads]
             else:
-                *grads, factor = made
-                dtype, factor = grads[0].dtype, grad * factor
+                ctx.made = None
                 # Reading the factor spares a pass over the gradients where it costs nothing.
                 known = type(factor) is Tensor and factor.device.type == "cpu"
                 if not known or float(factor) != 1:
                     for g in grads:
                         g.mul_(factor)
-                grads = [g.to(dtype) for g in grads]
-        return _tied(_ordered(grads, ctx.needs), grad, *ctx.saved_tensors)
+            grads = [g.to(ctx.dtype) for g in grads]
+        return None, *_tied(_ordered(grads, ctx.needs), grad, *sources)
+
+
+def _is_batched(t: Tensor) -> bool:
+    """Whether t may be a batch: of torch.vmap, or of torch.autograd's older one."""
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active or torch._C._functorch.is_legacy_batchedtensor(t)
+
+
+def _no_grad_but_in_batches(grad: Tensor) -> Any:
+    """`torch.no_grad`, but for a batch that `torch.autograd.grad` makes: see `_tied`."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+    return torch.set_grad_enabled(batched and torch.is_grad_enabled())
+
+
+def _stub(x: Tensor) -> Tensor:
+    """No element of x, and its place in the graph."""
+    return x.narrow(-1, 0, 0).clone()
 
 
 # --- raw ops -------------------------------------------------------------------------------
@@ -183,17 +243,65 @@ class _FunctorchBackward(torch.autograd.Function):
 
 def call(*args: Any) -> Tensor:
     """The loss at the level of the transforms that is left."""
+    if forward_mode.is_active():
+        return expression(*args)
     if torch._C._are_functorch_transforms_active():
         return _Functorch.apply(*args)  # type: ignore[no-any-return]
-    x, weight, _, bias, *_ = args
-    if torch.is_grad_enabled() and any(needs_of(x, weight, bias)):
-        return _LinearCrossEntropy.apply(*args)  # type: ignore[no-any-return]
-    with torch._C._AutoDispatchBelowAutograd():
+    problem = Problem(*args)
+    x = problem.x
+    if torch.is_grad_enabled() and any(needs_of(x, problem.weight, problem.bias)):
+        if problem.reduction == _NONE:
+            return _Recomputing.apply(*args)  # type: ignore[no-any-return]
+        stub = _stub(x) if x.requires_grad else None
+        return _MadeInForward.apply(stub, *args)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         return forward_op(*args)  # type: ignore[no-any-return]
+
+
+def expression(*args: Any) -> Tensor:
+    """The loss by torch's own operations, which torch differentiates forward, and any number of
+    times."""
+    return _in_words(*args)  # type: ignore[no-any-return]
+
+
+def by_reference(*args: Any) -> Tensor:
+    """`expression` of arguments in words."""
+    backend.note("reference.linear_cross_entropy")
+    given = Problem(*args)._asdict()
+    given["softcap"] = given["softcap"] or None
+    with torch.autocast(given["x"].device.type, enabled=False):
+        return reference(**given)
+
+
+_in_words = in_words(forward_op, by_reference)
+
+
+def _node(*args: Any) -> Tensor:
+    *problem, need_x, need_weight, need_bias = args
+    if torch._C._are_functorch_transforms_active() or forward_mode.is_active():
+        return call(*problem)
+    if need_x or need_weight or need_bias:
+        loss, *_ = with_grad_op(*args)
+        return loss  # type: ignore[no-any-return]
+    return forward_op(*problem)  # type: ignore[no-any-return]
+
+
+graph_node.add("linear_cross_entropy", _node)
+
+
+def traced(*args: Any) -> Tensor:
+    """The loss in a graph that torch.compile or torch.export makes."""
+    graph_node.allow("linear_cross_entropy")
+    problem = Problem(*args)
+    needs = (False, False, False)
+    if problem.reduction != _NONE and torch.is_grad_enabled():
+        needs = needs_of(problem.x, problem.weight, problem.bias)
+    return _node(*args, *needs)
 
 
 def _call_backward(*args: Any) -> tuple[Tensor, ...]:
     if torch._C._are_functorch_transforms_active():
+        _refuse_tangents(*args)
         return _FunctorchBackward.apply(*args)  # type: ignore[no-any-return]
     return backward_op(*args)  # type: ignore[no-any-return]
 

@@ -44,7 +44,7 @@ def check(problem: Any) -> None:
     checks.floating("x", x)
     checks.matrix("weight", weight)
     classes, features = weight.shape
-    if x.dim() == 0 or x.shape[-1] != features:
+    if x.dim() == 0 or checks.differ(x.shape[-1], features):
         raise ValueError(
             f"x: expected shape [.., {features}] for a weight of "
             f"{list(weight.shape)}; got {list(x.shape)}"

@@ -24,6 +24,7 @@ register(
     schema.forward_op,
     fake=schema.fake,
     backward=autograd.backward,
+    expression=autograd.by_reference,
     setup=autograd.setup,
     vmap=autograd.vmap,
 )

@@ -7,8 +7,7 @@ word, so these are compared by their numbers (bigops/ops/family/gradients.py, `t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,108 +15,12 @@ import torch._dynamo.testing
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bigops.formats import BitmapWeight, Format
 from bigops.formats.quantize import static_qparams
-from bigops.formats.sparse import SparseWeight
-from bigops.ops.family import LinearOp, op_of
-from bigops.ops.fp8_linear import fp8_linear
-from bigops.ops.packed_linear import packed_linear
-from bigops.ops.quantized_linear import quantized_linear
 from bigops.ops.sparse_linear import sparse_linear
-from bigops.ops.sparse_linear.sparse24_pack import prune24
-from tests.support.cases.compressed import make
-from tests.support.tolerance import snr_db
-
-FORMS = (
-    "int8",
-    "int8_static",
-    "w4_zero",
-    "w4a8",
-    "fp8",
-    "w_fp8_block",
-    "packed",
-    "sparse_int8",
-    "sparse_float",
-    "24",
-    "24_int8",
-    "bitmap",
-)
-TRAINED = ("sparse_float", "24")  # whose values have a gradient
-M, N, K = 5, 12, 36
-PUBLIC: dict[str, Callable[..., Tensor]] = {
-    "quantized_linear": quantized_linear,
-    "fp8_linear": fp8_linear,
-    "packed_linear": packed_linear,
-}
+from tests.ops.family.problems import ALL, PUBLIC, TRAINED, K, M, compiled, hold, problem
 
 
-class Problem(NamedTuple):
-    """A call and its inputs."""
-
-    weight: Format
-    x: Tensor
-    bias: Tensor
-    residual: Tensor
-    grad: Tensor
-
-    @property
-    def op(self) -> LinearOp:
-        return op_of(type(self.weight))
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        return self.x, self.bias, self.residual
-
-    def call(self, x: Tensor, bias: Tensor, residual: Tensor, weight: Any = None) -> Tensor:
-        public = PUBLIC.get(self.op.name, sparse_linear)
-        return public(x, self.weight if weight is None else weight, bias, residual, "gelu")
-
-    def loss(self, x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        y = self.call(x, bias, residual)
-        return (y * self.grad.expand(y.shape)).float().sum()
-
-    def of_values(self, values: Tensor) -> Tensor:
-        y = self.call(*self.inputs, self.weight.replace(values=values))
-        return (y * self.grad).float().sum()
-
-    def gradients(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """By eager autograd."""
-        leaves = [t.detach().clone().requires_grad_() for t in inputs]
-        return torch.autograd.grad(self.loss(*leaves), leaves)
-
-
-def problem(form: str) -> Problem:
-    torch.manual_seed(0)
-    case = make(form if form in FORMS[:9] else "sparse_float", M, N, K)
-    assert case.bias is not None
-    assert case.residual is not None
-    weight, dtype = case.weight, torch.float32
-    if form == "24":
-        weight, dtype = prune24(torch.randn(N, K), torch.bfloat16, True), torch.bfloat16
-    elif form == "24_int8":
-        weight = prune24(torch.randn(N, K), torch.int8)
-    elif form == "bitmap":
-        assert isinstance(weight, SparseWeight)
-        weight = BitmapWeight.from_sparse(weight)
-    given = (t.to(dtype) for t in (case.x, case.bias, case.residual, case.grad))
-    return Problem(weight, *given)
-
-
-def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
-    torch._dynamo.reset()
-    return torch.compile(f, fullgraph=True, backend="aot_eager")
-
-
-def hold(got: Any, want: Any) -> None:
-    """Close to what eager gives, which is no zero; the kernels and their order are others."""
-    for one, other in zip(got, want, strict=True):
-        assert one.shape == other.shape
-        assert one.dtype == other.dtype
-        assert other.any()
-        assert snr_db(one, other.double()) > (35 if other.dtype == torch.bfloat16 else 100)
-
-
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_compiled_grad(form: str) -> None:
     case = problem(form)
     want = case.gradients(*case.inputs)
@@ -126,7 +29,7 @@ def test_compiled_grad(form: str) -> None:
     hold(compiled(f)(*case.inputs), want)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_compiled_vmap_of_grad(form: str) -> None:
     """Gradients of each row by itself, those of the bias too."""
     case = problem(form)
@@ -144,7 +47,7 @@ def test_compiled_vmap_of_grad(form: str) -> None:
     hold(compiled(f)(*case.inputs, case.grad), want)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_compiled_grad_of_vmap(form: str) -> None:
     case = problem(form)
     want = case.gradients(*case.inputs)
@@ -173,7 +76,7 @@ def test_compiled_grad_of_values(form: str) -> None:
     hold(compiled(torch.vmap(f))(stacked), [f(v) for v in stacked])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_a_weight_is_an_argument_of_a_compiled_function(form: str) -> None:
     """By its class, whatever the tensors: another weight of the same form makes no other graph."""
     # not that of the case, which is known to be the same object
@@ -186,7 +89,7 @@ def test_a_weight_is_an_argument_of_a_compiled_function(form: str) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_traced_by_fx(form: str) -> None:
     case = problem(form)
 
@@ -243,7 +146,7 @@ class Seen(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_modes_and_subclasses_change_no_number_and_no_refusal(form: str) -> None:
     """A default device is a mode, too."""
     case = problem(form)
@@ -272,7 +175,7 @@ def test_modes_and_subclasses_change_no_number_and_no_refusal(form: str) -> None
     assert case.op.forward._overloadpacket.default in Seen.calls
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_meta_tensors(form: str) -> None:
     case = problem(form)
     weight = case.weight.map(lambda t: t.to("meta"))
@@ -287,7 +190,7 @@ def test_meta_tensors(form: str) -> None:
         case.call(x[:, 1:], bias, residual, weight)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_fake_tensors(form: str) -> None:
     case = problem(form)
     want = case.call(*case.inputs)

@@ -1,0 +1,38 @@
+"""Nested tensors of the jagged layout: the op on their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def on_values(
+    call: Callable[..., Tensor],
+    x: Any,
+    arguments: tuple[Any, ...],
+    k: int,
+    bias: Tensor | None,
+    residual: Any,
+    activation: str,
+) -> Tensor:
+    """``call`` on x [B, j, .., K] where j is jagged, and a residual that is jagged alike.
+
+    Raises:
+        ValueError: K is jagged, or the residual is not as x is.
+    """
+    if x._ragged_idx != 1 or x.dim() < 3:
+        raise ValueError(
+            f"x: expected the second of at least 3 dimensions to be the jagged one; got {x.shape}"
+        )
+    if residual is not None:
+        if not residual.is_nested or residual.shape[:-1] != x.shape[:-1]:
+            raise ValueError(
+                f"residual: expected a tensor with the offsets of x, {[*x.shape[:-1], 'N']}; "
+                f"got {list(residual.shape)}"
+            )
+        residual = residual.values()
+    y = call(x.values(), arguments, k, bias, residual, activation)
+    return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths())
