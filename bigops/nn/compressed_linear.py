@@ -80,8 +80,8 @@ class CompressedLinear(StoredState):
         **form: Any,
     ) -> None:
         act.check_name(activation, gated=False)
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
         op_of(format)
         super().__init__()
         self.format, self.form = format, format.form(**form)

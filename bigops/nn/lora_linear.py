@@ -86,7 +86,7 @@ class LoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        base = Linear(in_features, out_features, bias, activation, device=device, dtype=dtype)
+        base = Linear(in_features, out_features, bias, device, dtype, activation=activation)
         self._take(base)
         self._freeze()
 
@@ -271,7 +271,7 @@ class LoRALinear(nn.Module):
             self.in_features,
             self.out_features,
             self.bias is not None,
-            self.activation,
+            activation=self.activation,
             device="meta",
         )
         new.weight = nn.Parameter(self._merged_weight().clone())

@@ -56,9 +56,9 @@ class LowRankLinear(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         act.check_name(activation, gated=False)
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
-        check_rank(rank, in_features, out_features, least=0)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
+        rank = check_rank(rank, in_features, out_features, least=0)
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.activation = rank, activation
@@ -171,7 +171,7 @@ class LowRankLinear(Layer):
             self.in_features,
             self.out_features,
             self.bias is not None,
-            self.activation,
+            activation=self.activation,
             device="meta",
         )
         new.weight = nn.Parameter(self.to_dense(), requires_grad=self.u.requires_grad)
@@ -203,15 +203,16 @@ class LowRankLinear(Layer):
         }
 
 
-def check_rank(rank: int, in_features: int, out_features: int, least: int) -> None:
-    """Raise unless ``rank`` is an int from ``least`` to the smaller side."""
-    check_size("rank", rank)
+def check_rank(rank: int, in_features: int, out_features: int, least: int) -> int:
+    """``rank`` as an int; raise unless it is from ``least`` to the smaller side."""
+    rank = check_size("rank", rank)
     most = min(in_features, out_features)
     if not least <= rank <= most:
         raise ValueError(
             f"rank: expected {least} to {most}, the smaller side of "
             f"[{out_features}, {in_features}]; got {rank}"
         )
+    return rank
 
 
 def density_of(in_features: int, out_features: int, rank: int) -> float:
