@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from bigops.graph.sites import hook_reason
+from bigops.graph.carry import hook_reason
 from bigops.nn import LAYERS, fields, stored_state
 from bigops.nn.fields import FLAG, INT, NUMBER, SIZE, SIZES, Field, one_of, optional
 from bigops.nn.layer import Layer, layer_of

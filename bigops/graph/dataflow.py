@@ -20,8 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigops.graph.atomic import is_ours
 from bigops.graph.callers import Callers
+from bigops.graph.carry import hook_reason
 from bigops.graph.looking import looking, storage_of, written
-from bigops.graph.sites import Sites, hook_reason
+from bigops.graph.record import class_name
+from bigops.graph.sites import Sites
 
 _MOST_OPTIONAL = 4  # optional arguments whose combinations are traced: 2^4 in two modes
 _GIVEN = object()
@@ -150,7 +152,7 @@ def _trace(module: nn.Module) -> list[fx.Graph] | str:
     Or why there are none.
     """
     if _Tracer().is_leaf_module(module, ""):
-        return f"a {type(module).__name__} is a whole of its own"
+        return f"a {class_name(module)} is a whole of its own"
     # A flag has two values; anything else is its default or something that fx cannot look into.
     values = {
         name: (True, False) if isinstance(p.default, bool) else (_GIVEN, p.default)
