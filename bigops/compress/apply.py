@@ -180,7 +180,7 @@ def _calibrate(
             notes.append("data was not read: no layer has static activations")
         return
     what = "example_inputs" if data is None else "data"
-    batches = [example_inputs] if data is None else data
+    batches = [example_inputs] if data is None else calibrate.batches_of(data)
     if data is None and example_inputs is None:
         raise ValueError(
             "data, example_inputs: expected inputs to calibrate the static activations of "

@@ -144,10 +144,10 @@ def evaluating(model: nn.Module, timed: bool = False) -> Iterator[None]:
 
 
 def run_example(model: nn.Module, example_inputs: Any) -> Any:
-    """Call the model: a mapping gives keywords, a tuple or list positions, all else is x."""
+    """Call the model: a mapping gives keywords, a tuple positions, all else is x, lists too."""
     if isinstance(example_inputs, Mapping):
         return model(**example_inputs)
-    if isinstance(example_inputs, tuple | list):
+    if isinstance(example_inputs, tuple):
         return model(*example_inputs)
     return model(example_inputs)
 
