@@ -38,6 +38,16 @@ def activation_name(module: nn.Module | None) -> str | None:
     return _NAMES.get(type(module))  # type: ignore[arg-type]
 
 
+def passes(module: nn.Module) -> bool:
+    """Whether a module between a layer and its activation gives on what it is given, in any mode.
+
+    An `nn.Dropout` that is idle in `eval` alone has to act before the activation when the model is
+    trained again, so only one without anything to drop passes.
+    """
+    idle = type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)
+    return idle and hook_reason(module) is None
+
+
 @dataclass
 class Pair:
     """A linear layer and the activation that alone reads it."""
@@ -217,8 +227,11 @@ def _readers(sites: Sites, node: fx.Node, full: Any) -> Iterator[int]:
         yield 0
     for user in node.users:
         module = sites.modules[full(user.target)] if user.op == "call_module" else None
-        simple = module is not None and user.args == (node,) and not user.kwargs
-        yield id(module) if simple and activation_name(module) else 0
+        simple = user.args == (node,) and not user.kwargs
+        if module is not None and simple and passes(module):
+            yield from _readers(sites, user, full)
+        else:
+            yield id(module) if simple and activation_name(module) else 0
 
 
 def _producer(sites: Sites, node: fx.Node, full: Any) -> str:
@@ -227,6 +240,8 @@ def _producer(sites: Sites, node: fx.Node, full: Any) -> str:
         path = full(source.target)
         if isinstance(sites.modules[path], nn.Linear):
             return path
+        if passes(sites.modules[path]):
+            return _producer(sites, source, full)
     return ""
 
 
@@ -234,7 +249,9 @@ def _producer(sites: Sites, node: fx.Node, full: Any) -> str:
 
 
 def _pairs_of_neighbours(sites: Sites, path: str) -> Iterator[Pair]:
-    children = [(n, m) for n, m in sites.modules[path]._modules.items() if m is not None]
+    children = [
+        (n, m) for n, m in sites.modules[path]._modules.items() if m is not None and not passes(m)
+    ]
     prefix = f"{path}." if path else ""
     for (first, linear), (second, module) in itertools.pairwise(children):
         name = activation_name(module)
