@@ -73,7 +73,7 @@ def find(sites: Sites) -> Dataflow:
     """
     flow = Dataflow()
     with looking():
-        _search(sites, _twin(sites.model, flow), "", Callers(sites), flow)
+        _search(sites, _tree(_twin(sites.model, flow)), "", Callers(sites), flow)
     return flow
 
 
@@ -95,13 +95,22 @@ def _twin(model: nn.Module, flow: Dataflow) -> nn.Module | None:
         return None
 
 
+def _tree(model: nn.Module | None) -> dict[str, nn.Module]:
+    """The modules of a model by path; nothing where there is none."""
+    return {} if model is None else dict(model.named_modules(remove_duplicate=False))
+
+
 def _search(
-    sites: Sites, twin: nn.Module | None, path: str, callers: Callers, flow: Dataflow
+    sites: Sites, twin: dict[str, nn.Module], path: str, callers: Callers, flow: Dataflow
 ) -> None:
+    """Look for pairs in the part at ``path``, tracing the modules of a twin."""
     module = sites.modules[path]
     if not any(isinstance(m, nn.Linear) for m in module.modules()) or isinstance(module, nn.Linear):
         return
-    graphs: list[fx.Graph] | str = "" if twin is None else _trace(twin.get_submodule(path))
+    graphs: list[fx.Graph] | str = _trace(twin[path]) if twin else ""
+    if twin and _tree(twin[""]) != twin:
+        graphs = "its forward exchanges modules"
+        twin.clear()  # what else is traced in it says nothing about the model
     if isinstance(graphs, list):
         _take(sites, path, list(_pairs_of_graphs(sites, path, graphs)), callers, flow)
         return

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import bigops
-from bigops.compress.file_format import FormatError
+from bigops.files import FormatError
 from bigops.graph.carry import extras, is_plain_linear
 from tests.support.interrupts import check_every_line, state
 from tests.support.kernels_ran import needs_extension

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import bigops
-from bigops.compress.file_format import FormatError
+from bigops.files import FormatError
 from bigops.graph.atomic import atomic
 from tests.support.interrupts import check_every_line, state
 from tests.support.kernels_ran import needs_extension
