@@ -119,7 +119,7 @@ class Callers:
             if type(holder).forward is nn.Sequential.forward:
                 continue  # which does nothing but call it; who calls the holder?
             if hasattr(type(holder), "__getitem__"):
-                return f"{type(holder).__name__} gives it without its name"
+                return f"{class_name(holder)} gives it without its name"
             for module, code in outside:
                 own = module is holder and (name in code.own or code.own_children)
                 if own or name in code.read:
