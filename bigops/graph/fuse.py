@@ -28,9 +28,6 @@ def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
     and an `nn.Identity` takes its place, only where it is proven that nothing else reads that
     layer's output whenever the model is called:
 
-    Between the two there may be an `nn.Identity`, and an `nn.Dropout` with p = 0: any other acts
-    before the activation when the model is trained again.
-
     - torch.fx traces the model as a whole, in both modes, with gradients and without, and with each
       combination of its optional arguments, up to 4 of them: flags True and False, others given and
       left out. What a trace does not run (hooks of the model and of torch's layers, a ``__call__``
@@ -42,6 +39,9 @@ def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
       the layer, of the activation, or of another method of the part. Indexing, slicing, iterating,
       ``children()`` and computed names that lead there, a list or a closure that holds the module,
       too, and code without source leave the activation where it is. The record's notes name it.
+
+    Between the two there may be an `nn.Identity`, and an `nn.Dropout` with p = 0: any other acts
+    before the activation when the model is trained again.
 
     What no proof covers: code outside of the model that calls its children or methods other than
     forward (``model[0](x)``), and a forward that decides by its own attributes, by random numbers,

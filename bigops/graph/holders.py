@@ -49,8 +49,9 @@ def find(modules: Iterable[nn.Module]) -> dict[int, Held]:
 
     A place can be exchanged where `bigops.graph.atomic` brings it back: an attribute of a
     registered module, and the lists and dictionaries in it at any depth. Tuples, sets, keys,
-    functions with the variables around them, bound methods, weak references and objects of other
-    classes, modules among them that are not registered, are looked into all the same.
+    functions with the variables around them, bound methods, weak references, objects of other
+    classes, modules among them that are not registered, and what the classes of modules hold, are
+    looked into all the same.
 
     Args:
         modules: all that are registered in the model.
@@ -65,6 +66,11 @@ def find(modules: Iterable[nn.Module]) -> dict[int, Held]:
         for name, value in own.items():
             if name not in _REGISTERED and not isinstance(value, _WITHOUT):
                 opened.append(_Step(value, Place(own, name), f"{class_name(module)}.{name}"))
+    for cls in {cls for module in registered.values() for cls in type(module).__mro__}:
+        if not cls.__module__.startswith(("torch.", "bigops.", "builtins")):
+            said = f"{cls.__module__}.{cls.__qualname__}"
+            own = {n: v for n, v in vars(cls).items() if isinstance(v, _OF_CLASSES)}
+            closed += [_Step(value, None, f"{said}.{name}") for name, value in own.items()]
     # What both reach is exchanged, so the containers that can be changed come first.
     while opened or closed:
         step = opened.pop() if opened else closed.pop()
@@ -93,6 +99,7 @@ def find(modules: Iterable[nn.Module]) -> dict[int, Held]:
     return found
 
 
+_OF_CLASSES = (nn.Module, dict, list, tuple, set, deque)
 _REGISTERED = {"_modules", "_parameters", "_buffers"}
 # In these is no module: most of what lies in large lists.
 _WITHOUT = (bool, int, float, complex, str, bytes, Tensor, type(None), type, ModuleType)

@@ -117,6 +117,16 @@ def test_a_list_of_another_module_is_reached_too() -> None:
     assert model[1].before[0] is model[0]
 
 
+@pytest.mark.parametrize("hold", [lambda m: [m], lambda m: {"a": (m,)}, lambda m: m])
+def test_what_a_class_holds_is_seen(hold: Callable[[nn.Module], Any]) -> None:
+    cls = type("Registers", (nn.Sequential,), {})
+    model = cls(nn.Linear(64, 64), nn.Linear(64, 64))
+    cls.registered = hold(model[0])  # type: ignore[attr-defined]
+    record = bigops.fuse_(model)
+    assert "Registers.registered, where a swap does not reach it" in record.reason("0")
+    assert record.reason("1") is None
+
+
 def test_a_list_that_holds_itself_ends() -> None:
     model = Net(*OPEN["list"])
     model.held.append(model.held)
