@@ -14,6 +14,7 @@ from bigops.compress import calibrate, choose, measure, plan
 from bigops.compress.build import Built, Choice, Stays, prepare
 from bigops.compress.config import Configs
 from bigops.graph.atomic import atomic
+from bigops.graph.carry import extras, without_hooks
 from bigops.graph.record import Account, Done, Record, Skipped, account
 from bigops.graph.sites import Contest, Sites, capture, contest
 from bigops.nn.layer import layer_of
@@ -50,11 +51,12 @@ def compress_(
             beside an `Int8` that is smaller alone becomes that `Int8`. The record says so; of a
             layer with ``freeze=False`` it only says what it will take.
         example_inputs: what the model is called with: x, a tuple of positions or a mapping of
-            keywords. Each layer is then timed against what it replaces, interleaved, on the input
-            that it sees first. Without them nothing is timed.
+            keywords; a list is an x. Each layer is then timed against what it replaces,
+            interleaved, on the input that it sees first. Without them nothing is timed.
         data: batches, each as ``example_inputs``, in any iterable, which is read once: static
-            activations take their range from all that a layer is given in them. Without it the
-            range is that of ``example_inputs``.
+            activations take their range from all that a layer is given in them. The lists that a
+            `DataLoader` collates out of tuples give positions. Without data the range is that of
+            ``example_inputs``.
         freeze: True: only the compressed storage is kept. False: the layers stay trainable in
             floating point, with their pattern kept, until `freeze_`; they share the Parameter
             objects of the old layers, so an optimiser goes on working. `LowRank` makes new
@@ -178,7 +180,7 @@ def _calibrate(
             notes.append("data was not read: no layer has static activations")
         return
     what = "example_inputs" if data is None else "data"
-    batches = [example_inputs] if data is None else data
+    batches = [example_inputs] if data is None else calibrate.batches_of(data)
     if data is None and example_inputs is None:
         raise ValueError(
             "data, example_inputs: expected inputs to calibrate the static activations of "
@@ -247,7 +249,7 @@ class _Work:
             self.sites.modules[name] = made[0]  # or the old one would live on there
             self.done[name] = made[1]
         except BaseException:
-            self.sites.swap({name: old})
+            self.sites.put(name, old)
             self.done.pop(name, None)
             raise
 
@@ -285,7 +287,7 @@ class _Work:
             made.layer.activation,
         )
         if key not in self.timed:
-            self.timed[key] = contest(old, made.frozen, x, training=False)
+            self.timed[key] = contest(without_hooks(old), made.frozen, x, training=False)
         return self.timed[key]
 
     def record(self) -> Record:
@@ -333,7 +335,7 @@ def _done(
         f"{type(old).__name__} -> {type(new).__name__} by {config}{rank}",
         "; ".join(why + said),
         before,
-        new.nbytes,
+        new.nbytes + extras(old).nbytes,
         new.density,
         timed.us_before if timed else None,
         timed.us_after if timed else None,

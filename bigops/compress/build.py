@@ -10,6 +10,7 @@ from torch import nn
 
 from bigops.compress.calibrate import Qparams
 from bigops.compress.config import Config, Int8
+from bigops.graph.carry import extras
 from bigops.nn.computed_weight import is_dense
 from bigops.nn.layer import Layer, layer_of
 
@@ -47,7 +48,7 @@ def prepare(old: nn.Module, choice: Choice, freeze: bool) -> Built | Stays:
     ours = layer_of(old)
     if ours is not None:
         old = ours.unpacked()  # of a thawed packed layer, with the same Parameters
-    before, config = nbytes(old), choice.config
+    before, config = nbytes(old) - extras(old).nbytes, choice.config
     if config.alone is None or (ours is not None and (ours.pattern or ours.rank is not None)):
         return _within(before, old, choice, freeze)
     alone = Choice(config.alone, choice.x_qparams)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
 
 from bigops.formats import quantize
 from bigops.graph.sites import evaluating, run_example
@@ -29,6 +30,17 @@ def check_data(data: Any) -> None:
             "data: expected an iterable of batches, each as example_inputs (a list of one is "
             f"enough); got a {type(data).__name__}"
         )
+
+
+def batches_of(data: Iterable[Any]) -> Iterator[Any]:
+    """The batches of ``data``, each as `run_example` takes it.
+
+    A list is one input. That of a `DataLoader` whose `default_collate` made it stands for the tuple
+    that the data set has, and gives positions.
+    """
+    collated = isinstance(data, DataLoader) and data.collate_fn is default_collate
+    for batch in data:
+        yield tuple(batch) if collated and isinstance(batch, list) else batch
 
 
 def calibrate(

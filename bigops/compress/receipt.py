@@ -125,8 +125,8 @@ class Receipt:
         Args:
             before: the model as it was, of plain torch modules for an honest baseline.
             after: the compressed one. Layers at equal paths are compared one by one.
-            example_inputs: x, a tuple of positions or a mapping of keywords, at the batch size
-                that latency is to be measured at.
+            example_inputs: x (a list is one, too), a tuple of positions or a mapping of keywords,
+                at the batch size that latency is to be measured at.
             accuracy: percent correct (higher is better) of a model, or both numbers.
             files: the saved files of before and after, for their sizes.
             floors: what was asked for; see `breaches`.

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from bigops.graph.sites import hook_reason
+from bigops.graph.carry import hook_reason
 from bigops.nn import LAYERS, fields, stored_state
 from bigops.nn.fields import FLAG, INT, NUMBER, SIZE, SIZES, Field, one_of, optional
 from bigops.nn.layer import Layer, layer_of
@@ -182,9 +183,17 @@ def _whole(node: Mapping[str, Any], path: str, depth: int) -> nn.Module:
 
 
 def replacements(
-    node: Any, model: nn.Module, path: str = "", depth: int = 0
+    node: Any, model: nn.Module, path: str = "", depth: int = 0, free: bool = False
 ) -> Iterator[tuple[str, nn.Module]]:
     """What to put into ``model`` so that it is as ``node`` says, by path; tensors on "meta".
+
+    The code of a class that is not in the list may exchange its modules while it runs. What lies
+    in one may therefore be of another kind than in the file, and becomes what the file has; and
+    where it is of another such class, children may be in one of the two alone: that both have the
+    same tensors is for the caller to see.
+
+    Args:
+        free: whether the module lies in one of such a class.
 
     Raises:
         StructureError: ``model`` has other children, sizes or settings than the node.
@@ -209,6 +218,8 @@ def replacements(
         elif kind.cls is nn.Identity and type(model) in _FUSED_AWAY:
             if type(model) is not nn.Identity:
                 yield path, nn.Identity()
+        elif name != node["kind"] and free and not isinstance(model, LazyModuleMixin):
+            yield path, _whole(node, path, depth)
         elif name != node["kind"]:
             raise StructureError(
                 f"{_where(path)}: the file holds a {node['kind']}; the model a {_class_name(model)}"
@@ -220,14 +231,15 @@ def replacements(
             )
         return
     theirs = set(node.get("children", {}))
-    if mine != theirs:
+    other = kind is None and node.get("class") != _class_name(model)
+    if mine != theirs and not other:
         raise StructureError(
             f"{_where(path)}: the file has the children {sorted(theirs)}; the model {sorted(mine)}"
         )
     for name, child in node.get("children", {}).items():
-        below = model._modules[name]
-        assert below is not None
-        yield from replacements(child, below, _join(path, name), depth + 1)
+        below, inside = model._modules.get(name), _join(path, name)
+        if below is not None:
+            yield from replacements(child, below, inside, depth + 1, free or kind is None)
 
 
 def compressed(node: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Layer]]:

@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from bigops.graph.atomic import atomic
-from bigops.graph.record import Done, Record, Skipped
+from bigops.graph.record import Done, Record, Skipped, class_name
 from bigops.graph.sites import Sites
 from bigops.nn import LAYERS
 from bigops.nn.computed_weight import is_dense
 from bigops.nn.layer import layer_of
-from bigops.nn.linear import Linear
+from bigops.nn.linear import Linear, check_size
 from bigops.nn.lora import LoRAAdapter, LoRALinear, QLoRALinear, check_adapter
 
 
@@ -44,8 +44,9 @@ def add_lora_(
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: a pattern that no linear layer matches, no layer that can be swapped, or an
-            argument that does not fit a layer; pattern and layer are named.
+        ValueError: a pattern that no linear layer matches, no layer that can be swapped (one whose
+            smaller side is below ``rank`` is left, too), or an argument that does not fit a layer;
+            pattern and layer are named.
     """
     patterns = [targets] if isinstance(targets, str) else list(targets)
     sites = Sites(model)
@@ -66,7 +67,13 @@ def add_lora_(
         for pattern in matching:
             idle.pop(pattern, None)
         try:
-            check_adapter(linear.in_features, linear.out_features, rank, alpha, dropout)
+            most = min(linear.in_features, linear.out_features)
+            wide = max(most, check_size("rank", rank))
+            check_adapter(wide, wide, rank, alpha, dropout)
+            if wide > most:
+                why = f"rank: expected 1 to {most}, its smaller side; got {rank}"
+                left.append(Skipped(path, why))
+                continue
             if adapted is None:
                 reason = sites.reason_to_leave(path, (nn.Linear, *LAYERS), weight_goes=False)
                 if reason is not None:
@@ -146,7 +153,7 @@ def _why_idle(sites: Sites, pattern: str) -> str:
                 )
     for path, module in sites.unique():
         if _matches(sites, module, pattern):
-            return f"{text}{path or 'model'}, a {type(module).__name__}"
+            return f"{text}{path or 'model'}, a {class_name(module)}"
     longer = f"*.{pattern}"
     for path, module in sites.modules.items():
         if _linear(module) is not None and fnmatchcase(path, longer):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn, overrides
+from torch import Tensor, nn, overrides
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils import _python_dispatch as dispatch
 
@@ -22,10 +22,11 @@ class Before:
 
     Kept are, by reference and without a copy of any tensor: the attributes of each module, among
     them its mode, children, Parameters, buffers and hooks in their order; what lies in plain lists,
-    dictionaries and sets among them; and ``requires_grad`` of each Parameter. Not kept are the
-    values in tensors. While this lives, so does every tensor that the models held. Of a lazy module
-    (`nn.LazyLinear`), whose first call is its last step of construction, only what it holds is
-    kept.
+    dictionaries, sets and tuples among them, in objects of a class that comes from where a class of
+    the model comes from, and in modules that are held there without being registered; and
+    ``requires_grad`` of each Parameter. Not kept are the values in tensors. While this lives, so
+    does every tensor that the models held. Of a lazy module (`nn.LazyLinear`), whose first call is
+    its last step of construction, only what it holds is kept.
     """
 
     def __init__(self, *models: nn.Module, layers: bool = True) -> None:
@@ -41,25 +42,49 @@ class Before:
         self._gradients = torch.is_grad_enabled()
         # so of a mode that watches over the model while it runs, or of torch.device("meta")
         self._depths = [(stack, pop, len(stack())) for stack, pop in MODES.items()]
-        seen: set[int] = set()
+        self.modules: list[nn.Module] = []  # the registered ones come first
+        self._seen: set[int] = set()
+        self.homes = homes(*models)
         for model in models:
             for module in model.modules():
-                for held in (module._modules, module._parameters, module._buffers):
-                    if isinstance(held, dict):  # not of a ScriptModule
-                        self._kept.append((held, dict(held)))
-                        seen.add(id(held))
-                if not isinstance(module, LazyModuleMixin) and (layers or not is_ours(module)):
-                    self._keep(vars(module), seen)
-            self._flags += [(p, p.requires_grad) for p in model.parameters()]
+                self._hold(module)
+        self._keep(self._attributes(self.modules, layers), layers)
 
-    def _keep(self, value: Any, seen: set[int]) -> None:
-        """Keep what lies in a plain container, and in those in it."""
-        if type(value) not in CONTAINERS or id(value) in seen:
+    def _attributes(self, modules: list[nn.Module], layers: bool) -> list[Any]:
+        kept = (m for m in modules if not isinstance(m, LazyModuleMixin))
+        return [vars(module) for module in kept if layers or not is_ours(module)]
+
+    def _hold(self, module: nn.Module) -> None:
+        """Keep what is registered in one module."""
+        if id(module) in self._seen:
             return
-        seen.add(id(value))
-        self._kept.append((value, value.copy()))
-        for item in value.values() if isinstance(value, dict) else value:
-            self._keep(item, seen)
+        self._seen.add(id(module))
+        self.modules.append(module)
+        for held in (module._modules, module._parameters, module._buffers):
+            if isinstance(held, dict):  # not of a ScriptModule
+                self._kept.append((held, dict(held)))
+                self._seen.add(id(held))
+        self._flags += [(p, p.requires_grad) for p in module.parameters(recurse=False)]
+
+    def _keep(self, pending: list[Any], layers: bool) -> None:
+        """Keep what lies in plain containers, objects and modules, and in those in them."""
+        while pending:  # a structure may be deeper than Python calls may be
+            value = pending.pop()
+            if isinstance(value, LEAVES) or id(value) in self._seen:
+                continue
+            if isinstance(value, nn.Module):
+                new = [module for module in value.modules() if id(module) not in self._seen]
+                for module in new:
+                    self._hold(module)
+                pending += self._attributes(new, layers)
+            elif type(value) in CONTAINERS:
+                self._seen.add(id(value))
+                self._kept.append((value, value.copy()))
+                pending += value.values() if isinstance(value, dict) else value
+            elif isinstance(value, tuple):
+                pending += value
+            elif is_of(value, self.homes):
+                pending.append(vars(value))
 
     def restore(self) -> None:
         """Put all of it back; interrupted it may begin anew."""
@@ -83,6 +108,25 @@ MODES: dict[Callable[[], list[Any]], Callable[[], Any]] = {
     overrides._get_current_function_mode_stack: overrides._pop_mode,
 }
 CONTAINERS: tuple[type, ...] = (dict, list, set, OrderedDict, defaultdict, deque)
+
+
+LEAVES = (bool, int, float, complex, str, bytes, Tensor, type(None), type)  # hold nothing of this
+
+
+def homes(*models: nn.Module) -> set[str]:
+    """The packages that the classes of some models come from, but for torch and this one."""
+    classes = {cls for model in models for m in model.modules() for cls in type(m).__mro__}
+    tops = {cls.__module__.partition(".")[0] for cls in classes}
+    return (tops - {"torch", "bigops", "builtins"}) | {"__main__", "types"}
+
+
+def is_of(value: Any, packages: set[str]) -> bool:
+    """Whether a value is an object with attributes, of a class from one of some packages.
+
+    Objects of others, such as queues and threads, are more than their attributes.
+    """
+    top = type(value).__module__.partition(".")[0]
+    return top in packages and isinstance(getattr(value, "__dict__", None), dict)
 
 
 def _put_back(now: Any, then: Any) -> None:

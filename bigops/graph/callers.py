@@ -21,6 +21,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from bigops.graph.atomic import CONTAINERS, is_ours
+from bigops.graph.holders import is_filled
+from bigops.graph.record import class_name
 from bigops.graph.sites import Sites
 
 # What gives the children of a module without their names, and what gives all below it.
@@ -70,7 +72,6 @@ class Callers:
         self._sites = sites
         self._code: dict[Any, Code] = {}
         self._kept: list[Any] = []  # what the keys name by id
-        self._held = {id(m) for holder in sites.modules.values() for m in _in_plain(holder)}
 
     def reason(self, root: str, paths: Iterable[str]) -> str | None:
         """Why code outside of the part at ``root`` may reach the modules at ``paths``, or None.
@@ -80,15 +81,15 @@ class Callers:
             paths: of modules below it.
         """
         paths = list(paths)
-        if any(id(self._sites.modules[p]) in self._held for path in paths for p in _upwards(path)):
+        if any(p in self._sites.held for path in paths for p in _upwards(path)):
             return "an attribute or a list of a module holds it, too"
         outside, untraced = list(self._outside(root)), list(self._untraced(root))
         for module, code in (*outside, *untraced):
             if code.opaque:
-                return f"{type(module).__name__} may reach it by {code.opaque}"
+                return f"{class_name(module)} may reach it by {code.opaque}"
         why = self._taken(root, outside) if root else None  # else nothing is outside
         if why is None and untraced:
-            why = f"{type(untraced[0][0]).__name__} has code that tracing does not run"
+            why = f"{class_name(untraced[0][0])} has code that tracing does not run"
         if why is None or all(self._unnamed(root, path, outside + untraced) for path in paths):
             return None
         return why
@@ -118,11 +119,11 @@ class Callers:
             if type(holder).forward is nn.Sequential.forward:
                 continue  # which does nothing but call it; who calls the holder?
             if hasattr(type(holder), "__getitem__"):
-                return f"{type(holder).__name__} gives it without its name"
+                return f"{class_name(holder)} gives it without its name"
             for module, code in outside:
                 own = module is holder and (name in code.own or code.own_children)
                 if own or name in code.read:
-                    return f"{type(module).__name__} takes {name!r} other than by calling it"
+                    return f"{class_name(module)} takes {name!r} other than by calling it"
             return self._walked(path, outside)
         return None
 
@@ -137,7 +138,7 @@ class Callers:
         listed = above == "" or hasattr(type(self._sites.parent(above)), "__getitem__")
         for module, code in outside:
             if code.children and (listed or any(name in c.own | c.read for _, c in outside)):
-                return f"{type(module).__name__} takes children of a module without their names"
+                return f"{class_name(module)} takes children of a module without their names"
         return None
 
     def _unnamed(self, root: str, path: str, outside: list[tuple[nn.Module, Code]]) -> bool:
@@ -187,35 +188,6 @@ def _methods(cls: type) -> set[str]:
     """What a class of the user offers beside its forward."""
     own = [c for c in cls.__mro__ if not c.__module__.startswith("torch.") and c is not object]
     return {n for c in own for n in vars(c) if not n.startswith("__") and n != "forward"}
-
-
-def _in_plain(module: nn.Module) -> Iterator[nn.Module]:
-    """Modules that a module holds without being their parent: in lists, bound methods."""
-    pending = [v for k, v in vars(module).items() if k != "_modules"]
-    seen: set[int] = set()
-    while pending:
-        value = pending.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, nn.Module):
-            yield value
-        elif isinstance(value, functools.partial):
-            pending += [value.func, *value.args, *value.keywords.values()]
-        elif isinstance(value, MethodType):
-            pending.append(value.__self__)
-        elif isinstance(value, FunctionType):
-            pending += [c.cell_contents for c in value.__closure__ or () if _filled(c)]
-        elif type(value) in CONTAINERS or type(value) is tuple:
-            pending += value.values() if isinstance(value, dict) else value
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 # --- reading the source ----------------------------------------------------------------------
@@ -361,7 +333,7 @@ def _is_foreign(function: FunctionType, cls: type) -> bool:
 def _named(function: FunctionType, reader: _Reader) -> Iterator[Any]:
     """What a function names: of its file, of the scope around it, of a module."""
     around = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    scope = {**function.__globals__, **{n: c.cell_contents for n, c in around if _filled(c)}}
+    scope = {**function.__globals__, **{n: c.cell_contents for n, c in around if is_filled(c)}}
     for name in reader.names:
         yield scope.get(name)
     for name, leaf in reader.dotted:

@@ -20,8 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigops.graph.atomic import is_ours
 from bigops.graph.callers import Callers
+from bigops.graph.carry import hook_reason
 from bigops.graph.looking import looking, storage_of, written
-from bigops.graph.sites import Sites, hook_reason
+from bigops.graph.record import class_name
+from bigops.graph.sites import Sites
 from bigops.nn.computed_weight import is_dense
 
 _MOST_OPTIONAL = 4  # optional arguments whose combinations are traced: 2^4 in two modes
@@ -35,6 +37,16 @@ def activation_name(module: nn.Module | None) -> str | None:
     if type(module) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
     return _NAMES.get(type(module))  # type: ignore[arg-type]
+
+
+def passes(module: nn.Module) -> bool:
+    """Whether a module between a layer and its activation gives on what it is given, in any mode.
+
+    An `nn.Dropout` that is idle in `eval` alone has to act before the activation when the model is
+    trained again, so only one without anything to drop passes.
+    """
+    idle = type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)
+    return idle and hook_reason(module) is None
 
 
 @dataclass
@@ -62,7 +74,7 @@ def find(sites: Sites) -> Dataflow:
     """
     flow = Dataflow()
     with looking():
-        _search(sites, _twin(sites.model, flow), "", Callers(sites), flow)
+        _search(sites, _tree(_twin(sites.model, flow)), "", Callers(sites), flow)
     return flow
 
 
@@ -84,13 +96,22 @@ def _twin(model: nn.Module, flow: Dataflow) -> nn.Module | None:
         return None
 
 
+def _tree(model: nn.Module | None) -> dict[str, nn.Module]:
+    """The modules of a model by path; nothing where there is none."""
+    return {} if model is None else dict(model.named_modules(remove_duplicate=False))
+
+
 def _search(
-    sites: Sites, twin: nn.Module | None, path: str, callers: Callers, flow: Dataflow
+    sites: Sites, twin: dict[str, nn.Module], path: str, callers: Callers, flow: Dataflow
 ) -> None:
+    """Look for pairs in the part at ``path``, tracing the modules of a twin."""
     module = sites.modules[path]
     if isinstance(module, nn.Linear) or not any(map(is_dense, module.modules())):
         return
-    graphs: list[fx.Graph] | str = "" if twin is None else _trace(twin.get_submodule(path))
+    graphs: list[fx.Graph] | str = _trace(twin[path]) if twin else ""
+    if twin and _tree(twin[""]) != twin:
+        graphs = "its forward exchanges modules"
+        twin.clear()  # what else is traced in it says nothing about the model
     if isinstance(graphs, list):
         _take(sites, path, list(_pairs_of_graphs(sites, path, graphs)), callers, flow)
         return
@@ -151,7 +172,7 @@ def _trace(module: nn.Module) -> list[fx.Graph] | str:
     Or why there are none.
     """
     if _Tracer().is_leaf_module(module, ""):
-        return f"a {type(module).__name__} is a whole of its own"
+        return f"a {class_name(module)} is a whole of its own"
     # A flag has two values; anything else is its default or something that fx cannot look into.
     values = {
         name: (True, False) if isinstance(p.default, bool) else (_GIVEN, p.default)
@@ -216,8 +237,11 @@ def _readers(sites: Sites, node: fx.Node, full: Any) -> Iterator[int]:
         yield 0
     for user in node.users:
         module = sites.modules[full(user.target)] if user.op == "call_module" else None
-        simple = module is not None and user.args == (node,) and not user.kwargs
-        yield id(module) if simple and activation_name(module) else 0
+        simple = user.args == (node,) and not user.kwargs
+        if module is not None and simple and passes(module):
+            yield from _readers(sites, user, full)
+        else:
+            yield id(module) if simple and activation_name(module) else 0
 
 
 def _producer(sites: Sites, node: fx.Node, full: Any) -> str:
@@ -226,6 +250,8 @@ def _producer(sites: Sites, node: fx.Node, full: Any) -> str:
         path = full(source.target)
         if isinstance(sites.modules[path], nn.Linear):
             return path
+        if passes(sites.modules[path]):
+            return _producer(sites, source, full)
     return ""
 
 
@@ -233,7 +259,9 @@ def _producer(sites: Sites, node: fx.Node, full: Any) -> str:
 
 
 def _pairs_of_neighbours(sites: Sites, path: str) -> Iterator[Pair]:
-    children = [(n, m) for n, m in sites.modules[path]._modules.items() if m is not None]
+    children = [
+        (n, m) for n, m in sites.modules[path]._modules.items() if m is not None and not passes(m)
+    ]
     prefix = f"{path}." if path else ""
     for (first, linear), (second, module) in itertools.pairwise(children):
         name = activation_name(module)

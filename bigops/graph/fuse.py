@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bigops.formats import checks
 from bigops.graph import dataflow
 from bigops.graph.atomic import atomic
+from bigops.graph.carry import hook_reason, without_hooks
 from bigops.graph.record import Done, Record, Skipped, account
 from bigops.graph.sites import Contest, Sites, capture, contest
 from bigops.nn.computed_weight import is_dense
@@ -22,10 +23,11 @@ _UNTIMED = "not timed: the crossover table of the op decides per call"
 def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
     """Swap what can be swapped for fused layers, in place, and say what was left and why.
 
-    An exact `nn.Linear` becomes a `bigops.nn.Linear` with the same Parameter objects, so an
-    optimiser goes on working. An activation module is taken into the layer before it, and an
-    `nn.Identity` takes its place, only where it is proven that nothing else reads that layer's
-    output whenever the model is called:
+    An `nn.Linear`, or one of a class that adds nothing to it, becomes a `bigops.nn.Linear` with the
+    same Parameter objects, so an optimiser goes on working. What was set on it goes along:
+    attributes, buffers, children and hooks. An activation module is taken into the layer before it,
+    and an `nn.Identity` takes its place, only where it is proven that nothing else reads that
+    layer's output whenever the model is called:
 
     - torch.fx traces the model as a whole, in both modes, with gradients and without, and with each
       combination of its optional arguments, up to 4 of them: flags True and False, others given and
@@ -39,6 +41,9 @@ def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
       ``children()`` and computed names that lead there, a list or a closure that holds the module,
       too, and code without source leave the activation where it is. The record's notes name it.
 
+    Between the two there may be an `nn.Identity`, and an `nn.Dropout` with p = 0: any other acts
+    before the activation when the model is trained again.
+
     What no proof covers: code outside of the model that calls its children or methods other than
     forward (``model[0](x)``), and a forward that decides by its own attributes, by random numbers,
     by the type of an argument, by other modes of torch (autocast, compiling) or by what tracing
@@ -49,9 +54,9 @@ def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
     Args:
         model: any module.
         example_inputs: what the model is called with: x, a tuple of positions or a mapping of
-            keywords. Old and new are then timed against each other, interleaved, on the input
-            that each layer sees (forward and backward where the model is in training mode);
-            where the original wins by more than noise, it stays and the record says so.
+            keywords; a list is an x. Old and new are then timed against each other, interleaved,
+            on the input that each layer sees (forward and backward where the model is in training
+            mode); where the original wins by more than noise, it stays and the record says so.
 
     Returns:
         What was done and what was left, each with the reason, and what was not looked at; print
@@ -69,7 +74,7 @@ def fuse_(model: nn.Module, example_inputs: Any = None) -> Record:
     for path, module in sites.unique():
         if not is_dense(module):
             continue
-        reason = sites.reason_to_leave(path, (nn.Linear, Linear), weight_goes=False)
+        reason = sites.reason_to_leave(path, (nn.Linear, Linear), weight_goes=False, keys_stay=True)
         if reason is None and module.weight.dtype not in checks.FLOATING:
             reason = f"no kernel takes {module.weight.dtype}"
         if reason is None:
@@ -118,13 +123,18 @@ def _usable(flow: dataflow.Dataflow, layers: dict[str, nn.Linear]) -> dict[str, 
     barred: set[str] = set()
     for path, pair in flow.pairs.items():
         layer = layers.get(path)
-        if layer is None or getattr(layer, "activation", "none") != "none":
+        # a hook would see the output of the activation
+        if layer is None or hook_reason(layer) or _activation(layer) != "none":
             barred.update(pair.paths)
     return {
         path: pair
         for path, pair in flow.pairs.items()
         if path in layers and barred.isdisjoint(pair.paths)
     }
+
+
+def _activation(layer: nn.Linear) -> str:
+    return str(getattr(layer_of(layer), "activation", "none"))
 
 
 def _contests(
@@ -141,9 +151,9 @@ def _contests(
         if path not in seen:
             continue
         x, fused = seen[path], new[path]
-        old: nn.Module = layer
+        old = without_hooks(layer)
         if path in pairs:
-            old = nn.Sequential(layer, sites.modules[pairs[path].paths[0]])
+            old = nn.Sequential(old, sites.modules[pairs[path].paths[0]])
         key = (
             x.shape,
             x.dtype,

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigops.graph.atomic import CONTAINERS, Before, is_ours
+from bigops.graph.atomic import CONTAINERS, LEAVES, Before, is_of, is_ours
 
 
 @contextlib.contextmanager
 def looking(*models: nn.Module, timed: bool = False) -> Iterator[None]:
     """Run or trace ``models`` inside; afterwards they and the random states are as before.
 
-    Inside, the modules hold copies of their buffers, of tensors that are plain attributes, in lists
-    and dictionaries too, and of random generators: what forward writes in place goes there. The
-    originals are never written, and come back together with all other attributes (`Before`), also
-    when the model raises. A Parameter is copied before the first write to it, and written back: a
-    momentum encoder follows its model in forward. Layers of `bigops.nn` keep their buffers, for
-    their forward never writes one, and the packs that they made.
+    Inside, the modules hold copies of their buffers, of tensors and arrays that are plain
+    attributes, in lists, dictionaries and objects too (`Before`), and of random generators: what
+    forward writes in place goes there. The originals are never written, and come back together with
+    all other attributes, also when the model raises. A Parameter is copied before the first write
+    to it, and written back: a momentum encoder follows its model in forward. Layers of `bigops.nn`
+    keep their buffers, for their forward never writes one, and the packs that they made.
 
     The random states of torch on the CPU and on every GPU in use, of `random` and of `numpy.random`
     are as before at the end, whatever another thread drew meanwhile.
@@ -40,17 +40,13 @@ def looking(*models: nn.Module, timed: bool = False) -> Iterator[None]:
     # Not those of a lazy module, which its first call makes, nor those of another tensor type.
     parameters = [
         (p, p.data)
-        for model in models
-        for p in model.parameters()
+        for module in before.modules
+        for p in module.parameters(recurse=False)
         if type(p) is nn.Parameter and type(p.data) is Tensor
     ]
     journal = _Journal([data for _, data in parameters])
     try:
-        memo: dict[int, Any] = {}
-        for model in models:
-            for module in model.modules():
-                if not is_ours(module):
-                    _substitute(vars(module), memo)
+        _exchange(before.modules, before.homes)
         with contextlib.nullcontext() if timed else journal:
             yield
     finally:
@@ -71,28 +67,49 @@ def looking(*models: nn.Module, timed: bool = False) -> Iterator[None]:
             raise pressed
 
 
-def _substitute(value: Any, memo: dict[int, Any]) -> Any:
-    """What stands for ``value`` meanwhile; what lies in a plain container is exchanged there."""
+def _exchange(modules: list[nn.Module], packages: set[str]) -> None:
+    """Put copies in the place of what forward may write to.
+
+    Args:
+        modules: whose attributes are gone through; layers of `bigops.nn` are left.
+        packages: whose objects are looked into (`bigops.graph.atomic.homes`).
+    """
+    memo: dict[int, Any] = {}
+    pending: list[Any] = [vars(module) for module in modules if not is_ours(module)]
+    while pending:  # a structure may be deeper than Python calls may be
+        held = pending.pop()
+        if id(held) in memo:
+            continue
+        memo[id(held)] = held
+        if isinstance(held, dict):
+            held.update({key: _copy(item, memo, packages, pending) for key, item in held.items()})
+        elif isinstance(held, list | deque):
+            items = [_copy(item, memo, packages, pending) for item in held]
+            held.clear()
+            held.extend(items)
+
+
+def _copy(value: Any, memo: dict[int, Any], packages: set[str], pending: list[Any]) -> Any:
+    """What stands for ``value`` meanwhile; what is a container itself becomes ``pending``."""
     if type(value) in CONTAINERS:
-        if id(value) not in memo:
-            memo[id(value)] = value
-            if isinstance(value, dict):
-                value.update({key: _substitute(item, memo) for key, item in value.items()})
-            elif isinstance(value, list | deque):
-                items = [_substitute(item, memo) for item in value]
-                value.clear()
-                value.extend(items)
+        pending.append(value)
         return value
-    if type(value) is tuple:
-        return tuple(_substitute(item, memo) for item in value)
+    if isinstance(value, tuple):
+        new = [_copy(item, memo, packages, pending) for item in value]
+        if type(value) is tuple:
+            return tuple(new)
+        return value._make(new) if hasattr(value, "_make") else value  # a named one
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         # A non-leaf has no deep copy; one memo keeps views of one storage together.
         kept = value if value.is_leaf else value.detach()
         return copy.deepcopy(kept, memo)
     if isinstance(value, torch.Generator):
         return memo.setdefault(id(value), value.clone_state())
-    if isinstance(value, np.random.Generator | np.random.RandomState | random.Random):
+    copied = np.ndarray | np.random.Generator | np.random.RandomState | random.Random
+    if isinstance(value, copied):
         return copy.deepcopy(value, memo)
+    if not isinstance(value, (*LEAVES, nn.Module)) and is_of(value, packages):
+        pending.append(vars(value))
     return value
 
 

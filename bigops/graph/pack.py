@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from bigops.backend import machine
 from bigops.formats.packed import PANEL, SERVED
 from bigops.graph.atomic import atomic
+from bigops.graph.carry import extras, lost_reason, swap_reason, without_hooks
 from bigops.graph.record import Done, Record, Skipped, account
-from bigops.graph.sites import Contest, Sites, capture, contest, hook_reason
+from bigops.graph.sites import Contest, Sites, capture, contest
 from bigops.nn import LAYERS
 from bigops.nn.layer import Layer, layer_of
 from bigops.nn.linear import Linear
@@ -33,9 +34,9 @@ def pack_(model: nn.Module, example_inputs: Any = None) -> Record:
     Args:
         model: any module.
         example_inputs: what the model is called with: x, a tuple of positions or a mapping of
-            keywords. Each layer is then timed against what it replaces, interleaved, on the input
-            that it sees; where the original wins, the original stays. Without them nothing is
-            timed.
+            keywords; a list is an x. Each layer is then timed against what it replaces,
+            interleaved, on the input that it sees; where the original wins, the original stays.
+            Without them nothing is timed.
 
     Returns:
         What was done, layer by layer, what was left with the reason, and what was not looked at.
@@ -78,7 +79,7 @@ def pack_(model: nn.Module, example_inputs: Any = None) -> Record:
             shapes = tuple((p.shape, p.dtype) for p in old.parameters())
             key = (x.shape, x.dtype, type(old), getattr(old, "activation", "none"), shapes)
             if key not in cache:
-                cache[key] = contest(old, packed, x, training=False)
+                cache[key] = contest(without_hooks(old), packed, x, training=False)
             timed[path] = cache[key]
             if cache[key].lost:
                 left[path] = f"the original is faster: {cache[key]}"
@@ -120,15 +121,17 @@ def unpack_(model: nn.Module) -> Record:
             continue
         inside.update(map(id, module.children()))
         reason = "it is the model itself; thaw() unpacks it in place" if path == "" else None
+        reason = reason or sites.fixed(path) or swap_reason(module, False, keys_stay=True)
         for part in module.modules():
-            reason = reason or hook_reason(part)
+            if part is not module:
+                reason = reason or lost_reason(part)
         if reason is not None:
             left.append(Skipped(path, reason))
             continue
         unpacked = layer.unpacked()
         new.update(dict.fromkeys(sites.paths[id(module)], unpacked))
         what = f"{type(module).__name__} -> {type(unpacked).__name__}"
-        size = sum(p.nbytes for p in unpacked.parameters())
+        size = sum(p.nbytes for p in unpacked.parameters()) + extras(module).nbytes
         done.append(Done(path, what, "asked for", layer.nbytes, size))
     sites.swap(new)
     return Record("unpack_", done, left)
@@ -146,6 +149,7 @@ def _reason_to_leave(sites: Sites, path: str, module: nn.Module) -> str | None:
     for part in layer.parts if layer else ():
         if reason is None:
             reason = sites.reason_to_leave(f"{path}.{part}", (Linear,), weight_goes=True)
+            reason = reason or lost_reason(sites.modules[f"{path}.{part}"])
             reason = reason and f"{part}: {reason}"
     if reason is not None:
         return reason
@@ -184,7 +188,7 @@ def _done(path: str, old: nn.Module, new: Layer, before: int, timed: Contest | N
         f"{type(old).__name__} -> {type(new).__name__}",
         str(timed) if timed else _UNTIMED.format(dtype=dtype),
         before,
-        new.nbytes,
+        new.nbytes + extras(old).nbytes,
         new.density,
         timed.us_before if timed else None,
         timed.us_after if timed else None,

@@ -193,6 +193,14 @@ def account(model: nn.Module, paths: Iterable[str]) -> Account:
     return Account(layers, unseen, total)
 
 
+def class_name(module: nn.Module) -> str:
+    """The class of a module, with its own module unless that is torch's or this package's."""
+    cls = type(module)
+    if cls.__module__.startswith(("torch.nn.", "bigops.nn.")):
+        return cls.__qualname__
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def _storage(tensor: Tensor) -> tuple[tuple[int, int], int]:
     """What tells a tensor's memory from that of others, and its bytes."""
     size = tensor.element_size() * tensor.numel()

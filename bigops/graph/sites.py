@@ -14,30 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bigops import timing
+from bigops.graph import holders
+from bigops.graph.carry import carry, is_plain_linear, lost_forward, swap_reason
 from bigops.graph.looking import looking
-
-_HOOKS = {
-    "_forward_hooks": "forward hook",
-    "_forward_pre_hooks": "forward pre-hook",
-    "_backward_hooks": "backward hook",
-    "_backward_pre_hooks": "backward pre-hook",
-    "_state_dict_hooks": "state_dict hook",
-    "_state_dict_pre_hooks": "state_dict pre-hook",
-    "_load_state_dict_pre_hooks": "load_state_dict pre-hook",
-    "_load_state_dict_post_hooks": "load_state_dict post-hook",
-}
-
-
-def hook_reason(module: nn.Module) -> str | None:
-    """Why a swap would lose something that was attached to ``module``, or None."""
-    for attribute, words in _HOOKS.items():
-        if getattr(module, attribute, None):
-            return f"it has a {words}, which a swap would lose"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
-    if getattr(module, "_compiled_call_impl", None) is not None:
-        return "it was compiled by itself (module.compile())"
-    return None
+from bigops.graph.record import class_name
 
 
 class Sites:
@@ -62,6 +42,8 @@ class Sites:
                 if parameter is not None:
                     name = f"{path}.{leaf}" if path else leaf
                     self.users.setdefault(id(parameter), []).append(name)
+        held = holders.find(self.modules.values())
+        self.held = {path: held[id(m)] for path, m in self.modules.items() if id(m) in held}
 
     def unique(self) -> Iterator[tuple[str, nn.Module]]:
         """Each module once, at its first path."""
@@ -73,13 +55,17 @@ class Sites:
         """The module that holds the one at ``path``."""
         return self.modules[path.rpartition(".")[0]]
 
-    def reason_to_leave(self, path: str, exact: tuple[type, ...], weight_goes: bool) -> str | None:
+    def reason_to_leave(
+        self, path: str, exact: tuple[type, ...], weight_goes: bool, keys_stay: bool = False
+    ) -> str | None:
         """Why the linear layer at ``path`` cannot be swapped, or None.
 
         Args:
             path: of an `nn.Linear`, a subclass of it, a compressed layer or one of bigops.nn.
-            exact: the types that may be swapped.
+            exact: the types that may be swapped; with `nn.Linear`, the classes that add nothing to
+                it, too.
             weight_goes: whether the new layer has no ``weight`` Parameter.
+            keys_stay: whether its `state_dict` is that of the old one.
         """
         module = self.modules[path]
         if path == "":
@@ -91,8 +77,9 @@ class Sites:
             return "the fast path of TransformerEncoderLayer uses its weight without calling it"
         if parametrize.is_parametrized(module):
             return "its parameters are parametrized"
-        if type(module) not in exact:
-            return f"it is a {type(module).__name__}, which may do more than a linear layer"
+        plain = nn.Linear in exact and is_plain_linear(type(module))
+        if not plain and type(module) not in exact:
+            return f"it is a {class_name(module)}, which may do more than a linear layer"
         others = [p for p in self.paths[id(module)] if p != path]
         if others:
             return f"the same module is also reachable as {', '.join(others)}"
@@ -105,12 +92,39 @@ class Sites:
             users = [name for name in self.users[id(value)] if name != f"{path}.{leaf}"]
             if users:
                 return f"its {leaf} is shared with {', '.join(users)}"
-        return hook_reason(module)
+        return swap_reason(module, weight_goes, keys_stay) or self.fixed(path)
+
+    def fixed(self, path: str) -> str | None:
+        """Why a module that takes the place of the one at ``path`` would not be all that is called.
+
+        None where there is no reason.
+        """
+        held = self.held.get(path)
+        if held is None or not held.fixed:
+            return None
+        return f"it is also held by {held.fixed[0]}, where a swap does not reach it"
 
     def swap(self, replacements: Mapping[str, nn.Module]) -> None:
-        """Put each new module at its path."""
+        """Put each new module at its path and where it is held besides, with what was set on it.
+
+        Raises:
+            ValueError: something would be lost; the path and what it is.
+        """
         for path, new in replacements.items():
-            self.parent(path)._modules[path.rpartition(".")[2]] = new
+            if reason := lost_forward(self.modules[path]) or self.fixed(path):
+                raise ValueError(f"{path}: expected a module that can be swapped; {reason}")
+            try:
+                carry(self.modules[path], new)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        for path, new in replacements.items():
+            self.put(path, new)
+
+    def put(self, path: str, module: nn.Module) -> None:
+        """Put a module at its path and where it is held besides."""
+        self.parent(path)._modules[path.rpartition(".")[2]] = module
+        for place in self.held[path].places if path in self.held else ():
+            place.put(module)
 
 
 # --- running a model on example inputs -------------------------------------------------------
@@ -130,10 +144,10 @@ def evaluating(model: nn.Module, timed: bool = False) -> Iterator[None]:
 
 
 def run_example(model: nn.Module, example_inputs: Any) -> Any:
-    """Call the model: a mapping gives keywords, a tuple or list positions, all else is x."""
+    """Call the model: a mapping gives keywords, a tuple positions, all else is x, lists too."""
     if isinstance(example_inputs, Mapping):
         return model(**example_inputs)
-    if isinstance(example_inputs, tuple | list):
+    if isinstance(example_inputs, tuple):
         return model(*example_inputs)
     return model(example_inputs)
 

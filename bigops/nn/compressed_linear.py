@@ -20,6 +20,7 @@ from bigops.formats import quantize
 from bigops.formats.base import Format
 from bigops.nn import fields
 from bigops.nn.computed_weight import ComputedLinear, is_dense
+from bigops.nn.layer import layer_of
 from bigops.nn.linear import check_size
 from bigops.nn.stored_parameter import StoredParameter
 from bigops.nn.stored_state import RETIRED, StoredState
@@ -85,8 +86,8 @@ class CompressedLinear(StoredState, ComputedLinear):
         **form: Any,
     ) -> None:
         act.check_name(activation, gated=False)
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
         op_of(format)
         nn.Module.__init__(self)  # the weight may be of another kind
         self.format, self.form = format, format.form(**form)
@@ -474,6 +475,6 @@ def check_source(linear: nn.Module) -> Source:
     if isinstance(linear, CompressedLinear) and linear.frozen:
         state = "thawed" if linear.thawed else "frozen"
         raise ValueError(f"linear: expected a layer with a float weight; got a {state} one")
-    activation = getattr(linear, "activation", "none")
+    activation = getattr(layer_of(linear), "activation", "none")
     layer: Any = linear
     return Source(layer.in_features, layer.out_features, layer.weight, layer.bias, activation)

@@ -32,10 +32,12 @@ class GatedMLP(Layer):
         out_features: N, by default K.
         activation: swiglu (silu gate), geglu (erf gelu), geglu_tanh or reglu.
         bias: whether all three projections have a bias.
+        device, dtype: of weights and biases, by default torch's.
 
-    Shapes: x [.., K], residual [.., N] or None, result [.., N].
+    Shapes: input [.., K], residual [.., N] or None, result [.., N].
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: an activation that is no gated pair, or a size below 0.
     """
 
@@ -57,11 +59,11 @@ class GatedMLP(Layer):
     ) -> None:
         super().__init__()
         check_gated(activation)
-        check_size("in_features", in_features)
-        check_size("hidden_features", hidden_features)
-        self.in_features = in_features
-        self.hidden_features = hidden_features
-        self.out_features = in_features if out_features is None else out_features
+        self.in_features = in_features = check_size("in_features", in_features)
+        self.hidden_features = hidden_features = check_size("hidden_features", hidden_features)
+        self.out_features = in_features
+        if out_features is not None:
+            self.out_features = check_size("out_features", out_features)
         self.activation = activation
         shape = (2 * hidden_features, in_features)
         self.gate_up_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -136,8 +138,8 @@ class GatedMLP(Layer):
         new.down_proj = Linear.from_linear(down)
         return new.train(gate.training)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        hidden = fused_linear(x, self.gate_up_weight, self.gate_up_bias, None, self.activation)
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        hidden = fused_linear(input, self.gate_up_weight, self.gate_up_bias, None, self.activation)
         return self.down_proj(hidden, residual)
 
     def explain(self, x: Tensor) -> Choice | None:

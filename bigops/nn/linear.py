@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from bigops.nn import fields
 from bigops.nn.computed_weight import is_dense
-from bigops.nn.layer import Layer
+from bigops.nn.layer import Layer, layer_of
 from bigops.ops import activation as act
 from bigops.ops.choice import Choice
 from bigops.ops.explain import explain
@@ -27,12 +28,14 @@ class Linear(Layer, nn.Linear):
         in_features: K, length of the last dimension of x.
         out_features: N, length of the last dimension of the result.
         bias: whether the layer has a bias [N].
+        device, dtype: of weight and bias, by default torch's.
         activation: none, relu, relu2, gelu, gelu_tanh, silu, sigmoid or tanh. Gated pairs belong
             to `GatedMLP`.
 
-    Shapes: x [.., K], residual [.., N] or None, result [.., N]; weight [N, K], bias [N].
+    Shapes: input [.., K], residual [.., N] or None, result [.., N]; weight [N, K], bias [N].
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: unknown activation, or a size below 0.
     """
 
@@ -45,13 +48,14 @@ class Linear(Layer, nn.Linear):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        activation: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: str = "none",
     ) -> None:
         act.check_name(activation, gated=False)
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.activation = activation
 
@@ -61,20 +65,21 @@ class Linear(Layer, nn.Linear):
 
         Args:
             linear: an `nn.Linear`; it is not changed.
-            activation: by default that of ``linear`` where it has one, else none.
+            activation: by default that of ``linear`` where it is a layer of this package, else
+                none: an attribute of that name on another layer may mean anything.
         """
         if not is_dense(linear):
             raise TypeError(f"linear: expected a torch.nn.Linear; got {type(linear).__name__}")
         if activation is None:
-            activation = getattr(linear, "activation", "none")
-        bias = linear.bias is not None
+            activation = getattr(layer_of(linear), "activation", "none")
+        size = linear.in_features, linear.out_features, linear.bias is not None
         # On "meta" nothing is allocated and no random number is drawn.
-        new = cls(linear.in_features, linear.out_features, bias, activation, device="meta")
+        new = cls(*size, device="meta", activation=activation)
         new.weight, new.bias = linear.weight, linear.bias
         return new.train(linear.training)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return fused_linear(x, self.weight, self.bias, residual, self.activation)
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return fused_linear(input, self.weight, self.bias, residual, self.activation)
 
     def explain(self, x: Tensor) -> Choice:
         """Which kernel serves the layer on x."""
@@ -99,9 +104,19 @@ class Linear(Layer, nn.Linear):
         }
 
 
-def check_size(name: str, value: int) -> None:
-    """Raise TypeError or ValueError unless ``value`` is an int of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name}: expected at least 0; got {value}")
+def check_size(name: str, value: Any) -> int:
+    """``value`` as an int, whatever type of integer it is of; a bool is none.
+
+    Raises:
+        TypeError: no integer, such as a number from NumPy or a tensor of one that is none.
+        ValueError: below 0.
+    """
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        raise TypeError(f"{name}: expected an int; got bool")
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int; got {type(value).__name__}") from None
+    if size < 0:
+        raise ValueError(f"{name}: expected at least 0; got {size}")
+    return size

@@ -24,13 +24,15 @@ class LinearCrossEntropy(nn.Linear):
         in_features: K, length of the last dimension of x.
         out_features: V, the number of classes.
         bias: whether the layer has a bias [V].
+        device, dtype: of weight and bias, by default torch's.
         class_weight: [V] floating or None, kept as a buffer that is no part of the `state_dict`.
         ignore_index, reduction, label_smoothing, z_loss, softcap: as for
             `bigops.linear_cross_entropy`.
 
-    Shapes: x [.., K], target [..] int64, result a number or [..]; weight [V, K], bias [V].
+    Shapes: input [.., K], target [..] int64, result a number or [..]; weight [V, K], bias [V].
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: an option that the op does not know, or a size below 0.
     """
 
@@ -41,6 +43,8 @@ class LinearCrossEntropy(nn.Linear):
         in_features: int,
         out_features: int,
         bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         class_weight: Tensor | None = None,
         ignore_index: int = -100,
@@ -48,11 +52,9 @@ class LinearCrossEntropy(nn.Linear):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         softcap: float | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
         check_options(reduction, ignore_index, label_smoothing, z_loss, softcap)
         if class_weight is not None and list(class_weight.shape) != [out_features]:
             raise ValueError(
@@ -102,9 +104,9 @@ class LinearCrossEntropy(nn.Linear):
             new.class_weight = class_weight.detach().to(linear.weight.device)
         return new.train(linear.training)
 
-    def forward(self, x: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
         return linear_cross_entropy(
-            x,
+            input,
             self.weight,
             target,
             self.bias,

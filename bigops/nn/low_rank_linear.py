@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bigops.nn import fields
 from bigops.nn.computed_weight import ComputedLinear, is_dense
-from bigops.nn.layer import Layer
+from bigops.nn.layer import Layer, layer_of
 from bigops.nn.linear import Linear, check_size
 from bigops.nn.truncated_svd import TruncatedSVD, truncated_svd
 from bigops.ops import activation as act
@@ -63,9 +63,9 @@ class LowRankLinear(Layer, ComputedLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         act.check_name(activation, gated=False)
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
-        check_rank(rank, in_features, out_features, least=0)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
+        rank = check_rank(rank, in_features, out_features, least=0)
         nn.Module.__init__(self)  # there is no weight
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.activation = rank, activation
@@ -135,7 +135,7 @@ class LowRankLinear(Layer, ComputedLinear):
     ) -> LowRankLinear:
         """`from_linear` with the singular values at hand."""
         if activation is None:
-            activation = getattr(linear, "activation", "none")
+            activation = getattr(layer_of(linear), "activation", "none")
         dtype, root = linear.weight.dtype, svd.values.sqrt()
         new = cls(
             linear.in_features,
@@ -189,7 +189,7 @@ class LowRankLinear(Layer, ComputedLinear):
             self.in_features,
             self.out_features,
             self.bias is not None,
-            self.activation,
+            activation=self.activation,
             device="meta",
         )
         new.weight = nn.Parameter(self.to_dense(), requires_grad=self.u.requires_grad)
@@ -221,15 +221,16 @@ class LowRankLinear(Layer, ComputedLinear):
         }
 
 
-def check_rank(rank: int, in_features: int, out_features: int, least: int) -> None:
-    """Raise unless ``rank`` is an int from ``least`` to the smaller side."""
-    check_size("rank", rank)
+def check_rank(rank: int, in_features: int, out_features: int, least: int) -> int:
+    """``rank`` as an int; raise unless it is from ``least`` to the smaller side."""
+    rank = check_size("rank", rank)
     most = min(in_features, out_features)
     if not least <= rank <= most:
         raise ValueError(
             f"rank: expected {least} to {most}, the smaller side of "
             f"[{out_features}, {in_features}]; got {rank}"
         )
+    return rank
 
 
 def density_of(in_features: int, out_features: int, rank: int) -> float:

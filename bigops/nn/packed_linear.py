@@ -273,7 +273,8 @@ class PackedLinear(PackedBase):
 
     def unpacked(self) -> Linear:
         """A `bigops.nn.Linear` with the bias of this layer, and its weight, unpacked if need be."""
-        new = Linear(self.in_features, self.out_features, False, self.activation, device="meta")
+        size = self.in_features, self.out_features
+        new = Linear(*size, False, device="meta", activation=self.activation)
         new.weight = self._float("weight")
         new.register_parameter("bias", self._parameters["bias"])
         return new.train(self.training)

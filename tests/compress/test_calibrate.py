@@ -82,7 +82,7 @@ def test_batches_come_in_every_form_and_once(monkeypatch: pytest.MonkeyPatch) ->
     drawn = []
 
     def stream() -> Iterator[Any]:
-        for batch in (x, (2 * x, 1.0), [3 * x], {"x": 4 * x, "scale": 1.0}):
+        for batch in (x, (2 * x, 1.0), (3 * x,), {"x": 4 * x, "scale": 1.0}):
             drawn.append(batch)
             yield batch
 
@@ -95,6 +95,46 @@ def test_batches_come_in_every_form_and_once(monkeypatch: pytest.MonkeyPatch) ->
     again = nn.Sequential(nn.Linear(64, 64))
     compress_(again, STATIC, data=loader)
     assert again[0].x_qparams.tolist() == qparams_of(x)
+
+
+class Images(nn.Module):
+    """Takes a list, as detection models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> list[Tensor]:
+        assert isinstance(images, list)
+        return [self.fc(image) for image in images]
+
+
+@pytest.mark.parametrize("verb", ["example_inputs", "data", "keyword", "tuple"])
+def test_a_list_is_one_input(verb: str) -> None:
+    images = [torch.rand(8, 64), 50 * torch.rand(4, 64)]
+    given: dict[str, Any] = {
+        "example_inputs": {"example_inputs": images},
+        "data": {"data": [images]},
+        "keyword": {"data": [{"images": images}]},
+        "tuple": {"data": [(images, None)]},
+    }[verb]
+    model = Images()
+    compress_(model, STATIC, keep="all", **given)
+    assert model.fc.x_qparams.tolist() == qparams_of(*images)
+
+
+def test_a_list_is_one_input_of_the_other_verbs_too() -> None:
+    images = [torch.rand(8, 64), torch.rand(4, 64)]
+    model = Images()
+    bigops.fuse_(model, images)
+    bigops.pack_(Images(), images)
+    from bigops.compress import measure
+
+    assert measure.peak_bytes(Images(), images) > 0
+    loader = torch.utils.data.DataLoader([images], batch_size=None)  # no collation
+    again = Images()
+    compress_(again, STATIC, data=loader, keep="all")
+    assert again.fc.x_qparams.tolist() == qparams_of(*images)
 
 
 def test_no_batch_is_kept() -> None:

@@ -290,3 +290,29 @@ def test_a_layer_on_meta_stays_and_says_why(config: Any) -> None:
     assert type(model[1]) is nn.Linear
     with pytest.raises(ValueError, match="matched, but left: 1 .it is on meta"):
         bigops.compress_(model, {"1": config})
+
+
+NARROW = [
+    Int8(),
+    Int4(group=128),
+    Fp8(),
+    Sparse(0.8),
+    LowRank(40),
+    Sparse(0.8) + Int8(),
+    LowRank(40) + Int8(),
+]
+
+
+@pytest.mark.parametrize("config", NARROW, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 64), (64, 1), (2, 3), (30, 30)])
+def test_narrow_layers_refuse_no_model(config: Any, sizes: tuple[int, int]) -> None:
+    """Fewer columns than a group has, fewer rows than a tile, a side below the rank."""
+    k, n = sizes
+    model = nn.Sequential(nn.Linear(128, k), nn.Linear(k, n), nn.Linear(n, 128), nn.Linear(128, 96))
+    record = compress_(model, config, keep="all")
+    named = [entry.name for entry in (*record.done, *record.skipped)]
+    assert sorted(named) == ["0", "1", "2", "3"]
+    assert any(done.name == "3" for done in record.done)
+    if config == LowRank(40):
+        assert "rank 40" in (record.reason("1") or "")
+    assert model(torch.randn(2, 128)).shape == (2, 96)

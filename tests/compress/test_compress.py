@@ -339,10 +339,10 @@ def test_layers_that_are_left_are_named() -> None:
             self.tied, self.embedding = nn.Linear(8, 10, bias=False), nn.Embedding(10, 8)
             self.embedding.weight = self.tied.weight
             self.hooked = nn.Linear(8, 8)
-            self.hooked.register_forward_hook(lambda *a: None)
+            self.hooked.register_forward_hook(lambda layer, x, y: y + layer.weight.sum())
             self.normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
             self.old_norm = torch.nn.utils.spectral_norm(nn.Linear(8, 8))
-            self.lora = type("LoraLinear", (nn.Linear,), {})(8, 8)
+            self.lora = type("LoraLinear", (nn.Linear,), {"forward": torch.relu})(8, 8)
             self.mlp = GatedMLP(8, 8)
             self.encoder = nn.TransformerEncoderLayer(8, 2, 16)
             self.double = nn.Linear(8, 8, dtype=torch.float64)
@@ -356,7 +356,7 @@ def test_layers_that_are_left_are_named() -> None:
         "tied": "its weight is shared with embedding.weight",
         "hooked": "forward hook",
         "normed": "parametrized",
-        "lora": "it is a LoraLinear",
+        "lora": "it is a tests.compress.test_compress.LoraLinear, which may do more",
         "mlp": "gated pairs have no compressed kernel",
         "encoder.linear1": "fast path of TransformerEncoderLayer",
         "encoder.self_attn.out_proj": "MultiheadAttention",

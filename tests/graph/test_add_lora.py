@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -99,6 +100,45 @@ def test_a_layer_is_matched_by_each_of_its_paths() -> None:
     model["b"] = model["a"]
     record = add_lora_(model, 2, ["b", "c"])
     assert record.reason("a") == "the same module is also reachable as b"
+
+
+class Narrow(nn.Module):
+    """A layer with one output, and an adapter of which there is one already."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body, self.score = nn.Linear(16, 16), nn.Linear(16, width)
+
+
+@pytest.mark.parametrize("width", [0, 1, 3])
+@pytest.mark.parametrize("rank", [4, np.int64(4)])
+def test_a_narrow_layer_is_left_and_the_model_adapted(width: int, rank: Any) -> None:
+    model = Narrow(width)
+    record = add_lora_(model, rank)
+    assert [done.name for done in record.done] == ["body"]
+    assert record.reason("score") == (f"rank: expected 1 to {width}, its smaller side; got 4")
+    assert type(model.score) is nn.Linear
+    assert not model.score.weight.requires_grad
+
+
+def test_a_second_adapter_too_wide_for_some_layer() -> None:
+    model = Narrow(3)
+    add_lora_(model, 2)
+    record = add_lora_(model, 4, name="second")
+    assert [done.name for done in record.done] == ["body"]
+    assert "its smaller side" in (record.reason("score") or "")
+    assert list(model.score.adapters) == ["default"]  # type: ignore[arg-type]
+
+
+def test_all_layers_are_too_narrow() -> None:
+    model = Narrow(3)
+    before = state(model)
+    with pytest.raises(ValueError, match="score: left as it is: rank: expected 1 to 3"):
+        add_lora_(model, 4, "score")
+    for rank, error in ((0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="rank: expected"):
+            add_lora_(model, rank)  # type: ignore[arg-type]
+    assert state(model) == before
 
 
 # atomic -----------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ def test_what_is_left_is_named_with_the_reason() -> None:
             self.tied, self.embedding = nn.Linear(8, 10, bias=False), nn.Embedding(10, 8)
             self.embedding.weight = self.tied.weight
             self.hooked = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
-            self.hooked[0].register_full_backward_hook(lambda *a: None)
+            self.hooked[0].register_backward_hook(lambda *a: None)
             self.acted = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
             self.acted[1].register_forward_hook(lambda *a: None)
             self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
@@ -232,7 +232,7 @@ def test_what_is_left_is_named_with_the_reason() -> None:
             prune.l1_unstructured(self.pruned, "weight", 0.5)
             self.patched = nn.Linear(8, 8)
             self.patched.forward = lambda x: x  # type: ignore[method-assign]
-            self.lora = type("LoraLinear", (nn.Linear,), {})(8, 8)
+            self.lora = type("LoraLinear", (nn.Linear,), {"forward": torch.relu})(8, 8)
             self.ours = Linear(8, 8, activation="tanh")
             self.cplx = nn.Linear(8, 8, dtype=torch.complex64)
 
@@ -247,7 +247,7 @@ def test_what_is_left_is_named_with_the_reason() -> None:
         "normed": "parametrized",
         "pruned": "its weight is no plain parameter",
         "patched": "its forward was replaced",
-        "lora": "it is a LoraLinear",
+        "lora": "it is a tests.graph.test_fuse.LoraLinear, which may do more",
         "ours": "it is a bigops.nn.Linear already",
         "cplx": "complex64",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bigops
+from bigops import fuse_
 from tests.graph.reaching import INDEXED, REACH, ByKeyword, ByList
 from tests.graph.untraceable import (
     QUIET,
@@ -357,3 +359,34 @@ def test_any_tree_of_these_gives_what_it_gave(part: Any, ways: list[Any]) -> Non
             continue
         model = way(model)
     same(model, *([{}] if isinstance(model, nn.Sequential | Mlp | Nested) else []))
+
+
+class Exchanges(nn.Module):
+    """Puts another module in the place of a child when it is called first."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.up, self.act = nn.Linear(16, 8), nn.Identity() if where == "act" else nn.GELU()
+        self.where = where
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.where == "act":
+            self.act = nn.GELU()
+        elif self.where == "up":
+            self.up = nn.Sequential(self.up, nn.Tanh())
+        elif self.where == "new":
+            self.late = nn.Tanh()
+            x = self.late(x)
+        self.where = ""
+        return self.act(self.up(x))
+
+
+@pytest.mark.parametrize("where", ["act", "up", "new"])
+def test_a_model_that_exchanges_modules_keeps_its_activations(where: str) -> None:
+    model = Exchanges(where)
+    old = copy.deepcopy(model)
+    record = fuse_(model)
+    assert "the model cannot be traced as a whole: its forward exchanges modules" in record.notes
+    assert model.up.activation == "none"
+    for _ in range(2):
+        torch.testing.assert_close(model(X), old(X))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -31,6 +32,24 @@ def _level(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bigops.timing.interleave", interleave)
 
 
+class Pair(NamedTuple):
+    value: Tensor
+    rest: list[Tensor]
+
+
+class Meter:
+    """Counts, as a plain object."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.log = 0, torch.zeros(2), {"all": [torch.zeros(1)]}
+
+    def add(self, value: int) -> None:
+        self.count += 1
+        self.total += value
+        self.log["all"][0] += value
+        self.log["last"] = [torch.ones(1)]
+
+
 class Moves(nn.Module):
     """Its forward moves state in one of several ways and draws random numbers from one source."""
 
@@ -47,6 +66,11 @@ class Moves(nn.Module):
         self.last_calls: deque[int] = deque(maxlen=3)
         self.torch_draws, self.numpy_draws = torch.Generator(), np.random.default_rng(0)
         self.python_draws = random.Random(0)
+        self.meter = Meter()
+        self.space = SimpleNamespace(mean=torch.zeros(2), sums=[0], inner=Meter())
+        self.pair, self.array = Pair(torch.zeros(2), [torch.zeros(1)]), np.zeros(3)
+        self.tuple = ([0], {"a": torch.zeros(2)})
+        self.teacher = [nn.BatchNorm1d(8)]  # on purpose in a list: it is not trained
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.traceable and x.sum() > 1e9:
@@ -72,6 +96,22 @@ class Moves(nn.Module):
             self.cache["k"][1][0].add_(1)
             self.cache["k"].append(torch.ones(1))
             self.cache["new"] = 1
+        elif self.how == "objects":
+            self.meter.add(1)
+            self.space.mean += 1
+            self.space.sums.append(1)
+            self.space.inner.add(2)
+            self.space.late = 1
+        elif self.how == "tuples and arrays":
+            self.pair.value.add_(1)
+            self.pair.rest[0] += 1
+            self.pair.rest.append(self.pair.value)
+            self.tuple[0].append(1)
+            self.tuple[1]["a"].add_(1)
+            self.array += 1
+        elif self.how == "not registered":
+            self.teacher[0].train()(torch.randn(4, 8))
+            self.teacher[0].bias.data = torch.ones(8)
         elif self.how == "modes":
             self.act.train()
             self.norm.train()
@@ -94,6 +134,9 @@ HOWS = [
     "bound anew",
     "attributes",
     "nested",
+    "objects",
+    "tuples and arrays",
+    "not registered",
     "modes",
     "torch draws",
     "numpy draws",
@@ -124,6 +167,10 @@ def content(value: Any) -> Any:
         return [(k, content(v)) for k, v in value.items()]
     if isinstance(value, list | tuple | deque):
         return [content(v) for v in value]
+    if isinstance(value, Meter | SimpleNamespace):
+        return id(value), content(vars(value))
+    if isinstance(value, np.ndarray):
+        return id(value), value.tolist()
     if isinstance(value, torch.Generator):
         return value.get_state().tolist()
     if isinstance(value, np.random.Generator):
@@ -189,16 +236,21 @@ def test_a_model_that_raises_is_as_it_was(name: str) -> None:
 
 
 class Momentum(nn.Module):
-    """As momentum encoders do it: the Parameters of one layer follow those of the other."""
+    """As momentum encoders do it: the Parameters of one layer follow those of the other.
 
-    def __init__(self, how: str) -> None:
+    Those may be in a list, so that no optimiser finds them.
+    """
+
+    def __init__(self, how: str, hide: bool = False) -> None:
         super().__init__()
         self.how = how
         self.net = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
         self.slow = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.hidden = [self._modules.pop("slow")] if hide else []
 
     def forward(self, x: Tensor) -> Tensor:
-        slow, fast = list(self.slow.parameters()), list(self.net.parameters())
+        follows = self.hidden[0] if self.hidden else self.slow
+        slow, fast = list(follows.parameters()), list(self.net.parameters())
         with torch.no_grad():
             for p, q in zip(slow, fast, strict=True):
                 if self.how == "by data":
@@ -209,7 +261,7 @@ class Momentum(nn.Module):
                     p.mul_(0.9).add_(q, alpha=0.1)
             if self.how == "many at once":
                 torch._foreach_mul_(slow, 0.9)
-        return self.net(x) + self.slow(x)
+        return self.net(x) + follows(x)
 
 
 @pytest.mark.parametrize("how", ["by data", "in a view of data", "in place", "many at once"])
@@ -223,6 +275,21 @@ def test_a_parameter_that_forward_writes_is_as_it_was(how: str, name: str) -> No
     if getattr(model.slow[0], "weight", None) is x:
         model(X)
         assert x.tolist() != before[1]  # as without protection
+
+
+@pytest.mark.parametrize("how", ["by data", "in place"])
+@pytest.mark.parametrize("name", [n for n in VERBS if n != "receipt"])
+def test_a_parameter_that_is_not_registered_is_as_it_was(how: str, name: str) -> None:
+    model = Momentum(how, hide=True)
+    assert len(list(model.parameters())) == 2
+    x = model.hidden[0][0].weight
+    before = x.data_ptr(), x.tolist()
+    VERBS[name](model)
+    assert model.hidden[0][0].weight is x
+    assert (x.data_ptr(), x.tolist()) == before
+    model.net = nn.Sequential(nn.Linear(8, 8))  # of which a verb has taken the weight
+    model(X)
+    assert x.tolist() != before[1]  # as without protection
 
 
 def test_the_run_sees_what_it_wrote() -> None:
@@ -251,3 +318,17 @@ def test_a_lazy_layer_is_made_by_its_first_call() -> None:
     bigops.fuse_(model, X)
     assert model(X).shape == (4, 2)
     assert model[0].in_features == 8
+
+
+def test_a_long_chain_of_objects_is_gone_through() -> None:
+    model = Moves("in place", traceable=False)
+    first = last = SimpleNamespace(value=torch.zeros(1))
+    for _ in range(3000):
+        last.next = SimpleNamespace(value=torch.zeros(1))
+        last = last.next
+    model.chain, value = first, last.value
+    with looking(model):
+        assert last.value is not value
+        last.value += 1
+    assert last.value is value
+    assert not value.any()

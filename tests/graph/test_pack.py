@@ -79,7 +79,7 @@ def test_state_values_hold_no_more_than_themselves() -> None:
 
 
 class _Head(nn.Linear):
-    pass
+    scale = 2
 
 
 def test_every_layer_that_is_left_has_its_reason() -> None:
@@ -87,7 +87,7 @@ def test_every_layer_that_is_left_has_its_reason() -> None:
     tied = nn.Linear(k, k)
     shared, hooked, once = nn.Linear(k, k), nn.Linear(k, k), nn.Linear(k, k)
     shared.weight = tied.weight
-    hooked.register_forward_hook(lambda *args: None)
+    hooked.register_forward_hook(lambda layer, x, y: y + layer.weight.sum())
     mlp, hollow = GatedMLP(k, k), GatedMLP(k, k)
     mlp.down_proj.register_forward_hook(lambda *args: None)
     hollow.gate_up_weight = mlp.gate_up_weight
@@ -125,7 +125,7 @@ def test_every_layer_that_is_left_has_its_reason() -> None:
         "shared": "its weight is shared with tied.weight",
         "hooked": "it has a forward hook",
         "first": "the same module is also reachable as second",
-        "head": "it is a _Head",
+        "head": "it is a tests.graph.test_pack._Head",
         "wide": "no packed kernel takes torch.float64",
         "small": "weight: 63 x 96 is too small",
         "few": "weight: 128 x 8 is too small",
@@ -163,11 +163,11 @@ def test_hooks_below_a_block_and_what_the_machine_lacks(monkeypatch: pytest.Monk
 def test_unpack_leaves_what_it_would_lose() -> None:
     model = make()
     bigops.pack_(model)
-    model[0].register_forward_hook(lambda *args: None)
+    model[0].register_backward_hook(lambda *args: None)
     model[2].up_proj.register_forward_pre_hook(lambda *args: None)
     record = bigops.unpack_(model)
     assert [done.name for done in record.done] == ["1", "3"]
-    assert "forward hook" in (record.reason("0") or "")
+    assert "backward hook" in (record.reason("0") or "")
     assert "forward pre-hook" in (record.reason("2") or "")
     assert [type(m) for m in model] == [PackedLinear, Linear, PackedGatedMLP, LowRankLinear]
 

@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+from enum import IntEnum
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from bigops.nn import Linear
+from bigops.nn import GatedMLP, Linear, LinearCrossEntropy
 from bigops.ops import activation as act
 from tests.support import tolerance
 
@@ -29,7 +32,7 @@ def _truth(layer: nn.Linear, x: torch.Tensor, residual: torch.Tensor | None, act
 @pytest.mark.parametrize("activation", sorted(tolerance.LIPSCHITZ))
 @pytest.mark.parametrize("bias", [True, False])
 def test_forward_and_gradients(activation: str, bias: bool) -> None:
-    layer = Linear(20, 12, bias, activation)
+    layer = Linear(20, 12, bias, activation=activation)
     x, residual = torch.randn(3, 5, 20, requires_grad=True), torch.randn(3, 5, 12)
     out = layer(x, residual)
     tolerance.check(out, *_truth(layer, x, residual, activation))
@@ -108,3 +111,92 @@ def test_errors_name_argument_expected_and_given() -> None:
         Linear.from_linear(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"x: expected shape \[.., 2\]"):
         Linear(2, 3)(torch.randn(4, 3))
+
+
+# --- called and made as torch's own -------------------------------------------------------------
+
+MADE = {
+    "Linear": lambda *a, **k: Linear(*a, **k),
+    "LinearCrossEntropy": lambda *a, **k: LinearCrossEntropy(*a, **k),
+    "GatedMLP": lambda i, o, bias=True, device=None, dtype=None: GatedMLP(
+        i, o, bias=bias, device=device, dtype=dtype
+    ),
+}
+SIZES = {
+    "int": 6,
+    "numpy.int64": np.prod((2, 3)),
+    "numpy.int8": np.int8(6),
+    "tensor": torch.tensor(6),
+    "IntEnum": IntEnum("Size", {"SIX": 6}).SIX,  # type: ignore[attr-defined]
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_device_and_dtype_by_position_as_in_torch(name: str) -> None:
+    layer = MADE[name](4, 3, True, "meta", torch.float64)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float64)}
+    assert {p.dtype for p in MADE[name](4, 3, False, "cpu").parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_default_dtype_and_device_are_torchs(name: str) -> None:
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            layer = MADE[name](4, 3)
+    finally:
+        torch.set_default_dtype(before)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float64)}
+
+
+def test_what_torch_has_not_comes_by_keyword_alone() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        Linear(4, 3, True, "cpu", torch.float32, "relu")  # type: ignore[misc]
+    with pytest.raises(TypeError, match="positional"):
+        LinearCrossEntropy(4, 3, True, "cpu", torch.float32, None)  # type: ignore[misc]
+
+
+def test_forward_takes_input_by_its_name() -> None:
+    x, residual = torch.randn(2, 4), torch.randn(2, 3)
+    layer, mlp, loss = Linear(4, 3), GatedMLP(4, 8, 3), LinearCrossEntropy(4, 3)
+    assert torch.equal(layer(input=x, residual=residual), layer(x, residual))
+    assert torch.equal(mlp(input=x, residual=residual), mlp(x, residual))
+    target = torch.tensor([0, 2])
+    assert torch.equal(loss(input=x, target=target), loss(x, target))
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("name", MADE)
+def test_sizes_of_any_integer_type(name: str, size: Any) -> None:
+    layer = MADE[name](size, size)
+    assert type(layer.in_features) is type(layer.out_features) is int
+    assert [p.shape for p in layer.parameters()] == [p.shape for p in MADE[name](6, 6).parameters()]
+
+
+@pytest.mark.parametrize(
+    "size", [True, np.bool_(True), torch.tensor(True), torch.tensor(2.0), np.float32(2), "2"]
+)
+@pytest.mark.parametrize("name", MADE)
+def test_sizes_that_are_no_integer(name: str, size: Any) -> None:
+    with pytest.raises(TypeError, match=r"in_features: expected an int; got "):
+        MADE[name](size, 4)
+
+
+def test_from_linear_of_a_layer_whose_sizes_are_numpys() -> None:
+    old = nn.Linear(np.int64(4), np.int64(3))
+    for cls in (Linear, LinearCrossEntropy):
+        new = cls.from_linear(old)
+        assert type(new.in_features) is type(new.out_features) is int
+        assert new.weight is old.weight
+
+
+@pytest.mark.parametrize("value", ["relu", nn.ReLU(), torch.relu])
+def test_an_attribute_of_another_layer_is_not_taken_for_our_activation(value: Any) -> None:
+    old = nn.Linear(4, 3)
+    old.activation = value
+    new = Linear.from_linear(old)
+    assert new.activation == "none"
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(new(x), old(x))
+    assert Linear.from_linear(Linear(4, 3, activation="relu")).activation == "relu"

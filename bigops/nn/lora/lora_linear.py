@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigops.nn.computed_weight import ComputedLinear, is_dense
+from bigops.nn.layer import layer_of
 from bigops.nn.linear import Linear, check_size
 from bigops.nn.low_rank_linear import check_rank
 from bigops.ops import activation as act
@@ -88,13 +89,13 @@ class LoRALinear(ComputedLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        base = Linear(in_features, out_features, bias, activation, device=device, dtype=dtype)
+        base = Linear(in_features, out_features, bias, device, dtype, activation=activation)
         self._take(base)
         self._freeze()
 
     def _take(self, linear: nn.Linear) -> None:
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.activation: str = getattr(linear, "activation", "none")
+        self.activation: str = getattr(layer_of(linear), "activation", "none")
         self.weight, self.bias = linear.weight, linear.bias
         self.adapters = nn.ModuleDict()
         self._active: tuple[str, ...] = ()
@@ -305,7 +306,7 @@ class LoRALinear(ComputedLinear):
             self.in_features,
             self.out_features,
             self.bias is not None,
-            self.activation,
+            activation=self.activation,
             device="meta",
         )
         new.weight = nn.Parameter(self._merged_weight().clone())

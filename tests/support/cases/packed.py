@@ -12,7 +12,7 @@ def make(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Sequential
     """Each kind of layer that is packed; sizes that fill neither panels nor words."""
     return nn.Sequential(
         nn.Linear(65, 131, bias),
-        Linear(131, 99, bias, "gelu"),
+        Linear(131, 99, bias, activation="gelu"),
         GatedMLP(99, 67, 101, bias=bias),
         LowRankLinear(101, 97, 65, bias, "silu"),
     ).to(dtype)
