@@ -33,7 +33,7 @@ load(sys.argv[1])
 from bigops.backend import machine  # noqa: E402
 from bigops.formats.packed import PackedWeight  # noqa: E402
 from bigops.formats.patterns import Pattern  # noqa: E402
-from bigops.formats.quantize import static_qparams, to_u8  # noqa: E402
+from bigops.formats.quantize import quantize_u8, static_qparams  # noqa: E402
 from bigops.formats.quantized import QuantizedWeight  # noqa: E402
 from bigops.formats.sparse import SparseWeight  # noqa: E402
 from bigops.ops.fused_linear import fused_linear  # noqa: E402
@@ -184,7 +184,7 @@ def with_qparams(call: Callable[..., torch.Tensor], x: torch.Tensor, u8: bool) -
     with torch.no_grad():
         call(x, static_qparams(-3.0, 5.0))
         if u8:
-            q = to_u8(x, static_qparams(-2.0, 3.0))
+            q = quantize_u8(x, static_qparams(-2.0, 3.0))
             call(q, static_qparams(-3.0, 5.0))
             call(q, None)
 

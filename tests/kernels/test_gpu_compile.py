@@ -168,7 +168,7 @@ def test_a_row_whose_intermediate_code_stayed_is_not_compiled_again(table: dict)
 
 QUANTISED = """
 import json
-from tests.kernels.gpu_report import golden
+from tests.kernels.gpu_report import golden, report
 from tests.kernels.gpu_report import jobs_quantized as quantized
 
 # one whole-number and one floating product of each device, and a device whose row lacks them
@@ -294,6 +294,7 @@ def test_the_persistent_form_takes_no_atomic_but_to_publish_its_maps() -> None:
 PLANTED = """
 import json
 from bigops.kernels.common.tiles import TileConfig
+from tests.kernels.gpu_report import report
 
 spilling = report.Job("sm_80", "gemm", "nt", "bf16", TileConfig(128, 128, 32, 8, 4, 4, 1), "gelu")
 # by 16 bytes, and by none without --regAllocOptLevel=2, which triton gives ptxas
