@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bigops import formats
 from bigops.formats import quantize
@@ -176,10 +176,7 @@ class CompressedLinear(StoredState, ComputedLinear):
 
     def _straight_through(self, weight: Tensor) -> Tensor:
         """``weight`` rounded to what is stored; the gradient passes as if it were not."""
-        with torch.no_grad():
-            rounded = self.format.rounded(weight, **self.form).to(weight.dtype)
-        # weight - weight is 0 exactly, so the value is that of `rounded` to the last bit.
-        return rounded + (weight - weight.detach())
+        return straight_through(weight, self.format.__name__, self.form)
 
     def run(self, x: Tensor, arguments: tuple[Any, ...], residual: Tensor | None) -> Tensor:
         """Call the op with `Format.arguments` of the storage."""
@@ -223,11 +220,12 @@ class CompressedLinear(StoredState, ComputedLinear):
             x = self._floating(x, residual)
         if self.frozen:
             return self.run(x, self._arguments(), residual)
-        # Making storage asks for values, which a traced weight and one of torch.func does not have:
-        # these take the float path.
+        # Making storage asks for values, which a traced weight and one of torch.func do not have:
+        # these take the float path, as proxies of torch.fx do.
         if not (
             self.training
             or torch.is_grad_enabled()
+            or not isinstance(x, Tensor)
             or torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
         ):
@@ -450,11 +448,23 @@ class CompressedLinear(StoredState, ComputedLinear):
         return self.form
 
 
+@fx.wrap  # one node, for rounding asks for values
+def straight_through(weight: Tensor, format: str, form: dict[str, Any]) -> Tensor:
+    """``weight`` rounded to what a format stores; the gradient passes as if it were not."""
+    with torch.no_grad():
+        rounded = formats.named(format).rounded(weight, **form).to(weight.dtype)
+    # weight - weight is 0 exactly, so the value is that of `rounded` to the last bit.
+    return rounded + (weight - weight.detach())
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether a call with these tensors may be differentiated."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return True  # wrapped tensors do not say
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    given = [t for t in tensors if t is not None]
+    if not all(isinstance(t, Tensor) for t in given):
+        return True  # nor do proxies of torch.fx
+    return torch.is_grad_enabled() and any(t.requires_grad for t in given)
 
 
 class Source(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -195,16 +196,17 @@ class SparseLinear(CompressedLinear):
 
     def masked_weight(self) -> Tensor:
         """``weight * mask`` [N, K], differentiable (recovery state only)."""
-        n, k = self.weight.shape
+        n, k = self.out_features, self.in_features
         height, width = self.pattern.height, self.pattern.width
-        if n % height or k % width or not self.weight.numel():
+        if n % height or k % width or not n * k:
             return self.weight * self.pattern.expand(self.mask, n, k)
         blocks = self.weight.reshape(n // height, height, k // width, width)
         return (blocks * self.mask[:, None, :, None]).view(n, k)
 
     def trained_weight(self) -> Tensor:
         weight = self.masked_weight()
-        if self.stored == "fp32" or weight.dtype == VALUES[self.stored]:
+        kept = self.stored == "fp32"
+        if kept or (isinstance(weight, Tensor) and weight.dtype == VALUES[self.stored]):
             return weight
         return self._straight_through(weight)
 
@@ -221,21 +223,20 @@ class SparseLinear(CompressedLinear):
         return sparse_linear(x, weight, self.bias, residual, self.activation)
 
     def run(self, x: Tensor, arguments: tuple[Any, ...], residual: Tensor | None) -> Tensor:
-        if not isinstance(x, Tensor) and self.x_qparams is None and self.stored != "bf16":
-            return super().run(x, arguments, residual)  # a proxy of torch.fx
-        if x.is_cuda and (form := self._second_form(x, residual)) is not None:
+        proxy = not isinstance(x, Tensor)  # of torch.fx, which answers no question
+        if not proxy and x.is_cuda and (form := self._second_form(x, residual)) is not None:
             op = op_of(type(form))
             return op.run(x, form.arguments, form.k, self.bias, residual, self.activation)
         bias, low = self.bias, torch.bfloat16
         if self.x_qparams is not None:
-            if wants_gradient(x, bias, residual):
+            if isinstance(x, Tensor) and wants_gradient(x, bias, residual):
                 return self._static_with_gradient(x, self.storage(), residual)
             weight = SparseWeight.of(self.in_features, *arguments)
             return sparse_linear(
                 x, weight, bias, residual, self.activation, x_qparams=self.x_qparams
             )
-        served = self.stored != "bf16" or x.dtype == low
-        if served or is_autocast_on(x):  # autocast casts by itself
+        served = self.stored != "bf16" or (not proxy and x.dtype == low)
+        if served or (not proxy and is_autocast_on(x)):  # autocast casts by itself
             return super().run(x, arguments, residual)
         bias = None if bias is None else bias.to(low)
         y = self.op.run(x.to(low), arguments, self.in_features, bias, None, self.activation).to(
@@ -278,7 +279,8 @@ class SparseLinear(CompressedLinear):
         seen = (rows.q - rows.zero_point) * rows.scale
         seen = seen + (x.float() - x.detach().float())
         bias, add = (None if t is None else t.to(dtype).float() for t in (self.bias, residual))
-        with torch.autocast(x.device.type, enabled=False):
+        on = is_autocast_on(x)  # some devices have none
+        with torch.autocast(x.device.type, enabled=False) if on else contextlib.nullcontext():
             weight = storage.to_dense()
             return fused_linear(seen, weight, bias, add, self.activation).to(dtype)
 

@@ -48,9 +48,14 @@ class LoRAAdapter(nn.Module):
         self.b = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """b and a: by a call, so that hooks that bring offloaded parameters run."""
+        return self.b, self.a
+
     def delta(self) -> Tensor:
         """``scale * (b @ a)`` [N, K] in float64."""
-        return self.scale * (self.b.detach().double() @ self.a.detach().double())
+        b, a = self()
+        return self.scale * (b.detach().double() @ a.detach().double())
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
@@ -120,7 +125,8 @@ class LoRALinear(ComputedLinear):
         total: Tensor = self.base_weight
         for name in self._active:
             adapter = self._adapter(name)
-            total = total + adapter.scale * (adapter.b @ adapter.a)
+            b, a = adapter()
+            total = total + adapter.scale * (b @ a)
         return total
 
     def _weight_like(self) -> tuple[torch.dtype, torch.device, bool]:
@@ -329,21 +335,28 @@ class LoRALinear(ComputedLinear):
         u: Tensor
         v: Tensor
         if len(active) == 1:
-            u, v, scale = active[0].b, active[0].a, active[0].scale
+            (u, v), scale = active[0](), active[0].scale
         else:  # one product of all: b side by side with their scales, a on top of each other
-            u = torch.cat([adapter.b * adapter.scale for adapter in active], dim=1)
-            v = torch.cat([adapter.a for adapter in active])
+            pairs = [adapter() for adapter in active]
+            u = torch.cat([b * one.scale for (b, _), one in zip(pairs, active, strict=True)], dim=1)
+            v = torch.cat([a for _, a in pairs])
             scale = 1.0
         if sum(adapter.rank for adapter in active) > min(self.in_features, self.out_features):
             # Together they are no factorisation any more: one call each, summed before act.
             return self._one_by_one(x, residual, [(x, adapter) for adapter in active])
+        base = self._base_beside(x)
         return low_rank_linear(
-            x, u, v, self.bias, residual, self.activation, base=self.base_weight, scale=scale
+            x, u, v, self.bias, residual, self.activation, base=base, scale=scale
         )
+
+    def _base_beside(self, x: Tensor) -> Tensor:
+        # A graph of torch.fx would find a Parameter by its name, which means the sum.
+        weight: Tensor = self.base_weight
+        return weight if isinstance(x, Tensor) else weight.detach()
 
     def _frozen(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """The product with the frozen weight."""
-        return fused_linear(x, self.base_weight, self.bias, residual, activation)
+        return fused_linear(x, self._base_beside(x), self.bias, residual, activation)
 
     def _with_dropout(
         self, x: Tensor, residual: Tensor | None, active: list[LoRAAdapter]
@@ -356,9 +369,8 @@ class LoRALinear(ComputedLinear):
     ) -> Tensor:
         total: Tensor | None = None
         for x_seen, adapter in seen:
-            total = low_rank_linear(
-                x_seen, adapter.b, adapter.a, residual=total, scale=adapter.scale
-            )
+            b, a = adapter()
+            total = low_rank_linear(x_seen, b, a, residual=total, scale=adapter.scale)
         if self.activation == "none":  # then the residual may come in anywhere
             if residual is not None and total is not None:
                 total = total + residual

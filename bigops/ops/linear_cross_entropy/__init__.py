@@ -15,6 +15,7 @@ from bigops.ops.linear_cross_entropy.schema import Problem, forward_op
 
 __all__ = ["linear_cross_entropy", "reference"]
 _encoded = encoder(forward_op)
+_words = forward_op._overloadpacket.default
 
 
 def linear_cross_entropy(
@@ -64,6 +65,9 @@ def linear_cross_entropy(
         TypeError: a dtype that is not served, or dtypes that differ.
         RuntimeError: in double backward, which is not implemented.
     """
+    if not isinstance(x, Tensor) and torch.overrides.has_torch_function_unary(x):  # of torch.fx
+        options = (reduction, ignore_index, label_smoothing, z_loss, softcap or 0.0)
+        return _words(x, weight, target, bias, class_weight, *options)  # type: ignore[no-any-return]
     checks.tensors(x=x, weight=weight, target=target, bias=bias, class_weight=class_weight)
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a torch.Tensor; got {type(target).__name__}")
