@@ -1,8 +1,10 @@
 """add_lora_ says that on an error the model is as it was; an adapter name that is refused leaves the first layer frozen; exit 1 then."""
 
 import sys
-import bigops
+
 from torch import nn
+
+import bigops
 
 bad = 0
 for name in ("a.b", "", "keys"):

@@ -1,8 +1,13 @@
 """freeze_ and compress_ interrupted (Ctrl-C, MemoryError) at every line in turn: the model must be as it was. Torn: neither as before nor done. Exit 1 when torn, when a layer lost its weight, or when the change stays though the call raised."""
 
-import collections, os, sys
-import torch, bigops
+import collections
+import os
+import sys
+
+import torch
 from torch import nn
+
+import bigops
 
 ROOT = os.path.dirname(bigops.__file__)
 x = torch.randn(4, 16)

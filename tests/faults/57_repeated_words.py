@@ -1,7 +1,9 @@
 """An index that names a word twice in a row: load and validate take it, the forward adds both up, the gradient says that the storage is broken and that validate tells where; exit 1 when the two disagree."""
 
 import sys
+
 import torch
+
 from bigops import sparse_linear
 from bigops.formats import SparseWeight
 

@@ -1,0 +1,22 @@
+"""Small cases that fell short once, each a script that exits 0 where a user gets what they expect."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CASES = sorted(Path(__file__).parent.glob("[0-9]*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.stem)
+def test_a_case_is_still_mended(case: Path) -> None:
+    done = subprocess.run([sys.executable, str(case)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_there_are_cases() -> None:
+    assert len(CASES) >= 52
