@@ -7,9 +7,12 @@ whose registration takes a fifth of that time.
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 __version__ = "0.1.0"
 
@@ -134,15 +137,42 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME, *_ROOMS})
 
 
-class _Ops(torch._ops._OpNamespace):
-    """`torch.ops.bigops`: the first look-up registers the ops, as when torch.export.load asks."""
+def _hold_namespace() -> None:
+    """Let the first look-up in `torch.ops.bigops` register the ops: torch.export.load asks there."""
+    import torch
 
-    __module__ = torch._ops.__name__  # ops are written down by that of their namespace
+    class Ops(torch._ops._OpNamespace):
+        __module__ = torch._ops.__name__  # ops are written down by that of their namespace
 
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("__"):
-            importlib.import_module("bigops.ops")
-        return super().__getattr__(name)
+        def __getattr__(self, name: str) -> Any:
+            if not name.startswith("__"):
+                importlib.import_module("bigops.ops")
+            return super().__getattr__(name)
+
+    torch.ops.bigops = Ops("bigops")  # type: ignore[attr-defined]
 
 
-torch.ops.bigops = _Ops("bigops")  # type: ignore[attr-defined]
+class _AfterTorch(importlib.abc.MetaPathFinder):
+    """Calls `_hold_namespace` once torch is imported, which the command's help never needs."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            run = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                _hold_namespace()
+
+            loader.exec_module = exec_module
+        return spec
+
+
+if "torch" in sys.modules:
+    _hold_namespace()
+else:
+    sys.meta_path.insert(0, _AfterTorch())

@@ -53,6 +53,7 @@ class Gradients:
         sizes = [name for name in op.fields if name not in tensors]
         self._saved = _picker(op.arguments, ("x", *tensors, "bias"))
         self._weight = _picker(op.arguments, tensors)
+        self._bias_at = op.arguments.index("bias")
         self._sizes = _picker(op.arguments, sizes) if sizes else None
         self._saved_names = ("x", *tensors, "bias", *op.kept)
         self._twice = ("grad", "x", *tensors, *kept)
@@ -203,7 +204,8 @@ class Gradients:
         The gradient of x reads the weight alone, that of the bias the pre-activation: x is saved
         where that has to be made again.
         """
-        need_x, *_, need_bias, _, _ = ctx.needs_input_grad
+        needs = ctx.needs_input_grad  # of the raw op with an entry of torch.library's at the end
+        need_x, need_bias = needs[0], needs[self._bias_at]
         x, code = args[0], args[-1]
         ctx.sizes, ctx.code, ctx.k = self._sizes(args) if self._sizes else (), code, x.shape[-1]
         active = need_bias and code != act.NONE
@@ -212,7 +214,7 @@ class Gradients:
             _, *rest = args
             return self.save(ctx, (x.clone() if x.is_inference() else x, *rest), kept)
         _, *weight, bias = self._saved(args)
-        if not need_x:
+        if not (need_x or need_bias):
             weight = [None for _ in weight]
         if not active:
             bias, kept = None, [None for _ in kept]
@@ -260,7 +262,7 @@ class Gradients:
         x, bias = saved["x"], saved["bias"]
         weight = (*(saved[name] for name in op.format.TENSORS), *sizes)
         dropped = x is None  # by `save_frozen`
-        if dropped and not need["need_x"]:
+        if dropped and torch.is_grad_enabled() and not need["need_x"]:
             return self._of_bias(grad, saved, act.NAMES[code])
         if x is None:
             x = grad.new_empty((*grad.shape[:-1], ctx.k))  # for its shape: no gradient reads it
@@ -287,8 +289,7 @@ class Gradients:
     def _of_bias(
         self, grad: Tensor, saved: Mapping[str, Any], activation: str
     ) -> Sequence[Tensor | None]:
-        """The gradients where neither x nor the weight learns."""
-        backend.note(f"reference.{self.op.name}_backward")
+        """The gradients where neither x nor the weight learns, differentiable again."""
         bias, z = saved["bias"], saved.get("preact")
         gz = grad if self.op.format.PLAIN else grad.float()
         if z is not None:

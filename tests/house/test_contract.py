@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.nn.contract import CELLS, LAYERS, MAY_RAISE, QUICK, SLOW
+from tests.house.contract import CELLS, LAYERS, MAY_RAISE, QUICK, SLOW
 
 
 def run(layer: str, cell: str) -> None:
