@@ -138,7 +138,7 @@ def __dir__() -> list[str]:
 
 
 def _hold_namespace() -> None:
-    """Let the first look-up in `torch.ops.bigops` register the ops: torch.export.load asks there."""
+    """Let a look-up in `torch.ops.bigops` register the ops; torch.export.load asks there."""
     import torch
 
     class Ops(torch._ops._OpNamespace):
