@@ -1,4 +1,4 @@
-"""Moving and loading of a layer of compressed storage: it stays whole, whatever it is given."""
+"""Freezing, moving and loading of a layer of compressed storage: it stays whole in each."""
 
 from __future__ import annotations
 
@@ -41,6 +41,16 @@ class StoredState(Layer):
     format: type[Format]
     float_dtype: torch.dtype | None = None  # frozen: of the weight that the storage stands for
     _empty: Format | None  # frozen: the storage without its tensors
+    _sizes: tuple[Any, ...]  # and what its op takes after them
+    trained_names: tuple[str, ...]  # Parameters of the recovery state
+
+    def _convert(self) -> Format:
+        """The storage of the float weight as it is now."""
+        raise NotImplementedError
+
+    def empty_storage(self) -> Format:
+        """Storage on "meta" of a layer that is to be loaded."""
+        raise NotImplementedError
 
     def check_storage(self, storage: Format) -> None:
         """Raise ValueError or TypeError unless the storage is whole and fits this layer."""
@@ -50,6 +60,57 @@ class StoredState(Layer):
                 f"{self.format.TENSORS[0]}: expected a weight of "
                 f"{[self.out_features, self.in_features]}; got {list(storage.shape)}"
             )
+
+    def freeze(self: Self, storage: Format | None = None) -> Self:
+        """Keep only the compressed storage; the float weight goes. In place; twice is once.
+
+        Args:
+            storage: what a quantiser made of the layer; None: the weight rounded to nearest.
+
+        Raises:
+            ValueError, TypeError: NaN or inf in the weight, or a storage that is broken or of
+                another form. The layer stays as it was.
+        """
+        if self.frozen and not self.thawed:
+            return self
+        if storage is None:
+            storage = self._convert()
+        else:
+            self._check_form(storage)
+            self.check_storage(storage)
+        self.set_storage(storage)
+        return self
+
+    def _check_form(self, storage: Format) -> None:
+        empty = self.empty_storage()
+        if type(storage) is not type(empty):
+            expected, got = type(empty).__name__, type(storage).__name__
+            raise TypeError(f"storage: expected a {expected}; got a {got}")
+        form, given = self._sizes_of(empty), self._sizes_of(storage)
+        if form != given:
+            raise ValueError(f"storage: expected the form of the layer, {form}; got {given}")
+
+    def set_storage(self, storage: Format) -> None:
+        """Become frozen with this storage, at once: no half of it is ever seen, nor left behind."""
+        tensors = storage.tensors()
+        gone = {*self.trained_names, "mask", *tensors}
+        parameters = {n: p for n, p in self._parameters.items() if n not in gone}
+        parameters.update(
+            {n: None if t is None else StoredParameter(t) for n, t in tensors.items()}
+        )
+        before = self._parameters.get(self.trained_names[0])
+        vars(self).update(
+            _parameters=parameters,
+            float_dtype=self.float_dtype if before is None else before.dtype,
+            _buffers={n: t for n, t in self._buffers.items() if n not in gone},
+            _empty=storage.with_tensors(dict.fromkeys(tensors)),
+            _sizes=self._sizes_of(storage),
+            frozen=True,
+            thawed=False,
+        )
+
+    def _sizes_of(self, storage: Format) -> tuple[Any, ...]:
+        return storage.sizes
 
     def _fixed(self) -> tuple[str, ...]:
         """Names of the storage that is never trained."""
