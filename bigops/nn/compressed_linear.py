@@ -85,8 +85,8 @@ class CompressedLinear(StoredState, ComputedLinear):
         **form: Any,
     ) -> None:
         act.check_name(activation, gated=False)
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
         op_of(format)
         nn.Module.__init__(self)  # the weight may be of another kind
         self.format, self.form = format, format.form(**form)

@@ -57,8 +57,8 @@ class GatedMLP(Layer):
     ) -> None:
         super().__init__()
         check_gated(activation)
-        check_size("in_features", in_features)
-        check_size("hidden_features", hidden_features)
+        in_features = check_size("in_features", in_features)
+        hidden_features = check_size("hidden_features", hidden_features)
         self.in_features = in_features
         self.hidden_features = hidden_features
         self.out_features = in_features if out_features is None else out_features

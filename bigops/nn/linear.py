@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ class Linear(Layer, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         act.check_name(activation, gated=False)
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.activation = activation
 
@@ -99,9 +100,16 @@ class Linear(Layer, nn.Linear):
         }
 
 
-def check_size(name: str, value: int) -> None:
-    """Raise TypeError or ValueError unless ``value`` is an int of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name}: expected at least 0; got {value}")
+def check_size(name: str, value: Any) -> int:
+    """The size as an int of at least 0; TypeError or ValueError for what is none.
+
+    Hosts compute sizes by numpy and torch: what `operator.index` takes is one, as it is for torch.
+    """
+    number: Any = None if isinstance(value, bool) else value
+    try:
+        size = operator.index(number)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int; got {type(value).__name__}") from None
+    if size < 0:
+        raise ValueError(f"{name}: expected at least 0; got {size}")
+    return size

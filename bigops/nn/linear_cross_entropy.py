@@ -51,8 +51,8 @@ class LinearCrossEntropy(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
         check_options(reduction, ignore_index, label_smoothing, z_loss, softcap)
         if class_weight is not None and list(class_weight.shape) != [out_features]:
             raise ValueError(

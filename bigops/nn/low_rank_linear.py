@@ -63,8 +63,8 @@ class LowRankLinear(Layer, ComputedLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         act.check_name(activation, gated=False)
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
         check_rank(rank, in_features, out_features, least=0)
         nn.Module.__init__(self)  # there is no weight
         self.in_features, self.out_features = in_features, out_features
@@ -223,6 +223,8 @@ class LowRankLinear(Layer, ComputedLinear):
 
 def check_rank(rank: int, in_features: int, out_features: int, least: int) -> None:
     """Raise unless ``rank`` is an int from ``least`` to the smaller side."""
+    if not isinstance(rank, int):
+        raise TypeError(f"rank: expected an int; got {type(rank).__name__}")
     check_size("rank", rank)
     most = min(in_features, out_features)
     if not least <= rank <= most:

@@ -2,11 +2,16 @@
 
 import copy
 import pickle
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import bigops
+from bigops import Fp8, Int4, Int8, LowRank, Sparse
 from bigops.nn import Linear
 from bigops.ops import activation as act
 from tests.support import tolerance
@@ -108,3 +113,20 @@ def test_errors_name_argument_expected_and_given() -> None:
         Linear.from_linear(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"x: expected shape \[.., 2\]"):
         Linear(2, 3)(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("size", [np.int64, torch.tensor], ids=["numpy", "tensor"])
+@pytest.mark.parametrize("config", [None, Int8(), Int4(), Sparse(0.5), LowRank(4), Fp8()], ids=str)
+def test_sizes_that_a_host_computed(size: Any, config: Any, tmp_path: Path) -> None:
+    """torch takes `nn.Linear(np.prod(shape), 64)`, and 0-dim tensors; here they become ints."""
+    model = nn.Sequential(nn.Linear(size(64), size(32)), nn.Tanh(), nn.Linear(32, 4)).eval()
+    if config is None:
+        bigops.fuse_(model)
+    else:
+        bigops.compress_(model, config, keep="all")
+    layer: Any = model[0]
+    assert type(layer) is not nn.Linear
+    assert [type(layer.in_features), type(layer.out_features)] == [int, int]
+    bigops.save(model, tmp_path / "m")
+    x = torch.randn(3, 64)
+    assert torch.equal(bigops.load(tmp_path / "m")(x), model(x))
