@@ -19,6 +19,12 @@ import bigops
 from bigops import Int4, Int8, LowRank, Sparse
 from bigops.compress.config import Config
 from bigops.graph.record import Record
+from tests.accept.conftest import Accept
+
+pytest.importorskip("transformers")
+
+import transformers
+
 from tests.accept.census.twin import (
     MODEL_DB,
     compressed_layers,
@@ -26,9 +32,6 @@ from tests.accept.census.twin import (
     hold_layers,
     snr,
 )
-from tests.accept.conftest import Accept
-
-transformers = pytest.importorskip("transformers")
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

@@ -108,6 +108,9 @@ def build(kind: str, seed: int = 0) -> Tiny:
                 model = _made(maker, config, seed)
             except ImportError as error:
                 raise NotBuiltError(f"package: {_line(error)}") from None
+            except NotBuiltError as error:
+                causes.append(f"size: {error}")
+                continue
             except Exception as error:
                 causes.append(f"model: {_line(error)}")
                 continue
@@ -122,7 +125,7 @@ def build(kind: str, seed: int = 0) -> Tiny:
                     causes.append("output: none that is finite")
                     continue
                 return Tiny(model, inputs, f"{auto} {tier}")
-    order = ("output", "inputs", "model", "config")
+    order = ("output", "inputs", "model", "size", "config")
     causes.sort(key=lambda cause: order.index(cause.partition(":")[0]))
     raise NotBuiltError(causes[0] if causes else "config: no auto class")
 
