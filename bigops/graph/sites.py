@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bigops import timing
-from bigops.graph import holders
+from bigops.graph import holders, save_pretrained
 from bigops.graph.carry import carry, is_plain_linear, lost_forward, swap_reason
 from bigops.graph.looking import looking
 from bigops.graph.record import class_name
@@ -32,6 +32,7 @@ class Sites:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
         self.model = model
+        self._guarded = False
         self.modules: dict[str, nn.Module] = {}
         self.paths: dict[int, list[str]] = {}
         self.users: dict[int, list[str]] = {}  # of a parameter, by id
@@ -122,6 +123,9 @@ class Sites:
 
     def put(self, path: str, module: nn.Module) -> None:
         """Put a module at its path and where it is held besides."""
+        if not self._guarded:
+            save_pretrained.guard(self.model)
+            self._guarded = True
         self.parent(path)._modules[path.rpartition(".")[2]] = module
         for place in self.held[path].places if path in self.held else ():
             place.put(module)
