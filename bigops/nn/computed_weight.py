@@ -221,16 +221,21 @@ class ComputedLinear(nn.Linear):
         """dtype, device and requires_grad of what `make_weight` would give."""
         raise NotImplementedError
 
+    def computed_weight(self) -> Tensor:
+        """What `weight` is where `computes_weight` says so."""
+        # A graph drops what it does not use, and torch.func's tensors say too little.
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return self.make_weight()
+        dtype, device, grad = self._weight_like()
+        sizes = (self.out_features, self.in_features)
+        like = torch.empty(sizes, dtype=dtype, device="meta")
+        why = self.computes_weight or ""
+        return ComputedWeight(self.make_weight, like, device, grad, type(self).__name__, why)
+
     def __getattr__(self, name: str) -> Any:
         # a Parameter is no attribute by itself: nn.Module finds each of them here
-        if name == "weight" and "_parameters" in self.__dict__ and (why := self.computes_weight):
-            # A graph drops what it does not use, and torch.func's tensors say too little.
-            if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-                return self.make_weight()
-            dtype, device, grad = self._weight_like()
-            sizes = (self.out_features, self.in_features)
-            like = torch.empty(sizes, dtype=dtype, device="meta")
-            return ComputedWeight(self.make_weight, like, device, grad, type(self).__name__, why)
+        if name == "weight" and "_parameters" in self.__dict__ and self.computes_weight:
+            return self.computed_weight()
         return super().__getattr__(name)
 
     def _check_settable(self, name: str) -> None:

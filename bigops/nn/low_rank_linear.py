@@ -162,6 +162,14 @@ class LowRankLinear(Layer, ComputedLinear):
     def computes_weight(self) -> str | None:
         return FACTORS
 
+    # of a weight that is never a Parameter: other attributes are found as fast as ever
+    __getattr__ = nn.Module.__getattr__
+
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        """``u @ v`` [N, K], a `ComputedWeight`."""
+        return self.computed_weight()
+
     def make_weight(self) -> Tensor:
         return self.u @ self.v
 
