@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bigops.ops.linear_cross_entropy import linear_cross_entropy
 from tests.ops.family.problems import ALL, M, N, compiled, hold, problem
+from tests.support.backends import covering
 
 MASK = torch.arange(M) % 2 == 0
 
@@ -45,8 +46,7 @@ WAYS: dict[str, Callable[..., list[Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("form", ALL)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "form"), covering(WAYS, ALL))
 def test_with_a_residual(way: str, form: str) -> None:
     case = problem(form)
 
@@ -64,8 +64,7 @@ def test_with_a_residual(way: str, form: str) -> None:
     )
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "reduction"), covering(WAYS, ["mean", "sum", "none"]))
 def test_the_loss(way: str, reduction: str) -> None:
     torch.manual_seed(0)
     weight, x, target = torch.randn(N, 16), torch.randn(M, 16), torch.randint(N, (M,))
