@@ -99,9 +99,18 @@ class LoRALinear(ComputedLinear):
         self._freeze()
 
     def _take(self, linear: nn.Linear) -> None:
+        if not is_dense(linear):
+            raise TypeError(
+                f"linear: expected a torch.nn.Linear with a dense weight; got "
+                f"{type(linear).__name__} (QLoRALinear takes a compressed one)"
+            )
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.activation: str = getattr(layer_of(linear), "activation", "none")
         self.weight, self.bias = linear.weight, linear.bias
+        self._start()
+
+    def _start(self) -> None:
+        """Have no adapter yet."""
         self.adapters = nn.ModuleDict()
         self._active: tuple[str, ...] = ()
         # The weight before a merge: subtracting what was added would not give it back in floats.
@@ -156,11 +165,6 @@ class LoRALinear(ComputedLinear):
                 shared and stop requiring gradients.
             rank, alpha, dropout, name, rank_stabilized: see `add_adapter`.
         """
-        if not is_dense(linear):
-            raise TypeError(
-                f"linear: expected a torch.nn.Linear with a dense weight; got "
-                f"{type(linear).__name__} (QLoRALinear takes a compressed one)"
-            )
         new = cls._unfrozen(linear)
         new.add_adapter(name, rank, alpha, dropout, rank_stabilized)
         new._freeze()

@@ -51,22 +51,6 @@ class QLoRALinear(LoRALinear):
         self._take(base)
         self._freeze()
 
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        rank: int,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        name: str = "default",
-        rank_stabilized: bool = False,
-    ) -> QLoRALinear:
-        """A layer around ``linear``, a compressed one, with one adapter; see `LoRALinear`."""
-        new = cls._unfrozen(linear)
-        new.add_adapter(name, rank, alpha, dropout, rank_stabilized)
-        new._freeze()
-        return new  # type: ignore[return-value]
-
     def _take(self, linear: nn.Linear) -> None:
         if not isinstance(linear, ComputedLinear) or isinstance(linear, LoRALinear):
             raise TypeError(
@@ -77,9 +61,7 @@ class QLoRALinear(LoRALinear):
         self.base = beside(linear)
         # it comes behind the adapters
         self.activation, self.base.activation = self.base.activation, "none"
-        self.adapters = nn.ModuleDict()
-        self._active = ()
-        self.register_buffer("_unmerged", None, persistent=False)
+        self._start()
 
     def _freeze(self) -> None:
         self.base.requires_grad_(False)

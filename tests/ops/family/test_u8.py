@@ -19,6 +19,7 @@ from bigops.ops.quantized_linear import quantized_linear
 from bigops.ops.sparse_linear import sparse_linear
 from tests.ops.family.u8_cases import (
     FORMS,
+    ONE_OF_EACH,
     U8_FORMS,
     X_QPARAMS,
     call,
@@ -38,7 +39,6 @@ from tests.support.kernels_ran import ISAS, expect, isa, needs_extension, thread
 from tests.support.tolerance import check
 
 pytestmark = needs_extension
-ONE_OF_EACH = ("int8_static", "sparse_int8")
 
 
 def u8_op(case: Case) -> U8Op:

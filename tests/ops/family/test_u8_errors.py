@@ -11,6 +11,7 @@ from torch import Tensor
 from bigops.ops.quantized_linear import quantized_linear
 from bigops.ops.sparse_linear import sparse_linear
 from tests.ops.family.u8_cases import (
+    ONE_OF_EACH,
     X_QPARAMS,
     call,
     qparams_of,
@@ -21,7 +22,6 @@ from tests.support.cases.compressed import make
 from tests.support.kernels_ran import expect, needs_extension
 
 pytestmark = needs_extension
-ONE_OF_EACH = ("int8_static", "sparse_int8")
 
 
 @pytest.mark.parametrize("form", ONE_OF_EACH)

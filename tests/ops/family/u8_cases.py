@@ -15,6 +15,7 @@ from tests.support.cases.compressed import SPARSE, Case, kernel_of, make
 from tests.support.kernels_ran import expect
 from tests.support.tolerance import bound, check
 
+ONE_OF_EACH = ("int8_static", "sparse_int8")
 X_QPARAMS = static_qparams(-2.0, 3.0)  # that of the static cases; some of x lies outside
 U8_FORMS = ("int8_static", "w4a8_static", "sparse_int8")  # whose x may be u8
 FORMS = (*U8_FORMS, "int8", "int8_zero", "w8_zero", "w4", "w4a8", "sparse_float", "sparse_bf16")
