@@ -30,6 +30,7 @@ _HOME = {
     "explain": "bigops.ops.explain",
     "report": "bigops.ops.report",
     "add_lora_": "bigops.graph.add_lora",
+    "deploy": "bigops.graph.deploy",
     "fuse_": "bigops.graph.fuse",
     "pack_": "bigops.graph.pack",
     "plain": "bigops.graph.plain",
@@ -74,6 +75,7 @@ __all__ = [
     "add_lora_",
     "compress",
     "compress_",
+    "deploy",
     "explain",
     "formats",
     "fp8_linear",
@@ -108,6 +110,7 @@ if TYPE_CHECKING:
     from bigops.compress.store import load, save
     from bigops.files import FormatError
     from bigops.graph.add_lora import add_lora_
+    from bigops.graph.deploy import deploy
     from bigops.graph.fuse import fuse_
     from bigops.graph.pack import pack_, unpack_
     from bigops.graph.plain import plain

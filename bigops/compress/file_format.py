@@ -140,9 +140,11 @@ def _crc32(t: Tensor) -> int:
 
 
 def read(
-    path: str | os.PathLike[str], device: torch.device | None
+    path: str | os.PathLike[str], device: torch.device | None, mapped: bool = False
 ) -> tuple[Header, dict[str, Tensor]]:
     """Header and tensors (none without a device), checked as far as the file alone goes.
+
+    ``mapped``: the tensors lie in the mapped file; writing to one leaves the file as it is.
 
     Raises:
         FormatError: it is truncated or damaged, no such file, or of another version.
@@ -166,8 +168,9 @@ def read(
                         "is without tensor or without checksum"
                     )
                 for name in names:
-                    # Copied: a mapped file that changes would change or crash the model.
-                    own = file.get_tensor(name).clone()
+                    own = file.get_tensor(name)
+                    if not mapped:  # a file that changes would change or crash the model
+                        own = own.clone()
                     if sums is not None:
                         _compare(path, f"tensor {name!r}", sums["tensors"][name], _crc32(own))
                     tensors[name] = own.to(device)

@@ -82,6 +82,7 @@ def load(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,
     device: torch.device | str = "cpu",
+    mapped: bool = False,
 ) -> nn.Module:
     """Read what `save` wrote, without pickle and without the original weights.
 
@@ -96,6 +97,9 @@ def load(
             layers are swapped in and all tensors replaced; its mode stays, and so does its memory
             format where the file has rows.
         device: where the tensors go.
+        mapped: let the tensors lie in the file, mapped into memory, which processes that do so
+            share: the file then must not be written in place while they live (`save` puts a new one
+            in its place). On the CPU only.
 
     Returns:
         ``model``, or a new one in the mode that the saved one was in.
@@ -105,10 +109,13 @@ def load(
             of another version, or does not fit ``model``; the message names the file. ``model`` is
             unchanged.
         FileNotFoundError, IsADirectoryError: no such file.
+        ValueError: ``mapped`` with another device than the CPU.
     """
     device = torch.device(device)
+    if mapped and device.type != "cpu":
+        raise ValueError(f"mapped: expected False with device {device}; got True")
     sites = None if model is None else Sites(model)
-    header, tensors = file_format.read(path, device)
+    header, tensors = file_format.read(path, device, mapped)
     with _refusing(path):
         if sites is None:
             made = structure.build(header.tree)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from bigops.graph.carry import hook_reason
+from bigops.graph.deployed import Deployed
 from bigops.nn import LAYERS, fields, stored_state
 from bigops.nn.fields import FLAG, INT, NUMBER, SIZE, SIZES, Field, one_of, optional
 from bigops.nn.layer import Layer, layer_of
@@ -124,6 +125,9 @@ KINDS: dict[str, Kind] = {
     ),
     "torch.Linear": _on_meta(nn.Linear, _linear, fields.LINEAR),
     **{f"bigops.{cls.__name__}": _ours(cls) for cls in LAYERS},
+    "bigops.Deployed": Kind(
+        Deployed, lambda m: m.arguments(), Deployed.from_arguments, Deployed.FIELDS
+    ),
 }
 _NAMES = {kind.cls: name for name, kind in KINDS.items()}
 # What `fuse_` leaves where an activation was: see bigops/graph/fuse.py.

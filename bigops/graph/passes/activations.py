@@ -1,0 +1,25 @@
+"""Which calls are an activation that a product takes into its epilogue."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from bigops.graph.passes.rewrite import arguments, aten, is_call
+
+_NAMES = {
+    aten.relu.default: "relu",
+    aten.silu.default: "silu",
+    aten.sigmoid.default: "sigmoid",
+    aten.tanh.default: "tanh",
+    aten.relu_.default: "relu",
+    aten.silu_.default: "silu",
+}
+
+
+def name_of(node: fx.Node) -> str | None:
+    """The word of an activation for what a node computes of its first argument, or None."""
+    if node.op != "call_function":
+        return None
+    if is_call(node, aten.gelu.default):
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(arguments(node)["approximate"])
+    return _NAMES.get(node.target)  # type: ignore[arg-type]

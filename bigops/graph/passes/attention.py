@@ -1,0 +1,75 @@
+"""``scaled_dot_product_attention`` on the CPU becomes the attention of this package."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from bigops.graph.passes.rewrite import VIEWS, arguments, aten, call, is_call, replace, same, value
+from bigops.ops.attention import op
+
+_SDPA = aten.scaled_dot_product_attention.default
+_COPIES = (aten.contiguous.default, aten.clone.default)
+
+
+def run(module: fx.GraphModule) -> int:
+    """Replace the calls without dropout; copies before them go, and heads that were repeated."""
+    done = 0
+    for node in list(module.graph.nodes):
+        if not is_call(node, _SDPA):
+            continue
+        given = arguments(node)
+        query = value(given["query"])
+        if given["dropout_p"] or query is None or query.device.type != "cpu" or query.dim() != 4:
+            continue
+        if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            continue
+        q, k, v = (_source(given[name]) for name in ("query", "key", "value"))
+        once_k, once_v = _before_repeat(k), _before_repeat(v)
+        if once_k is not None and once_v is not None:
+            k, v = once_k, once_v
+        elif value(k).shape[1] != query.shape[1] and not given["enable_gqa"]:  # type: ignore
+            continue
+        mask = given["attn_mask"]
+        new = call(
+            node,
+            op,
+            {
+                "q": q,
+                "k": k,
+                "v": v,
+                "mask": None if mask is None else _source(mask),
+                "causal": given["is_causal"],
+                "scale": given["scale"],
+            },
+        )
+        replace(node, new)
+        done += 1
+    return done
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What a node is a copy of, for the attention reads any strides."""
+    while is_call(node, *_COPIES):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _before_repeat(node: fx.Node) -> fx.Node | None:
+    """The heads [B, H, S, D] before ``x[:, :, None].expand(B, H, n, S, D).reshape(B, H n, S, D)``."""
+    if not is_call(node, *VIEWS):
+        return None
+    wide = _source(node.args[0])  # type: ignore[arg-type]
+    if not is_call(wide, aten.expand.default):
+        return None
+    inserted = _source(wide.args[0])  # type: ignore[arg-type]
+    if not is_call(inserted, aten.unsqueeze.default) or inserted.args[1] != 2:
+        return None
+    source, out = value(inserted.args[0]), value(node)
+    spread = value(wide)
+    assert source is not None and out is not None and spread is not None
+    if source.dim() != 4 or out.dim() != 4 or spread.dim() != 5:
+        return None
+    kept = same(source.shape[0], out.shape[0]) and same(source.shape[1] * spread.shape[2], out.shape[1])
+    kept = kept and same(source.shape[2], out.shape[2]) and same(source.shape[3], out.shape[3])
+    return _source(inserted.args[0]) if kept else None  # type: ignore[arg-type]
