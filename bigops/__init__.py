@@ -22,6 +22,9 @@ _HOME = {
     "fused_grad_norm": "bigops.ops.fused_adamw",
     "fused_linear": "bigops.ops.fused_linear",
     "low_rank_linear": "bigops.ops.low_rank_linear",
+    "norm": "bigops.ops.norm",
+    "norm_act_quant": "bigops.ops.norm",
+    "norm_with_sum": "bigops.ops.norm",
     "packed_linear": "bigops.ops.packed_linear",
     "fused_sgd": "bigops.ops.fused_adamw",
     "linear_cross_entropy": "bigops.ops.linear_cross_entropy",
@@ -89,6 +92,9 @@ __all__ = [
     "load",
     "low_rank_linear",
     "nn",
+    "norm",
+    "norm_act_quant",
+    "norm_with_sum",
     "ops",
     "pack_",
     "packed_linear",
@@ -120,6 +126,7 @@ if TYPE_CHECKING:
     from bigops.ops.fused_linear import fused_linear
     from bigops.ops.linear_cross_entropy import linear_cross_entropy
     from bigops.ops.low_rank_linear import low_rank_linear
+    from bigops.ops.norm import norm, norm_act_quant, norm_with_sum
     from bigops.ops.packed_linear import packed_linear
     from bigops.ops.quantized_linear import quantized_linear
     from bigops.ops.report import report

@@ -17,6 +17,7 @@
 #include "cpu/library_product.h"
 #include "cpu/linear_cross_entropy.h"
 #include "cpu/meter.h"
+#include "cpu/norm.h"
 #include "cpu/packed_linear.h"
 
 namespace py = pybind11;
@@ -76,7 +77,8 @@ PYBIND11_MODULE(_C, m) {
             {"activation", list(kActivationWords)},
             {"activations", list(kActivateWords)},
             {"choice", list(kChoiceWords)},
-            {"dtype", list(kStoredWords)}};
+            {"dtype", list(kStoredWords)},
+            {"kind", list(kNormWords)}};
       },
       "The words of the arguments that kernels take as numbers; a word's position is its code.");
   m.def("has_onednn_linear", &has_onednn_linear,
@@ -95,6 +97,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("dtype"));
   m.def("choose_packed_linear", &choose_packed_linear, py::arg("dtype"));
   m.def("choose_linear_cross_entropy", &choose_linear_cross_entropy, py::arg("dtype"));
+  m.def("choose_norm", &choose_norm, py::arg("op"), py::arg("dtype"), py::arg("kind"));
   m.def("choose_quantized_linear", &choose_quantized_linear, py::arg("bits"),
         py::arg("activations"), py::arg("dtype"), py::arg("y_u8") = false);
   m.def("choose_sparse_linear", &choose_sparse_linear, py::arg("m"), py::arg("values"),

@@ -43,6 +43,9 @@ def run(args: argparse.Namespace) -> int:
     if args.op in ("fused_adamw", "fused_sgd", "fused_grad_norm"):
         print(bigops.explain(args.op, [weight], device=args.device))
         return 0
+    if args.op in ("norm", "norm_act_quant", "norm_with_sum"):
+        print(bigops.explain(args.op, x, residual=x, device=args.device))
+        return 0
     options = {"activation": args.activation, "device": args.device}
     stored = _stored(args, weight)
     try:

@@ -5,6 +5,7 @@ from bigops.ops.fused_adamw import fused_adamw, fused_grad_norm, fused_sgd
 from bigops.ops.fused_linear import fused_linear
 from bigops.ops.linear_cross_entropy import linear_cross_entropy
 from bigops.ops.low_rank_linear import low_rank_linear
+from bigops.ops.norm import norm, norm_act_quant, norm_with_sum
 from bigops.ops.packed_linear import packed_linear
 from bigops.ops.quantized_linear import quantized_linear
 from bigops.ops.sparse_linear import sparse_linear
@@ -17,6 +18,9 @@ __all__ = [
     "fused_sgd",
     "linear_cross_entropy",
     "low_rank_linear",
+    "norm",
+    "norm_act_quant",
+    "norm_with_sum",
     "packed_linear",
     "quantized_linear",
     "sparse_linear",

@@ -19,6 +19,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "reduction": ("none", "mean", "sum"),  # of losses
     "choice": ("given", "largest"),  # what a 2:4 pack keeps
     "dtype": ("bf16", "f16"),  # of a 2:4 pack
+    "kind": ("layer", "rms"),  # of a norm
 }
 CODES = {
     argument: {word: code for code, word in enumerate(words)} for argument, words in TABLES.items()

@@ -27,4 +27,8 @@ constexpr Words<kChoiceCount> kChoiceWords = {"given", "largest"};
 enum Stored : int { kStoredBFloat16 = 0, kStoredHalf, kStoredCount };
 constexpr Words<kStoredCount> kStoredWords = {"bf16", "f16"};
 
+// What a norm takes off its rows and divides them by.
+enum NormKind : int { kLayerNorm = 0, kRmsNorm, kNormKindCount };
+constexpr Words<kNormKindCount> kNormWords = {"layer", "rms"};
+
 }  // namespace bigops

@@ -38,6 +38,7 @@ from bigops.formats.quantized import QuantizedWeight  # noqa: E402
 from bigops.formats.sparse import SparseWeight  # noqa: E402
 from bigops.ops.fused_linear import fused_linear  # noqa: E402
 from bigops.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
+from bigops.ops.norm import norm, norm_act_quant, norm_with_sum  # noqa: E402
 from bigops.ops.packed_linear import packed_linear  # noqa: E402
 from bigops.ops.quantized_linear import quantized_linear  # noqa: E402
 from bigops.ops.sparse_linear import sparse_linear  # noqa: E402
@@ -152,6 +153,23 @@ def run_linear_cross_entropy() -> None:
 
                 both_ways(call, *(t.to(dtype) for t in (x, weight, bias)))
                 both_ways(call, x.to(dtype), weight.to(dtype), None)
+
+    at_every_level(run)
+
+
+def run_norm() -> None:
+    def run(level: str, m: int, n: int, k: int) -> None:
+        for dtype in DTYPES.values():
+            x, weight = torch.randn(m, n, k).to(dtype), torch.randn(k).to(dtype)
+            strided = torch.randn(m, n, k + 3).to(dtype)[..., 1 : k + 1]
+            for kind in ("layer", "rms"):
+                norm(x, weight, weight, kind=kind)
+                norm(strided, weight.float(), kind=kind)
+                norm_with_sum(x, None, weight, strided, kind=kind)
+                for flag in (False, True):
+                    norm_act_quant(
+                        strided, weight, None, x, kind=kind, symmetric=flag, keep_sum=flag
+                    )
 
     at_every_level(run)
 

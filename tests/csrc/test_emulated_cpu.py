@@ -67,6 +67,7 @@ WITH_TORCH = {
     "low_rank_linear": "every_kernel and avx2",
     "linear_cross_entropy": "every_kernel and avx2 and options0",
     "fused_adamw": "norm and avx2",
+    "norm": "every_kernel and avx2 and own",
 }
 
 

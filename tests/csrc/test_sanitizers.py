@@ -29,6 +29,7 @@ PARTS = (
     "packed_linear",
     "fused_adamw",
     "linear_cross_entropy",
+    "norm",
     "quantized_linear",
     "sparse_linear",
     "broken_storage",

@@ -30,6 +30,7 @@ SAVED = {
     "reduction": "none mean sum",
     "choice": "given largest",
     "dtype": "bf16 f16",
+    "kind": "layer rms",
 }
 SERVED_BY = ("CPU", "CUDA", "CompositeExplicitAutograd", "Autograd", "AutogradCPU", "Meta")
 
@@ -65,7 +66,7 @@ def test_tables_only_grow_at_their_ends() -> None:
 def test_kernels_have_the_same_tables() -> None:
     assert machine.extension is not None
     theirs = machine.extension.codes()
-    assert {"activation", "activations", "choice", "dtype"} == theirs.keys()
+    assert {"activation", "activations", "choice", "dtype", "kind"} == theirs.keys()
     assert not differs(codes.TABLES, theirs)
     assert not differs(theirs, {name: codes.TABLES[name] for name in theirs})
 
