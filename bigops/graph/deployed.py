@@ -9,7 +9,8 @@ import torch
 from torch import fx, nn
 
 from bigops import ops  # noqa: F401  (registers the ops that a graph calls)
-from bigops.graph import graph_data
+from bigops.graph import graph_data, node_times
+from bigops.graph.node_times import Times
 from bigops.graph.signature import Signature
 from bigops.nn import fields
 from bigops.nn.fields import Field
@@ -78,6 +79,15 @@ class Deployed(nn.Module):
                 name = str(node.target) if not callable(node.target) else _name(node.target)
                 found[name] = found.get(name, 0) + 1
         return found
+
+    def explain(self, *args: Any, runs: int = 10, **kwargs: Any) -> Times:
+        """Time each call of one forward; printed, it names those that no pass took.
+
+        Args:
+            *args, **kwargs: as for a call.
+            runs: of which the medians are.
+        """
+        return node_times.measure(self.graph, self.signature.leaves(args, kwargs), runs)
 
     # --- in a file --------------------------------------------------------------------------
 

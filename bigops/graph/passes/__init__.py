@@ -17,10 +17,12 @@ from bigops.graph.passes import (
     epilogue,
     fold,
     inline,
+    norm,
     products,
     repeated,
     rows,
     siblings,
+    u8_chain,
 )
 
 # In this order: what one leaves is what the next looks for.
@@ -34,11 +36,13 @@ PASSES = {
     "pack": products.pack,
     "fuse": products.fuse,
     "epilogue": epilogue.run,
+    "u8_chain": u8_chain.run,
+    "norm": norm.run,
 }
 # Those that make new weights of the module's own, which nobody may write afterwards.
-OWNING = ("fold", "rows", "siblings", "pack")
+OWNING = ("fold", "rows", "siblings", "pack", "u8_chain")
 # Those that put ops of this package into a graph.
-GIVE_OPS = ("pack", "fuse", "epilogue")
+GIVE_OPS = ("pack", "fuse", "epilogue", "u8_chain", "norm")
 
 
 def run(module: fx.GraphModule, owns: bool) -> dict[str, int]:

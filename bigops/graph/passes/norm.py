@@ -9,7 +9,7 @@ from torch import fx
 
 from bigops.graph.passes.rewrite import arguments, aten, call, is_call, only_user, replace, same_shape, value
 from bigops.ops import codes
-from bigops.ops.norm import op
+from bigops.ops.norm.schema import NORM
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout)
@@ -32,6 +32,9 @@ def _library(node: fx.Node) -> int:
     if x is None or not _is_served(x) or len(given["normalized_shape"]) != 1:
         return 0
     kind, eps = "layer", given.get("eps")
+    weights = [value(given.get(name)) for name in ("weight", "bias")]
+    if any(w is not None and w.dtype not in (x.dtype, torch.float32) for w in weights):
+        return 0
     if is_call(node, aten.rms_norm.default):
         kind, eps = "rms", torch.finfo(x.dtype).eps if eps is None else eps
     _put(node, given["input"], given["weight"], given.get("bias"), eps, kind)
@@ -64,7 +67,7 @@ def _written_out(rsqrt: fx.Node) -> int:
     if narrow is not None and is_call(narrow, aten.mul.Tensor):
         other = narrow.args[1] if narrow.args[0] is last else narrow.args[0]
         found = value(other)
-        if found is not None and found.dim() == 1:
+        if found is not None and found.dim() == 1 and found.dtype == value(last).dtype:  # type: ignore
             last, weight = narrow, other
     before, after = value(x), value(last)
     if before is None or after is None or before.dtype != after.dtype or not _is_served(before):
@@ -93,4 +96,4 @@ def _put(node: fx.Node, x: Any, weight: Any, bias: Any, eps: float, kind: str) -
         "eps": eps,
         "kind": codes.code_of("kind", kind),
     }
-    replace(node, call(node, op, given, like=node))
+    replace(node, call(node, NORM.op, given, like=node))

@@ -51,6 +51,8 @@ def _pack(module: fx.GraphModule, node: fx.Node) -> int:
         return 0
     if not machine.packs(weight.dtype):
         return 0
+    if any(not is_call(user, aten.linear.default) for user in given["weight"].users):
+        return 0  # an embedding reads it, too: panels would be a second copy
     stored = PackedWeight.from_dense(weight)
     _put(node, packed, store_weight(module, packed, stored, given["weight"].target, node))
     return 1

@@ -120,7 +120,11 @@ def call(before: fx.Node, op: Any, given: dict[str, Any], like: fx.Node | None =
     args = tuple(given[a.name] for a in op._schema.arguments)
     with before.graph.inserting_before(before):
         node = before.graph.call_function(op, args)
-    node.meta["val"] = like.meta["val"] if like is not None else op(*fx.map_arg(args, _fake))
+    if like is not None:
+        node.meta["val"] = like.meta["val"]
+    else:
+        with torch.no_grad():
+            node.meta["val"] = op(*fx.map_arg(args, _fake))
     return node
 
 

@@ -112,6 +112,11 @@ def _merged_of(module: fx.GraphModule, op: LinearOp, group: list[fx.Node]) -> fx
     parts = [weight_of(op, module, one) for one in given]
     if not all(part.row_dims() and part.n % part.row_unit == 0 for part in parts):
         return None
+    whole = [t for name, t in parts[0].tensors().items() if name not in parts[0].row_dims()]
+    for part in parts[1:]:  # what does not split, as the qparams of x, has to be one for all
+        others = [t for name, t in part.tensors().items() if name not in part.row_dims()]
+        if any(a is not None and not torch.equal(a, b) for a, b in zip(whole, others, strict=True)):
+            return None
     stored = next(given[0][name].target for name in op.format.TENSORS)
     name = f"{stored.rpartition('.')[0]}_merged"
     fields = store_weight(module, op, op.format.merge(parts), name, first)
