@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,8 +41,7 @@ def bigops(module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
 
     graph = _rewritten(module, example_inputs)
     patches = options.get("options") or {}
-    compiled: Callable[..., Any] = compile_fx(graph, list(example_inputs), config_patches=patches)
-    return compiled
+    return compile_fx(graph, list(example_inputs), config_patches=patches)
 
 
 def _rewritten(module: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -68,7 +67,9 @@ def _traced(module: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMo
     module = _with_plain_numbers(module)
     given = [node for node in module.graph.nodes if node.op == "placeholder"]
     # dynamo's own fake tensors, with the sizes of the run; the example is of one size
-    fakes = [node.meta.get("example_value", x) for node, x in zip(given, example_inputs, strict=True)]
+    fakes = [
+        node.meta.get("example_value", x) for node, x in zip(given, example_inputs, strict=True)
+    ]
     mode = detect_fake_mode(fakes)
     trace = make_fx(module, pre_dispatch=True, _allow_non_fake_inputs=True)
     if mode is None:

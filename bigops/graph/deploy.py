@@ -110,6 +110,7 @@ class _evaluating:
 
 def _arguments(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], list[str]]:
     """The arguments of the example by name, and the names that may come by position."""
+    args: tuple[Any, ...]
     if isinstance(example_inputs, Mapping):
         args, kwargs = (), dict(example_inputs)
     elif isinstance(example_inputs, tuple):
@@ -217,7 +218,8 @@ def _signature(
     positional: list[str],
     result: pytree.TreeSpec,
 ) -> dict[str, Any]:
-    leaves, symbols = [], set()
+    leaves: list[dict[str, Any]] = []
+    symbols: set[str] = set()
     for node in module.graph.nodes:
         if node.op != "placeholder":
             continue
@@ -264,7 +266,8 @@ def _flat(module: fx.GraphModule, theirs: set[int]) -> fx.GraphModule:
     ``theirs``: the memory of the model's own tensors, which somebody may write later; what is
     stored packed nobody writes, and what a pass has made nobody else has.
     """
-    root, names = nn.Module(), {}
+    root = nn.Module()
+    names: dict[str, str] = {}
     copies: dict[tuple[int, ...], Tensor] = {}
     for node in module.graph.nodes:
         if node.op != "get_attr":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-
-from bigops import timing
 
 # What makes another view of a tensor, or a number of it: there is nothing to compute.
 _VIEWS = (
@@ -86,7 +85,7 @@ def measure(graph: fx.GraphModule, leaves: list[Any], runs: int) -> Times:
                 node.name,
                 op,
                 clock.shapes.get(node.name),
-                timing.median(clock.seconds[node.name]) * 1e6,
+                statistics.median(clock.seconds[node.name]) * 1e6,
                 op.startswith("bigops."),
                 short in _VIEWS,
             )

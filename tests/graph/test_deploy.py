@@ -101,7 +101,6 @@ def test_arguments_come_by_position_or_keyword(deployed: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"ids": torch.zeros(2, 21, dtype=torch.long), "mask": torch.ones(2, 21)}, ValueError, "20"),
         ({"mask": torch.ones(2, 6)}, ValueError, "mask"),
         ({"ids": torch.zeros(2, 5)}, TypeError, "int64"),
         ({"ids": torch.zeros(2, 5, 1, dtype=torch.long)}, ValueError, "shape"),
@@ -117,6 +116,11 @@ def test_other_arguments_are_refused_by_name(
         deployed(**{**inputs(2, 5), **change})
 
 
+def test_a_length_beyond_the_table_of_positions_is_refused(deployed: Any) -> None:
+    with pytest.raises(IndexError):  # by the embedding itself, as the model does
+        deployed(torch.zeros(2, 21, dtype=torch.long), torch.ones(2, 21))
+
+
 def test_a_missing_argument_and_too_many_are_named(deployed: Any) -> None:
     with pytest.raises(TypeError, match="mask: expected"):
         deployed(inputs(2, 5)["ids"])
@@ -129,8 +133,8 @@ def test_a_missing_argument_and_too_many_are_named(deployed: Any) -> None:
 def test_the_model_is_as_before_and_later_writes_do_not_reach_the_result(model: Encoder) -> None:
     mine = Encoder().train()
     state = {n: t.clone() for n, t in mine.state_dict().items()}
-    random = torch.get_rng_state()
-    deployed = bigops.deploy(mine, inputs(3, 7))
+    example, random = inputs(3, 7), torch.get_rng_state()
+    deployed = bigops.deploy(mine, example)
     assert torch.equal(random, torch.get_rng_state())
     assert mine.training
     assert mine.drop.training
@@ -145,20 +149,27 @@ def test_the_model_is_as_before_and_later_writes_do_not_reach_the_result(model: 
 
 @pytest.mark.parametrize(
     "config",
-    [bigops.Int8(), bigops.Int8(activations="static"), bigops.Sparse(0.5) + bigops.Int8(), bigops.Int4()],
+    [
+        bigops.Int8(),
+        bigops.Int8(activations="static"),
+        bigops.Sparse(0.5) + bigops.Int8(),
+        bigops.Int4(),
+    ],
     ids=str,
 )
 def test_a_compressed_model_stays_compressed(config: Any) -> None:
     torch.manual_seed(1)
     mine = Encoder().eval()
-    bigops.compress_(mine, config, data=[inputs(4, 9) for _ in range(3)] if "static" in str(config) else None)
+    bigops.compress_(
+        mine, config, data=[inputs(4, 9) for _ in range(3)] if "static" in str(config) else None
+    )
     deployed = bigops.deploy(mine, inputs(3, 7))
     given = inputs(2, 11)
     with torch.no_grad():
         wanted, got = mine(**given)["last"], deployed(**given)["last"]
     assert tolerance.snr_db(got, wanted) > 45  # rounded elsewhere: one step of x in 255
-    dense = [b for b in deployed.buffers() if b.is_floating_point() and b.numel() >= 64 * 64]
-    assert not dense or config == bigops.Int4()
+    dense = {tuple(b.shape) for b in deployed.buffers() if b.is_floating_point() and b.dim() > 1}
+    assert not any(64 in shape and min(shape) >= 64 and shape != (100, 64) for shape in dense)
 
 
 def test_what_is_not_frozen_is_refused() -> None:

@@ -7,12 +7,12 @@ from torch import fx
 from bigops.graph.passes.rewrite import arguments, aten, is_call
 
 _NAMES = {
-    aten.relu.default: "relu",
-    aten.silu.default: "silu",
-    aten.sigmoid.default: "sigmoid",
-    aten.tanh.default: "tanh",
-    aten.relu_.default: "relu",
-    aten.silu_.default: "silu",
+    str(aten.relu.default): "relu",
+    str(aten.silu.default): "silu",
+    str(aten.sigmoid.default): "sigmoid",
+    str(aten.tanh.default): "tanh",
+    str(aten.relu_.default): "relu",
+    str(aten.silu_.default): "silu",
 }
 
 
@@ -22,4 +22,4 @@ def name_of(node: fx.Node) -> str | None:
         return None
     if is_call(node, aten.gelu.default):
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(arguments(node)["approximate"])
-    return _NAMES.get(node.target)  # type: ignore[arg-type]
+    return _NAMES.get(str(node.target))

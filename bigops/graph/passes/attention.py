@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from bigops.graph.passes.rewrite import VIEWS, arguments, aten, call, is_call, replace, same, value
+from bigops.graph.passes.rewrite import (
+    VIEWS,
+    args,
+    arguments,
+    aten,
+    call,
+    is_call,
+    replace,
+    same,
+    value,
+)
 from bigops.ops.attention import op
 
 _SDPA = aten.scaled_dot_product_attention.default
@@ -28,7 +38,7 @@ def run(module: fx.GraphModule) -> int:
         once_k, once_v = _before_repeat(k), _before_repeat(v)
         if once_k is not None and once_v is not None:
             k, v = once_k, once_v
-        elif value(k).shape[1] != query.shape[1] and not given["enable_gqa"]:  # type: ignore
+        elif not given["enable_gqa"] and not same(k.meta["val"].shape[1], query.shape[1]):
             continue
         mask = given["attn_mask"]
         new = call(
@@ -51,25 +61,28 @@ def run(module: fx.GraphModule) -> int:
 def _source(node: fx.Node) -> fx.Node:
     """What a node is a copy of, for the attention reads any strides."""
     while is_call(node, *_COPIES):
-        node = node.args[0]  # type: ignore[assignment]
+        node = args(node)[0]
     return node
 
 
 def _before_repeat(node: fx.Node) -> fx.Node | None:
-    """The heads [B, H, S, D] before ``x[:, :, None].expand(B, H, n, S, D).reshape(B, H n, S, D)``."""
+    """x [B, H, S, D] of ``x[:, :, None].expand(B, H, n, S, D).reshape(B, H n, S, D)``, or None."""
     if not is_call(node, *VIEWS):
         return None
-    wide = _source(node.args[0])  # type: ignore[arg-type]
+    wide = _source(args(node)[0])
     if not is_call(wide, aten.expand.default):
         return None
-    inserted = _source(wide.args[0])  # type: ignore[arg-type]
-    if not is_call(inserted, aten.unsqueeze.default) or inserted.args[1] != 2:
+    inserted = _source(args(wide)[0])
+    if not is_call(inserted, aten.unsqueeze.default) or args(inserted)[1] != 2:
         return None
-    source, out = value(inserted.args[0]), value(node)
+    source, out = value(args(inserted)[0]), value(node)
     spread = value(wide)
-    assert source is not None and out is not None and spread is not None
+    if source is None or out is None or spread is None:
+        return None
     if source.dim() != 4 or out.dim() != 4 or spread.dim() != 5:
         return None
-    kept = same(source.shape[0], out.shape[0]) and same(source.shape[1] * spread.shape[2], out.shape[1])
+    kept = same(source.shape[0], out.shape[0]) and same(
+        source.shape[1] * spread.shape[2], out.shape[1]
+    )
     kept = kept and same(source.shape[2], out.shape[2]) and same(source.shape[3], out.shape[3])
-    return _source(inserted.args[0]) if kept else None  # type: ignore[arg-type]
+    return _source(args(inserted)[0]) if kept else None

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import fx
 
-from bigops.graph.passes.rewrite import arguments, aten, is_call, is_mutable, same, value
+from bigops.graph.passes.rewrite import args, arguments, aten, is_call, is_mutable, same, value
 
 _CASTS = (
     aten.to.dtype,
@@ -22,9 +22,18 @@ _CASTS = (
     aten.lift_fresh.default,
     aten.lift_fresh_copy.default,
 )
-_ASSERTS = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_async.default)
+_ASSERTS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_async.msg,
+    aten._assert_async.default,
+)
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
-_RESHAPES = (aten.view.default, aten.reshape.default, aten.expand.default, aten._unsafe_view.default)
+_RESHAPES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten._unsafe_view.default,
+)
 
 
 def run(module: fx.GraphModule) -> int:
@@ -47,12 +56,12 @@ def _out_of_place(module: fx.GraphModule) -> int:
     done = 0
     place = {node: at for at, node in enumerate(module.graph.nodes)}
     for node in list(module.graph.nodes):
-        if not is_mutable(node) or not node.args or not isinstance(node.args[0], fx.Node):
+        if not is_mutable(node) or not args(node) or not isinstance(args(node)[0], fx.Node):
             continue
         name, _, overload = node.target.__name__.partition(".")
         packet = getattr(aten, name.removesuffix("_"), None)
         plain = getattr(packet, overload, None)
-        x = node.args[0]
+        x = args(node)[0]
         if not name.endswith("_") or plain is None or x.op != "call_function":
             continue
         if any(r.alias_info is not None for r in x.target._schema.returns) or not node.users:
@@ -75,7 +84,7 @@ def _source(node: fx.Node, written: bool) -> fx.Node | None:
     if is_call(node, *_DROPOUTS):
         given = arguments(node)
         return given["input"] if not given["train"] else None
-    source = node.args[0] if node.args else None
+    source = args(node)[0] if args(node) else None
     out, given_value = value(node), value(source)
     if out is None or given_value is None or not isinstance(source, fx.Node):
         return None
@@ -97,7 +106,7 @@ def _source(node: fx.Node, written: bool) -> fx.Node | None:
         whole = given["step"] == 1 and given["start"] in (None, 0)
         whole = whole and (given["end"] is None or given["end"] == sys.maxsize)
         return source if whole else None
-    if is_call(node, aten.add.Tensor) and node.args[1] == 0 and out.dtype == given_value.dtype:
+    if is_call(node, aten.add.Tensor) and args(node)[1] == 0 and out.dtype == given_value.dtype:
         # of whole numbers: -0.0 + 0 is another float
         return None if out.is_floating_point() else source
     return None

@@ -6,6 +6,7 @@ from torch import fx
 
 from bigops.graph.passes import activations
 from bigops.graph.passes.rewrite import (
+    args,
     arguments,
     aten,
     call,
@@ -44,7 +45,7 @@ def _added(node: fx.Node) -> fx.Node | None:
     given, user = arguments(node), only_user(node)
     if user is None or given["residual"] is not None or not is_call(user, aten.add.Tensor):
         return None
-    a, b = user.args[:2]
+    a, b = args(user)[:2]
     residual = b if a is node else a
     whole, other = value(node), value(residual)
     if whole is None or other is None or arguments(user)["alpha"] != 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from bigops.backend import machine
@@ -18,6 +20,7 @@ from bigops.graph.passes.rewrite import (
     store_weight,
     value,
 )
+from bigops.ops.family import LinearOp
 from bigops.ops.fused_linear import op as fused
 from bigops.ops.packed_linear import op as packed
 
@@ -66,7 +69,7 @@ def _fuse(node: fx.Node) -> int:
     return 1
 
 
-def _put(node: fx.Node, op: object, fields: dict[str, object]) -> None:
+def _put(node: fx.Node, op: LinearOp, fields: dict[str, Any]) -> None:
     given = arguments(node)
     rest = {"x": given["input"], "bias": given["bias"], "residual": None, "activation": 0}
-    replace(node, call(node, op.forward, {**fields, **rest}, like=node))  # type: ignore
+    replace(node, call(node, op.forward, {**fields, **rest}, like=node))

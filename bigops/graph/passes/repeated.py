@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bigops.graph.passes.rewrite import is_mutable
+from bigops.graph.passes.rewrite import args, is_mutable
 
 
 def run(module: fx.GraphModule) -> int:
@@ -22,11 +22,9 @@ def run(module: fx.GraphModule) -> int:
     for node in list(module.graph.nodes):
         if node.op not in ("call_function", "get_attr"):
             continue
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in tags or not hasattr(node.target, "__name__"):
-            if node.op != "get_attr":
-                continue
-        key = (node.op, node.target, _frozen(node.args), _frozen(node.kwargs))
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        key = (node.op, node.target, _frozen(args(node)), _frozen(node.kwargs))
         first = seen.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)

@@ -1,9 +1,9 @@
-"""What the passes share: reading nodes, the linear ops among them, putting others in their place."""
+"""What the passes share: reading nodes, the linear ops among them, and putting others there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -21,17 +21,26 @@ Target = Callable[..., Any]
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
-def is_call(node: Any, *targets: Target) -> bool:
+def is_call(node: Any, *targets: Target) -> TypeGuard[fx.Node]:
     """Whether ``node`` is a call of one of ``targets``."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def args(node: fx.Node) -> tuple[Any, ...]:
+    """The positional arguments of a call, nodes or not."""
+    return node.args
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a call of a torch op by the names in its schema, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = _op(node)._schema
     found = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     found |= {a.name: given for a, given in zip(schema.arguments, node.args, strict=False)}
     return found | node.kwargs
+
+
+def _op(node: fx.Node) -> Any:
+    return node.target
 
 
 def value(node: Any) -> Tensor | None:

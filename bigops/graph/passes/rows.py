@@ -9,6 +9,7 @@ from torch import fx
 
 from bigops.graph.passes.rewrite import (
     VIEWS,
+    args,
     arguments,
     aten,
     call,
@@ -18,7 +19,6 @@ from bigops.graph.passes.rewrite import (
     replace,
     same,
     store,
-    value,
 )
 
 
@@ -33,21 +33,17 @@ def run(module: fx.GraphModule) -> int:
         matrix = owned(module, weight)
         if matrix is None or given.get("beta", 1) != 1 or given.get("alpha", 1) != 1:
             continue
-        if bias is not None and (value(bias) is None or value(bias).dim() != 1):  # type: ignore
+        if bias is not None and bias.meta["val"].dim() != 1:
             continue
         end, source = node, x
         unfolded = only_user(node)
         if is_call(x, *VIEWS) and unfolded is not None and is_call(unfolded, *VIEWS):
-            before, after = value(x.args[0]), value(unfolded)
-            assert before is not None and after is not None
+            before, after = args(x)[0].meta["val"], unfolded.meta["val"]
+            k, n = matrix.shape
             lead = before.shape[:-1]
-            if (
-                len(lead) == after.dim() - 1
-                and all(map(same, lead, after.shape[:-1]))
-                and same(before.shape[-1], matrix.shape[0])
-                and same(after.shape[-1], matrix.shape[1])
-            ):
-                source, end = x.args[0], unfolded
+            whole = same(before.shape[-1], k) and same(after.shape[-1], n)
+            if whole and len(lead) == after.dim() - 1 and all(map(same, lead, after.shape[:-1])):
+                source, end = args(x)[0], unfolded
         rows = store(module, f"{weight.target}_rows", matrix.t().contiguous(), before=end)
         linear = call(
             end,
@@ -64,7 +60,7 @@ def run(module: fx.GraphModule) -> int:
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     if node.target is aten.mm.default:
-        x, weight = node.args
-        return x, weight, None  # type: ignore[return-value]
-    bias, x, weight = node.args[:3]
-    return x, weight, bias  # type: ignore[return-value]
+        x, weight = args(node)
+        return x, weight, None
+    bias, x, weight = args(node)[:3]
+    return x, weight, bias

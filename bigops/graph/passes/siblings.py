@@ -88,22 +88,20 @@ def _merge(module: fx.GraphModule, group: list[fx.Node]) -> bool:
     return True
 
 
-def _bias(module: fx.GraphModule, biases: list[Any], before: fx.Node) -> fx.Node | None:
-    if biases[0] is None:
+def _stacked(module: fx.GraphModule, parts: list[Any], before: fx.Node) -> fx.Node | None:
+    """Tensors of the module one below the other, as one of its own."""
+    if parts[0] is None:
         return None
-    parts = [owned(module, bias) for bias in biases]
-    return store(module, f"{biases[0].target}_merged", torch.cat(parts), before)  # type: ignore
+    found = [t for t in (owned(module, part) for part in parts) if t is not None]
+    return store(module, f"{parts[0].target}_merged", torch.cat(found), before)
 
 
 def _merged(module: fx.GraphModule, first: fx.Node, group: list[fx.Node]) -> fx.Node:
     given = [arguments(node) for node in group]
-    weights = [owned(module, one["weight"]) for one in given]
-    whole = torch.cat(weights)  # type: ignore[arg-type]
-    weight = store(module, f"{given[0]['weight'].target}_merged", whole, first)
-    bias = _bias(module, [one["bias"] for one in given], first)
-    return call(
-        first, aten.linear.default, {"input": given[0]["input"], "weight": weight, "bias": bias}
-    )
+    merged = {
+        name: _stacked(module, [one[name] for one in given], first) for name in ("weight", "bias")
+    }
+    return call(first, aten.linear.default, {"input": given[0]["input"], **merged})
 
 
 def _merged_of(module: fx.GraphModule, op: LinearOp, group: list[fx.Node]) -> fx.Node | None:
@@ -112,13 +110,13 @@ def _merged_of(module: fx.GraphModule, op: LinearOp, group: list[fx.Node]) -> fx
     parts = [weight_of(op, module, one) for one in given]
     if not all(part.row_dims() and part.n % part.row_unit == 0 for part in parts):
         return None
-    whole = [t for name, t in parts[0].tensors().items() if name not in parts[0].row_dims()]
-    for part in parts[1:]:  # what does not split, as the qparams of x, has to be one for all
-        others = [t for name, t in part.tensors().items() if name not in part.row_dims()]
-        if any(a is not None and not torch.equal(a, b) for a, b in zip(whole, others, strict=True)):
+    for name in parts[0].tensors().keys() - parts[0].row_dims().keys():
+        # what does not split, as the qparams of x, has to be one for all
+        found = [t for t in (part.tensors()[name] for part in parts) if t is not None]
+        if not all(torch.equal(found[0], t) for t in found):
             return None
     stored = next(given[0][name].target for name in op.format.TENSORS)
     name = f"{stored.rpartition('.')[0]}_merged"
     fields = store_weight(module, op, op.format.merge(parts), name, first)
-    bias = _bias(module, [one["bias"] for one in given], first)
+    bias = _stacked(module, [one["bias"] for one in given], first)
     return call(first, op.forward, {**given[0], **fields, "bias": bias})

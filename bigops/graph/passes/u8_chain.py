@@ -19,7 +19,7 @@ from bigops.ops.family import LinearOp, linear_ops
 def run(module: fx.GraphModule) -> int:
     """Store the results of products as u8 where the graph shows that each reader takes them so."""
     done = 0
-    for node in list(module.graph.nodes):
+    for node in reversed(list(module.graph.nodes)):  # a reader is a writer, too, and goes before
         if _writer(node) is None:
             continue
         qparams = _common(module, [_qparams(user, node) for user in node.users])
@@ -77,7 +77,8 @@ def _common(module: fx.GraphModule, found: list[fx.Node | None]) -> fx.Node | No
 
 def _as_u8(node: fx.Node, y_qparams: fx.Node | None) -> fx.Node:
     op = _form(node)
-    assert op is not None and op.u8 is not None
+    assert op is not None
+    assert op.u8 is not None
     given: dict[str, Any] = {"x_qparams": None, "y_qparams": None, **arguments(node)}
     if y_qparams is not None:
         given["y_qparams"] = y_qparams

@@ -30,6 +30,7 @@ def _static(again: bool) -> nn.Module:
     return model
 
 
+@torch.no_grad()
 def _run(again: bool) -> tuple[dict[str, int], int, float]:
     model, x = _static(again), torch.randn(5, 64)
     graph = graph_of(model, x)
