@@ -34,6 +34,8 @@ smaller side is refused. K is not split: v would be, at once with r.
 sum over ranks is open), gradients of weight and bias being open sums; the weight is whole. "mean"
 is not split, since each rank would divide by its own tokens, nor are the classes, whose softmax
 needs all of them, nor K.
+
+``norm``, ``norm_with_sum`` and ``norm_act_quant`` split by rows; a row is whole.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from bigops.ops import sharding
 from bigops.ops.family import linear_ops
 from bigops.ops.library import in_words
 from bigops.ops.linear_cross_entropy import sharding as loss_rules
+from bigops.ops.norm.sharding import rules_of as norm_rules
 
 _LOSSES = [name for name in vars(loss_rules) if name.startswith("linear_cross_entropy")]
 _registered = False
@@ -67,6 +70,8 @@ def register_sharding_rules() -> None:
 
     for name in _LOSSES:
         register(getattr(torch.ops.bigops, name).code, getattr(loss_rules, name))
+    for form, rules in norm_rules():
+        register(form.op, rules)
     for op in linear_ops():
         register(op.forward, sharding.of_linear_op(op))
         if op.kept:

@@ -104,7 +104,7 @@ struct Norm {
   bool rms;
   int64_t rows, k;
   FloatKind kind;
-  bool wide;  // weight and bias are float32
+  FloatKind parameters;  // dtype of weight and bias
 
   Tensor like_x(bool wanted = true) const {
     const int64_t none = 0;
@@ -124,7 +124,6 @@ Norm check_norm(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
   check_residual(residual, x);
   if (!(eps >= 0.0)) fail("eps", "a number of at least 0", std::to_string(eps));
   const OptTensor& parameter = weight.has_value() ? weight : bias;
-  const bool wide = parameter.has_value() && parameter->scalar_type() == ScalarType::Float;
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
   return {rows_in_place(x),
@@ -136,7 +135,7 @@ Norm check_norm(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
           rows,
           k,
           kind,
-          wide};
+          parameter.has_value() ? kind_of("weight", *parameter) : kFloat32};
 }
 
 // Where the results of a call begin; null for what is not wanted.
@@ -148,21 +147,29 @@ struct Results {
   bool symmetric = false;
 };
 
+// Weight or bias in float32, where it is not so widened to `memory`, once for the rows of a task.
+const float* floats(const Norm& call, const OptTensor& t, float* memory) {
+  if (!t.has_value() || call.parameters == kFloat32) return static_cast<const float*>(data(t));
+  select_compressed().kernels->widen[call.parameters](data(t), call.k, memory);
+  return memory;
+}
+
 void run(const char* op, const Norm& call, const Results& results) {
   const SelectedNorm selected = select();
   record(selected.isa, op, short_name(call.x.scalar_type()), kNormWords[call.rms]);
   if (call.rows == 0 || call.k == 0) return;
   const RowsOf x(call.x), residual(call.residual.has_value() ? *call.residual : call.x);
   const int64_t bytes = call.kind == kFloat32 ? 4 : 2;
-  const auto kernel = selected.kernels->norm[call.kind][call.wide];
+  const auto kernel = selected.kernels->norm[call.kind];
   for_tasks(call.rows, call.rows * call.k > kWorthRows, [&](int64_t begin, int64_t end) {
     const auto from = [&](void* p, int64_t row) {
       return p == nullptr ? nullptr : static_cast<char*>(p) + row * call.k * bytes;
     };
     NormTask t{};
-    t.weight = data(call.weight);
-    t.bias = data(call.bias);
-    t.row = reinterpret_cast<float*>(scratch(call.k * 4));
+    float* memory = reinterpret_cast<float*>(scratch(3 * call.k * 4));
+    t.row = memory;
+    t.weight = floats(call, call.weight, memory + call.k);
+    t.bias = floats(call, call.bias, memory + 2 * call.k);
     t.k = call.k;
     t.eps = static_cast<float>(call.eps);
     t.rms = call.rms;

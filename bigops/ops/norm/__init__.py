@@ -58,9 +58,11 @@ def _run(
         compiling = torch.compiler.is_compiling()
         if (compiling or torch._C._is_any_autocast_enabled()) and is_autocast_on(x):
             x, weight, bias, residual = _in_autocast(x, weight, bias, residual)
+        coded = (x, weight, bias, residual, eps, _KINDS[kind], *flags)
         if torch.is_grad_enabled():
             Call(x, weight, bias, residual, eps, kind).refuse_gradients()
-        coded = (x, weight, bias, residual, eps, _KINDS[kind], *flags)
+        elif not compiling and torch.is_inference_mode_enabled():  # autograd is out of the way
+            return form.op(*coded)
         if (
             compiling
             or torch._C._are_functorch_transforms_active()

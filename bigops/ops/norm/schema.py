@@ -117,6 +117,13 @@ class Form:
         call.check(self.keeps_sum(*flags))
         return call, tuple(flags)
 
+    def kept(self, *flags: bool) -> tuple[bool, ...]:
+        """Of each result, whether it is given; empty tensors stand for the others."""
+        if self is ACT_QUANT:
+            _, keep_float, keep_sum = flags
+            return True, True, True, keep_float, keep_sum
+        return (True,) * len(self.op._schema.returns)
+
     def _by_reference(self, *args: Any) -> Any:
         call, flags = self.check(*args)
         backend.note(f"reference.{self.name}")

@@ -12,8 +12,8 @@ struct NormTask {
   int64_t x_stride;
   const void* residual;  // likewise, in x's dtype, or null
   int64_t residual_stride;
-  const void* weight;   // [K] or null
-  const void* bias;     // [K] or null
+  const float* weight;  // [K] or null
+  const float* bias;    // [K] or null
   float* row;           // [K] scratch
   void* y;              // [rows, K] in x's dtype, or null
   void* sum;            // [rows, K] = x + residual in x's dtype, or null
@@ -27,8 +27,7 @@ struct NormTask {
 };
 
 struct NormKernels {
-  // By dtype of x, and whether weight and bias are float32 beside it.
-  void (*norm[kFloatKinds][2])(const NormTask&);
+  void (*norm[kFloatKinds])(const NormTask&);  // by dtype of x
 };
 
 extern const NormKernels portable_norm, avx2_norm, avx512_norm;

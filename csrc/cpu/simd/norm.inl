@@ -1,5 +1,5 @@
 // Layer norm and RMS norm, row by row: x is read from memory once, the passes after it find the row
-// in L1. L: PortableLanes, Avx2Lanes or Avx512Lanes; T: of x; P: of weight and bias.
+// in L1. L: PortableLanes, Avx2Lanes or Avx512Lanes; T: of x.
 // Include after a lanes header and norm.h. Internal linkage throughout.
 
 #include "cpu/simd/activation.inl"
@@ -31,6 +31,15 @@ inline __attribute__((always_inline)) typename V::reg get(const T* p, int n) {
   return n == V::width ? V::load(p) : V::load_n(p, n);
 }
 
+// v in the first n lanes, 0 in the others.
+template <class V>
+inline __attribute__((always_inline)) typename V::reg first_lanes(typename V::reg v, int n) {
+  if (n == V::width) return v;
+  float lanes[V::width];
+  V::store(lanes, v);
+  return V::load_n(lanes, n);
+}
+
 template <class V, class T>
 inline __attribute__((always_inline)) void put(T* p, typename V::reg v, int n) {
   if (n == V::width)
@@ -40,43 +49,42 @@ inline __attribute__((always_inline)) void put(T* p, typename V::reg v, int n) {
 }
 
 template <class V>
-inline float total(const typename V::reg (&sums)[kNormSums]) {
+inline __attribute__((always_inline)) float total(const typename V::reg (&sums)[kNormSums]) {
   return V::reduce(V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));
 }
 
-// A row is (v - mean) * factor + shift before weight and bias.
+// A row is v * factor + shift before weight and bias.
 template <class V>
 struct RowStatistics {
-  typename V::reg mean = V::zero(), factor, shift = V::zero();
+  const float* v;  // [K]
+  typename V::reg factor, shift;
+
+  inline __attribute__((always_inline)) RowStatistics(const float* row, float mean,
+                                                      float mean_square, float eps)
+      : v(row) {
+    factor = V::div(V::set1(1.0f), V::sqrt(V::set1(mean_square + eps)));
+    shift = V::mul(V::set1(-mean), factor);
+  }
 };
 
+// Sums over a row of its numbers and of their squares, and what these say.
 template <class V>
-inline typename V::reg inverse_root(float mean_square, float eps) {
-  return V::div(V::set1(1.0f), V::sqrt(V::set1(mean_square + eps)));
-}
-
-// The variance about a mean that float32 has rounded, and the mean of what that left: a row whose
-// mean is 1e4 times its deviation loses nothing.
-template <class V>
-inline RowStatistics<V> moments(const float* v, int64_t k, float sum, float eps) {
-  RowStatistics<V> s;
-  const float count = static_cast<float>(k), mean = sum / count;
-  float means[V::width];
-  s.mean = V::set1(mean);
-  V::store(means, s.mean);
+struct Sums {
   typename V::reg first[kNormSums] = {V::zero(), V::zero(), V::zero(), V::zero()};
   typename V::reg second[kNormSums] = {V::zero(), V::zero(), V::zero(), V::zero()};
-  each_vector<V>(k, [&](int64_t i, int n, int a) __attribute__((always_inline)) {
-    const auto d = V::sub(get<V>(v + i, n), get<V>(means, n));  // lanes past the row stay 0
-    first[a] = V::add(first[a], d);
-    second[a] = V::fma(d, d, second[a]);
-  });
-  const float left = total<V>(first) / count;
-  const float variance = total<V>(second) / count - left * left;
-  s.factor = inverse_root<V>(variance < 0.0f ? 0.0f : variance, eps);
-  s.shift = V::mul(V::set1(-left), s.factor);
-  return s;
-}
+  float mean = 0.0f, variance = 0.0f;
+
+  inline __attribute__((always_inline)) void add(int a, typename V::reg v) {
+    first[a] = V::add(first[a], v);
+    second[a] = V::fma(v, v, second[a]);
+  }
+
+  inline __attribute__((always_inline)) void divide(int64_t k) {
+    const float count = static_cast<float>(k);
+    mean = total<V>(first) / count;
+    variance = total<V>(second) / count - mean * mean;
+  }
+};
 
 struct Yes {
   static constexpr bool value = true;
@@ -85,94 +93,167 @@ struct No {
   static constexpr bool value = false;
 };
 
-// What is given and wanted: one loop each, without a branch in it.
-template <class V, class T, class P, class Weight, class Bias, class Quantised>
-inline void finish_row(const NormTask& t, const float* v, const RowStatistics<V>& s, T* y) {
-  const P* weight = static_cast<const P*>(t.weight);
-  const P* bias = static_cast<const P*>(t.bias);
-  each_vector<V>(t.k, [&](int64_t i, int n, int) __attribute__((always_inline)) {
-    auto z = V::fma(V::sub(get<V>(v + i, n), s.mean), s.factor, s.shift);
-    if (Weight::value && Bias::value)
-      z = V::fma(z, get<V>(weight + i, n), get<V>(bias + i, n));
-    else if (Weight::value)
-      z = V::mul(z, get<V>(weight + i, n));
-    else if (Bias::value)
-      z = V::add(z, get<V>(bias + i, n));
-    if (Quantised::value) put<V>(t.row + i, z, n);
-    if (!Quantised::value || y != nullptr) put<V>(y + i, z, n);
-  });
+// The range of a row, 0 included, lane by lane; bad is NaN in some lane where it holds NaN or inf.
+template <class V>
+struct Range {
+  typename V::reg lo = V::zero(), hi = V::zero(), bad = V::zero();
+
+  inline __attribute__((always_inline)) void take(typename V::reg z) {
+    lo = V::min(lo, z);
+    hi = V::max(hi, z);
+    bad = V::fma(z, V::zero(), bad);
+  }
+};
+
+template <class V>
+inline float magnitude_of(const Range<V>& range) {
+  if (!(V::reduce(range.bad) == 0.0f)) return __builtin_nanf("");
+  return largest<V>(V::max(range.hi, V::sub(V::zero(), range.lo)));
 }
 
-template <class V, class T, class P, class Quantised>
-inline void finish_row(const NormTask& t, const float* v, const RowStatistics<V>& s, T* y) {
+// What is given and wanted: one loop each, without a branch in it. What the loop reads is copied
+// first: to the compiler a store of floats may change what a pointer leads to.
+template <class V, class T, class Weight, class Bias, class Quantised>
+inline Range<V> finish_row(const NormTask& t, RowStatistics<V> s, T* y) {
+  const float *weight = t.weight, *bias = t.bias;
+  const auto normed = [=](int64_t i, int n) __attribute__((always_inline)) {
+    const auto z = V::fma(get<V>(s.v + i, n), s.factor, s.shift);
+    if (Weight::value && Bias::value) return V::fma(z, get<V>(weight + i, n), get<V>(bias + i, n));
+    if (Weight::value) return V::mul(z, get<V>(weight + i, n));
+    return Bias::value ? V::add(z, get<V>(bias + i, n)) : z;
+  };
+  if constexpr (!Quantised::value) {
+    each_vector<V>(t.k, [=](int64_t i, int n, int)
+                            __attribute__((always_inline)) { put<V>(y + i, normed(i, n), n); });
+    return {};
+  } else {
+    Range<V> range[kNormSums];
+    float* row = t.row;
+    each_vector<V>(t.k, [&, row](int64_t i, int n, int a) __attribute__((always_inline)) {
+      const auto z = normed(i, n);
+      put<V>(row + i, z, n);
+      if (y != nullptr) put<V>(y + i, z, n);
+      range[a].take(first_lanes<V>(z, n));
+    });
+    for (int a = 1; a < kNormSums; ++a) {
+      range[0].lo = V::min(range[0].lo, range[a].lo);
+      range[0].hi = V::max(range[0].hi, range[a].hi);
+      range[0].bad = V::add(range[0].bad, range[a].bad);
+    }
+    return range[0];
+  }
+}
+
+template <class V, class T, class Quantised>
+inline Range<V> finish_row(const NormTask& t, const RowStatistics<V>& s, T* y) {
   if (t.weight != nullptr && t.bias != nullptr)
-    finish_row<V, T, P, Yes, Yes, Quantised>(t, v, s, y);
-  else if (t.weight != nullptr)
-    finish_row<V, T, P, Yes, No, Quantised>(t, v, s, y);
-  else if (t.bias != nullptr)
-    finish_row<V, T, P, No, Yes, Quantised>(t, v, s, y);
-  else
-    finish_row<V, T, P, No, No, Quantised>(t, v, s, y);
+    return finish_row<V, T, Yes, Yes, Quantised>(t, s, y);
+  if (t.weight != nullptr) return finish_row<V, T, Yes, No, Quantised>(t, s, y);
+  if (t.bias != nullptr) return finish_row<V, T, No, Yes, Quantised>(t, s, y);
+  return finish_row<V, T, No, No, Quantised>(t, s, y);
 }
 
-// x + residual in float32, kept in t.row where x alone is not that already; gives the sum of the
-// row, for RMS norm that of its squares.
-template <class V, class T, class Rms, class Residual>
-inline float read_row(const NormTask& t, const T* x, const T* residual, T* sum) {
-  typename V::reg sums[kNormSums] = {V::zero(), V::zero(), V::zero(), V::zero()};
-  each_vector<V>(t.k, [&](int64_t i, int n, int a) __attribute__((always_inline)) {
+// A row of one call: x + residual in float32, kept in `row` where x alone is not that already.
+template <class V, class T, class Residual>
+struct Row {
+  const T *x, *residual;
+  T* sum;
+  float* row;
+  int64_t k;
+  float eps;
+  static constexpr bool kInPlace = !Residual::value && sizeof(T) == sizeof(float);
+
+  Row(const NormTask& t, int64_t m)
+      : x(static_cast<const T*>(t.x) + m * t.x_stride),
+        residual(Residual::value ? static_cast<const T*>(t.residual) + m * t.residual_stride
+                                 : nullptr),
+        sum(t.sum != nullptr ? static_cast<T*>(t.sum) + m * t.k : nullptr),
+        row(t.row),
+        k(t.k),
+        eps(t.eps) {}
+
+  const float* floats() const { return kInPlace ? reinterpret_cast<const float*>(x) : row; }
+
+  inline __attribute__((always_inline)) typename V::reg read(int64_t i, int n) const {
     auto v = get<V>(x + i, n);
     if (Residual::value) {
       v = V::add(v, get<V>(residual + i, n));
       if (sum != nullptr) put<V>(sum + i, v, n);
     }
-    if (Residual::value || sizeof(T) != sizeof(float)) put<V>(t.row + i, v, n);
-    sums[a] = Rms::value ? V::fma(v, v, sums[a]) : V::add(sums[a], v);
-  });
-  return total<V>(sums);
-}
+    if (!kInPlace) put<V>(row + i, v, n);
+    return v;
+  }
 
-template <class L, class T, class P, class Rms, class Residual>
+  inline __attribute__((always_inline)) RowStatistics<V> rms() const {
+    typename V::reg squares[kNormSums] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    each_vector<V>(k, [&, own = *this](int64_t i, int n, int a) __attribute__((always_inline)) {
+      const auto v = own.read(i, n);
+      squares[a] = V::fma(v, v, squares[a]);
+    });
+    return {floats(), 0.0f, total<V>(squares) / static_cast<float>(k), eps};
+  }
+
+  // One pass where the mean is below the deviation, as in most rows: the difference of squares
+  // costs a bit at most. Else a second pass over the row, in L1, takes the mean off first, and the
+  // rest of it that float32 left in: a mean of 1e4 deviations costs no digit.
+  inline __attribute__((always_inline)) RowStatistics<V> layer() const {
+    Sums<V> sums;
+    each_vector<V>(k, [&, own = *this](int64_t i, int n, int a)
+                          __attribute__((always_inline)) { sums.add(a, own.read(i, n)); });
+    sums.divide(k);
+    if (sums.mean * sums.mean <= sums.variance) return {floats(), sums.mean, sums.variance, eps};
+    return without(sums.mean);
+  }
+
+  __attribute__((noinline)) RowStatistics<V> without(float mean) const {
+    const float* v = floats();
+    float* d_row = row;
+    Sums<V> sums;
+    float means[V::width];
+    V::store(means, V::set1(mean));
+    each_vector<V>(k, [&, v, d_row](int64_t i, int n, int a) __attribute__((always_inline)) {
+      const auto d = V::sub(get<V>(v + i, n), get<V>(means, n));  // lanes past the row stay 0
+      sums.add(a, d);
+      put<V>(d_row + i, d, n);
+    });
+    sums.divide(k);
+    return {row, sums.mean, sums.variance < 0.0f ? 0.0f : sums.variance, eps};  // NaN stays
+  }
+};
+
+template <class L, class T, class Rms, class Residual>
 void norm_rows(const NormTask& t) {
   using V = typename L::V;
   for (int64_t m = 0; m < t.rows; ++m) {
-    const T* x = static_cast<const T*>(t.x) + m * t.x_stride;
-    const T* residual =
-        Residual::value ? static_cast<const T*>(t.residual) + m * t.residual_stride : nullptr;
-    T* sum = t.sum != nullptr ? static_cast<T*>(t.sum) + m * t.k : nullptr;
+    const Row<V, T, Residual> row(t, m);
+    const auto s = Rms::value ? row.rms() : row.layer();
     T* y = t.y != nullptr ? static_cast<T*>(t.y) + m * t.k : nullptr;
-    const bool in_place = !Residual::value && sizeof(T) == sizeof(float);
-    const float* v = in_place ? reinterpret_cast<const float*>(x) : t.row;
-    const float all = read_row<V, T, Rms, Residual>(t, x, residual, sum);
-    RowStatistics<V> s;
-    if (Rms::value)
-      s.factor = inverse_root<V>(all / static_cast<float>(t.k), t.eps);
-    else
-      s = moments<V>(v, t.k, all, t.eps);
     if (t.values == nullptr) {
-      finish_row<V, T, P, No>(t, v, s, y);
+      finish_row<V, T, No>(t, s, y);
       continue;
     }
-    finish_row<V, T, P, Yes>(t, v, s, y);
-    (t.symmetric
-         ? quantize_symmetric<L, float>
-         : quantize<L, float>)(t.row, t.k, t.values + m * t.k, t.scale + m, t.zero_point + m);
+    const auto range = finish_row<V, T, Yes>(t, s, y);
+    uint8_t* values = t.values + m * t.k;
+    if (t.symmetric)
+      quantize_within<L, float>(t.row, t.k, magnitude_of<V>(range), values, t.scale + m,
+                                t.zero_point + m);
+    else
+      quantize_between<L, float>(t.row, t.k, range.lo, range.hi, range.bad, values, t.scale + m,
+                                 t.zero_point + m);
   }
 }
 
-template <class L, class T, class P>
+template <class L, class T>
 void norm(const NormTask& t) {
   if (t.rms)
-    (t.residual != nullptr ? norm_rows<L, T, P, Yes, Yes> : norm_rows<L, T, P, Yes, No>)(t);
+    (t.residual != nullptr ? norm_rows<L, T, Yes, Yes> : norm_rows<L, T, Yes, No>)(t);
   else
-    (t.residual != nullptr ? norm_rows<L, T, P, No, Yes> : norm_rows<L, T, P, No, No>)(t);
+    (t.residual != nullptr ? norm_rows<L, T, No, Yes> : norm_rows<L, T, No, No>)(t);
 }
 
 template <class L>
 constexpr NormKernels norm_table() {
-  return {{{norm<L, float, float>, norm<L, float, float>},
-           {norm<L, bf16, bf16>, norm<L, bf16, float>},
-           {norm<L, f16, f16>, norm<L, f16, float>}}};
+  return {{norm<L, float>, norm<L, bf16>, norm<L, f16>}};
 }
 
 }  // namespace

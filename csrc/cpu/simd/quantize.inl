@@ -14,6 +14,49 @@ inline typename L::wreg broadcast4(const void* p) {
 
 constexpr float kTiny = 1.17549435e-38f;  // FLT_MIN
 
+// The largest lane, of lanes that are at least 0; by halves, since one after the other waits for 16
+// comparisons.
+template <class V>
+inline float largest(typename V::reg v) {
+  float lanes[V::width];
+  V::store(lanes, v);
+  for (int half = V::width / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j)
+      lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
+  return lanes[0];
+}
+
+// The second half of quantize: lo and hi hold the range of x, 0 included, lane by lane; bad is NaN
+// in some lane where x holds NaN or inf.
+template <class L, class T>
+inline void quantize_between(const T* x, int64_t k, typename L::V::reg lo_lanes,
+                             typename L::V::reg hi_lanes, typename L::V::reg bad, uint8_t* q,
+                             float* scale, int32_t* zero_point) {
+  using V = typename L::V;
+  constexpr int W = L::width;
+  const float lo = -largest<V>(V::sub(V::zero(), lo_lanes)), hi = largest<V>(hi_lanes);
+  if (!(V::reduce(bad) == 0.0f)) {
+    memset(q, 0, static_cast<size_t>(k));
+    *scale = __builtin_nanf("");
+    *zero_point = 0;
+    return;
+  }
+  float s = hi / 255.0f - lo / 255.0f;
+  s = s > kTiny ? s : kTiny;
+  const float inverse = 1.0f / s;
+  float z = __builtin_rintf(-lo * inverse);
+  z = z < 0.0f ? 0.0f : z > 255.0f ? 255.0f : z;
+  *scale = s;
+  *zero_point = static_cast<int32_t>(z);
+  const auto vi = V::set1(inverse), vz = V::set1(z), top = V::set1(255.0f);
+  for (int64_t i = 0; i < k; i += W) {
+    const int n = static_cast<int>(k - i < W ? k - i : W);
+    const auto a = n == W ? V::load(x + i) : V::load_n(x + i, n);
+    const auto r = V::add(V::round(V::mul(a, vi)), vz);
+    L::store_u8(q + i, V::min(V::max(r, V::zero()), top), n);
+  }
+}
+
 // One row of x to u8, exactly as act_quant in bigops/formats/quantize.py: every step in float,
 // two true divisions, rounding half to even. `q` is written for k entries.
 template <class L, class T>
@@ -39,34 +82,7 @@ void quantize(const void* xv, int64_t k, uint8_t* q, float* scale, int32_t* zero
     hi0 = V::max(hi0, a);
     bad = V::fma(a, V::zero(), bad);
   }
-  float lows[W], highs[W];
-  V::store(lows, V::min(lo0, lo1));
-  V::store(highs, V::max(hi0, hi1));
-  float lo = 0.0f, hi = 0.0f;
-  for (int j = 0; j < W; ++j) {
-    lo = lows[j] < lo ? lows[j] : lo;
-    hi = highs[j] > hi ? highs[j] : hi;
-  }
-  if (!(V::reduce(bad) == 0.0f)) {
-    memset(q, 0, static_cast<size_t>(k));
-    *scale = __builtin_nanf("");
-    *zero_point = 0;
-    return;
-  }
-  float s = hi / 255.0f - lo / 255.0f;
-  s = s > kTiny ? s : kTiny;
-  const float inverse = 1.0f / s;
-  float z = __builtin_rintf(-lo * inverse);
-  z = z < 0.0f ? 0.0f : z > 255.0f ? 255.0f : z;
-  *scale = s;
-  *zero_point = static_cast<int32_t>(z);
-  const auto vi = V::set1(inverse), vz = V::set1(z), top = V::set1(255.0f);
-  for (i = 0; i < k; i += W) {
-    const int n = static_cast<int>(k - i < W ? k - i : W);
-    const auto a = n == W ? V::load(x + i) : V::load_n(x + i, n);
-    const auto r = V::add(V::round(V::mul(a, vi)), vz);
-    L::store_u8(q + i, V::min(V::max(r, V::zero()), top), n);
-  }
+  quantize_between<L, T>(x, k, V::min(lo0, lo1), V::max(hi0, hi1), bad, q, scale, zero_point);
 }
 
 // The largest magnitude of a row; NaN where the row holds NaN or inf.
@@ -80,10 +96,7 @@ float magnitude(const T* x, int64_t k) {
     top = V::max(top, V::max(a, V::sub(V::zero(), a)));
     bad = V::fma(a, V::zero(), bad);  // x * 0 is NaN for NaN and inf
   }
-  float tops[W], most = 0.0f;
-  V::store(tops, top);
-  for (int j = 0; j < W; ++j) most = tops[j] > most ? tops[j] : most;
-  return V::reduce(bad) == 0.0f ? most : __builtin_nanf("");
+  return V::reduce(bad) == 0.0f ? largest<V>(top) : __builtin_nanf("");
 }
 
 template <class L, class T>
@@ -112,10 +125,10 @@ void quantize_static(const void* xv, int64_t k, uint8_t* q, float x_scale, int32
     memset(q, 0, static_cast<size_t>(k));
 }
 
+// `most`: the largest magnitude of x, NaN where x holds NaN or inf.
 template <class L, class T>
-void quantize_symmetric(const void* xv, int64_t k, uint8_t* q, float* scale, int32_t* zero_point) {
-  const T* x = static_cast<const T*>(xv);
-  const float most = magnitude<L, T>(x, k);
+inline void quantize_within(const T* x, int64_t k, float most, uint8_t* q, float* scale,
+                            int32_t* zero_point) {
   *zero_point = 128;
   if (most == most) {
     *scale = most / 127.0f > kTiny ? most / 127.0f : kTiny;
@@ -124,6 +137,12 @@ void quantize_symmetric(const void* xv, int64_t k, uint8_t* q, float* scale, int
     *scale = most;
     memset(q, 0, static_cast<size_t>(k));
   }
+}
+
+template <class L, class T>
+void quantize_symmetric(const void* xv, int64_t k, uint8_t* q, float* scale, int32_t* zero_point) {
+  const T* x = static_cast<const T*>(xv);
+  quantize_within<L, T>(x, k, magnitude<L, T>(x, k), q, scale, zero_point);
 }
 
 template <class L, class T>

@@ -232,6 +232,19 @@ def test_rows_of_one_number(way: Way) -> None:
         assert not bigops.norm(torch.zeros(3, 50), kind="rms").any()
 
 
+@pytest.mark.parametrize("level", ISAS)
+def test_nothing_past_a_row_is_in_its_range(level: str) -> None:
+    """A 0 that is not there would be the lowest number of these rows."""
+    for k in range(2, 40):
+        x = torch.ones(2, k)
+        x[:, 0] = 1000.0
+        with isa(level):
+            found = bigops.norm_act_quant(x, keep_float=True)
+        rows = act_quant(found.y)  # type: ignore[arg-type]
+        assert torch.equal(found.scale, rows.scale.squeeze(-1)), f"K = {k}"
+        assert torch.equal(found.values, rows.q.to(torch.uint8)), f"K = {k}"
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_rows_that_are_not_finite(way: Way, bad: float) -> None:
