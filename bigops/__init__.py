@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "attention": "bigops.ops.attention",
     "fp8_linear": "bigops.ops.fp8_linear",
     "fused_adamw": "bigops.ops.fused_adamw",
     "fused_grad_norm": "bigops.ops.fused_adamw",
@@ -76,6 +77,7 @@ __all__ = [
     "Receipt",
     "Sparse",
     "add_lora_",
+    "attention",
     "compress",
     "compress_",
     "deploy",
@@ -120,6 +122,7 @@ if TYPE_CHECKING:
     from bigops.graph.fuse import fuse_
     from bigops.graph.pack import pack_, unpack_
     from bigops.graph.plain import plain
+    from bigops.ops.attention import attention
     from bigops.ops.explain import explain
     from bigops.ops.fp8_linear import fp8_linear
     from bigops.ops.fused_adamw import fused_adamw, fused_grad_norm, fused_sgd

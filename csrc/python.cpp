@@ -12,6 +12,7 @@
 #include "common/crossover.h"
 #include "common/isa.h"
 #include "common/record.h"
+#include "cpu/attention.h"
 #include "cpu/compressed_linear.h"
 #include "cpu/fused_linear.h"
 #include "cpu/library_product.h"
@@ -93,6 +94,8 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("op"), py::arg("dtype"), py::arg("max_rows"), py::arg("max_flops"));
   m.def("set_float_product", &set_float_product, py::arg("library"));
+  m.def("choose_attention", &choose_attention, py::arg("items"), py::arg("group"), py::arg("t"),
+        py::arg("s"), py::arg("d"), py::arg("dv"), py::arg("dtype"));
   m.def("choose_fused_linear", &choose_fused_linear, py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("dtype"));
   m.def("choose_packed_linear", &choose_packed_linear, py::arg("dtype"));

@@ -43,6 +43,7 @@ class Table:
         packs: dtype -> whether packed_linear pays, so that `pack_` packs a dense layer.
         float_product: "aten" or "onednn".
         bf16_dot: whether packed and weight-only products of bf16 use vdpbf16ps, not float fmas.
+        attention: dtype -> limits of the own kernel, in queries of a head.
         source: "committed", or the tuned file.
         ignored: why a tuned file was not taken, or "".
     """
@@ -51,12 +52,14 @@ class Table:
     packs: dict[str, bool]
     float_product: str
     bf16_dot: bool = True
+    attention: dict[str, Limits] = field(default_factory=dict)
     source: str = "committed"
     ignored: str = field(default="", compare=False)
 
     def limits(self) -> Iterator[tuple[str, str, Limits]]:
         """(op, dtype, limits) as the extension takes them."""
-        return (("fused_linear", dtype, limits) for dtype, limits in self.fused_linear.items())
+        for op, of in (("fused_linear", self.fused_linear), ("attention", self.attention)):
+            yield from ((op, dtype, limits) for dtype, limits in of.items())
 
 
 def machine(extension: ModuleType) -> dict[str, str | int]:
@@ -80,15 +83,21 @@ def tuned_file(of: Mapping[str, str | int]) -> Path:
 def committed(extension: ModuleType) -> Table:
     """The table that the package ships, for this CPU's maker and features."""
     data = json.loads(_COMMITTED.read_text())
-    limits = {dtype: Limits(**of) for dtype, of in data["crossover"]["fused_linear"].items()}
+    limits = {op: _limits(of) for op, of in data["crossover"].items()}
     packs = dict.fromkeys(("f32", "bf16", "f16"), True)
     for feature, changes in data["features"].items():
         if feature in extension.features():
-            limits |= {dtype: Limits(**of) for dtype, of in changes["fused_linear"].items()}
+            for op in limits:
+                limits[op] |= _limits(changes[op])
             packs |= changes["packs"]
     maker = extension.vendor()
     library = data["float_product"].get(maker, "aten")
-    return Table(limits, packs, library, data["bf16_dot"].get(maker, True))
+    bf16_dot = data["bf16_dot"].get(maker, True)
+    return Table(limits["fused_linear"], packs, library, bf16_dot, limits["attention"])
+
+
+def _limits(of: Mapping[str, Mapping[str, int]]) -> dict[str, Limits]:
+    return {dtype: Limits(**limits) for dtype, limits in of.items()}
 
 
 def current(extension: ModuleType) -> Table:
@@ -107,10 +116,11 @@ def current(extension: ModuleType) -> Table:
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no home folder
         return replace(table, ignored=str(error))
     return Table(
-        table.fused_linear | {t: Limits(**of) for t, of in tuned.get("fused_linear", {}).items()},
+        table.fused_linear | _limits(tuned.get("fused_linear", {})),
         table.packs | tuned.get("packs", {}),
         tuned.get("float_product", table.float_product),
         table.bf16_dot,
+        table.attention,
         str(path),
     )
 

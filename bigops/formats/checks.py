@@ -97,19 +97,18 @@ def dtype(name: str, t: Tensor, expected: torch.dtype) -> None:
         raise TypeError(f"{name}: expected dtype {short_name(expected)}; got {short_name(t.dtype)}")
 
 
-def device(name: str, t: Tensor, x: Tensor) -> None:
-    """Raise ValueError unless t lives where x does."""
+def device(name: str, t: Tensor, x: Tensor, of: str = "x") -> None:
+    """Raise ValueError unless t lives where x does, which errors name ``of``."""
     if t.device != x.device:
-        raise ValueError(f"{name}: expected device {x.device}, that of x; got {t.device}")
+        raise ValueError(f"{name}: expected device {x.device}, that of {of}; got {t.device}")
 
 
-def like(name: str, t: Tensor, x: Tensor) -> None:
+def like(name: str, t: Tensor, x: Tensor, of: str = "x") -> None:
     """Raise unless t has x's dtype (TypeError) and device (ValueError)."""
     if t.dtype != x.dtype:
-        raise TypeError(
-            f"{name}: expected dtype {short_name(x.dtype)}, that of x; got {short_name(t.dtype)}"
-        )
-    device(name, t, x)
+        expected, got = short_name(x.dtype), short_name(t.dtype)
+        raise TypeError(f"{name}: expected dtype {expected}, that of {of}; got {got}")
+    device(name, t, x, of)
 
 
 def beside_int8(name: str, row: Tensor | None, values: Tensor, of: torch.dtype, n: int) -> None:

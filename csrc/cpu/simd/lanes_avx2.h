@@ -66,6 +66,7 @@ struct Avx2Lanes {
   }
 
   static __m256 as_float(ireg v) { return _mm256_castsi256_ps(v); }
+  static ireg as_word(__m256 v) { return _mm256_castps_si256(v); }
   // Pairs of bf16 in each lane, low half first.
   static __m256 dot_bf16(__m256 acc, ireg x, ireg w) {
     const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));

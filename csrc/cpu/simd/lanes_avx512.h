@@ -64,6 +64,7 @@ struct Avx512Lanes {
   }
 
   static __m512 as_float(ireg v) { return _mm512_castsi512_ps(v); }
+  static ireg as_word(__m512 v) { return _mm512_castps_si512(v); }
   // Pairs of bf16 in each lane, low half first.
   static __m512 dot_bf16(__m512 acc, ireg x, ireg w) {
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));

@@ -85,6 +85,7 @@ struct PortableLanes {
     memcpy(&f, &v, 4);
     return f;
   }
+  static ireg as_word(float v) { return iload(&v); }
   // A pair of bf16, low half first.
   static float dot_bf16(float acc, ireg x, ireg w) {
     const uint32_t xv = static_cast<uint32_t>(x), wv = static_cast<uint32_t>(w);

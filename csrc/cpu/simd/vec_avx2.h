@@ -89,6 +89,11 @@ struct Avx2 {
     const __m256 b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
     return mul(mul(v, a), b);
   }
+  // The same where 2^n is a normal number.
+  static reg scale2_normal(reg v, reg n) {
+    const __m256i i = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return mul(v, _mm256_castsi256_ps(_mm256_slli_epi32(i, 23)));
+  }
   static reg less(reg a, reg b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
   static reg select(reg m, reg yes, reg no) { return _mm256_blendv_ps(no, yes, m); }
   static reg copysign(reg magnitude, reg sign) {
@@ -99,12 +104,18 @@ struct Avx2 {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
   }
+  static float reduce_max(reg v) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+  }
 
   static reg relu(reg v) { return max(zero(), v); }
   static reg step(reg v) {
     return select(_mm256_cmp_ps(v, zero(), _CMP_LE_OQ), zero(), set1(1.0f));
   }
   static reg exp_(reg v) { return math::exp(v); }
+  static reg exp_normal(reg v) { return math::exp_normal(v); }
   static reg tanh_(reg v) { return math::tanh(v); }
   static reg sigmoid(reg v) { return math::sigmoid(v); }
   static reg normal_cdf(reg v) { return math::normal_cdf(v); }

@@ -71,18 +71,21 @@ struct Avx512 {
     return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   static reg scale2(reg v, reg n) { return _mm512_scalef_ps(v, n); }
+  static reg scale2_normal(reg v, reg n) { return scale2(v, n); }
   static __mmask16 less(reg a, reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
   static reg select(__mmask16 m, reg yes, reg no) { return _mm512_mask_blend_ps(m, no, yes); }
   static reg copysign(reg magnitude, reg sign) {
     return _mm512_or_ps(magnitude, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));
   }
   static float reduce(reg v) { return _mm512_reduce_add_ps(v); }
+  static float reduce_max(reg v) { return _mm512_reduce_max_ps(v); }
 
   static reg relu(reg v) { return max(zero(), v); }
   static reg step(reg v) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(v, zero(), _CMP_LE_OQ), set1(1.0f), zero());
   }
   static reg exp_(reg v) { return math::exp(v); }
+  static reg exp_normal(reg v) { return math::exp_normal(v); }
   static reg tanh_(reg v) { return math::tanh(v); }
   static reg sigmoid(reg v) { return math::sigmoid(v); }
   static reg normal_cdf(reg v) { return math::normal_cdf(v); }

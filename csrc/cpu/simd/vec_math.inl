@@ -17,16 +17,29 @@ struct VecMath {
 
   // e^x, relative error below 2 units in the last place; 0 and inf where float ends.
   static reg exp(reg x) {
-    static constexpr float c[] = {0.5f, 0.16666516661643982f, 0.04166620224714279f,
-                                  0.008369073271751404f, 0.001395080704241991f};  // 3.2e-9
     x = V::min(V::set1(89.0f), x);
     x = V::max(V::set1(-104.0f), x);
-    const reg n = V::round(V::mul(x, V::set1(1.44269504088896341f)));
+    reg n;
+    const reg p = exp_parts(x, n);
+    return V::scale2(p, n);
+  }
+
+  // The same for -87 <= x <= 88, where the result is a normal number.
+  static reg exp_normal(reg x) {
+    reg n;
+    const reg p = exp_parts(x, n);
+    return V::scale2_normal(p, n);
+  }
+
+  // p of e^x = p 2^n.
+  static reg exp_parts(reg x, reg& n) {
+    static constexpr float c[] = {0.5f, 0.16666516661643982f, 0.04166620224714279f,
+                                  0.008369073271751404f, 0.001395080704241991f};  // 3.2e-9
+    n = V::round(V::mul(x, V::set1(1.44269504088896341f)));
     // ln 2 in two parts: n * high is exact for |n| < 2^9
     reg r = V::fma(n, V::set1(-0.693359375f), x);
     r = V::fma(n, V::set1(2.12194440e-4f), r);
-    const reg p = V::fma(V::mul(r, r), horner(r, c), V::add(r, V::set1(1.0f)));
-    return V::scale2(p, n);
+    return V::fma(V::mul(r, r), horner(r, c), V::add(r, V::set1(1.0f)));
   }
 
   static reg sigmoid(reg x) {

@@ -90,10 +90,12 @@ struct Scalar {
   static reg min(reg a, reg b) { return a < b ? a : b; }  // b where one is NaN
   static reg max(reg a, reg b) { return a > b ? a : b; }
   static Acc reduce(reg v) { return v; }
+  static Acc reduce_max(reg v) { return v; }
   // Keeps NaN in v.
   static reg relu(reg v) { return v < 0 ? 0 : v; }
   static reg step(reg v) { return v <= 0 ? Acc(0) : Acc(1); }  // derivative of relu, 1 at NaN
   static reg exp_(reg v) { return ::exp(v); }
+  static reg exp_normal(reg v) { return ::exp(v); }
   static reg tanh_(reg v) { return ::tanh(v); }
   static reg sigmoid(reg v) { return 1 / (1 + ::exp(-v)); }
   // Phi(v) = erfc(-v / sqrt 2) / 2, the standard normal distribution, and its density.
