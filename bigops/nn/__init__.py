@@ -1,6 +1,7 @@
 """Layers: parameters and one op call each."""
 
 from bigops.nn.compressed_linear import CompressedLinear
+from bigops.nn.embedding import QuantEmbedding
 from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.layer import Layer
@@ -25,6 +26,7 @@ LAYERS: tuple[type[Layer], ...] = (
     PackedGatedMLP,
     PackedLinear,
     PackedLowRankLinear,
+    QuantEmbedding,
     QuantLinear,
     QuantLowRankLinear,
     SparseLinear,
@@ -44,6 +46,7 @@ __all__ = [
     "PackedLinear",
     "PackedLowRankLinear",
     "QLoRALinear",
+    "QuantEmbedding",
     "QuantLinear",
     "QuantLowRankLinear",
     "SparseLinear",

@@ -6,6 +6,7 @@ from bigops.ops.fused_linear import fused_linear
 from bigops.ops.linear_cross_entropy import linear_cross_entropy
 from bigops.ops.low_rank_linear import low_rank_linear
 from bigops.ops.packed_linear import packed_linear
+from bigops.ops.quantized_embedding import quantized_embedding
 from bigops.ops.quantized_linear import quantized_linear
 from bigops.ops.sparse_linear import sparse_linear
 
@@ -18,6 +19,7 @@ __all__ = [
     "linear_cross_entropy",
     "low_rank_linear",
     "packed_linear",
+    "quantized_embedding",
     "quantized_linear",
     "sparse_linear",
 ]
