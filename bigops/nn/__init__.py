@@ -1,5 +1,6 @@
 """Layers: parameters and one op call each."""
 
+from bigops.nn.attention import MultiheadAttention
 from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.embedding import QuantEmbedding
 from bigops.nn.fp8_linear import Fp8Linear
@@ -42,6 +43,7 @@ __all__ = [
     "LinearCrossEntropy",
     "LoRALinear",
     "LowRankLinear",
+    "MultiheadAttention",
     "PackedGatedMLP",
     "PackedLinear",
     "PackedLowRankLinear",

@@ -343,6 +343,18 @@ class StoredMatrix(StoredState):
         with torch.inference_mode(False), torch.no_grad():
             return self.make_storage()
 
+    def share(self, other: StoredMatrix) -> int:
+        """Take the tensors of ``other`` that are equal to own, both frozen; the bytes that go."""
+        gone = 0
+        for name in self.storage_names:
+            own, theirs = self._parameters.get(name), other._parameters.get(name)
+            if own is None or theirs is None or own.dtype != theirs.dtype:
+                continue
+            if own is not theirs and torch.equal(own, theirs):
+                self._parameters[name] = theirs
+                gone += own.nbytes
+        return gone
+
     def dense_weight(self) -> Tensor:
         """The matrix [N, K] that the layer stands for, float32."""
         with torch.no_grad():

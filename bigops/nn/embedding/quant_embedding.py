@@ -53,6 +53,7 @@ class QuantEmbedding(StoredMatrix, nn.Embedding):  # type: ignore[misc]  # freez
         "group": optional(SIZE),
         "symmetric": FLAG,
     }
+    for_bytes = True
     # of nn.Embedding, which the storage cannot follow: see `why_not`
     max_norm = None
     norm_type = 2.0
