@@ -71,8 +71,8 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     full = cost(8 * table.element_size())
     sides = [
         Side(OWN, lambda: bigops.quantized_embedding(ids, stored, dtype), cost(bits)),
-        Side("eager float", lambda: F.embedding(ids, table), full, "aten", reference=given),
-        Side("eager int8 rows", lambda: plain(ids, q, scale), cost(8), "aten", reference=int8),
+        Side("eager", lambda: F.embedding(ids, table), full, "aten", reference=given),
+        Side("int8 rows", lambda: plain(ids, q, scale), cost(8), "aten", reference=int8),
         dataclasses.replace(
             rivals.compiled_side(plain, lambda f: f(ids, q, scale), cost(8)), reference=int8
         ),

@@ -43,6 +43,11 @@ def run(args: argparse.Namespace) -> int:
     if args.op in ("fused_adamw", "fused_sgd", "fused_grad_norm"):
         print(bigops.explain(args.op, [weight], device=args.device))
         return 0
+    if args.op == "quantized_embedding":
+        ids = torch.zeros(args.m, dtype=torch.int64, device="cpu")
+        rows = bigops.formats.QuantizedWeight.from_dense(weight)
+        print(bigops.explain(args.op, ids, rows, dtype, device=args.device))
+        return 0
     options = {"activation": args.activation, "device": args.device}
     stored = _stored(args, weight)
     try:

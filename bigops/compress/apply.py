@@ -35,7 +35,7 @@ def compress_(
     keep: str = "faster",
     low_memory: bool = False,
 ) -> Record:
-    """Compress the linear layers of ``model`` in place.
+    """Compress the linear layers of ``model``, and the embeddings that are named, in place.
 
     All new layers are made beside the old ones and exchanged at the end, so memory holds the dense
     model and the compressed one at once; interrupted anywhere, by Ctrl-C too, the model is as it
@@ -44,12 +44,18 @@ def compress_(
     Args:
         model: any module; its `nn.Linear`, `bigops.nn.Linear` (the activation is kept),
             `LowRankLinear` (by `Int8()`) and compressed layers that are not frozen are compressed.
-            Packed ones stay: `unpack_` comes first.
+            Packed ones stay: `unpack_` comes first. With ``freeze`` `Conv1D` of transformers, too,
+            and the projections of `nn.MultiheadAttention`, which becomes
+            `bigops.nn.MultiheadAttention` ("attn.in_proj", "attn.out_proj") where one of them is
+            compressed. Layers with one weight become one storage where all of them are given the
+            same `Int8` or `Int4` form, and stay otherwise.
         config: `Sparse(0.8)`, `LowRank(energy=0.9)`, `Int8()`, `Sparse(0.8) + Int8()`,
             `LowRank(64) + Int8()`, `Int4()`, `W4A8` or `Fp8()` for every layer; or a mapping of
             names and patterns (`fnmatch`) to configs or None, which leaves a layer: the exact name
             comes first, then the first pattern that matches, and layers that none matches stay; or
             `Record.plan()` of an earlier call, which is carried out as it is.
+            An embedding gets the config of its exact name, or of the first pattern whose config
+            has ``embeddings=True`` or is None; one config for all counts as the pattern "*".
             No layer takes more bytes than before: one that would stays, and `Sparse` or `LowRank`
             beside an `Int8` that is smaller alone becomes that `Int8`. The record says so; of a
             layer with ``freeze=False`` it only says what it will take.
@@ -67,8 +73,9 @@ def compress_(
             trainable with either.
         keep: "faster": where the original wins by more than noise, or, where nothing is timed, no
             kernel serves the new layer on its device, the original stays. "all": what was asked for
-            takes its place all the same; the record has the times. An installation without any
-            kernel cannot tell, keeps all, and the record says that, too.
+            takes its place all the same; the record has the times. Embeddings are taken for their
+            bytes with either. An installation without any kernel cannot tell, keeps all, and the
+            record says that, too.
         low_memory: convert layer by layer, each dense weight freed before the next is converted.
             Interrupted, each layer is either old or new: the exception has the record so far as its
             ``record``, and a second call with the same arguments goes on (it calibrates what is

@@ -118,7 +118,7 @@ class QuantEmbedding(StoredMatrix, nn.Embedding):  # type: ignore[misc]  # freez
 
     def forward(self, input: Tensor) -> Tensor:
         if self.frozen:
-            return run(input, self._arguments(), self._weight_like()[0])
+            return run(input, self._arguments(), self.float_dtype or torch.float32)
         # Each row is rounded by itself: those that are taken are as they are in the whole matrix.
         rows = F.embedding(input, self.weight, self.padding_idx)
         flat = rows.reshape(input.numel(), self.embedding_dim)
