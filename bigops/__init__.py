@@ -29,6 +29,7 @@ _HOME = {
     "packed_linear": "bigops.ops.packed_linear",
     "fused_sgd": "bigops.ops.fused_adamw",
     "linear_cross_entropy": "bigops.ops.linear_cross_entropy",
+    "quantized_embedding": "bigops.ops.quantized_embedding",
     "quantized_linear": "bigops.ops.quantized_linear",
     "sparse_linear": "bigops.ops.sparse_linear",
     "explain": "bigops.ops.explain",
@@ -102,6 +103,7 @@ __all__ = [
     "packed_linear",
     "parallel",
     "plain",
+    "quantized_embedding",
     "quantized_linear",
     "report",
     "save",
@@ -131,6 +133,7 @@ if TYPE_CHECKING:
     from bigops.ops.low_rank_linear import low_rank_linear
     from bigops.ops.norm import norm, norm_act_quant, norm_with_sum
     from bigops.ops.packed_linear import packed_linear
+    from bigops.ops.quantized_embedding import quantized_embedding
     from bigops.ops.quantized_linear import quantized_linear
     from bigops.ops.report import report
     from bigops.ops.sparse_linear import sparse_linear

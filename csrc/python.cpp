@@ -20,6 +20,7 @@
 #include "cpu/meter.h"
 #include "cpu/norm.h"
 #include "cpu/packed_linear.h"
+#include "cpu/quantized_embedding.h"
 
 namespace py = pybind11;
 
@@ -101,6 +102,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("choose_packed_linear", &choose_packed_linear, py::arg("dtype"));
   m.def("choose_linear_cross_entropy", &choose_linear_cross_entropy, py::arg("dtype"));
   m.def("choose_norm", &choose_norm, py::arg("op"), py::arg("dtype"), py::arg("kind"));
+  m.def("choose_quantized_embedding", &choose_quantized_embedding, py::arg("bits"),
+        py::arg("dtype"));
   m.def("choose_quantized_linear", &choose_quantized_linear, py::arg("bits"),
         py::arg("activations"), py::arg("dtype"), py::arg("y_u8") = false);
   m.def("choose_sparse_linear", &choose_sparse_linear, py::arg("m"), py::arg("values"),

@@ -50,6 +50,11 @@ def run(args: argparse.Namespace) -> int:
         q, k = ((1, 1, length, args.k) for length in (args.m, args.n))
         print(bigops.explain(args.op, q, k, dtype=dtype, device=args.device))
         return 0
+    if args.op == "quantized_embedding":
+        ids = torch.zeros(args.m, dtype=torch.int64, device="cpu")
+        rows = bigops.formats.QuantizedWeight.from_dense(weight)
+        print(bigops.explain(args.op, ids, rows, dtype, device=args.device))
+        return 0
     options = {"activation": args.activation, "device": args.device}
     stored = _stored(args, weight)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from bigops.compress.calibrate import Qparams
 from bigops.compress.config import Config, Int8
 from bigops.graph.carry import extras
+from bigops.graph.transposed import is_transposed, transposed
 from bigops.nn.computed_weight import is_dense
 from bigops.nn.layer import Layer, layer_of
 
@@ -45,6 +47,13 @@ def prepare(old: nn.Module, choice: Choice, freeze: bool) -> Built | Stays:
     `Int8` saves nothing over that `Int8` alone, the layer becomes `Int8` alone, and a remark says
     so. One that is to be trained first has no size yet: a remark says what it will take.
     """
+    if is_transposed(old):
+        if not freeze:
+            return Stays(
+                "its weight is [in, out], and a layer that is trained would have the transpose "
+                "under its key; freeze=True takes it"
+            )
+        old = transposed(old)
     ours = layer_of(old)
     if ours is not None:
         old = ours.unpacked()  # of a thawed packed layer, with the same Parameters
@@ -94,7 +103,8 @@ def build(layer: nn.Module, choice: Choice, remarks: list[str] | None = None) ->
         remarks: takes what is worth saying about how it was done.
     """
     config, ours = choice.config, layer_of(layer)
-    if ours is not None and ours.rank is not None and config != Int8():
+    beside = replace(config, embeddings=False) if isinstance(config, Int8) else config
+    if ours is not None and ours.rank is not None and beside != Int8():
         raise ValueError(
             f"config: expected Int8() for a low-rank layer, whose rank stays; got {config}"
         )

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from bigops.formats.fp8 import Fp8Weight
 from bigops.formats.patterns import Pattern
 from bigops.formats.quantized import check_form
 from bigops.nn.computed_weight import is_dense
+from bigops.nn.embedding import QuantEmbedding
 from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.layer import Layer, layer_of
 from bigops.nn.low_rank_linear import LowRankLinear
@@ -25,6 +26,8 @@ from bigops.nn.quant_linear import QuantLinear
 from bigops.nn.quant_low_rank_linear import QuantLowRankLinear
 from bigops.nn.sparse_linear import SparseLinear, check_sparsity
 from bigops.nn.truncated_svd import truncated_svd
+
+Quantized = TypeVar("Quantized", "Int8", "Int4")
 
 
 class Config:
@@ -46,6 +49,24 @@ class Config:
     @property
     def rank(self) -> int | None:
         """The rank of the factors, where the config names one."""
+        return None
+
+    @property
+    def embeddings(self) -> bool:
+        """Whether embeddings that a pattern matches get it, too."""
+        return False
+
+    @property
+    def of_embedding(self) -> Int8 | Int4 | None:
+        """What an embedding gets of it; None: nothing of it stores rows for a look-up."""
+        return None
+
+    @property
+    def tied(self) -> Any:
+        """The form of the matrix: layers with one weight and equal forms have one storage.
+
+        None where each has its own, so that layers that share a weight stay.
+        """
         return None
 
     @property
@@ -184,12 +205,17 @@ class Int8(Config):
             `compress_` takes from ``example_inputs``; "none": x stays in floating point.
         group: columns that share a scale, 32, 64 or 128, with "none" only; None: one a row.
         symmetric: no zero points of the weight.
+        embeddings: whether it is for embeddings, too; by default for linear layers alone. Given by
+            its exact name an embedding gets it in any case.
     """
 
     activations: str = "dynamic"
     group: int | None = None
     symmetric: bool = True
+    embeddings: bool = False
     key = "int8"
+    of_embedding = property(lambda self: _of_embedding(self))
+    tied = property(lambda self: (self.key, self.group, self.symmetric))
 
     def __post_init__(self) -> None:
         _check_form(self, 8)
@@ -200,7 +226,7 @@ class Int8(Config):
             return QuantLowRankLinear.from_low_rank(old)
         if ours is None or ours.pattern is None:
             return _quantized(self, old, 8)
-        if self not in BESIDE_SPARSE:
+        if _of_layers(self) not in BESIDE_SPARSE:
             raise ValueError(
                 f"config: expected Int8() or Int8(activations='static') for a sparse layer; got "
                 f"{self}"
@@ -223,12 +249,16 @@ class Int4(Config):
         activations: as in `Int8`.
         symmetric: no zero points; with them a group takes all 16 steps, which pays where its
             values are not centred.
+        embeddings: as in `Int8`.
     """
 
     group: int | None = 64
     activations: str = "none"
     symmetric: bool = True
+    embeddings: bool = False
     key = "int4"
+    of_embedding = property(lambda self: _of_embedding(self))
+    tied = property(lambda self: (self.key, self.group, self.symmetric))
 
     def __post_init__(self) -> None:
         _check_form(self, 4)
@@ -263,19 +293,27 @@ def _check_form(config: Int8 | Int4, bits: int) -> None:
     group = config.group
     if group is not None and (isinstance(group, bool) or not isinstance(group, int)):
         raise TypeError(f"group: expected an int or None; got {type(group).__name__}")
-    if not isinstance(config.symmetric, bool):
-        raise TypeError(f"symmetric: expected a bool; got {type(config.symmetric).__name__}")
+    for name in ("symmetric", "embeddings"):
+        if not isinstance(getattr(config, name), bool):
+            got = type(getattr(config, name)).__name__
+            raise TypeError(f"{name}: expected a bool; got {got}")
     check_form(bits, group or 0, config.activations)
 
 
-def _quantized(config: Int8 | Int4, old: nn.Module, bits: int) -> QuantLinear:
-    return QuantLinear.from_linear(
-        old,
-        bits=bits,
-        group=config.group,
-        symmetric=config.symmetric,
-        activations=config.activations,
-    )
+def _of_embedding(config: Quantized) -> Quantized:
+    """A look-up has no activations to quantise."""
+    return replace(config, activations="none", embeddings=False)
+
+
+def _of_layers(config: Quantized) -> Quantized:
+    return replace(config, embeddings=False)
+
+
+def _quantized(config: Int8 | Int4, old: nn.Module, bits: int) -> Layer:
+    form: dict[str, Any] = {"bits": bits, "group": config.group, "symmetric": config.symmetric}
+    if isinstance(old, nn.Embedding):
+        return QuantEmbedding.from_embedding(old, **form)
+    return QuantLinear.from_linear(old, **form, activations=config.activations)
 
 
 W4A8 = Int4(group=64, activations="dynamic")
@@ -291,6 +329,8 @@ class SparseInt8(Config):
     sparse: Sparse
     int8: Int8 = Int8()
     alone = property(lambda self: self.int8)
+    embeddings = property(lambda self: self.int8.embeddings)
+    of_embedding = property(lambda self: self.int8.of_embedding)
     activations = property(lambda self: self.int8.activations)
     quantizer = property(lambda self: self.int8.quantizer)
 
@@ -299,7 +339,7 @@ class SparseInt8(Config):
             raise ValueError(
                 f"values: expected none of its own for a Sparse beside Int8(); got {self.sparse}"
             )
-        if self.int8 not in BESIDE_SPARSE:
+        if _of_layers(self.int8) not in BESIDE_SPARSE:
             raise ValueError(
                 f"int8: expected Int8() or Int8(activations='static') beside Sparse; got "
                 f"{self.int8}"
@@ -329,12 +369,14 @@ class LowRankInt8(Config):
     int8: Int8 = Int8()
     factors = True
     alone = property(lambda self: self.int8)
+    embeddings = property(lambda self: self.int8.embeddings)
+    of_embedding = property(lambda self: self.int8.of_embedding)
     activations = property(lambda self: self.int8.activations)
     quantizer = property(lambda self: self.int8.quantizer)
     rank = property(lambda self: self.low_rank.rank)
 
     def __post_init__(self) -> None:
-        if self.int8 != Int8():
+        if _of_layers(self.int8) != Int8():
             raise ValueError(f"int8: expected Int8() beside LowRank; got {self.int8}")
 
     def make(self, old: nn.Module, rank: int | None, remarks: list[str]) -> Layer:

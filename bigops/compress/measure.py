@@ -149,6 +149,13 @@ def without_kernel(module: nn.Module, x: Tensor) -> str | None:
     return f"no kernel serves it on {x.device.type}: {found.reason}"
 
 
+def _sizes(module: Any) -> tuple[int, int]:
+    """[N, K] of a layer."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    return int(module.out_features), int(module.in_features)
+
+
 def layers(
     before: nn.Module, after: nn.Module, example_inputs: Any, pairs: int = timing.MIN_PAIRS
 ) -> list[dict[str, Any]]:
@@ -171,7 +178,7 @@ def layers(
         row: dict[str, Any] = {
             "name": name,
             "kind": type(module).__name__,
-            "shape": [int(module.out_features), int(module.in_features)],  # type: ignore[arg-type]
+            "shape": list(_sizes(module)),
             "density": float(getattr(module, "density", 1.0)),
             "bytes_before": model_bytes(old[name]),
             "bytes_after": model_bytes(module),

@@ -16,6 +16,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from bigops.graph.carry import hook_reason
 from bigops.graph.deployed import Deployed
 from bigops.nn import LAYERS, fields, stored_state
+from bigops.nn.attention import MultiheadAttention
 from bigops.nn.fields import FLAG, INT, NUMBER, SIZE, SIZES, Field, one_of, optional
 from bigops.nn.layer import Layer, layer_of
 
@@ -123,6 +124,13 @@ KINDS: dict[str, Kind] = {
     "Embedding": _on_meta(
         nn.Embedding, lambda m: {n: getattr(m, n) for n in _EMBEDDING}, _EMBEDDING
     ),
+    "bigops.MultiheadAttention": Kind(
+        MultiheadAttention,
+        lambda m: m.arguments(),
+        MultiheadAttention.from_arguments,
+        MultiheadAttention.FIELDS,
+        parts=MultiheadAttention.parts,
+    ),
     "torch.Linear": _on_meta(nn.Linear, _linear, fields.LINEAR),
     **{f"bigops.{cls.__name__}": _ours(cls) for cls in LAYERS},
     "bigops.Deployed": Kind(
@@ -211,7 +219,7 @@ def replacements(
         mine = set(node["children"])  # the rest of it is as the file has it
     elif kind is not None and not kind.container:
         if node["kind"].startswith("bigops."):
-            for size in ("in_features", "out_features"):
+            for size in ("in_features", "out_features", "num_embeddings", "embedding_dim"):
                 got = getattr(model, size, None)
                 if got is not None and got != node["args"].get(size):
                     raise StructureError(

@@ -9,8 +9,10 @@ from collections import OrderedDict
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
+from bigops.graph.transposed import is_transposed
 from bigops.nn import LAYERS, LoRALinear
 from bigops.nn.layer import layer_of
 
@@ -152,6 +154,13 @@ def _fresh(module: nn.Module) -> nn.Module | None:
         return type(layer).from_arguments(layer.arguments())
     if isinstance(module, nn.Linear):
         return nn.Linear(1, 1, device="meta")
+    if isinstance(module, nn.Embedding):
+        return nn.Embedding(1, 1, device="meta")
+    if isinstance(module, nn.MultiheadAttention):
+        return nn.MultiheadAttention(1, 1, device="meta")
+    if is_transposed(module):
+        with torch.device("meta"):
+            return type(module)(1, 1)
     if type(module).__module__.startswith("torch.nn."):
         try:
             return type(module)()
@@ -210,15 +219,15 @@ def without_hooks(module: nn.Module) -> nn.Module:
     return twin
 
 
-def is_plain_linear(cls: type) -> bool:
-    """Whether instances of a class do what `nn.Linear` does and have nothing to call besides.
+def adds_nothing(cls: type, to: type[nn.Module]) -> bool:
+    """Whether instances of a class do what those of ``to`` do and have nothing to call besides.
 
     Such a class defines an ``__init__`` and how it is printed, at most: no forward, no attribute
     access, no state, and no method or constant that somebody might ask it for.
     """
-    if not issubclass(cls, nn.Linear):
+    if not issubclass(cls, to):
         return False
-    own = [c for c in cls.__mro__ if c not in nn.Linear.__mro__]
+    own = [c for c in cls.__mro__ if c not in to.__mro__]
     return all(name in _HARMLESS for c in own for name in vars(c))
 
 

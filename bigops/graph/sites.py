@@ -15,9 +15,11 @@ from torch.nn.utils import parametrize
 
 from bigops import timing
 from bigops.graph import holders, save_pretrained
-from bigops.graph.carry import carry, is_plain_linear, lost_forward, swap_reason
+from bigops.graph.carry import adds_nothing, carry, lost_forward, swap_reason
 from bigops.graph.looking import looking
 from bigops.graph.record import class_name
+
+_PLAIN: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding)
 
 
 class Sites:
@@ -57,30 +59,37 @@ class Sites:
         return self.modules[path.rpartition(".")[0]]
 
     def reason_to_leave(
-        self, path: str, exact: tuple[type, ...], weight_goes: bool, keys_stay: bool = False
+        self,
+        path: str,
+        exact: tuple[type, ...],
+        weight_goes: bool,
+        keys_stay: bool = False,
+        ties: bool = False,
     ) -> str | None:
-        """Why the linear layer at ``path`` cannot be swapped, or None.
+        """Why the linear layer or the embedding at ``path`` cannot be swapped, or None.
 
         Args:
-            path: of an `nn.Linear`, a subclass of it, a compressed layer or one of bigops.nn.
-            exact: the types that may be swapped; with `nn.Linear`, the classes that add nothing to
+            path: of an `nn.Linear` or `nn.Embedding`, a subclass, or a layer of bigops.nn.
+            exact: the types that may be swapped; with torch's own, the classes that add nothing to
                 it, too.
             weight_goes: whether the new layer has no ``weight`` Parameter.
             keys_stay: whether its `state_dict` is that of the old one.
+            ties: whether its weight may be another layer's, too, for which the caller sees
+                (`tied`), and its bias, which the new layer keeps.
         """
         module = self.modules[path]
         if path == "":
             return "it is the model itself, which cannot be swapped in place; wrap it"
         parent = self.parent(path)
-        if isinstance(parent, nn.MultiheadAttention):
+        attention = isinstance(parent, nn.MultiheadAttention)
+        if attention and not getattr(parent, "calls_projections", False):
             return "MultiheadAttention uses its weight without calling it"
-        if weight_goes and isinstance(parent, nn.TransformerEncoderLayer):
-            return "the fast path of TransformerEncoderLayer uses its weight without calling it"
         if parametrize.is_parametrized(module):
             return "its parameters are parametrized"
-        plain = nn.Linear in exact and is_plain_linear(type(module))
+        plain = any(to in exact and adds_nothing(type(module), to) for to in _PLAIN)
         if not plain and type(module) not in exact:
-            return f"it is a {class_name(module)}, which may do more than a linear layer"
+            what = "an embedding" if isinstance(module, nn.Embedding) else "a linear layer"
+            return f"it is a {class_name(module)}, which may do more than {what}"
         others = [p for p in self.paths[id(module)] if p != path]
         if others:
             return f"the same module is also reachable as {', '.join(others)}"
@@ -90,10 +99,15 @@ class Sites:
                 continue
             if module._parameters.get(leaf) is not value:
                 return f"its {leaf} is no plain parameter"
-            users = [name for name in self.users[id(value)] if name != f"{path}.{leaf}"]
-            if users:
+            users = self.tied(path, leaf)
+            if users and not (ties and leaf in ("weight", "bias")):
                 return f"its {leaf} is shared with {', '.join(users)}"
         return swap_reason(module, weight_goes, keys_stay) or self.fixed(path)
+
+    def tied(self, path: str, leaf: str = "weight") -> list[str]:
+        """The other names of a Parameter of the layer at ``path``."""
+        value = self.modules[path]._parameters.get(leaf)
+        return [n for n in self.users.get(id(value), []) if n != f"{path}.{leaf}"]
 
     def fixed(self, path: str) -> str | None:
         """Why a module that takes the place of the one at ``path`` would not be all that is called.

@@ -1,6 +1,8 @@
 """Layers: parameters and one op call each."""
 
+from bigops.nn.attention import MultiheadAttention
 from bigops.nn.compressed_linear import CompressedLinear
+from bigops.nn.embedding import QuantEmbedding
 from bigops.nn.fp8_linear import Fp8Linear
 from bigops.nn.gated_mlp import GatedMLP
 from bigops.nn.layer import Layer
@@ -25,6 +27,7 @@ LAYERS: tuple[type[Layer], ...] = (
     PackedGatedMLP,
     PackedLinear,
     PackedLowRankLinear,
+    QuantEmbedding,
     QuantLinear,
     QuantLowRankLinear,
     SparseLinear,
@@ -40,10 +43,12 @@ __all__ = [
     "LinearCrossEntropy",
     "LoRALinear",
     "LowRankLinear",
+    "MultiheadAttention",
     "PackedGatedMLP",
     "PackedLinear",
     "PackedLowRankLinear",
     "QLoRALinear",
+    "QuantEmbedding",
     "QuantLinear",
     "QuantLowRankLinear",
     "SparseLinear",

@@ -13,28 +13,24 @@ from __future__ import annotations
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from bigops import formats
 from bigops.formats import quantize
 from bigops.formats.base import Format
 from bigops.nn import fields
 from bigops.nn.computed_weight import ComputedLinear, is_dense
 from bigops.nn.layer import layer_of
 from bigops.nn.linear import check_size
-from bigops.nn.stored_parameter import StoredParameter
-from bigops.nn.stored_state import RETIRED, StoredState
+from bigops.nn.stored_state import StoredMatrix
 from bigops.ops import activation as act
 from bigops.ops.choice import Choice
 from bigops.ops.family import LinearOp, op_of
 from bigops.ops.fused_linear import fused_linear
 
-STATES = ("frozen", "thawed", RETIRED)  # in `arguments()`, of no constructor
-
 Self = TypeVar("Self", bound="CompressedLinear")
 
 
-class CompressedLinear(StoredState, ComputedLinear):
+class CompressedLinear(StoredMatrix, ComputedLinear):
     """``act(x @ weight.T + bias) + residual`` with the weight stored in a format.
 
     An `nn.Linear` by type: ``weight`` is there in each state, of a frozen layer as a
@@ -61,17 +57,11 @@ class CompressedLinear(StoredState, ComputedLinear):
     """
 
     FIELDS = fields.COMPRESSED | {"format": fields.TEXT, "form": fields.TABLE}
-    compressed = freezes = True
-    trained_names: tuple[str, ...] = ("weight",)  # Parameters of the recovery state
-    format: type[Format]
-    form: dict[str, Any]
     in_features: int
     out_features: int
     activation: str
     activations: str  # what the product does with x
-    frozen: bool
     x_qparams: Tensor | None  # [2], a buffer until frozen: of x, activations "static" only
-    weight: Tensor  # a Parameter until frozen
     bias: Any  # [N] or None
 
     def __init__(
@@ -90,14 +80,11 @@ class CompressedLinear(StoredState, ComputedLinear):
         out_features = check_size("out_features", out_features)
         op_of(format)
         nn.Module.__init__(self)  # the weight may be of another kind
-        self.format, self.form = format, format.form(**form)
+        self._begin(format, form)
         self.activations = self.form.get("activations", "none")
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
-        self.frozen = False
-        self._empty: Format | None = None  # frozen: the storage without its tensors
-        self._sizes: tuple[Any, ...] = ()  # and what its op takes after them
         for name, parameter in self._trainable(bias, device, dtype).items():
             self.register_parameter(name, parameter)
         # A scale of 0 says that nothing was seen yet; make_storage refuses it.
@@ -135,19 +122,6 @@ class CompressedLinear(StoredState, ComputedLinear):
             new.x_qparams = torch.zeros(2, dtype=torch.float32, device=source.weight.device)
         return new.train(linear.training)
 
-    @classmethod
-    def from_arguments(cls: type[Self], arguments: dict[str, Any]) -> Self:
-        """An empty layer on "meta" as `arguments()` describes it, to be loaded."""
-        given = {k: v for k, v in arguments.items() if k not in STATES}
-        if "form" in given:
-            given.update(given.pop("form"), format=formats.named(given["format"]))
-        dtype = given.pop("dtype", None)
-        new = cls(**given, device="meta")
-        if arguments["frozen"]:
-            new.set_storage(new.empty_storage())
-            new.float_dtype = None if dtype is None else getattr(torch, dtype)
-        return new
-
     # --- what a subclass may say otherwise ---------------------------------------------------
 
     def _trainable(
@@ -165,19 +139,6 @@ class CompressedLinear(StoredState, ComputedLinear):
         stored: Format = self.format.from_dense(self.weight, **self.form, **qparams)
         return stored
 
-    def empty_storage(self) -> Format:
-        """Storage on "meta" of a layer that is to be loaded."""
-        empty: Format = self.format.empty(self.out_features, self.in_features, **self.form)
-        return empty
-
-    def trained_weight(self) -> Tensor:
-        """[N, K] as it will be stored, differentiable for ``weight`` (recovery state only)."""
-        return self._straight_through(self.weight)
-
-    def _straight_through(self, weight: Tensor) -> Tensor:
-        """``weight`` rounded to what is stored; the gradient passes as if it were not."""
-        return straight_through(weight, self.format.__name__, self.form)
-
     def run(self, x: Tensor, arguments: tuple[Any, ...], residual: Tensor | None) -> Tensor:
         """Call the op with `Format.arguments` of the storage."""
         op, k = self.op, self.in_features
@@ -194,21 +155,6 @@ class CompressedLinear(StoredState, ComputedLinear):
     def explain(self, x: Tensor) -> Choice:
         """Which kernel serves the layer on x, of several products the last."""
         return self.op.explain(x, self.storage(), self.bias, activation=self.activation)
-
-    @property
-    def density(self) -> float:
-        """Share of the entries that are stored."""
-        return self.storage().density if self.frozen else 1.0
-
-    @property
-    def closed_to_compress(self) -> str | None:
-        if self.frozen:
-            return "it is thawed" if self.thawed else "it is frozen already"
-        return None
-
-    def least_bytes(self) -> int:
-        empty = self.from_arguments({**self.arguments(), "frozen": True, "bias": False})
-        return empty.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     # --- forward ----------------------------------------------------------------------------
 
@@ -254,33 +200,6 @@ class CompressedLinear(StoredState, ComputedLinear):
             x, self.x_qparams, torch.float32 if given is None else given.dtype
         )
 
-    @property
-    def storage_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Names of the tensors of the frozen state."""
-        return self.format.TENSORS
-
-    def _arguments(self) -> tuple[Any, ...]:
-        """`Format.arguments` of the frozen storage, without the way by a `Format`."""
-        parameters = self._parameters  # getattr would take a microsecond for each
-        stored: list[Any] = [parameters[name] for name in self.format.TENSORS]
-        if not torch.compiler.is_compiling():  # a graph has the parameters
-            stored = [t.plain if type(t) is StoredParameter else t for t in stored]
-        return (*stored, *self._sizes)
-
-    def storage(self) -> Any:
-        """The compressed weight: its tensors when frozen, else made of the float weight now."""
-        if not self.frozen:
-            return self._convert()
-        assert self._empty is not None
-        return self._empty.with_tensors(
-            {name: self._parameters[name] for name in self.storage_names}
-        )
-
-    def _convert(self) -> Format:
-        # Storage made under inference_mode could never take part in autograd later.
-        with torch.inference_mode(False), torch.no_grad():
-            return self.make_storage()
-
     # --- static qparams ---------------------------------------------------------------------
 
     def calibrate(self, x: Tensor) -> None:
@@ -312,54 +231,6 @@ class CompressedLinear(StoredState, ComputedLinear):
                 "compress_); got one that has seen no input but zeros"
             )
 
-    # --- the matrix -------------------------------------------------------------------------
-
-    def dense_weight(self) -> Tensor:
-        """The matrix [N, K] that the layer stands for, float32."""
-        with torch.no_grad():
-            weight: Tensor = self.storage().to_dense()
-            return weight.float()
-
-    @property
-    def computes_weight(self) -> str | None:
-        return self._where_it_went if self.__dict__.get("frozen", False) else None
-
-    def make_weight(self) -> Tensor:
-        dense: Tensor = self.storage().to_dense() if self.frozen else self.trained_weight()
-        return dense.to(self._weight_like()[0])
-
-    def _weight_like(self) -> tuple[torch.dtype, torch.device, bool]:
-        names = self.storage_names if self.frozen else self.trained_names
-        kept = [p for p in map(self._parameters.get, names) if p is not None]
-        dtype = kept[0].dtype if not self.frozen else self.float_dtype
-        if dtype is None:  # of an older file, which does not say it
-            dtype = torch.float32 if self.bias is None else self.bias.dtype
-        return dtype, kept[0].device, any(p.requires_grad for p in kept)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)  # first, for each call reads the bias
-        except AttributeError:
-            if name != "weight":
-                self._check_settable(name)
-            form = self.__dict__.get("form", {})
-            if name in form and name not in self.format.TENSORS:
-                return form[name]
-            raise
-
-    def _check_settable(self, name: str) -> None:
-        super()._check_settable(name)
-        if name in self.trained_names and self.__dict__.get("frozen", False):
-            raise AttributeError(f"{type(self).__name__}.{name}: {self._where_it_went}")
-
-    @property
-    def _where_it_went(self) -> str:
-        """What to do for a float weight that is no more."""
-        return (
-            "the layer is frozen and keeps its compressed storage alone, which load_state_dict() "
-            "writes; dense_weight() makes the matrix that it stands for"
-        )
-
     def extra_repr(self) -> str:
         text = (
             f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -382,28 +253,6 @@ class CompressedLinear(StoredState, ComputedLinear):
             **self._dtype_argument(),
             **self.form_arguments(),
         }
-
-    def _dtype_argument(self) -> dict[str, str]:
-        # left out where it says nothing
-        dtype = self.float_dtype
-        if not self.frozen or dtype in (None, torch.float32):
-            return {}
-        return {"dtype": str(dtype).removeprefix("torch.")}
-
-    def form_arguments(self) -> dict[str, Any]:
-        """The part of `arguments` that the format takes."""
-        if "format" in self.FIELDS:
-            return {"format": self.format.__name__, "form": self.form}
-        return self.form
-
-
-@fx.wrap  # one node, for rounding asks for values
-def straight_through(weight: Tensor, format: str, form: dict[str, Any]) -> Tensor:
-    """``weight`` rounded to what a format stores; the gradient passes as if it were not."""
-    with torch.no_grad():
-        rounded = formats.named(format).rounded(weight, **form).to(weight.dtype)
-    # weight - weight is 0 exactly, so the value is that of `rounded` to the last bit.
-    return rounded + (weight - weight.detach())
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -201,11 +201,11 @@ def _name_of(func: Any) -> str:
     return f"{name}()"
 
 
-class ComputedLinear(nn.Linear):
-    """An `nn.Linear` by type that may have no Parameter `weight` in use.
+class ComputesWeight(nn.Module):
+    """A layer of torch's by type that may have no Parameter `weight` in use.
 
     Where `computes_weight` says so, `weight` is a `ComputedWeight` of `make_weight`, and no
-    attribute of that name can be set. `is_dense` tells these layers from other linear ones.
+    attribute of that name can be set.
     """
 
     @property
@@ -213,8 +213,13 @@ class ComputedLinear(nn.Linear):
         """What is kept in place of a weight, and what to do to write it; None: a Parameter."""
         raise NotImplementedError
 
+    @property
+    def matrix_sizes(self) -> tuple[int, int]:
+        """[N, K] of the weight."""
+        raise NotImplementedError
+
     def make_weight(self) -> Tensor:
-        """The matrix [N, K] that the layer multiplies by, differentiable for what is trained."""
+        """The matrix [N, K] that the layer stands for, differentiable for what is trained."""
         raise NotImplementedError
 
     def _weight_like(self) -> tuple[torch.dtype, torch.device, bool]:
@@ -227,8 +232,7 @@ class ComputedLinear(nn.Linear):
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return self.make_weight()
         dtype, device, grad = self._weight_like()
-        sizes = (self.out_features, self.in_features)
-        like = torch.empty(sizes, dtype=dtype, device="meta")
+        like = torch.empty(self.matrix_sizes, dtype=dtype, device="meta")
         why = self.computes_weight or ""
         return ComputedWeight(self.make_weight, like, device, grad, type(self).__name__, why)
 
@@ -250,6 +254,17 @@ class ComputedLinear(nn.Linear):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         self._check_settable(name)
         super().register_parameter(name, param)
+
+
+class ComputedLinear(ComputesWeight, nn.Linear):
+    """An `nn.Linear` by type that may have no Parameter `weight` in use.
+
+    `is_dense` tells these layers from other linear ones.
+    """
+
+    @property
+    def matrix_sizes(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
 
 def is_dense(module: nn.Module | None) -> TypeGuard[nn.Linear]:

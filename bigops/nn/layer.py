@@ -30,6 +30,7 @@ class Layer(nn.Module):
     compressed: ClassVar[bool] = False  # the weight is stored otherwise than as a float matrix
     freezes: ClassVar[bool] = False  # it has `freeze`, `set_storage` and `storage`
     unpacks: ClassVar[bool] = False  # `unpacked` gives another layer
+    for_bytes: ClassVar[bool] = False  # it takes less, and is no faster than what it replaces
 
     in_features: int
     out_features: int

@@ -16,9 +16,10 @@ from bigops.formats import checks
 from bigops.formats.base import Format
 from bigops.formats.packed import SERVED, PackedWeight
 from bigops.nn import fields
-from bigops.nn.compressed_linear import STATES, CompressedLinear
+from bigops.nn.compressed_linear import CompressedLinear
 from bigops.nn.linear import Linear
 from bigops.nn.stored_parameter import StoredParameter
+from bigops.nn.stored_state import STATES
 from bigops.ops.choice import Choice
 
 Self = TypeVar("Self", bound="PackedBase")

@@ -1,4 +1,8 @@
-"""Freezing, moving and loading of a layer of compressed storage: it stays whole in each."""
+"""Freezing, moving and loading of a layer of compressed storage: it stays whole in each.
+
+Recovery: a float Parameter is trained in the form it will be stored in. Frozen: the storage alone
+is left, in parameters that never train (`StoredParameter`).
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,20 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from bigops import formats
 from bigops.formats import quantize
 from bigops.formats.base import Format
+from bigops.nn.computed_weight import ComputesWeight
 from bigops.nn.layer import Layer
 from bigops.nn.stored_parameter import StoredParameter
 
 RETIRED = "y_grid"  # in files of older layers, which gave u8 to the next one
+STATES = ("frozen", "thawed", RETIRED)  # in `arguments()`, of no constructor
 
 Self = TypeVar("Self", bound="StoredState")
+Matrix = TypeVar("Matrix", bound="StoredMatrix")
 
 
 def in_todays_names(
@@ -30,7 +38,7 @@ def in_todays_names(
     return {**kept, **renamed}
 
 
-class StoredState(Layer):
+class StoredState(Layer, ComputesWeight):
     """A layer that keeps the tensors of a `Format`, each a `StoredParameter`, once it is frozen.
 
     Hosts put plain Parameters in their place (pickle, `.to("meta")`, hooks that offload); the layer
@@ -55,10 +63,11 @@ class StoredState(Layer):
     def check_storage(self, storage: Format) -> None:
         """Raise ValueError or TypeError unless the storage is whole and fits this layer."""
         storage.validate()
-        if storage.shape != (self.out_features, self.in_features):
+        sizes = self.matrix_sizes
+        if storage.shape != sizes:
             raise ValueError(
-                f"{self.format.TENSORS[0]}: expected a weight of "
-                f"{[self.out_features, self.in_features]}; got {list(storage.shape)}"
+                f"{self.format.TENSORS[0]}: expected a weight of {list(sizes)}; got "
+                f"{list(storage.shape)}"
             )
 
     def freeze(self: Self, storage: Format | None = None) -> Self:
@@ -230,11 +239,187 @@ class StoredState(Layer):
         assert old is not None
         if not assign:
             value = value.to(old.device, copy=True)
-        if name in self._fixed():
+        if name in self._fixed() and (assign or old.is_meta or type(old) is not StoredParameter):
             self._parameters[name] = StoredParameter(value)
         elif assign or old.is_meta:  # whose data cannot come from another device
             self._parameters[name] = nn.Parameter(value, old.requires_grad)
         else:
             if old.shape != value.shape:
                 old.grad = None
-            old.data = value  # optimisers keep the object
+            old.data = value  # optimisers and layers that share it keep the object
+
+
+class StoredMatrix(StoredState):
+    """A layer whose matrix [N, K] lies in one of the formats, in both states.
+
+    ``weight`` is there in each: a Parameter in recovery, a `ComputedWeight` of a frozen layer.
+    """
+
+    compressed = freezes = True
+    form: dict[str, Any]  # what ``format.from_dense`` takes besides the matrix
+    frozen: bool
+    weight: Tensor  # a Parameter until frozen
+    trained_names: tuple[str, ...] = ("weight",)
+
+    def _begin(self, format: type[Format], form: dict[str, Any]) -> None:
+        """Set what each of these layers starts with."""
+        self.format, self.form = format, format.form(**form)
+        self.frozen = False
+        self._empty = None
+        self._sizes = ()
+
+    @classmethod
+    def from_arguments(cls: type[Matrix], arguments: dict[str, Any]) -> Matrix:
+        """An empty layer on "meta" as `arguments()` describes it, to be loaded."""
+        given = {k: v for k, v in arguments.items() if k not in STATES}
+        if "form" in given:
+            given.update(given.pop("form"), format=formats.named(given["format"]))
+        dtype = given.pop("dtype", None)
+        new = cls(**given, device="meta")
+        if arguments["frozen"]:
+            new.set_storage(new.empty_storage())
+            new.float_dtype = None if dtype is None else getattr(torch, dtype)
+        return new
+
+    def make_storage(self) -> Format:
+        """Convert the float weight to compressed storage (recovery state only)."""
+        stored: Format = self.format.from_dense(self.weight, **self.form)
+        return stored
+
+    def empty_storage(self) -> Format:
+        """Storage on "meta" of a layer that is to be loaded."""
+        empty: Format = self.format.empty(*self.matrix_sizes, **self.form)
+        return empty
+
+    def trained_weight(self) -> Tensor:
+        """[N, K] as it will be stored, differentiable for ``weight`` (recovery state only)."""
+        return self._straight_through(self.weight)
+
+    def _straight_through(self, weight: Tensor) -> Tensor:
+        """``weight`` rounded to what is stored; the gradient passes as if it were not."""
+        return straight_through(weight, self.format.__name__, self.form)
+
+    @property
+    def density(self) -> float:
+        """Share of the entries that are stored."""
+        return self.storage().density if self.frozen else 1.0
+
+    @property
+    def closed_to_compress(self) -> str | None:
+        if self.frozen:
+            return "it is thawed" if self.thawed else "it is frozen already"
+        return None
+
+    def least_bytes(self) -> int:
+        empty = self.from_arguments({**self.arguments(), "frozen": True})
+        both = [layer._parameters.get("bias") for layer in (self, empty)]  # of two dtypes, maybe
+        own, other = (0 if bias is None else bias.nbytes for bias in both)
+        return empty.nbytes - other + own
+
+    @property
+    def storage_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the tensors of the frozen state."""
+        return self.format.TENSORS
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """`Format.arguments` of the frozen storage, without the way by a `Format`."""
+        parameters = self._parameters  # getattr would take a microsecond for each
+        stored: list[Any] = [parameters[name] for name in self.format.TENSORS]
+        if not torch.compiler.is_compiling():  # a graph has the parameters
+            stored = [t.plain if type(t) is StoredParameter else t for t in stored]
+        return (*stored, *self._sizes)
+
+    def storage(self) -> Any:
+        """The compressed weight: its tensors when frozen, else made of the float weight now."""
+        if not self.frozen:
+            return self._convert()
+        assert self._empty is not None
+        return self._empty.with_tensors(
+            {name: self._parameters[name] for name in self.storage_names}
+        )
+
+    def _convert(self) -> Format:
+        # Storage made under inference_mode could never take part in autograd later.
+        with torch.inference_mode(False), torch.no_grad():
+            return self.make_storage()
+
+    def share(self, other: StoredMatrix) -> int:
+        """Take the tensors of ``other`` that are equal to own, both frozen; the bytes that go."""
+        gone = 0
+        for name in self.storage_names:
+            own, theirs = self._parameters.get(name), other._parameters.get(name)
+            if own is None or theirs is None or own.dtype != theirs.dtype:
+                continue
+            if own is not theirs and torch.equal(own, theirs):
+                self._parameters[name] = theirs
+                gone += own.nbytes
+        return gone
+
+    def dense_weight(self) -> Tensor:
+        """The matrix [N, K] that the layer stands for, float32."""
+        with torch.no_grad():
+            weight: Tensor = self.storage().to_dense()
+            return weight.float()
+
+    @property
+    def computes_weight(self) -> str | None:
+        return self._where_it_went if self.__dict__.get("frozen", False) else None
+
+    def make_weight(self) -> Tensor:
+        dense: Tensor = self.storage().to_dense() if self.frozen else self.trained_weight()
+        return dense.to(self._weight_like()[0])
+
+    def _weight_like(self) -> tuple[torch.dtype, torch.device, bool]:
+        names = self.storage_names if self.frozen else self.trained_names
+        kept = [p for p in map(self._parameters.get, names) if p is not None]
+        dtype = kept[0].dtype if not self.frozen else self.float_dtype
+        if dtype is None:  # of an older file, which does not say it
+            bias = self._parameters.get("bias")
+            dtype = torch.float32 if bias is None else bias.dtype
+        return dtype, kept[0].device, any(p.requires_grad for p in kept)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # first, for each call reads the bias
+        except AttributeError:
+            if name != "weight":
+                self._check_settable(name)
+            form = self.__dict__.get("form", {})
+            if name in form and name not in self.format.TENSORS:
+                return form[name]
+            raise
+
+    def _check_settable(self, name: str) -> None:
+        super()._check_settable(name)
+        if name in self.trained_names and self.__dict__.get("frozen", False):
+            raise AttributeError(f"{type(self).__name__}.{name}: {self._where_it_went}")
+
+    @property
+    def _where_it_went(self) -> str:
+        """What to do for a float weight that is no more."""
+        return (
+            "the layer is frozen and keeps its compressed storage alone, which load_state_dict() "
+            "writes; dense_weight() makes the matrix that it stands for"
+        )
+
+    def _dtype_argument(self) -> dict[str, str]:
+        # left out where it says nothing
+        dtype = self.float_dtype
+        if not self.frozen or dtype in (None, torch.float32):
+            return {}
+        return {"dtype": str(dtype).removeprefix("torch.")}
+
+    def form_arguments(self) -> dict[str, Any]:
+        """The part of `arguments` that the format takes."""
+        if "format" in self.FIELDS:
+            return {"format": self.format.__name__, "form": self.form}
+        return self.form
+
+
+@fx.wrap  # one node, for rounding asks for values
+def straight_through(weight: Tensor, format: str, form: dict[str, Any]) -> Tensor:
+    """``weight`` rounded to what a format stores; the gradient passes as if it were not."""
+    with torch.no_grad():
+        rounded = formats.named(format).rounded(weight, **form).to(weight.dtype)
+    # weight - weight is 0 exactly, so the value is that of `rounded` to the last bit.
+    return rounded + (weight - weight.detach())

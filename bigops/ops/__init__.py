@@ -8,6 +8,7 @@ from bigops.ops.linear_cross_entropy import linear_cross_entropy
 from bigops.ops.low_rank_linear import low_rank_linear
 from bigops.ops.norm import norm, norm_act_quant, norm_with_sum
 from bigops.ops.packed_linear import packed_linear
+from bigops.ops.quantized_embedding import quantized_embedding
 from bigops.ops.quantized_linear import quantized_linear
 from bigops.ops.sparse_linear import sparse_linear
 
@@ -24,6 +25,7 @@ __all__ = [
     "norm_act_quant",
     "norm_with_sum",
     "packed_linear",
+    "quantized_embedding",
     "quantized_linear",
     "sparse_linear",
 ]

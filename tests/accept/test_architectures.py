@@ -86,8 +86,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[int], nn.Module], dict[str, Tensor]]] =
         **{**WIDE, **HEADS, "image_size": 32, "patch_size": 8, "num_labels": 10},
     ),
     "Llama": _model("Llama", "ForCausalLM", {"input_ids": IDS}, **TEXT, **WIDE, **GROUPED),
-    # Its blocks are Conv1D, at which compress_ does not look: the head alone is an nn.Linear, and
-    # where it is tied to the embedding it stays.
+    # Its blocks are Conv1D, whose weights are [in, out].
     "GPT-2": _model(
         "GPT2",
         "LMHeadModel",
@@ -277,3 +276,39 @@ def test_architecture(name: str, tmp_path: Path, accept: Accept) -> None:
     for number, wanted in expected.items():
         assert torch.equal(torch.load(tmp_path / f"{number}.logits"), wanted), names[number]
     accept.result(cells=count, wrong=0, layers=layers)
+
+
+# Who has the weight of the first embedding besides.
+TIED = {
+    "T5": ("shared", ["encoder.embed_tokens", "decoder.embed_tokens", "lm_head"]),
+    "BERT": ("bert.embeddings.word_embeddings", ["cls.predictions.decoder"]),
+    "Whisper": ("model.decoder.embed_tokens", ["proj_out"]),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_tied_embeddings(name: str, tmp_path: Path) -> None:
+    """One storage for an embedding and its head, in memory and in the file; numbers by the twin."""
+    make, inputs = ARCHITECTURES[name]
+    first, others = TIED[name]
+    for config in (Int8(embeddings=True), Int4(embeddings=True)):
+        model = make(0)
+        record = bigops.compress_(model, config, keep="all")
+        table: Any = model.get_submodule(first)
+        for other in others:
+            layer: Any = model.get_submodule(other)
+            assert layer.values is table.values
+            assert layer.scale is table.scale
+        assert sum(entry.bytes_after for entry in record.done) == sum(
+            nbytes(model.get_submodule(entry.name)) for entry in record.done
+        ) - sum(t.nbytes for t in (table.values, table.scale)) * len(others)
+        tight = config == Int4(embeddings=True)
+        twin = dequantised(model)
+        held(model, twin, inputs, tight)
+        check_generate(model, twin, name, tight)
+        bigops.save(model, tmp_path / "tied.safetensors")
+        again = bigops.load(tmp_path / "tied.safetensors", model=make(1))
+        assert torch.equal(logits(again, inputs), logits(model, inputs))
+        assert nbytes(again) == nbytes(model)
+        again.load_state_dict(model.state_dict())
+        assert nbytes(again) == nbytes(model)

@@ -68,7 +68,7 @@ def test_the_exact_name_then_the_first_pattern(
     layers = choose.find(Sites(Net()))
     chosen, left = choose.assign(layers, choose.check_patterns(config))
     assert chosen == want
-    assert chosen.keys() | left.keys() == {"fc", "fc2"}
+    assert chosen.keys() | left.keys() == {"fc", "fc2", "head"}
 
 
 def test_an_exact_name_with_characters_of_patterns() -> None:
@@ -89,8 +89,9 @@ def test_an_exact_name_with_characters_of_patterns() -> None:
         ({"*": Int8(), "encoder": None}, r"no layer to compress matches 'encoder'"),
         ({"*": Int8(), "head": Int4()}, r"matches 'head'.*left: head \(its weight is shared with"),
         (
-            {"*": Int8(), "table": Int8()},
-            r"no layer to compress matches 'table'; layers.*: fc, fc2",
+            {"*": Int8(), "table": Int4()},
+            r"no layer to compress matches 'table'; layers.*: fc, fc2; .*left: .*table \(its "
+            r"weight is shared with head.weight, which Int8\(\) would store in another form",
         ),
     ],
 )

@@ -333,7 +333,7 @@ def test_layers_that_are_left_are_named() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2)
+            self.attention = nn.MultiheadAttention(8, 2, add_zero_attn=True)
             self.first, self.shared = nn.Linear(8, 8), nn.Linear(8, 8)
             self.again = self.shared
             self.tied, self.embedding = nn.Linear(8, 10, bias=False), nn.Embedding(10, 8)
@@ -349,7 +349,11 @@ def test_layers_that_are_left_are_named() -> None:
 
     model = Net()
     record = compress_(model, Int8())
-    assert {d.name for d in record.done} == {"first", "mlp.down_proj"}
+    encoder = {"self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2"}
+    assert {d.name for d in record.done} == {
+        *("first", "mlp.down_proj"),
+        *(f"encoder.{name}" for name in encoder),
+    }
     reasons = {
         "attention.out_proj": "MultiheadAttention uses its weight",
         "shared": "also reachable as again",
@@ -358,8 +362,6 @@ def test_layers_that_are_left_are_named() -> None:
         "normed": "parametrized",
         "lora": "it is a tests.compress.test_compress.LoraLinear, which may do more",
         "mlp": "gated pairs have no compressed kernel",
-        "encoder.linear1": "fast path of TransformerEncoderLayer",
-        "encoder.self_attn.out_proj": "MultiheadAttention",
         "double": "float64",
     }
     for name, reason in reasons.items():
@@ -410,7 +412,7 @@ def test_no_match_names_patterns_and_layers() -> None:
         compress_(model, {"0": Int8(), "encoder.*": Int8()})
     with pytest.raises(ValueError, match=r"matches '\*'; layers that can be compressed: none"):
         compress_(nn.Sequential(nn.ReLU()), Int8())
-    attention = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)})
+    attention = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2, add_bias_kv=True)})
     with pytest.raises(ValueError, match=r"matched, but left: a.out_proj \(MultiheadAttention"):
         compress_(attention, Int8())
     with pytest.raises(TypeError, match=r"config: expected Sparse.*got 0.8"):

@@ -40,7 +40,7 @@ class Mixed(nn.Module):
         self.experts = nn.ParameterList([nn.Parameter(torch.randn(4, 64, 64))])
         self.c_attn = Conv1D(64, 96)
         self.lora = bigops.nn.LoRALinear.from_linear(nn.Linear(64, 64), rank=4)
-        self.attention = nn.MultiheadAttention(64, 2)
+        self.attention = nn.MultiheadAttention(64, 2, add_zero_attn=True)
         self.cls = nn.Parameter(torch.zeros(1, 1, 64))
         self.register_buffer("mask", torch.ones(16, 16, dtype=torch.bool))
         self.head = nn.Linear(64, 100, bias=False)

@@ -191,6 +191,7 @@ CPP_TYPES = {
     "const OptTensor&": "Optional[Tensor]",
     "bool": "bool",
     "int64_t": "int",
+    "ScalarType": "int",  # as schemas have it
     "double": "float",
 }
 IMPL = r'm\.impl\("([\w.]+)", TORCH_BOX\(&(?:\w+::)*(\w+)\)\)'

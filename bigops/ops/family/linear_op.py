@@ -394,6 +394,8 @@ class LinearOp:
             except (RuntimeError, AttributeError, TypeError, KeyError, IndexError):
                 # The kernel checks its arguments; only a refused call pays for naming what is wrong
                 act.check_name(activation, format.GATED)
+                if type(x) is Tensor and x.is_nested:  # strided, which no other call asks for
+                    return on_values(call, x, arguments, k, bias, residual, activation)
                 if not torch.compiler.is_compiling():
                     checks.tensors(x=x, bias=bias, residual=residual)
                     Call(x, self.stored(k, arguments), bias, residual, activation).check()

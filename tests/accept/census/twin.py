@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bigops.nn import QuantEmbedding
 from bigops.nn.computed_weight import ComputedLinear
 from tests.accept.census.tiny import outputs
 
@@ -109,8 +110,13 @@ def compressed_layers(model: nn.Module) -> list[str]:
 
 
 def dequantised(model: nn.Module) -> nn.Module:
-    """A copy whose compressed layers are `nn.Linear` by their dequantised weights."""
+    """A copy whose compressed layers are torch's own by their dequantised weights."""
     twin = copy.deepcopy(model)
+    for path, module in model.named_modules():
+        if isinstance(module, QuantEmbedding):
+            rows = nn.Embedding.from_pretrained(module.weight.detach().clone())
+            above, _, leaf = path.rpartition(".")
+            setattr(twin.get_submodule(above), leaf, rows)
     for path in compressed_layers(model):
         layer: Any = twin.get_submodule(path)
         new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)

@@ -32,6 +32,19 @@ def test_values_pass_through(form: str) -> None:
         assert torch.equal(case.call(nested, bias, None).values(), case.call(x, bias, None))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("form", ALL)
+def test_rows_of_the_strided_layout(form: str) -> None:
+    """As `nn.TransformerEncoder` makes them of a padding mask."""
+    case = problem(form)
+    x = case.x.clone().requires_grad_()
+    y = case.call(torch.nested.as_nested_tensor(list(x.split([2, 3]))), case.bias, None)  # type: ignore[arg-type]
+    assert y.is_nested
+    assert torch.equal(torch.cat(y.unbind()), case.call(x, case.bias, None))  # type: ignore[arg-type]
+    (found,) = torch.autograd.grad(sum(row.float().sum() for row in y.unbind()), x)
+    (want,) = torch.autograd.grad(case.call(x, case.bias, None).float().sum(), x)  # type: ignore[arg-type]
+    assert torch.equal(found, want)
+
+
 @pytest.mark.parametrize("form", ["dense", "int8", "24"])
 def test_compiled(form: str) -> None:
     case = problem(form)
@@ -49,8 +62,11 @@ def test_compiled(form: str) -> None:
 def test_what_is_refused(form: str) -> None:
     case = problem(form)
     strided = torch.nested.as_nested_tensor(list(case.x.split([2, 3])))
-    with pytest.raises(TypeError, match=r"x: expected a dense tensor; got a nested one"):
-        case.call(strided, case.bias, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"x: expected a nested tensor of the jagged layout beside"):
+        case.call(strided, case.bias, case.residual)
+    uneven = torch.nested.as_nested_tensor([case.x[:2, 1:], case.x[:2]])
+    with pytest.raises(ValueError, match=r"x: expected at least one row, and the second dimension"):
+        case.call(uneven, case.bias, None)  # type: ignore[arg-type]
     nested = jagged(case.x, OFFSETS)
     with pytest.raises(ValueError, match="residual: expected a tensor with the offsets of x"):
         case.call(nested, case.bias, jagged(case.residual, OFFSETS.clone()))
