@@ -10,9 +10,11 @@
 namespace bigops {
 namespace {
 
-constexpr int64_t kChunkRows = 24;  // rows of x between two epilogues: four register blocks
-constexpr int64_t kPanelTiles = 8;  // tiles of a task, where one chunk takes all rows;
-constexpr int64_t kReadAgain = 4;   // else 256 KB of int8 at K = 4096 stay in L2 for all chunks
+constexpr int64_t kChunkRows = 24;       // rows of x between two epilogues: four register blocks
+constexpr int64_t kTileChunkRows = 128;  // the same of tile registers
+constexpr int64_t kLeastTileRows = 8;    // below them a register is filled for little
+constexpr int64_t kPanelTiles = 8;       // tiles of a task, where one chunk takes all rows;
+constexpr int64_t kReadAgain = 4;  // else 256 KB of int8 at K = 4096 stay in L2 for all chunks
 constexpr int64_t kCachedBytes = int64_t(4)
                                  << 20;  // of a weight that caches may hold from call to call
 constexpr int64_t kDecodedTiles = 16;    // 64 KB of floats in the backward
@@ -120,6 +122,9 @@ struct Chosen {
   Isa isa;
   void (*product)(const QuantizedTask&);
   bool pairs;  // x stays bf16
+
+  bool tiles() const { return isa == Isa::amx; }
+  int64_t chunk_rows() const { return tiles() ? kTileChunkRows : kChunkRows; }
 };
 
 const QuantizedKernels& baseline(Isa isa) {
@@ -133,8 +138,12 @@ const QuantizedKernels& baseline(Isa isa) {
 Isa at_most(Isa isa, Isa limit) { return isa < limit ? isa : limit; }
 
 // Each product by the highest instruction set that adds something to it.
-Chosen choose(int64_t bits, bool integer, bool bf16) {
+Chosen choose(int64_t m, int64_t bits, bool integer, bool bf16) {
   const Isa isa = active_isa();
+#ifdef BIGOPS_AMX
+  if (isa >= Isa::amx && integer && bits == 8 && m >= kLeastTileRows)
+    return {Isa::amx, amx_quantized.w8a8, false};
+#endif
   const IntegerProducts* integers = &baseline(isa).integer;
   const FloatProducts* floats = &baseline(isa).floats;
   bool pairs = false;
@@ -152,7 +161,7 @@ Chosen choose(int64_t bits, bool integer, bool bf16) {
 }
 
 Chosen choose(const CompressedCall& call, const Weight& w) {
-  return choose(w.bits, w.integer(), call.kind == kBFloat16);
+  return choose(call.m, w.bits, w.integer(), call.kind == kBFloat16);
 }
 
 // x as the kernels read it: rows of whole lines, zero beyond K, in u8, float or bf16.
@@ -162,7 +171,7 @@ class Rows {
       : item_(w.integer()    ? 1
               : chosen.pairs ? 2
                              : 4),
-        stride_(w.lines * w.columns * item_),
+        stride_(round_up(w.lines * w.columns * item_, chosen.tiles() ? kStepBytes : 1)),
         head_(round_up(call.m * 4, 64)),
         direct_(stride_ == call.k * static_cast<int64_t>(call.item()) &&
                 item_ == static_cast<int64_t>(call.item()) && !(w.integer() && w.bits == 4)),
@@ -255,13 +264,14 @@ void product(const CompressedCall& call, const Weight& w, void* y, YKind y_kind)
   const Rows x(call, w, chosen);
   const bool wide = w.exact() && call.k > exact_columns(w.zero() != nullptr);
   const int64_t threads = torch::stable::get_num_threads();
+  const int64_t chunk = chosen.chunk_rows();
   const int64_t panel =
-      call.m > kChunkRows || w.tiles < 4 * threads * kPanelTiles ? kReadAgain : kPanelTiles;
+      call.m > chunk || w.tiles < 4 * threads * kPanelTiles ? kReadAgain : kPanelTiles;
   const int64_t panels = (w.tiles + panel - 1) / panel;
   // A task takes all rows of x, so that its panel is read from memory once, unless tasks run short.
-  const int64_t chunks = (call.m + kChunkRows - 1) / kChunkRows;
+  const int64_t chunks = (call.m + chunk - 1) / chunk;
   const int64_t split = panels >= 4 * threads ? 1 : chunks < 4 ? chunks : 4;
-  const int64_t per_task = (chunks + split - 1) / split * kChunkRows;
+  const int64_t per_task = (chunks + split - 1) / split * chunk;
   const int64_t stride = panel * kWeightTile;
 
   QuantizedTask base{};
@@ -287,7 +297,7 @@ void product(const CompressedCall& call, const Weight& w, void* y, YKind y_kind)
     t.tiles = w.tiles - tile < panel ? w.tiles - tile : panel;
     t.scale = w.scale() + tile * kWeightTile;
     if (w.zero() != nullptr) t.zero_point = w.zero() + tile * kWeightTile;
-    const int64_t sums = kChunkRows * stride;
+    const int64_t sums = chunk * stride;
     char* memory = scratch(sums * (wide ? 12 : w.exact() ? 4 : 8));
     t.out = memory + (wide ? sums * 8 : 0);
     if (!w.exact()) t.totals = reinterpret_cast<float*>(memory + sums * 4);
@@ -300,8 +310,8 @@ void product(const CompressedCall& call, const Weight& w, void* y, YKind y_kind)
     else if (w.integer())
       t.row_sum = static_cast<const float*>(data(w.sum_tensor)) + f.n0;
     const int64_t stop = row + per_task < call.m ? row + per_task : call.m;
-    for (int64_t m = row; m < stop; m += kChunkRows) {
-      t.rows = stop - m < kChunkRows ? stop - m : kChunkRows;
+    for (int64_t m = row; m < stop; m += chunk) {
+      t.rows = stop - m < chunk ? stop - m : chunk;
       t.x = x.at(m);
       t.from_memory = m == row && w.tiles * w.tile_bytes() > kCachedBytes;
       if (w.integer()) {
@@ -441,17 +451,18 @@ std::tuple<Tensor, Tensor> quantized_linear_backward(
 
 }  // namespace
 
-std::pair<std::string, std::string> choose_quantized_linear(int64_t bits,
+std::pair<std::string, std::string> choose_quantized_linear(int64_t m, int64_t bits,
                                                             const std::string& activations,
                                                             const std::string& dtype, bool y_u8) {
   const bool integer = activations != kActivateWords[kFloating];
-  const Chosen chosen = choose(bits, integer, dtype == "bf16");
+  const Chosen chosen = choose(m, bits, integer, dtype == "bf16");
   const std::string width = bits == 8 ? "8" : "4";
   const std::string form = form_name("w" + width + (integer ? "a8" : ""), y_u8);
   const std::string weight = "int" + width + " weight in tiles of 16 rows, ";
   return {kernel_name(chosen.isa, "quantized_linear", dtype.c_str(), form.c_str()),
           weight +
-              (integer        ? "u8 activations, integer sums"
+              (chosen.tiles() ? "u8 activations, integer sums in tile registers"
+               : integer      ? "u8 activations, integer sums"
                : chosen.pairs ? "pairs of bf16 activations, float sums"
                               : "float activations and sums") +
               (y_u8 ? ", result stored as u8" : "")};

@@ -87,6 +87,9 @@ struct QuantizedKernels {
 
 extern const QuantizedKernels portable_quantized, avx2_quantized, avx512_quantized;
 extern const IntegerProducts avx512vnni_quantized;
+// Reads whole steps of kStepBytes of a row of x, whatever they hold past K.
+extern const IntegerProducts amx_quantized;
+constexpr int64_t kStepBytes = 64;
 extern const FloatProducts avx512bf16_quantized;
 
 }  // namespace bigops
