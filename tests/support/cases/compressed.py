@@ -68,8 +68,8 @@ FORMATS = ("int8", "w4_zero", "w4a8", "sparse_int8", "sparse_float", "sparse_bf1
 VALUES = {"s8": torch.int8, "f32": torch.float32, "bf16": torch.bfloat16}  # of sparse_linear
 SPARSE = {"sparse_int8": "s8", "sparse_float": "f32", "sparse_bf16": "bf16"}
 PATTERNS = ("1x1", "1x4", "4x1", "16x1", "16x16", "32x32", "2:4")
-# Rows of x from which tile registers serve, by the bits of a weight whose activations are u8.
-TILE_ROWS = {8: 8}
+# Rows of x, and columns of a group, from which tile registers serve u8 activations.
+TILE_ROWS, TILE_GROUP = 8, 64
 
 
 def kernel_of(form: str, level: str, dtype: str, m: int) -> str:
@@ -78,7 +78,8 @@ def kernel_of(form: str, level: str, dtype: str, m: int) -> str:
     rounds = options.get("activations", "none" if {"bits", "group"} & set(options) else "dynamic")
     bits = options.get("bits", 8)
     if rounds != "none":
-        adds = ["avx512vnni", "amx"] if m >= TILE_ROWS.get(bits, m + 1) else ["avx512vnni"]
+        tiles = m >= TILE_ROWS and options.get("group", TILE_GROUP) >= TILE_GROUP
+        adds = ["avx512vnni", "amx"] if tiles else ["avx512vnni"]
     else:
         adds = ["avx512bf16"] if dtype == "bf16" else []
     isa = served_by(level, *adds)
