@@ -51,7 +51,14 @@ def _compiler() -> str | None:
 
 
 _NOT_ON_CPU = ("fp8_linear",)
-_NOT_ON_GPU = ("attention", "norm", "norm_act_quant", "norm_with_sum", "packed_linear", "quantized_embedding")
+_NOT_ON_GPU = (
+    "attention",
+    "norm",
+    "norm_act_quant",
+    "norm_with_sum",
+    "packed_linear",
+    "quantized_embedding",
+)
 _IN_CUDA = {  # which calls of them
     "quantized_linear": "for few rows",
     "sparse_linear": "for few rows",
