@@ -13,6 +13,7 @@ from __future__ import annotations
 from torch import fx
 
 from bigops.graph.passes import (
+    attention,
     clean,
     epilogue,
     fold,
@@ -23,6 +24,7 @@ from bigops.graph.passes import (
     rows,
     siblings,
     u8_chain,
+    written_out,
 )
 
 # In this order: what one leaves is what the next looks for.
@@ -35,14 +37,16 @@ PASSES = {
     "siblings": siblings.run,
     "pack": products.pack,
     "fuse": products.fuse,
+    "written_out": written_out.run,
     "epilogue": epilogue.run,
     "u8_chain": u8_chain.run,
+    "attention": attention.run,
     "norm": norm.run,
 }
 # Those that make new weights of the module's own, which nobody may write afterwards.
 OWNING = ("fold", "rows", "siblings", "pack", "u8_chain")
 # Those that put ops of this package into a graph.
-GIVE_OPS = ("pack", "fuse", "epilogue", "u8_chain", "norm")
+GIVE_OPS = ("pack", "fuse", "epilogue", "u8_chain", "attention", "norm")
 
 
 def run(module: fx.GraphModule, owns: bool) -> dict[str, int]:

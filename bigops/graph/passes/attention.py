@@ -16,7 +16,7 @@ from bigops.graph.passes.rewrite import (
     same,
     value,
 )
-from bigops.ops.attention import op
+from bigops.ops.attention.choose import op
 
 _SDPA = aten.scaled_dot_product_attention.default
 _COPIES = (aten.contiguous.default, aten.clone.default)

@@ -64,7 +64,7 @@ def _out_of_place(module: fx.GraphModule) -> int:
         x = args(node)[0]
         if not name.endswith("_") or plain is None or x.op != "call_function":
             continue
-        if any(r.alias_info is not None for r in x.target._schema.returns) or not node.users:
+        if _views(x) or not node.users:
             continue  # it may lie in the memory of another
         readers = [user for user in x.users if user is not node]
         if any(place[user] > place[node] or _views(user) for user in readers):
