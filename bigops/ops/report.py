@@ -51,7 +51,7 @@ def _compiler() -> str | None:
 
 
 _NOT_ON_CPU = ("fp8_linear",)
-_NOT_ON_GPU = ("packed_linear",)
+_NOT_ON_GPU = ("act_quant", "packed_linear")
 _IN_CUDA = {  # which calls of them
     "quantized_linear": "for few rows",
     "sparse_linear": "for few rows",

@@ -77,6 +77,7 @@ struct Avx512 {
     return _mm512_or_ps(magnitude, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));
   }
   static float reduce(reg v) { return _mm512_reduce_add_ps(v); }
+  static float reduce_max(reg v) { return _mm512_reduce_max_ps(v); }
 
   static reg relu(reg v) { return max(zero(), v); }
   static reg step(reg v) {

@@ -90,6 +90,7 @@ struct Scalar {
   static reg min(reg a, reg b) { return a < b ? a : b; }  // b where one is NaN
   static reg max(reg a, reg b) { return a > b ? a : b; }
   static Acc reduce(reg v) { return v; }
+  static Acc reduce_max(reg v) { return v; }
   // Keeps NaN in v.
   static reg relu(reg v) { return v < 0 ? 0 : v; }
   static reg step(reg v) { return v <= 0 ? Acc(0) : Acc(1); }  // derivative of relu, 1 at NaN
