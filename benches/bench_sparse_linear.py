@@ -33,6 +33,8 @@ from bigops.formats.sparse import SparseWeight
 from bigops.ops.sparse_linear.bitmap import MAX_ROWS as BITMAP_ROWS
 
 ROWS = (1, 4, 16, 64, 128, 256, 1024)
+# (K, N) of encoders of 384 and 768: output, merged q/k/v, up and down
+MODEL = ((384, 384), (384, 1152), (384, 1536), (1536, 384), (768, 768), (768, 3072), (3072, 768))
 SHAPES = ((768, 3072), (1024, 1024), (4096, 4096), (4096, 11008))
 PATTERNS = ("1x1", "1x4", "4x1", "16x1", "16x16", "32x32", "2:4")
 VALUES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -76,6 +78,8 @@ def cases() -> list[Case]:
                 _case("grid", m, k, n, s, "fp32", "1x1", rotate=rotate)
                 for s in (0.5, 0.6, 0.8, 0.9)
             ]
+    for k, n in MODEL:
+        found += [_case("model", m, k, n, s) for m in (64, 512, 1024) for s in (0.8, 0.9)]
     for m in (1, 16):
         found += [_case("decode", m, 4096, 4096, s, "bf16", "1x1", rotate=True) for s in (0.5, 0.7)]
     for m in (16, 128):
@@ -131,6 +135,7 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
         sides.append(bitmap_side(case, x, own, bias, activation, sparse))
     if device == "cpu":
         if values == "int8":
+            sides.append(_on_rows(x, own, bias, activation, sparse))
             sides.append(_dense_int8(case, x, weight, bias, activation, total, moved))
             sides += families.dense_int8_sides(case, x, weight, bias, activation)
         elif values == "bf16":
@@ -161,6 +166,17 @@ def bitmap_side(
         f"{OWN} bitmap",
         lambda: bigops.sparse_linear(x, take(), bias, None, activation),
         replace(cost, nbytes=cost.nbytes - own.nbytes + packed.nbytes),
+    )
+
+
+def _on_rows(x: Tensor, own: SparseWeight, bias: Tensor, activation: str, cost: Cost) -> Side:
+    """The product behind one `act_quant` that serves several."""
+    rows = bigops.act_quant(x)
+    moved = cost.nbytes - x.nbytes + rows.values.nbytes
+    return Side(
+        f"{OWN} on rows",
+        lambda: bigops.sparse_linear(rows, own, bias, None, activation),
+        replace(cost, nbytes=moved),
     )
 
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "QuantizedRows": "bigops.formats.quantize",
+    "act_quant": "bigops.ops.act_quant",
     "attention": "bigops.ops.attention",
     "fp8_linear": "bigops.ops.fp8_linear",
     "fused_adamw": "bigops.ops.fused_adamw",
@@ -75,8 +77,10 @@ __all__ = [
     "Int4",
     "Int8",
     "LowRank",
+    "QuantizedRows",
     "Receipt",
     "Sparse",
+    "act_quant",
     "add_lora_",
     "attention",
     "compress",
@@ -119,11 +123,13 @@ if TYPE_CHECKING:
     from bigops.compress.receipt import Floors, Receipt
     from bigops.compress.store import load, save
     from bigops.files import FormatError
+    from bigops.formats.quantize import QuantizedRows
     from bigops.graph.add_lora import add_lora_
     from bigops.graph.deploy import deploy
     from bigops.graph.fuse import fuse_
     from bigops.graph.pack import pack_, unpack_
     from bigops.graph.plain import plain
+    from bigops.ops.act_quant import act_quant
     from bigops.ops.attention import attention
     from bigops.ops.explain import explain
     from bigops.ops.fp8_linear import fp8_linear

@@ -74,6 +74,11 @@ class Format:
         return False
 
     @property
+    def takes_rows(self) -> bool:
+        """Whether a product may take x as `QuantizedRows`: it finds those of each row itself."""
+        return False
+
+    @property
     def x_dtypes(self) -> tuple[torch.dtype, ...]:
         """The floating dtypes that x may have in a product with this weight."""
         return FLOATS

@@ -27,6 +27,17 @@ class Rows(NamedTuple):
     zero_point: Tensor  # [.., 1] float32, whole numbers 0..255
 
 
+class QuantizedRows(NamedTuple):
+    """Rows as kernels hand them over: row r is about ``scale[r] * (values[r] - zero_point[r])``.
+
+    `bigops.act_quant` makes them; `quantized_linear` and `sparse_linear` take them for x.
+    """
+
+    values: Tensor  # [.., K] uint8
+    scale: Tensor  # [..] float32; NaN for a row that held NaN or inf
+    zero_point: Tensor  # [..] int32, 0..255
+
+
 def act_quant(x: Tensor, activations: str = "dynamic", qparams: Tensor | None = None) -> Rows:
     """Quantise each row of ``x`` [.., K] to u8 so that zero is represented exactly.
 

@@ -135,6 +135,10 @@ class QuantizedWeight(Format):
     def rounds(self) -> bool:
         return self.activations != "none"
 
+    @property
+    def takes_rows(self) -> bool:
+        return self.activations in ("dynamic", "symmetric")
+
     def row_dims(self) -> dict[str, int]:
         return {"values": 0, "scale": 1, "zero_point": 1, "row_sum": 0}
 

@@ -88,6 +88,10 @@ class SparseWeight(Format):
     def rounds(self) -> bool:
         return self.scale is not None
 
+    @property
+    def takes_rows(self) -> bool:
+        return self.rounds
+
     @classmethod
     def form(
         cls, values: str = "int8", chunk: int | None = None, activations: str = "dynamic"

@@ -1,5 +1,6 @@
 """Torch ops. One line per op: the module registers schema, reference, fake, autograd, kernels."""
 
+from bigops.ops.act_quant import act_quant
 from bigops.ops.attention import attention
 from bigops.ops.fp8_linear import fp8_linear
 from bigops.ops.fused_adamw import fused_adamw, fused_grad_norm, fused_sgd
@@ -13,6 +14,7 @@ from bigops.ops.quantized_linear import quantized_linear
 from bigops.ops.sparse_linear import sparse_linear
 
 __all__ = [
+    "act_quant",
     "attention",
     "fp8_linear",
     "fused_adamw",

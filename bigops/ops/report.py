@@ -52,6 +52,7 @@ def _compiler() -> str | None:
 
 _NOT_ON_CPU = ("fp8_linear",)
 _NOT_ON_GPU = (
+    "act_quant",
     "attention",
     "norm",
     "norm_act_quant",

@@ -6,6 +6,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <tuple>
 
 namespace bigops {
 
@@ -17,6 +18,15 @@ SelectedCompressed select_compressed() {
   if (isa == Isa::avx2) return {&avx2_compressed, isa};
 #endif
   return {&portable_compressed, Isa::portable};
+}
+
+FloatKind float_kind(const char* name, ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return kFloat32;
+    case ScalarType::BFloat16: return kBFloat16;
+    case ScalarType::Half: return kFloat16;
+    default: fail(name, "dtype f32, bf16 or f16", short_name(dtype));
+  }
 }
 
 namespace {
@@ -33,8 +43,7 @@ CompressedCall check_call(const Tensor& x, int64_t n, int64_t k, const OptTensor
             : residual.has_value() ? residual->scalar_type()
                                    : ScalarType::Float;
   }
-  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half)
-    fail(source, "dtype f32, bf16 or f16", short_name(dtype));
+  const FloatKind kind = float_kind(source, dtype);
   if (x.dim() == 0 || x.size(x.dim() - 1) != k)
     fail("x", "shape [.., " + std::to_string(k) + "]", shape_of(x));
   int64_t m = 1;
@@ -52,9 +61,6 @@ CompressedCall check_call(const Tensor& x, int64_t n, int64_t k, const OptTensor
     if (!same)
       fail("residual", "x's shape with " + std::to_string(n) + " columns", shape_of(*residual));
   }
-  const FloatKind kind = dtype == ScalarType::Float      ? kFloat32
-                         : dtype == ScalarType::BFloat16 ? kBFloat16
-                                                         : kFloat16;
   return {select_compressed(), m,   n, k, dtype, kind, code, dense(x), dense(bias),
           dense(residual),     x_u8};
 }
@@ -85,7 +91,10 @@ CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const Opt
   const bool u8 = x.scalar_type() == ScalarType::Byte;
   if (u8 && !x_qparams.has_value()) fail("x", "a floating dtype without x_qparams", "u8");
   CompressedCall call = check_call(x, n, k, bias, residual, activation, u8);
-  if (x_qparams.has_value()) call.x_qparams = check_qparams("x_qparams", *x_qparams);
+  if (x_qparams.has_value()) {
+    call.x_qparams = check_qparams("x_qparams", *x_qparams);
+    call.mode = kStaticRows;
+  }
   if (y_qparams.has_value()) call.y_qparams = check_qparams("y_qparams", *y_qparams);
   return call;
 }
@@ -105,18 +114,50 @@ Qparams check_qparams(const char* name, const Tensor& t) {
   return {scale, static_cast<int32_t>(zero)};
 }
 
-void quantize_row(const CompressedCall& call, int64_t i, uint8_t* q, float* scale,
-                  int32_t* zero_point) {
-  const CompressedKernels& kernels = call.kernels();
-  if (call.x_u8) {
-    *scale = call.x_qparams->scale;
-    *zero_point = call.x_qparams->zero_point;
-    if (call.k > 0) std::memcpy(q, call.row(i), static_cast<size_t>(call.k));
-  } else if (call.x_qparams) {
-    kernels.quantize_static[call.kind](call.row(i), call.k, q, call.x_qparams->scale,
-                                       call.x_qparams->zero_point, scale, zero_point);
-  } else {
-    kernels.quantize[call.kind](call.row(i), call.k, q, scale, zero_point);
+CompressedCall check_compressed_rows(const Tensor& x, const Tensor& x_scale,
+                                     const Tensor& x_zero_point, int64_t n, int64_t k,
+                                     const OptTensor& bias, const OptTensor& residual,
+                                     int64_t activation) {
+  check_dtype("x", x, ScalarType::Byte);
+  CompressedCall call = check_call(x, n, k, bias, residual, activation, true);
+  for (const auto& [name, tensor, dtype] :
+       {std::tuple<const char*, const Tensor*, ScalarType>{"x_scale", &x_scale, ScalarType::Float},
+        {"x_zero_point", &x_zero_point, ScalarType::Int}}) {
+    check_cpu(name, *tensor);
+    check_dtype(name, *tensor, dtype);
+    bool same = tensor->dim() == x.dim() - 1;
+    for (int64_t i = 0; same && i + 1 < x.dim(); ++i) same = tensor->size(i) == x.size(i);
+    if (!same) fail(name, "x's shape without the last dimension", shape_of(*tensor));
+  }
+  call.x_scale = dense(x_scale);
+  call.x_zero_point = dense(x_zero_point);
+  return call;
+}
+
+void u8_qparams(const CompressedCall& call, int64_t first, int64_t rows, float* scale,
+                int32_t* zero_point) {
+  for (int64_t i = 0; i < rows; ++i) {
+    scale[i] = call.x_scale ? static_cast<const float*>(data(call.x_scale))[first + i]
+                            : call.x_qparams->scale;
+    zero_point[i] = call.x_zero_point
+                        ? static_cast<const int32_t*>(data(call.x_zero_point))[first + i]
+                        : call.x_qparams->zero_point;
+  }
+}
+
+void quantize_rows(const CompressedCall& call, int64_t first, int64_t rows, char* q, int64_t stride,
+                   float* scale, int32_t* zero_point) {
+  if (!call.x_u8) {
+    const Qparams qparams = call.x_qparams.value_or(Qparams{0.0f, 0});
+    call.kernels().quantize[call.kind]({call.row(first), rows, call.k, call.mode, qparams.scale,
+                                        qparams.zero_point, reinterpret_cast<uint8_t*>(q), stride,
+                                        scale, zero_point});
+    return;
+  }
+  u8_qparams(call, first, rows, scale, zero_point);
+  for (int64_t i = 0; i < rows; ++i, q += stride) {
+    if (call.k > 0) std::memcpy(q, call.row(first + i), static_cast<size_t>(call.k));
+    std::memset(q + call.k, 0, static_cast<size_t>(stride - call.k));
   }
 }
 
@@ -152,67 +193,6 @@ char* scratch(int64_t bytes) {
     if (!memory) throw std::bad_alloc();
   }
   return static_cast<char*>(memory.get());
-}
-
-Activations::Activations(const CompressedCall& call, int64_t stride, int64_t padded_rows)
-    : buffer_(2 * round_up(call.m * 4, 64) + padded_rows * stride),
-      m_(call.m),
-      zero_point_(round_up(call.m * 4, 64)),
-      data_(2 * zero_point_),
-      stride_(stride) {}
-
-Activations Activations::rows(const CompressedCall& call, int64_t stride) {
-  Activations a(call, stride, call.m);
-  float* scale = reinterpret_cast<float*>(a.buffer_.at(0));
-  int32_t* zero_point = reinterpret_cast<int32_t*>(a.buffer_.at(a.zero_point_));
-  const auto quantize = call.kernels().quantize[call.kind];
-  auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      char* q = a.buffer_.at(a.data_ + i * stride);
-      quantize(call.row(i), call.k, reinterpret_cast<uint8_t*>(q), scale + i, zero_point + i);
-      std::memset(q + call.k, 0, static_cast<size_t>(stride - call.k));
-    }
-  };
-  for_tasks(call.m, call.m * call.k > kWorthThreads / 4, run);
-  return a;
-}
-
-Activations Activations::make_tiles(const CompressedCall& call, int vectors) {
-  const CompressedKernels& kernels = call.kernels();
-  const int64_t w = kernels.width;
-  const int64_t words = (call.k + 3) / 4;  // of a row
-  Activations a(call, words * 4, round_up(call.m, w));
-  a.width_ = kernels.width;
-  a.tile_rows_ = w * vectors;
-  float* scale = reinterpret_cast<float*>(a.buffer_.at(0));
-  int32_t* zero_point = reinterpret_cast<int32_t*>(a.buffer_.at(a.zero_point_));
-  const int64_t row_bytes = words * 4;
-  auto run = [&](int64_t begin, int64_t end) {
-    char* row = scratch(w * row_bytes);
-    for (int64_t group = begin; group < end; ++group) {
-      for (int64_t j = 0; j < w; ++j) {
-        const int64_t i = group * w + j;
-        char* q = row + j * row_bytes;
-        if (i >= call.m) {
-          std::memset(q, 0, static_cast<size_t>(row_bytes));
-        } else {
-          kernels.quantize[call.kind](call.row(i), call.k, reinterpret_cast<uint8_t*>(q), scale + i,
-                                      zero_point + i);
-          std::memset(q + call.k, 0, static_cast<size_t>(row_bytes - call.k));
-        }
-      }
-      const int64_t tile = group / vectors;
-      const int64_t lanes = a.vectors(tile) * w;
-      char* to = a.buffer_.at(a.data_ + a.first_row(tile) * row_bytes) + group % vectors * w * 4;
-      kernels.transpose({row, words, w, words, to, lanes});
-    }
-  };
-  for_tasks((call.m + w - 1) / w, call.m * call.k > kWorthThreads / 8, run);
-  return a;
-}
-
-Activations Activations::tiles(const CompressedCall& call) {
-  return make_tiles(call, call.kernels().max_vectors);
 }
 
 Pointwise pointwise_backward(const CompressedCall& call, const Tensor& grad, const float* z,

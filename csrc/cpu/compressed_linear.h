@@ -26,6 +26,11 @@ std::pair<std::string, std::string> choose_quantized_linear(int64_t m, int64_t b
 std::pair<std::string, std::string> choose_sparse_linear(int64_t m, const std::string& values,
                                                          const std::string& dtype, bool y_u8);
 
+std::pair<std::string, std::string> choose_act_quant(const std::string& dtype, bool symmetric);
+
+// The floating dtypes that are served; raises for others.
+FloatKind float_kind(const char* name, ScalarType dtype);
+
 // u8 numbers q stand for scale * (q - zero_point).
 struct Qparams {
   float scale;
@@ -44,8 +49,9 @@ struct CompressedCall {
   Tensor x;
   OptTensor bias, residual;
   bool x_u8 = false;
-  std::optional<Qparams> x_qparams,
-      y_qparams;  // of the ops that have them; x_qparams with x_u8 at least
+  std::optional<Qparams> x_qparams, y_qparams;  // of the ops that have them
+  OptTensor x_scale, x_zero_point;              // [M] of a u8 x in quantised rows
+  QuantizeMode mode = kDynamicRows;             // where x becomes u8; kStaticRows by x_qparams
 
   const CompressedKernels& kernels() const { return *selected.kernels; }
   size_t item() const { return x_u8 ? 1 : dtype == ScalarType::Float ? 4 : 2; }
@@ -65,9 +71,20 @@ CompressedCall check_compressed(const Tensor& x, int64_t n, int64_t k, const Opt
                                 const OptTensor& y_qparams, const OptTensor& bias,
                                 const OptTensor& residual, int64_t activation);
 
-// Row i of x to u8, its scale and zero point; copied where it is u8 already.
-void quantize_row(const CompressedCall& call, int64_t i, uint8_t* q, float* scale,
-                  int32_t* zero_point);
+// The same where x is the u8 values of quantised rows, as act_quant gives them.
+CompressedCall check_compressed_rows(const Tensor& x, const Tensor& x_scale,
+                                     const Tensor& x_zero_point, int64_t n, int64_t k,
+                                     const OptTensor& bias, const OptTensor& residual,
+                                     int64_t activation);
+
+// Scales and zero points of rows [first, first + rows) of a u8 x.
+void u8_qparams(const CompressedCall& call, int64_t first, int64_t rows, float* scale,
+                int32_t* zero_point);
+
+// Rows [first, first + rows) of x to u8 [rows][stride], zero from K on, and their scales and zero
+// points; copied where they are u8 already.
+void quantize_rows(const CompressedCall& call, int64_t first, int64_t rows, char* q, int64_t stride,
+                   float* scale, int32_t* zero_point);
 
 // The part of a FinishTask that is the same for all of a call. `y_bad` outlives the tasks.
 FinishTask finish_task(const CompressedCall& call, void* y, YKind kind, int32_t* y_bad);
@@ -89,41 +106,6 @@ class Buffer {
 char* scratch(int64_t bytes);
 
 inline int64_t round_up(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
-
-// x as u8 rows [M][stride], zero beyond K; or in tiles of the columns form (simd/compressed.h).
-class Activations {
- public:
-  static Activations rows(const CompressedCall& call, int64_t stride);
-  static Activations tiles(const CompressedCall& call);  // u8
-
-  const float* scale() const { return reinterpret_cast<const float*>(buffer_.at(0)); }
-  const int32_t* zero_point() const {
-    return reinterpret_cast<const int32_t*>(buffer_.at(zero_point_));
-  }
-  const char* data() const { return buffer_.at(data_); }
-  int64_t stride() const { return stride_; }
-
-  int64_t count() const { return (m_ + tile_rows_ - 1) / tile_rows_; }
-  int64_t first_row(int64_t tile) const { return tile * tile_rows_; }
-  int64_t row_count(int64_t tile) const {
-    const int64_t left = m_ - first_row(tile);
-    return left < tile_rows_ ? left : tile_rows_;
-  }
-  int vectors(int64_t tile) const {
-    return static_cast<int>((row_count(tile) + width_ - 1) / width_);
-  }
-  const char* tile(int64_t i) const { return data() + first_row(i) * stride_; }
-
- private:
-  Activations(const CompressedCall& call, int64_t stride, int64_t padded_rows);
-  static Activations make_tiles(const CompressedCall& call, int vectors);
-
-  Buffer buffer_;
-  int64_t m_, zero_point_, data_;
-  int64_t stride_;  // bytes of a row of x in either form
-  int64_t tile_rows_ = 1;
-  int width_ = 1;
-};
 
 // f(task) over [0, tasks): each thread takes the next one when it is done, so rows of uneven
 // length balance. A task writes its own part of the result, whichever thread runs it.

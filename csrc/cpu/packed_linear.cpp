@@ -61,7 +61,7 @@ class Words {
       return;
     }
     const bool worth = call.m * call.k > kWorthThreads / 16;
-    copy_.emplace(call.m, words, worth, [&](int64_t i, char* to) {
+    const auto fill = each_row([&](int64_t i, char* to) {
       if (pairs) {
         std::memcpy(to, call.row(i), static_cast<size_t>(call.k * 2));
         std::memset(to + call.k * 2, 0, static_cast<size_t>(words * 4 - call.k * 2));
@@ -69,6 +69,7 @@ class Words {
         call.kernels().widen[call.kind](call.row(i), call.k, reinterpret_cast<float*>(to));
       }
     });
+    copy_.emplace(call.m, words, worth, fill);
     base_ = copy_->row(0);
     stride_ = copy_->stride();
   }

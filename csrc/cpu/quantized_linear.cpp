@@ -28,10 +28,6 @@ constexpr int64_t kCachedBytes = int64_t(4)
 constexpr int64_t kDecodedTiles = 16;    // 64 KB of floats in the backward
 constexpr int64_t kGradChunk = 192;      // rows of a gradient that share them, 48 KB
 
-// K whose sums fit int32: 255 * 128 a column before the zero points are taken off (which may
-// wrap), 255 * 255 after.
-constexpr int64_t exact_columns(bool zero_points) { return zero_points ? 32768 : kExactColumns; }
-
 struct Chosen {
   Isa isa;
   void (*product)(const QuantizedTask&);
@@ -94,22 +90,14 @@ class Rows {
     if (direct_ && !w.integer()) return;
     const QuantizedKernels& kernels = baseline(active_isa());
     const auto fill = [&](int64_t begin, int64_t end) {
+      if (w.integer()) return quantize(call, w, kernels, begin, end);
       for (int64_t i = begin; i < end; ++i) {
-        if (direct_) {
-          scale()[i] = call.x_qparams->scale;
-          zero()[i] = call.x_qparams->zero_point;
-          add_up(w, kernels, i, reinterpret_cast<const uint8_t*>(at(i)));
-          continue;
-        }
         char* to = const_cast<char*>(at(i));
-        if (w.integer())
-          quantize(call, w, kernels, i, reinterpret_cast<uint8_t*>(to));
-        else if (chosen.pairs)
+        if (chosen.pairs)
           std::memcpy(to, call.row(i), static_cast<size_t>(call.k * 2));
         else
           call.kernels().widen[call.kind](call.row(i), call.k, reinterpret_cast<float*>(to));
-        if (!w.integer())
-          std::memset(to + call.k * item_, 0, static_cast<size_t>(stride_ - call.k * item_));
+        std::memset(to + call.k * item_, 0, static_cast<size_t>(stride_ - call.k * item_));
       }
     };
     for_tasks(call.m, call.m * call.k > kWorthThreads / 4, fill);
@@ -122,20 +110,20 @@ class Rows {
   int32_t* sum() const { return reinterpret_cast<int32_t*>(buffer_.at(2 * head_)); }
 
  private:
+  // Rows [begin, end), which are u8 already where they are read directly.
   void quantize(const CompressedCall& call, const Weight& w, const QuantizedKernels& kernels,
-                int64_t i, uint8_t* q) {
-    if (w.mode == kSymmetric)
-      call.kernels().quantize_symmetric[call.kind](call.row(i), call.k, q, scale() + i, zero() + i);
+                int64_t begin, int64_t end) {
+    if (direct_)
+      u8_qparams(call, begin, end - begin, scale() + begin, zero() + begin);
     else
-      quantize_row(call, i, q, scale() + i, zero() + i);
-    std::memset(q + call.k, 0, static_cast<size_t>(stride_ - call.k));
-    add_up(w, kernels, i, q);
-    if (w.bits == 4) kernels.interleave(q, stride_);
-  }
-
-  void add_up(const Weight& w, const QuantizedKernels& kernels, int64_t i, const uint8_t* q) {
-    if (w.bits == 8 && w.zero() != nullptr)
-      sum()[i] = kernels.sum(q, w.k) - static_cast<int32_t>(w.k) * zero()[i];
+      quantize_rows(call, begin, end - begin, const_cast<char*>(at(begin)), stride_,
+                    scale() + begin, zero() + begin);
+    for (int64_t i = begin; i < end; ++i) {
+      uint8_t* q = reinterpret_cast<uint8_t*>(const_cast<char*>(at(i)));
+      if (w.bits == 8 && w.zero() != nullptr)
+        sum()[i] = kernels.sum(q, w.k) - static_cast<int32_t>(w.k) * zero()[i];
+      if (w.bits == 4) kernels.interleave(q, stride_);
+    }
   }
 
   int64_t item_, stride_, head_;
@@ -184,7 +172,7 @@ void product(const CompressedCall& call, const Weight& w, void* y, YKind y_kind)
   const CompressedKernels& kernels = call.kernels();
   const Chosen chosen = choose(call, w);
   const Rows x(call, w, chosen);
-  const bool wide = w.exact() && call.k > exact_columns(w.zero() != nullptr);
+  const bool wide = w.exact() && call.k > kExactColumns;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t chunk = chosen.chunk_rows();
   const int64_t panel = panel_of(chosen, call.m, w.tiles, threads);
@@ -309,7 +297,17 @@ void gradient(const CompressedCall& call, const Weight& w, const float* gz, void
                 call.m * call.n * call.k > kWorthThreads, run);
 }
 
-Tensor run(const CompressedCall& call, const Weight& w) {
+// A call whose x becomes u8 as the weight says.
+CompressedCall seen_by(const Weight& w, CompressedCall call) {
+  call.x_qparams = w.qparams();
+  call.mode = w.mode == kStatic      ? kStaticRows
+              : w.mode == kSymmetric ? kSymmetricRows
+                                     : kDynamicRows;
+  return call;
+}
+
+Tensor run(const CompressedCall& given, const Weight& w) {
+  const CompressedCall call = seen_by(w, given);
   if (g_recording.load(std::memory_order_relaxed) != 0)
     record(choose(call, w).isa, "quantized_linear", call.x_name(),
            form_name(w.form(), call.y_qparams.has_value()).c_str());
@@ -325,9 +323,7 @@ Tensor quantized_linear(const Tensor& x, const Tensor& values, const Tensor& sca
                         const OptTensor& residual, int64_t activation) {
   const Weight w =
       check_weight(values, scale, zero_point, row_sum, x_qparams, pad, k, bits, group, activations);
-  CompressedCall call = check_compressed(x, w.n, k, bias, residual, activation);
-  call.x_qparams = w.qparams();
-  return run(call, w);
+  return run(check_compressed(x, w.n, k, bias, residual, activation), w);
 }
 
 Tensor quantized_linear_u8(const Tensor& x, const Tensor& values, const Tensor& scale,
@@ -338,6 +334,19 @@ Tensor quantized_linear_u8(const Tensor& x, const Tensor& values, const Tensor& 
   const Weight w =
       check_weight(values, scale, zero_point, row_sum, x_qparams, pad, k, bits, group, activations);
   return run(check_compressed(x, w.n, k, x_qparams, y_qparams, bias, residual, activation), w);
+}
+
+Tensor quantized_linear_rows(const Tensor& x, const Tensor& x_scale, const Tensor& x_zero_point,
+                             const Tensor& values, const Tensor& scale, const OptTensor& zero_point,
+                             const OptTensor& row_sum, const OptTensor& x_qparams, int64_t pad,
+                             int64_t k, int64_t bits, int64_t group, int64_t activations,
+                             const OptTensor& bias, const OptTensor& residual, int64_t activation) {
+  const Weight w =
+      check_weight(values, scale, zero_point, row_sum, x_qparams, pad, k, bits, group, activations);
+  if (w.mode != kDynamic && w.mode != kSymmetric)
+    fail("activations", "dynamic or symmetric with quantised rows", kActivateWords[w.mode]);
+  return run(check_compressed_rows(x, x_scale, x_zero_point, w.n, k, bias, residual, activation),
+             w);
 }
 
 std::tuple<Tensor, Tensor> quantized_linear_backward(
@@ -356,9 +365,8 @@ std::tuple<Tensor, Tensor> quantized_linear_backward(
   const bool pointwise = call.activation != kNone;
   const Buffer z(pointwise ? call.m * call.n * 4 : 0);
   if (pointwise && !call.empty()) {
-    CompressedCall plain = call;
+    CompressedCall plain = seen_by(w, call);
     plain.activation = kNone;
-    plain.x_qparams = w.qparams();
     product(plain, w, z.at(0), kYFloat);
   }
   const Pointwise p =
@@ -394,5 +402,6 @@ std::pair<std::string, std::string> choose_quantized_linear(int64_t m, int64_t b
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
   m.impl("quantized_linear.code", TORCH_BOX(&bigops::quantized_linear));
   m.impl("quantized_linear_u8.code", TORCH_BOX(&bigops::quantized_linear_u8));
+  m.impl("quantized_linear_rows.code", TORCH_BOX(&bigops::quantized_linear_rows));
   m.impl("quantized_linear_backward.code", TORCH_BOX(&bigops::quantized_linear_backward));
 }

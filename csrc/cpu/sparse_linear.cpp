@@ -38,10 +38,8 @@ struct Sums {
   char* base;
   int64_t total_bytes;
 
-  Sums(int64_t rows_, int64_t lanes_, int64_t bytes_of_a_total)
-      : rows(rows_), lanes(lanes_), total_bytes(rows * lanes * bytes_of_a_total) {
-    base = scratch(total_bytes + rows * lanes * 4);
-  }
+  Sums(char* memory, int64_t rows_, int64_t lanes_, int64_t bytes_of_a_total)
+      : rows(rows_), lanes(lanes_), base(memory), total_bytes(rows * lanes * bytes_of_a_total) {}
   size_t count() const { return static_cast<size_t>(rows * lanes); }
   template <class T>
   T* totals() const {
@@ -62,16 +60,20 @@ struct Product {
   const CompressedCall& call;
   const SparseStorage& s;
   const RowScales& row_scales;
-  const RowWords* x_rows;    // rows form
-  const TileWords* x_tiles;  // columns form
+  const RowWords* x_rows;  // rows form
+  const Tiles* x_tiles;    // columns form
   FinishTask base;
-  std::atomic<bool> sound{true};
 
   int64_t part_panels() const { return s.kind == kWordS8 ? kExactPanels : kFloatPanels; }
   bool in_parts() const { return s.panels > part_panels(); }
   bool wide() const { return s.kind == kWordS8 && in_parts(); }
 
-  void run_panel(int64_t c, int64_t p, int64_t tile, int32_t* acc) const {
+  int64_t bytes_of_a_total() const { return !in_parts() ? 0 : s.kind == kWordS8 ? 8 : 4; }
+  // Memory of `run`, for so many rows of x.
+  int64_t bytes(int64_t lanes) const { return s.chunk * lanes * (4 + bytes_of_a_total()); }
+
+  void run_panel(int64_t c, int64_t p, int64_t tile, const char* x, bool fresh,
+                 int32_t* acc) const {
     SparseTask t{};
     t.ptr = s.ptr(c, p);
     t.index = s.indices();
@@ -79,9 +81,10 @@ struct Product {
     t.words = s.values.const_data_ptr();
     t.slices = s.spc;
     if (x_tiles != nullptr) {
-      t.x = x_tiles->at(tile, p * kPanelWords);
+      t.x = x + p * kPanelWords * x_tiles->lanes(tile) * 4;
       t.vectors = x_tiles->vectors(tile);
       t.acc = acc;
+      t.fresh = fresh;
       s.kernels().columns[s.group](t);
       return;
     }
@@ -95,19 +98,21 @@ struct Product {
     }
   }
 
-  // One chunk of W and one tile of x (all rows of x in the rows form).
-  void run(int64_t c, int64_t tile) const {
+  // One chunk of W and one tile of x, which lies at `x` (all rows of x in the rows form). False
+  // where the storage is broken.
+  bool run(int64_t c, int64_t tile, const char* x, char* memory) const {
+    if (!s.sound(call.kernels(), c)) return false;
     const bool tiled = x_tiles != nullptr;
     const int64_t m0 = tiled ? x_tiles->first_row(tile) : 0;
     const int64_t rows = tiled ? x_tiles->row_count(tile) : call.m;
-    const Sums sums(s.chunk, tiled ? x_tiles->lanes(tile) : call.m,
-                    in_parts() ? (s.kind == kWordS8 ? 8 : 4) : 0);
+    const Sums sums(memory, s.chunk, tiled ? x_tiles->lanes(tile) : call.m, bytes_of_a_total());
     std::memset(sums.base, 0, static_cast<size_t>(sums.total_bytes));
     const int64_t step = part_panels();
     for (int64_t p0 = 0; p0 == 0 || p0 < s.panels; p0 += step) {  // one pass of no panels, too
-      std::memset(sums.parts<char>(), 0, sums.count() * 4);
+      if (!tiled || p0 >= s.panels)  // the columns form begins its sums with the first panel
+        std::memset(sums.parts<char>(), 0, sums.count() * 4);
       const int64_t p1 = p0 + step < s.panels ? p0 + step : s.panels;
-      for (int64_t p = p0; p < p1; ++p) run_panel(c, p, tile, sums.parts<int32_t>());
+      for (int64_t p = p0; p < p1; ++p) run_panel(c, p, tile, x, p == p0, sums.parts<int32_t>());
       if (wide())
         sums.add_part<int64_t, int32_t>();
       else if (in_parts())
@@ -115,6 +120,7 @@ struct Product {
     }
     if (wide()) to_float(sums, c, m0, rows);
     finish(sums, c, m0, rows);
+    return true;
   }
 
   // The parts become float z: by int64, since neither the sums nor zero_point * sum fit 32 bits.
@@ -150,22 +156,22 @@ struct Product {
   }
 };
 
-// Writes row i of x as words of the kind.
-auto row_filler(const CompressedCall& call, const SparseStorage& s, const RowScales& scales,
-                int64_t words) {
-  return [&call, &s, &scales, words](int64_t i, char* to) {
-    int64_t bytes = call.k * 4;
-    if (s.kind == kWordF32) {
-      call.kernels().widen[call.kind](call.row(i), call.k, reinterpret_cast<float*>(to));
-    } else if (s.kind == kWordBf16) {
-      bytes = call.k * 2;
-      if (bytes > 0) std::memcpy(to, call.row(i), static_cast<size_t>(bytes));
-    } else {
-      bytes = call.k;
-      quantize_row(call, i, reinterpret_cast<uint8_t*>(to), scales.scale() + i,
-                   scales.zero_point() + i);
+// Writes rows of x as words of the kind, zero from K on.
+auto row_filler(const CompressedCall& call, const SparseStorage& s, const RowScales& scales) {
+  return [&call, &s, &scales](int64_t first, int64_t rows, char* to, int64_t stride) {
+    if (s.kind == kWordS8) {
+      quantize_rows(call, first, rows, to, stride, scales.scale() + first,
+                    scales.zero_point() + first);
+      return;
     }
-    std::memset(to + bytes, 0, static_cast<size_t>(words * 4 - bytes));
+    const int64_t bytes = call.k * (s.kind == kWordF32 ? 4 : 2);
+    for (int64_t i = first; i < first + rows; ++i, to += stride) {
+      if (s.kind == kWordF32)
+        call.kernels().widen[call.kind](call.row(i), call.k, reinterpret_cast<float*>(to));
+      else if (bytes > 0)
+        std::memcpy(to, call.row(i), static_cast<size_t>(bytes));
+      std::memset(to + bytes, 0, static_cast<size_t>(stride - bytes));
+    }
   };
 }
 
@@ -198,6 +204,18 @@ Tensor sparse_linear_u8(const Tensor& x, const Tensor& values, const Tensor& ind
   if (x_qparams.has_value() && s.kind != kWordS8)
     fail("x_qparams", "None with floating values", "a tensor");
   return run(check_compressed(x, s.n, s.k, x_qparams, y_qparams, bias, residual, activation), s);
+}
+
+Tensor sparse_linear_rows(const Tensor& x, const Tensor& x_scale, const Tensor& x_zero_point,
+                          const Tensor& values, const Tensor& index, const Tensor& rows,
+                          const Tensor& length, const Tensor& ptr, const OptTensor& scale,
+                          const OptTensor& sums, int64_t n, int64_t chunk, const OptTensor& bias,
+                          const OptTensor& residual, int64_t activation) {
+  const SparseStorage s =
+      check_sparse(x, {values, index, rows, length, ptr, scale, sums}, n, chunk);
+  if (s.kind != kWordS8) fail("x", "a floating dtype with floating values", "u8");
+  return run(check_compressed_rows(x, x_scale, x_zero_point, s.n, s.k, bias, residual, activation),
+             s);
 }
 
 }  // namespace
@@ -324,40 +342,80 @@ void check_sparse_call(const CompressedCall& call, const SparseStorage& s) {
     fail("x", "dtype bf16, that of the values", short_name(call.dtype));
 }
 
+namespace {
+
+// Vectors of a tile of x: the most, unless threads would find no task.
+int tile_vectors(const CompressedCall& call, const SparseStorage& s) {
+  int vectors = s.kernels().max_vectors;
+  const auto tasks = [&] {
+    const int64_t rows = int64_t(s.kernels().width) * vectors;
+    return s.chunks * ((call.m + rows - 1) / rows);
+  };
+  while (vectors > 1 && tasks() < torch::stable::get_num_threads()) vectors /= 2;
+  return vectors;
+}
+
+// Whether a task takes one tile of x through all of W: it quantises and transposes the tile itself,
+// where it is cached then, and threads wait for each other once. W is read anew for each tile, so
+// that it must fit the L2 cache, and the tiles must share out.
+constexpr int64_t kNearWords = int64_t(1) << 20;  // bytes of W
+constexpr int64_t kNearTile = int64_t(1) << 18;   // of a tile
+
+bool by_tiles(const Tiles& tiles, const SparseStorage& s) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t most = (tiles.count() + threads - 1) / threads;  // tiles of a thread
+  return s.steps * kSliceRows * 4 <= kNearWords && tiles.tile_bytes() <= kNearTile &&
+         8 * most * threads <= 9 * tiles.count();
+}
+
+}  // namespace
+
 void sparse_product(const CompressedCall& call, const SparseStorage& s, void* y, YKind y_kind) {
   const RowScales scales(s.kind == kWordS8 ? call.m : 0);
   const bool worth = call.m * call.k > kWorthThreads / 16;
-  std::optional<RowWords> rows;
-  std::optional<TileWords> tiles;
-  if (rows_form(call.m))
-    rows.emplace(call.m, s.words(), worth, row_filler(call, s, scales, s.words()));
-  else
-    tiles.emplace(call.kernels(), call.m, s.used_words(), s.words(), s.kernels().max_vectors, worth,
-                  row_filler(call, s, scales, s.used_words()));
+  const bool worth_product =
+      call.m * (s.steps * kSliceRows * s.columns() + call.n * 16) > kWorthThreads;
+  const auto fill = row_filler(call, s, scales);
   int32_t y_bad = 0;
   FinishTask base = finish_task(call, y, y_kind, &y_bad);
   base.row_scale = scales.scale();
   base.zero_point = scales.zero_point();
   base.scale = s.scales();
-  Product product{call, s, scales, rows ? &*rows : nullptr, tiles ? &*tiles : nullptr, base};
-
-  const int64_t count = tiles ? tiles->count() : 1;
-  // A task takes all tiles of its chunk (whose words then stay cached), unless tasks run short.
-  const int64_t split = s.chunks < 4 * int64_t(torch::stable::get_num_threads()) ? count : 1;
-  const auto run = [&](int64_t task) {
-    const int64_t c = task / split;
-    if (!s.sound(call.kernels(), c)) {
-      product.sound.store(false, std::memory_order_relaxed);
-      return;
-    }
-    if (split > 1)
-      product.run(c, task % split);
-    else
-      for (int64_t i = 0; i < count; ++i) product.run(c, i);
+  std::atomic<bool> sound{true};
+  const auto hold = [&](bool found) {
+    if (!found) sound.store(false, std::memory_order_relaxed);
   };
-  for_each_task(s.chunks * split,
-                call.m * (s.steps * kSliceRows * s.columns() + call.n * 16) > kWorthThreads, run);
-  if (!product.sound.load()) broken_sparse();
+  if (rows_form(call.m)) {
+    const RowWords rows(call.m, s.words(), worth, fill);
+    const Product product{call, s, scales, &rows, nullptr, base};
+    for_each_task(s.chunks, worth_product, [&](int64_t c) {
+      hold(product.run(c, 0, nullptr, scratch(product.bytes(call.m))));
+    });
+  } else {
+    const Tiles tiles(call.kernels(), call.m, s.used_words(), s.words(), tile_vectors(call, s));
+    const Product product{call, s, scales, nullptr, &tiles, base};
+    const int64_t memory = product.bytes(tiles.lanes(0));
+    if (by_tiles(tiles, s)) {
+      const int64_t more = memory > tiles.row_bytes() ? memory : tiles.row_bytes();
+      for_each_task(tiles.count(), worth_product, [&](int64_t tile) {
+        char* const x = scratch(tiles.tile_bytes() + more);
+        char* const rest = x + tiles.tile_bytes();
+        tiles.fill_tile(tile, rest, x, fill);
+        for (int64_t c = 0; c < s.chunks; ++c) hold(product.run(c, tile, x, rest));
+      });
+    } else {
+      const TileWords words(tiles, worth, fill);
+      // A task takes all tiles of its chunk (whose words then stay cached), unless tasks run short.
+      const int64_t count = tiles.count();
+      const int64_t split = s.chunks < 4 * int64_t(torch::stable::get_num_threads()) ? count : 1;
+      for_each_task(s.chunks * split, worth_product, [&](int64_t task) {
+        const int64_t c = task / split, first = task % split;
+        for (int64_t tile = first; tile < (split > 1 ? first + 1 : count); ++tile)
+          hold(product.run(c, tile, words.at(tile, 0), scratch(memory)));
+      });
+    }
+  }
+  if (!sound.load()) broken_sparse();
   check_finite(y_bad);
 }
 
@@ -378,4 +436,5 @@ std::pair<std::string, std::string> choose_sparse_linear(int64_t m, const std::s
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
   m.impl("sparse_linear.code", TORCH_BOX(&bigops::sparse_linear));
   m.impl("sparse_linear_u8.code", TORCH_BOX(&bigops::sparse_linear_u8));
+  m.impl("sparse_linear_rows.code", TORCH_BOX(&bigops::sparse_linear_rows));
 }

@@ -7,11 +7,11 @@
 namespace bigops {
 namespace {
 
-// Writes row i of a float matrix [M, n] that is read as tiles.
+// Writes rows of a float matrix [M, n] that is read as tiles.
 auto float_rows(const float* from, int64_t n) {
-  return [from, n](int64_t i, char* to) {
+  return each_row([from, n](int64_t i, char* to) {
     if (n > 0) std::memcpy(to, from + i * n, static_cast<size_t>(n * 4));
-  };
+  });
 }
 
 inline uint16_t bf16_of(float value) {
@@ -28,14 +28,14 @@ void to_bf16(const float* from, int64_t n, uint16_t* to) {
 // Writes rows 2i and 2i + 1 of a matrix [M, n] as pairs of bf16; a missing last row is zero.
 template <class T, class F>
 auto row_pairs(const T* from, int64_t m, int64_t n, const F& bf16) {
-  return [=](int64_t i, char* to) {
+  return each_row([=](int64_t i, char* to) {
     const T *low = from + 2 * i * n, *high = low + n;
     const bool both = 2 * i + 1 < m;
     uint32_t* words = reinterpret_cast<uint32_t*>(to);
     for (int64_t k = 0; k < n; ++k) words[k] = bf16(low[k]);
     if (both)
       for (int64_t k = 0; k < n; ++k) words[k] |= static_cast<uint32_t>(bf16(high[k])) << 16;
-  };
+  });
 }
 
 constexpr int64_t kPartRows = kPanelWords;  // rows of W whose gz stays in the L1 cache
@@ -261,12 +261,13 @@ void value_gradient(const CompressedCall& call, const SparseStorage& s, const fl
   const SparseKernels& kernels = s.kernels();
   const bool pairs = kernels.grad_pairs;
   const auto tiles = [&](int64_t used, int64_t words, const auto& fill) {
-    return TileWords(call.kernels(), pairs ? (call.m + 1) / 2 : call.m, used, words,
-                     kernels.grad_vectors, call.m * used > kWorthThreads / 8, fill);
+    return TileWords(
+        {call.kernels(), pairs ? (call.m + 1) / 2 : call.m, used, words, kernels.grad_vectors},
+        call.m * used > kWorthThreads / 8, fill);
   };
-  const auto widened = [&call](int64_t i, char* to) {
+  const auto widened = each_row([&call](int64_t i, char* to) {
     call.kernels().widen[call.kind](call.row(i), call.k, reinterpret_cast<float*>(to));
-  };
+  });
   const auto as_stored = [](uint16_t bits) { return bits; };  // x is bf16 where the values are
   const uint16_t* x_rows = static_cast<const uint16_t*>(call.x.const_data_ptr());
   const int64_t padded_n = s.chunks * s.chunk, padded_k = s.words() * s.columns();
@@ -355,8 +356,8 @@ std::tuple<Tensor, Tensor, Tensor> sparse_linear_backward(
   }
   if (!products) return {gx, gv, p.bias_grad};
   if (need_x && call.m > 0) {
-    const TileWords tiles(call.kernels(), call.m, call.n, s.chunks * s.chunk,
-                          select_sparse(kWordF32).kernels->max_vectors,
+    const TileWords tiles({call.kernels(), call.m, call.n, s.chunks * s.chunk,
+                           select_sparse(kWordF32).kernels->max_vectors},
                           call.m * call.n > kWorthThreads / 8, float_rows(gz, call.n));
     input_gradient(call, s, tiles, gx.mutable_data_ptr());
   }

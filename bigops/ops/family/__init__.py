@@ -13,6 +13,7 @@ weight, taken at the pre-activation which the forward saw (Bengio et al. 2013, a
 
 from bigops.ops.family.call import Call
 from bigops.ops.family.linear_op import LinearOp, linear_ops, op_of
+from bigops.ops.family.rows_op import RowsCall, RowsOp
 from bigops.ops.family.u8_op import U8Call, U8Op
 
-__all__ = ["Call", "LinearOp", "U8Call", "U8Op", "linear_ops", "op_of"]
+__all__ = ["Call", "LinearOp", "RowsCall", "RowsOp", "U8Call", "U8Op", "linear_ops", "op_of"]

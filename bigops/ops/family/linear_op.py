@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from bigops import backend
 from bigops.formats import checks
 from bigops.formats.base import Format
+from bigops.formats.quantize import QuantizedRows, Rows
 from bigops.ops import activation as act
 from bigops.ops import targets
 from bigops.ops.choice import Choice, reference
@@ -30,13 +31,14 @@ from bigops.ops.library import (
 from bigops.ops.targets import Target
 
 if TYPE_CHECKING:
+    from bigops.ops.family.rows_op import RowsOp
     from bigops.ops.family.u8_op import U8Op
 
-Product = Callable[[Call, Tensor | None], Tensor]
+Product = Callable[[Call, Rows | None], Tensor]
 Choose = Callable[[Call, Target], Choice]
 
 
-def plain_product(call: Call, x_qparams: Tensor | None = None) -> Tensor:
+def plain_product(call: Call, seen: Rows | None = None) -> Tensor:
     """x W^T in float32 by the dense weight."""
     return F.linear(call.x.float(), call.weight.to_dense(torch.float32))
 
@@ -76,8 +78,8 @@ class LinearOp:
             the format names what a forward keeps, ``run(call, keep)`` gives y and that.
         backward: ``backward(grad, call, **kept, **needs)``, the gradients of a call on a GPU (named
             as in the schema of the backward op), or None where the reference makes them.
-        product: ``product(call, x_qparams) -> x W^T`` in float32 as the kernels see x, by
-            ``x_qparams`` where given; by default that of the dense weight.
+        product: ``product(call, seen) -> x W^T`` in float32 as the kernels see x, by the rows
+            ``seen`` where given; by default that of the dense weight.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class LinearOp:
         self.name, self.format, self.product = name, format, product
         self.choose = choose or (lambda call, target: reference(name, "it has no kernels"))
         self.u8: U8Op | None = None
+        self.rows: RowsOp | None = None
         _SERVING[format] = self
         self.fields = fields_of(format.SCHEMA)
         self.arguments = ("x", *self.fields, "bias", "residual", "activation")
@@ -255,7 +258,7 @@ class LinearOp:
 
     def explain(
         self,
-        x: Tensor,
+        x: Tensor | QuantizedRows,
         weight: Format,
         bias: Tensor | None = None,
         residual: Tensor | None = None,
@@ -267,6 +270,10 @@ class LinearOp:
     ) -> Choice:
         """What `choose` answers for a call, which is checked first; ``device`` as of a `Target`."""
         checks.stored(weight, self.format)
+        if isinstance(x, QuantizedRows):
+            target = targets.named(device, x.values)
+            given = (weight, bias, residual, activation, (x_qparams, y_qparams), target)
+            return self._of_rows().explain(x, *given)
         call = Call(x, weight, bias, residual, activation)
         target = targets.named(device, x)
         if self.by_itself(x, weight, x_qparams, y_qparams):
@@ -274,6 +281,17 @@ class LinearOp:
             return self.choose(call, target)
         assert self.u8 is not None
         return self.u8.explain(call, x_qparams, y_qparams, target)
+
+    def on_rows(self, x: QuantizedRows, *given: Any) -> Tensor:
+        """The op on quantised rows; ``given`` as `RowsOp.run` takes it."""
+        return self._of_rows().run(x, *given)
+
+    def _of_rows(self) -> RowsOp:
+        if self.rows is None:
+            raise TypeError(
+                f"x: expected a torch.Tensor with a {self.format.__name__}; got QuantizedRows"
+            )
+        return self.rows
 
     def by_itself(
         self, x: Tensor, weight: Format, x_qparams: Tensor | None, y_qparams: Tensor | None

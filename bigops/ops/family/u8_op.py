@@ -13,16 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from bigops import backend
 from bigops.formats import checks, quantize
-from bigops.ops import activation as act
+from bigops.formats.base import Format
 from bigops.ops import targets
 from bigops.ops.choice import Choice
 from bigops.ops.family.call import Call
+from bigops.ops.family.inference_op import InferenceOp
 from bigops.ops.family.linear_op import LinearOp
-from bigops.ops.library import autocast, define, encoder, register
 from bigops.ops.targets import Target
 
 
@@ -48,7 +46,7 @@ class U8Call(NamedTuple):
         return torch.float32 if given is None else given.dtype
 
 
-class U8Op:
+class U8Op(InferenceOp):
     """Defines ``<name>_u8``, the form of a linear op that reads and gives u8, and applies it.
 
     Args:
@@ -61,31 +59,13 @@ class U8Op:
     def __init__(
         self, op: LinearOp, qparams: tuple[str, ...], choose: Callable[[U8Call, Target], Choice]
     ) -> None:
-        self.op, self.qparams, self.choose = op, qparams, choose
+        self.qparams, self.choose = qparams, choose
         op.u8 = self
-        self.name = f"{op.name}_u8"
-        self.arguments = ("x", *op.fields, *qparams, "bias", "residual", "activation")
-        self.forward = define(
-            f"{self.name}(Tensor x, {op.format.SCHEMA}, "
-            f"{', '.join(f'Tensor? {name}' for name in qparams)}, Tensor? bias, Tensor? residual, "
-            "str activation) -> Tensor",
-            self._serve,
-        )
-        self._words = self.forward._overloadpacket.default
-        self._encoded = encoder(self.forward)
-        register(
-            self.forward,
-            fake=self._fake,
-            backward=self._refused,
-            setup=self._setup,
-            vmap=self._vmap,
-        )
+        super().__init__(op, "u8", behind=", ".join(f"Tensor? {name}" for name in qparams))
 
-    def call(self, *args: Any) -> U8Call:
-        """The arguments of the op in words as an object."""
-        named = dict(zip(self.arguments, args, strict=True))
-        weight = self.op.weight(named["x"], *(named[field] for field in self.op.fields))
-        call = Call(named["x"], weight, *(named[n] for n in ("bias", "residual", "activation")))
+    def of(self, weight: Format, /, **named: Any) -> U8Call:
+        """A call with this weight of the arguments by name."""
+        call = Call(named["x"], weight, named["bias"], named["residual"], named["activation"])
         return self._given(call, named.get("x_qparams"), named["y_qparams"])
 
     def _given(self, call: Call, x_qparams: Tensor | None, y_qparams: Tensor | None) -> U8Call:
@@ -150,92 +130,13 @@ class U8Op:
             if qparams is not None and qparams.numel() == 2:
                 quantize.check_qparams(name, qparams)
 
-    # reference, fake ------------------------------------------------------------------------
+    # reference ------------------------------------------------------------------------------
 
     def reference(self, given: U8Call) -> Tensor:
         """The meaning of the op in plain torch."""
-        y = given.call.finish(given.call.biased(self.op.product(given.call, given.x_qparams)))
-        if given.y_qparams is not None:
-            return quantize.quantize_u8(y, given.y_qparams)
+        call, x_qparams, y_qparams = given
+        seen = None if x_qparams is None else quantize.act_quant(call.x, "static", x_qparams)
+        y = call.finish(call.biased(self.op.product(call, seen)))
+        if y_qparams is not None:
+            return quantize.quantize_u8(y, y_qparams)
         return y.to(given.dtype)
-
-    def _serve(self, *args: Any) -> Tensor:
-        given = self.call(*args)
-        self.check(given)
-        given.call.weight.check_structure()
-        self.check_values(given)
-        backend.note(f"reference.{self.name}")
-        return self.reference(given)
-
-    def _fake(self, *args: Any) -> Tensor:
-        given = self.call(*args)
-        self.check(given)
-        x = given.call.x
-        return x.new_empty((*x.shape[:-1], given.call.weight.n), dtype=given.dtype)
-
-    # no gradient ----------------------------------------------------------------------------
-
-    def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        for name, need in zip(self.arguments, ctx.needs_input_grad, strict=True):
-            if need:
-                self._refuse(name)
-
-    def _refuse(self, name: str) -> None:
-        raise ValueError(
-            f"{name}: expected a tensor that needs no gradient, since u8 has none (call under "
-            f"torch.no_grad(), or {self.op.name} in floating point); got one with requires_grad"
-        )
-
-    def _refused(self, ctx: Any, grad: Tensor) -> Any:
-        raise AssertionError("the forward refused")
-
-    # vmap, dispatch -------------------------------------------------------------------------
-
-    def _vmap(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        return self.op.fold(self.forward, args, in_dims, info.batch_size), 0
-
-    def __call__(
-        self,
-        x: Tensor,
-        arguments: tuple[Any, ...],
-        k: int,
-        qparams: tuple[Tensor | None, ...],
-        bias: Tensor | None,
-        residual: Tensor | None,
-        activation: str,
-    ) -> Tensor:
-        """Run the op; ``arguments`` and ``k`` of the weight, ``qparams`` as the schema has them."""
-        try:
-            if not isinstance(x, Tensor) and torch._C._has_torch_function_unary(x):  # fx's proxies
-                return self._words(x, *arguments, *qparams, bias, residual, activation)
-            device_type = x.device.type
-            if device_type != "meta" and torch.is_autocast_enabled(device_type):
-                x, bias, residual = autocast(device_type, x, bias, residual)  # type: ignore[assignment]
-            if checks.differ(x.shape[-1], k):
-                raise TypeError  # it is named below
-            args = (x, *arguments, *qparams, bias, residual, activation)
-            if torch.is_grad_enabled():
-                for name, t in zip(self.arguments, args, strict=True):
-                    if isinstance(t, Tensor) and t.requires_grad:
-                        self._refuse(name)
-            coded = self._encoded(args)
-            if (
-                torch.compiler.is_compiling()
-                or torch._C._are_functorch_transforms_active()
-                or forward_ad._current_level >= 0
-            ):
-                return self.forward(*coded)
-            with torch._C._AutoDispatchBelowADInplaceOrView():
-                return self.forward(*coded)
-        except (RuntimeError, AttributeError, TypeError, KeyError, IndexError):
-            # The kernel checks its arguments; only a refused call pays for naming what is wrong.
-            act.check_name(activation, gated=False)
-            if not torch.compiler.is_compiling():
-                named = dict(zip(self.qparams, qparams, strict=True))
-                checks.tensors(x=x, bias=bias, residual=residual, **named)
-                weight = self.op.stored(k, arguments)
-                call = Call(x, weight, bias, residual, activation)
-                given = self._given(call, named.get("x_qparams"), named["y_qparams"])
-                self.check(given)
-                self.check_values(given)
-            raise

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bigops.formats import checks, fp8
 from bigops.formats.fp8 import Fp8Weight
+from bigops.formats.quantize import Rows
 from bigops.ops.explain import serves
 from bigops.ops.family import Call, LinearOp
 from bigops.ops.fp8_linear.choose import backward, choose
@@ -14,7 +15,7 @@ from bigops.ops.fp8_linear.choose import backward, choose
 __all__ = ["fp8_linear"]
 
 
-def _product(call: Call, x_qparams: Tensor | None) -> Tensor:
+def _product(call: Call, seen: Rows | None) -> Tensor:
     x, weight = call.x, call.weight
     assert isinstance(weight, Fp8Weight)
     if not weight.rounds:

@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 from bigops.formats import checks, quantize
+from bigops.formats.quantize import QuantizedRows
 from bigops.formats.quantized import QuantizedWeight
 from bigops.ops.explain import serves
-from bigops.ops.family import Call, LinearOp, U8Op
-from bigops.ops.quantized_linear.choose import backward, choose, choose_u8
+from bigops.ops.family import Call, LinearOp, RowsOp, U8Op
+from bigops.ops.quantized_linear.choose import backward, choose, choose_rows, choose_u8
 
 __all__ = ["quantized_linear"]
 
 
-def _product(call: Call, x_qparams: Tensor | None) -> Tensor:
+def _product(call: Call, seen: quantize.Rows | None) -> Tensor:
     weight = call.weight
     assert isinstance(weight, QuantizedWeight)
     if not weight.rounds:
         return torch.nn.functional.linear(call.x.float(), weight.to_dense())
-    qparams = weight.x_qparams if x_qparams is None else x_qparams
-    rows = quantize.act_quant(call.x, weight.activations, qparams)
+    rows = seen or quantize.act_quant(call.x, weight.activations, weight.x_qparams)
     whole = (rows.q - rows.zero_point).double()
     if weight.bits == 8:
         # whole numbers below 2^53: the product is exact, in whatever order it is summed
@@ -32,11 +32,12 @@ def _product(call: Call, x_qparams: Tensor | None) -> Tensor:
 
 op = LinearOp("quantized_linear", QuantizedWeight, _product, choose, backward)
 u8_op = U8Op(op, ("y_qparams",), choose_u8)
+rows_op = RowsOp(op, choose_rows)
 serves("quantized_linear")(op.explain)
 
 
 def quantized_linear(
-    x: Tensor,
+    x: Tensor | QuantizedRows,
     weight: QuantizedWeight,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -57,7 +58,8 @@ def quantized_linear(
 
     Args:
         x: ``[.., K]``; float32, bfloat16 or float16, any strides. Or uint8, on the weight's own
-            ``x_qparams``, with activations "static".
+            ``x_qparams``, with activations "static"; or `QuantizedRows` that `act_quant` made once
+            for several products, with "dynamic" or "symmetric", without y_qparams and gradients.
         weight: `QuantizedWeight.from_dense` of a ``[N, K]`` matrix; it has no gradient.
         bias: ``[N]`` in x's dtype, or None.
         residual: ``[.., N]``, the shape of the result, or None.
@@ -66,9 +68,9 @@ def quantized_linear(
             them of a range, ``weight.x_qparams`` of the next layer is one), or None.
 
     Returns:
-        ``[.., N]``: uint8 with ``y_qparams``, else in x's dtype (of a uint8 x in that of bias,
-        without one of residual, without both float32). Gradients for x, bias and residual are the
-        straight-through ones: those of the linear layer with the dequantised weight. Under
+        ``[.., N]``: uint8 with ``y_qparams``, else in x's dtype (of a uint8 x and of rows that of
+        bias, without one of residual, without both float32). Gradients for x, bias and residual are
+        the straight-through ones: those of the linear layer with the dequantised weight. Under
         `torch.autocast` floating x, bias and residual are cast to the autocast dtype first.
 
     Raises:
@@ -79,6 +81,9 @@ def quantized_linear(
         RuntimeError: NaN or inf in a y that was to become uint8: no number of it says that.
     """
     checks.stored(weight, QuantizedWeight)
+    if isinstance(x, QuantizedRows):
+        given = (weight.arguments, weight.k, bias, residual, activation, y_qparams)
+        return op.on_rows(x, *given)
     if y_qparams is None and getattr(x, "dtype", None) is not torch.uint8:
         return op.run(x, weight.arguments, weight.k, bias, residual, activation)
     return u8_op(x, weight.arguments, weight.k, (y_qparams,), bias, residual, activation)

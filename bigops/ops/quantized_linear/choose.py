@@ -14,7 +14,7 @@ from bigops.formats import checks
 from bigops.formats.quantized import QuantizedWeight
 from bigops.ops import targets
 from bigops.ops.choice import Choice, on_cpu, reference
-from bigops.ops.family import Call, U8Call
+from bigops.ops.family import Call, RowsCall, U8Call
 from bigops.ops.quantized_linear import cuda, triton
 from bigops.ops.targets import Target
 
@@ -47,6 +47,15 @@ def choose_u8(given: U8Call, target: Target) -> Choice:
         return _on_cpu(given.call, weight, given.y_qparams is not None)
     number = "result" if given.y_qparams is not None else "x"
     return reference(NAME, f"no Triton kernel for a uint8 {number}", f"{NAME}_u8")
+
+
+def choose_rows(given: RowsCall, target: Target) -> Choice:
+    """The kernel that serves a call whose x is quantised rows."""
+    weight = given.call.weight
+    assert isinstance(weight, QuantizedWeight)
+    if targets.is_cpu(target):
+        return _on_cpu(given.call, weight, False)
+    return reference(NAME, "no GPU kernel for quantised rows; plain torch serves", f"{NAME}_rows")
 
 
 def _on_cpu(call: Call, weight: QuantizedWeight, to_u8: bool) -> Choice:

@@ -16,25 +16,26 @@ from torch import Tensor
 from bigops.formats import checks, quantize
 from bigops.formats.base import Format
 from bigops.formats.bitmap import BitmapWeight
+from bigops.formats.quantize import QuantizedRows
 from bigops.formats.sparse import SparseWeight
 from bigops.formats.sparse24 import Sparse24Weight
 from bigops.formats.sparse_layout import to_dense
 from bigops.ops.choice import Choice
 from bigops.ops.explain import serves
-from bigops.ops.family import Call, LinearOp, U8Op
+from bigops.ops.family import Call, LinearOp, RowsOp, U8Op
 from bigops.ops.sparse_linear import bitmap, sparse24
-from bigops.ops.sparse_linear.choose import backward, choose, choose_u8
+from bigops.ops.sparse_linear.choose import backward, choose, choose_rows, choose_u8
 
 __all__ = ["sparse_linear"]
 
 
-def _product(call: Call, x_qparams: Tensor | None) -> Tensor:
+def _product(call: Call, seen: quantize.Rows | None) -> Tensor:
     x, weight = call.x, call.weight
     assert isinstance(weight, SparseWeight)
     w = to_dense(weight.values, weight.positions(), weight.n, weight.k, weight.chunk)
     if weight.scale is None:
         return F.linear(x.float(), w)
-    seen = quantize.act_quant(x, "dynamic" if x_qparams is None else "static", x_qparams)
+    seen = seen or quantize.act_quant(x)
     # whole numbers below 2^53: the product is exact, in whatever order it is summed
     total = torch.matmul((seen.q - seen.zero_point).double(), w.double().t()).float()
     return total * (seen.scale * weight.scale)
@@ -42,6 +43,7 @@ def _product(call: Call, x_qparams: Tensor | None) -> Tensor:
 
 op = LinearOp("sparse_linear", SparseWeight, _product, choose, backward)
 u8_op = U8Op(op, ("x_qparams", "y_qparams"), choose_u8)
+rows_op = RowsOp(op, choose_rows)
 OPS: dict[type[Format], LinearOp] = {
     SparseWeight: op,
     Sparse24Weight: sparse24.op,
@@ -56,7 +58,7 @@ def _explain(x: Tensor, weight: Format, *args: Any, **kwargs: Any) -> Choice:
 
 
 def sparse_linear(
-    x: Tensor,
+    x: Tensor | QuantizedRows,
     weight: SparseWeight | Sparse24Weight | BitmapWeight,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -78,7 +80,8 @@ def sparse_linear(
 
     Args:
         x: ``[.., K]``; float32, bfloat16 or float16, any strides; bfloat16 with bfloat16 values. Or
-            uint8 on ``x_qparams`` with int8 values.
+            uint8 on ``x_qparams`` with int8 values; or, with those, `QuantizedRows` that
+            `act_quant` made once for several products, without qparams and gradients.
         weight: a `SparseWeight` of a ``[N, K]`` matrix. Or, for the sparse tensor cores of sm_80 to
             sm_89, a `Sparse24Weight`: it takes no qparams, and x in the dtype of its floating
             values. NaN and infinity of x at zeros of W do not spread there. Or, for up to 16 rows
@@ -90,9 +93,9 @@ def sparse_linear(
         y_qparams: the qparams of a uint8 result, or None.
 
     Returns:
-        ``[.., N]``: uint8 with ``y_qparams``, else in x's dtype (of a uint8 x in that of bias,
-        without one of residual, without both float32). Gradients for x, bias and residual are those
-        of the linear layer with the dequantised weight (straight through the rounding of x).
+        ``[.., N]``: uint8 with ``y_qparams``, else in x's dtype (of a uint8 x and of rows that of
+        bias, without one of residual, without both float32). Gradients for x, bias and residual are
+        those of the linear layer with the dequantised weight (straight through the rounding of x).
         Floating values that require it get theirs, at the stored positions only. Under
         `torch.autocast` x, bias and residual are cast to the autocast dtype first.
 
@@ -106,6 +109,9 @@ def sparse_linear(
     """
     checks.stored(weight, *OPS)
     serving = OPS[type(weight)]
+    if isinstance(x, QuantizedRows):
+        given = (weight.arguments, weight.k, bias, residual, activation, x_qparams, y_qparams)
+        return serving.on_rows(x, *given)
     if serving.by_itself(x, weight, x_qparams, y_qparams):
         return serving.run(x, weight.arguments, weight.k, bias, residual, activation)
     qparams = (x_qparams, y_qparams)  # of a `SparseWeight`, whose op alone has a form for u8

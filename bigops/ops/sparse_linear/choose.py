@@ -14,7 +14,7 @@ from bigops.formats import checks
 from bigops.formats.sparse import SparseWeight
 from bigops.ops import targets
 from bigops.ops.choice import Choice, on_cpu, reference
-from bigops.ops.family import Call, U8Call
+from bigops.ops.family import Call, RowsCall, U8Call
 from bigops.ops.sparse_linear import cuda, triton
 from bigops.ops.targets import Target
 
@@ -46,6 +46,13 @@ def choose_u8(given: U8Call, target: Target) -> Choice:
         return _on_cpu(given.call, given.y_qparams is not None)
     reason = "no GPU kernel for a call with qparams"
     return reference(NAME, f"{reason}; plain torch serves", f"{NAME}_u8")
+
+
+def choose_rows(given: RowsCall, target: Target) -> Choice:
+    """The kernel that serves a call whose x is quantised rows."""
+    if targets.is_cpu(target):
+        return _on_cpu(given.call, False)
+    return reference(NAME, "no GPU kernel for quantised rows; plain torch serves", f"{NAME}_rows")
 
 
 def _on_cpu(call: Call, to_u8: bool) -> Choice:

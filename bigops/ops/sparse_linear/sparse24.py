@@ -45,13 +45,13 @@ _product_op = define(
 )  # the kernel by itself, for a GPU only; `sparse24_linear` has its reference and gradients
 
 
-def _product(call: Call, x_qparams: Tensor | None) -> Tensor:
+def _product(call: Call, seen: quantize.Rows | None) -> Tensor:
     x, weight = call.x, call.weight
     assert isinstance(weight, Sparse24Weight)
     w = storage.to_dense(weight.values, weight.meta, weight.k)
     if weight.scale is None:
         return F.linear(x.float(), w)
-    seen = quantize.act_quant(x, "dynamic", None)
+    seen = seen or quantize.act_quant(x)
     # whole numbers below 2^53: the product is exact, in whatever order it is summed
     total = torch.matmul((seen.q - seen.zero_point).double(), w.double().t()).float()
     return total * (seen.scale * weight.scale)

@@ -54,7 +54,7 @@ struct AttendF32 : PackedF32<L_> {
   using V = typename L::V;
   static constexpr int pair = 1;  // elements of a word
 
-  static typename L::ireg words(const T* p, int64_t n) { return L::as_word(load_some<V>(p, n)); }
+  static typename L::ireg words(const T* p, int64_t n) { return L::as_words(load_some<V>(p, n)); }
   static void queries(const T* q, int64_t d, char* to) {
     for (int64_t i = 0; i < d; i += V::width)
       V::store(reinterpret_cast<float*>(to) + i, load_some<V>(q + i, d - i));

@@ -19,8 +19,8 @@ struct AttendBf16 : PackedBf16<Bf16Lanes> {
     for (int64_t i = 0; i < d; i += 32) _mm512_storeu_si512(to + i * 2, words(q + i, d - i));
   }
   static __m512i value(const bf16* v, const bf16* next, int64_t n) {
-    const __m512i low = _mm512_srli_epi32(L::as_word(load_some<V>(v, n)), 16);
-    return next == nullptr ? low : _mm512_or_si512(low, L::as_word(load_some<V>(next, n)));
+    const __m512i low = _mm512_srli_epi32(L::as_words(load_some<V>(v, n)), 16);
+    return next == nullptr ? low : _mm512_or_si512(low, L::as_words(load_some<V>(next, n)));
   }
   // In place of the scores, in half their room: behind what is still to be read.
   static void probabilities(float* row, int64_t i, __m512 p) {

@@ -9,8 +9,10 @@ namespace bigops {
 // Positions of the per-dtype entries below.
 enum FloatKind : int { kFloat32 = 0, kBFloat16, kFloat16, kFloatKinds };
 
-constexpr int64_t kExactColumns = 65536;  // K whose int32 sums cannot overflow:
+// K whose int32 sums cannot overflow, and sums of weights fit 22 bits and their sign (sum_pair)
+constexpr int64_t kExactColumns = 32512;
 static_assert(kExactColumns * 255 * 128 < (int64_t(1) << 31), "int32 sums must be exact");
+static_assert(kExactColumns * 128 < (int64_t(1) << 22), "sums of weights must fit");
 
 // "Columns" form: activations lie as [K / 4][lanes] groups of 4 bytes (u8), or [K][lanes] floats,
 // so that one load holds the same columns of several rows of x. lanes = vectors * width.
@@ -21,6 +23,22 @@ struct TransposeTask {
   int64_t src_stride, rows, columns;
   void* dst;
   int64_t dst_stride;
+};
+
+// By what rows of x become u8: the range of each, with a zero point; the largest magnitude of each,
+// zero point 128; or x_scale and x_zero for all.
+enum QuantizeMode : int { kDynamicRows = 0, kSymmetricRows, kStaticRows };
+
+struct QuantizeTask {
+  const void* x;  // [rows][k]
+  int64_t rows, k;
+  QuantizeMode mode;
+  float x_scale;
+  int32_t x_zero;
+  uint8_t* q;  // [rows][q_stride], zero from k on
+  int64_t q_stride;
+  float* scale;  // [rows]; NaN for a row that holds NaN or inf, whose q are zero
+  int32_t* zero_point;
 };
 
 // What y is stored as: the dtype of bias and residual (that of x, where it is floating), or u8 on
@@ -61,14 +79,7 @@ struct GradTask {
 struct CompressedKernels {
   int width;        // lanes of a vector
   int max_vectors;  // vectors of the widest tile
-  // One row of x to u8; scale is NaN for a row that holds NaN or inf.
-  void (*quantize[kFloatKinds])(const void* x, int64_t k, uint8_t* q, float* scale,
-                                int32_t* zero_point);
-  // The same by qparams that are given (static) or found (symmetric, zero point 128).
-  void (*quantize_static[kFloatKinds])(const void* x, int64_t k, uint8_t* q, float x_scale,
-                                       int32_t x_zero, float* scale, int32_t* zero_point);
-  void (*quantize_symmetric[kFloatKinds])(const void* x, int64_t k, uint8_t* q, float* scale,
-                                          int32_t* zero_point);
+  void (*quantize[kFloatKinds])(const QuantizeTask&);
   void (*widen[kFloatKinds])(const void* x, int64_t n, float* out);
   void (*finish[kFloatKinds])(const FinishTask&);
   void (*finish_columns[kFloatKinds])(const FinishTask&);

@@ -12,8 +12,6 @@ constexpr CompressedKernels compressed_table() {
   return {L::width,
           L::max_vectors,
           {quantize<L, float>, quantize<L, bf16>, quantize<L, f16>},
-          {quantize_static<L, float>, quantize_static<L, bf16>, quantize_static<L, f16>},
-          {quantize_symmetric<L, float>, quantize_symmetric<L, bf16>, quantize_symmetric<L, f16>},
           {widen<L, float>, widen<L, bf16>, widen<L, f16>},
           {finish<L, float>, finish<L, bf16>, finish<L, f16>},
           {finish<L, float, true>, finish<L, bf16, true>, finish<L, f16, true>},

@@ -52,6 +52,14 @@ struct Avx2Lanes {
   static ireg isub(ireg a, ireg b) { return _mm256_sub_epi32(a, b); }
   static ireg imul(ireg a, ireg b) { return _mm256_mullo_epi32(a, b); }
   static __m256 to_float(ireg v) { return _mm256_cvtepi32_ps(v); }
+  static ireg to_int(__m256 v) { return _mm256_cvtps_epi32(v); }  // half to even
+  // acc + the dot product of two pairs of int16
+  static ireg dot16(ireg acc, ireg a, ireg b) { return iadd(acc, _mm256_madd_epi16(a, b)); }
+  // 4 vectors of int32 as bytes, what lies outside at 0 or 255
+  static ireg pack_u8(ireg a, ireg b, ireg c, ireg d) {
+    const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  }
   static ireg max_u8(ireg a, ireg b) { return _mm256_max_epu8(a, b); }
 
   // vpmaddubsw saturates (255 * 127 * 2 > 32767), so bytes are widened to 16 bits first.
@@ -66,7 +74,7 @@ struct Avx2Lanes {
   }
 
   static __m256 as_float(ireg v) { return _mm256_castsi256_ps(v); }
-  static ireg as_word(__m256 v) { return _mm256_castps_si256(v); }
+  static ireg as_words(__m256 v) { return _mm256_castps_si256(v); }
   // Pairs of bf16 in each lane, low half first.
   static __m256 dot_bf16(__m256 acc, ireg x, ireg w) {
     const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));

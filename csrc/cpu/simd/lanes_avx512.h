@@ -50,6 +50,15 @@ struct Avx512Lanes {
   static ireg isub(ireg a, ireg b) { return _mm512_sub_epi32(a, b); }
   static ireg imul(ireg a, ireg b) { return _mm512_mullo_epi32(a, b); }
   static __m512 to_float(ireg v) { return _mm512_cvtepi32_ps(v); }
+  static ireg to_int(__m512 v) { return _mm512_cvtps_epi32(v); }  // half to even
+  // acc + the dot product of two pairs of int16
+  static ireg dot16(ireg acc, ireg a, ireg b) { return iadd(acc, _mm512_madd_epi16(a, b)); }
+  // 4 vectors of int32 as bytes, what lies outside at 0 or 255
+  static ireg pack_u8(ireg a, ireg b, ireg c, ireg d) {
+    const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, bytes);
+  }
   static ireg max_u8(ireg a, ireg b) { return _mm512_max_epu8(a, b); }
 
   static xreg x_of(ireg v) {
@@ -64,7 +73,7 @@ struct Avx512Lanes {
   }
 
   static __m512 as_float(ireg v) { return _mm512_castsi512_ps(v); }
-  static ireg as_word(__m512 v) { return _mm512_castps_si512(v); }
+  static ireg as_words(__m512 v) { return _mm512_castps_si512(v); }
   // Pairs of bf16 in each lane, low half first.
   static __m512 dot_bf16(__m512 acc, ireg x, ireg w) {
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));

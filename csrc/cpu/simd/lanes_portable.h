@@ -58,6 +58,22 @@ struct PortableLanes {
     return static_cast<int32_t>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b));
   }
   static float to_float(ireg v) { return static_cast<float>(v); }
+  static ireg to_int(float v) { return static_cast<ireg>(rintf(v)); }  // half to even
+  // acc + the dot product of two pairs of int16
+  static ireg dot16(ireg acc, ireg a, ireg b) {
+    int16_t x[2], y[2];
+    memcpy(x, &a, 4);
+    memcpy(y, &b, 4);
+    return iadd(iadd(acc, x[0] * y[0]), x[1] * y[1]);
+  }
+  // 4 vectors of int32 as bytes, what lies outside at 0 or 255
+  static ireg pack_u8(ireg a, ireg b, ireg c, ireg d) {
+    const ireg v[4] = {a, b, c, d};
+    uint8_t bytes[4];
+    for (int i = 0; i < 4; ++i)
+      bytes[i] = static_cast<uint8_t>(v[i] < 0 ? 0 : v[i] > 255 ? 255 : v[i]);
+    return iload(bytes);
+  }
   static ireg max_u8(ireg a, ireg b) {
     uint8_t x[4], y[4];
     memcpy(x, &a, 4);
@@ -85,7 +101,7 @@ struct PortableLanes {
     memcpy(&f, &v, 4);
     return f;
   }
-  static ireg as_word(float v) { return iload(&v); }
+  static ireg as_words(float f) { return iload(&f); }
   // A pair of bf16, low half first.
   static float dot_bf16(float acc, ireg x, ireg w) {
     const uint32_t xv = static_cast<uint32_t>(x), wv = static_cast<uint32_t>(w);

@@ -13,6 +13,7 @@ struct VnniLanes : Avx512Lanes {
   static xreg x_of(ireg v) { return v; }
   static wreg w_of(ireg v) { return v; }
   static ireg dot(ireg acc, xreg x, wreg w) { return _mm512_dpbusd_epi32(acc, x, w); }
+  static ireg dot16(ireg acc, ireg a, ireg b) { return _mm512_dpwssd_epi32(acc, a, b); }
 };
 
 }  // namespace

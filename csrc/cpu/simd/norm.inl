@@ -105,12 +105,6 @@ struct Range {
   }
 };
 
-template <class V>
-inline float magnitude_of(const Range<V>& range) {
-  if (!(V::reduce(range.bad) == 0.0f)) return __builtin_nanf("");
-  return largest<V>(V::max(range.hi, V::sub(V::zero(), range.lo)));
-}
-
 // What is given and wanted: one loop each, without a branch in it. What the loop reads is copied
 // first: to the compiler a store of floats may change what a pointer leads to.
 template <class V, class T, class Weight, class Bias, class Quantised>
@@ -233,13 +227,12 @@ void norm_rows(const NormTask& t) {
       continue;
     }
     const auto range = finish_row<V, T, Yes>(t, s, y);
-    uint8_t* values = t.values + m * t.k;
-    if (t.symmetric)
-      quantize_within<L, float>(t.row, t.k, magnitude_of<V>(range), values, t.scale + m,
-                                t.zero_point + m);
-    else
-      quantize_between<L, float>(t.row, t.k, range.lo, range.hi, range.bad, values, t.scale + m,
-                                 t.zero_point + m);
+    const float lo = -V::reduce_max(V::sub(V::zero(), range.lo)), hi = V::reduce_max(range.hi);
+    const Rounding by(t.symmetric ? kSymmetricRows : kDynamicRows, V::reduce(range.bad) == 0.0f, lo,
+                      hi);
+    by.write<L>(t.row, t.k, t.values + m * t.k, t.k);
+    t.scale[m] = by.scale;
+    t.zero_point[m] = static_cast<int32_t>(by.zero);
   }
 }
 

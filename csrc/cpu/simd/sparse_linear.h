@@ -30,9 +30,11 @@ struct SparseTask {
   int64_t x_stride;
   int m;
   int vectors;
-  // rows form: [m][acc_stride] sums, added to; columns form: [chunk][vectors * width], added to
+  // rows form: [m][acc_stride] sums, added to; columns form: [chunk][vectors * width], added to or,
+  // where `fresh`, begun
   void* acc;
   int64_t acc_stride;
+  bool fresh;
 };
 
 // The product of gz^T and x at the stored positions of one panel of one chunk. A lane is a row of

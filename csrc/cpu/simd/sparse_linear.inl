@@ -61,7 +61,7 @@ void sparse_columns_of(const SparseTask& t) {
   int32_t* out = static_cast<int32_t*>(t.acc);
   for (int64_t s = 0; s < t.slices; ++s) {
     const int64_t steps = t.ptr[s + 1] - t.ptr[s];
-    if (steps == 0) continue;
+    if (steps == 0 && !t.fresh) continue;
     const uint8_t* rows = t.rows + s * kIndices;
     for (int i = 0; i < 16; i += R) {
       const char* w = static_cast<const char*>(t.words) + (int64_t(t.ptr[s]) * 16 + i) * 4;
@@ -72,7 +72,7 @@ void sparse_columns_of(const SparseTask& t) {
       for (int u = 0; u < R; ++u) {
         at[u] = out + (int64_t(rows[(i + u) / G]) * G + (i + u) % G) * lanes;
         for (int v = 0; v < VR; ++v)
-          sum[u][v] = W::exact ? W::load_acc(at[u] + v * L::width) : W::zero_acc();
+          sum[u][v] = W::exact && !t.fresh ? W::load_acc(at[u] + v * L::width) : W::zero_acc();
       }
       for (int64_t j = 0; j < steps; ++j, w += 64, index += kIndices) {
         if (i == 0) __builtin_prefetch(w + kAhead);
@@ -83,7 +83,7 @@ void sparse_columns_of(const SparseTask& t) {
       for (int u = 0; u < R; ++u)
         for (int v = 0; v < VR; ++v) {
           if constexpr (!W::exact)
-            sum[u][v] = W::V::add(sum[u][v], W::load_acc(at[u] + v * L::width));
+            if (!t.fresh) sum[u][v] = W::V::add(sum[u][v], W::load_acc(at[u] + v * L::width));
           W::store_acc(at[u] + v * L::width, sum[u][v]);
         }
     }
