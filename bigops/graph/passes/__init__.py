@@ -20,6 +20,7 @@ from bigops.graph.passes import (
     inline,
     norm,
     products,
+    quantize_once,
     repeated,
     rows,
     siblings,
@@ -42,11 +43,12 @@ PASSES = {
     "u8_chain": u8_chain.run,
     "attention": attention.run,
     "norm": norm.run,
+    "quantize_once": quantize_once.run,
 }
 # Those that make new weights of the module's own, which nobody may write afterwards.
 OWNING = ("fold", "rows", "siblings", "pack", "u8_chain")
 # Those that put ops of this package into a graph.
-GIVE_OPS = ("pack", "fuse", "epilogue", "u8_chain", "attention", "norm")
+GIVE_OPS = ("pack", "fuse", "epilogue", "u8_chain", "attention", "norm", "quantize_once")
 
 
 def run(module: fx.GraphModule, owns: bool) -> dict[str, int]:

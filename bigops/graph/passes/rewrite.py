@@ -152,11 +152,13 @@ def replace(old: fx.Node, new: fx.Node) -> None:
     old.graph.erase_node(old)
 
 
-def weight_of(op: LinearOp, module: fx.GraphModule, given: dict[str, Any]) -> Format:
-    """The weight of a product's call, whose tensors the module owns."""
+def weight_of(op: LinearOp, given: dict[str, Any], module: fx.GraphModule | None = None) -> Format:
+    """The weight of a product's call: with the tensors that a module owns, or with fake ones."""
     fixed = [
-        owned(module, found)
-        if isinstance(found := given[name], fx.Node)
+        _fake(found)
+        if isinstance(found := given[name], fx.Node) and module is None
+        else owned(module, found)
+        if isinstance(found, fx.Node) and module is not None
         else codes.word_of(name, found)
         if name in codes.TABLES
         else found

@@ -107,7 +107,7 @@ def _merged(module: fx.GraphModule, first: fx.Node, group: list[fx.Node]) -> fx.
 def _merged_of(module: fx.GraphModule, op: LinearOp, group: list[fx.Node]) -> fx.Node | None:
     first = group[0]
     given = [arguments(node) for node in group]
-    parts = [weight_of(op, module, one) for one in given]
+    parts = [weight_of(op, one, module) for one in given]
     if not all(part.row_dims() and part.n % part.row_unit == 0 for part in parts):
         return None
     for name in parts[0].tensors().keys() - parts[0].row_dims().keys():

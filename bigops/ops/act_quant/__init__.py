@@ -76,11 +76,11 @@ def _refused(ctx: Any, *grads: Tensor) -> NoReturn:
 
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, symmetric: bool) -> tuple[Any, Any]:
-    return _op(x.movedim(in_dims[0], 0), symmetric), (0, 0, 0)  # rows are independent
+    return op(x.movedim(in_dims[0], 0), symmetric), (0, 0, 0)  # rows are independent
 
 
-_op = define("act_quant(Tensor x, bool symmetric) -> (Tensor, Tensor, Tensor)", _serve)
-register(_op, fake=_fake, backward=_refused, setup=_setup, vmap=_vmap)
+op = define("act_quant(Tensor x, bool symmetric) -> (Tensor, Tensor, Tensor)", _serve)
+register(op, fake=_fake, backward=_refused, setup=_setup, vmap=_vmap)
 
 
 def act_quant(x: Tensor, symmetric: bool = False) -> QuantizedRows:
@@ -104,9 +104,9 @@ def act_quant(x: Tensor, symmetric: bool = False) -> QuantizedRows:
         TypeError: a dtype that is not served.
     """
     if not isinstance(x, Tensor) and torch.overrides.has_torch_function_unary(x):  # of torch.fx
-        values, scale, zero_point = (_op._overloadpacket(x, symmetric)[i] for i in range(3))
+        values, scale, zero_point = (op._overloadpacket(x, symmetric)[i] for i in range(3))
         return QuantizedRows(values, scale, zero_point)
     _check(x)
     if torch.is_grad_enabled() and x.requires_grad:
         _refuse()
-    return QuantizedRows(*_op(x, symmetric))
+    return QuantizedRows(*op(x, symmetric))
