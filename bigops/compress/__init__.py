@@ -11,11 +11,13 @@ from bigops.compress.config import (
     Sparse,
     SparseInt8,
 )
+from bigops.compress.observers import MSE, MinMax, Observer, Percentile
 from bigops.compress.receipt import FloorBreached, Floors, Receipt
 from bigops.compress.store import load, save
 from bigops.files import FormatError
 
 __all__ = [
+    "MSE",
     "W4A8",
     "FloorBreached",
     "Floors",
@@ -25,6 +27,9 @@ __all__ = [
     "Int8",
     "LowRank",
     "LowRankInt8",
+    "MinMax",
+    "Observer",
+    "Percentile",
     "Receipt",
     "Sparse",
     "SparseInt8",
