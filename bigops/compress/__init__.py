@@ -13,6 +13,7 @@ from bigops.compress.config import (
 )
 from bigops.compress.observers import MSE, MinMax, Observer, Percentile
 from bigops.compress.receipt import FloorBreached, Floors, Receipt
+from bigops.compress.smooth import smooth_
 from bigops.compress.store import load, save
 from bigops.files import FormatError
 
@@ -37,4 +38,5 @@ __all__ = [
     "freeze_",
     "load",
     "save",
+    "smooth_",
 ]
