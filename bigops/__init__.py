@@ -53,6 +53,7 @@ _HOME = {
     "Floors": "bigops.compress.receipt",
     "Receipt": "bigops.compress.receipt",
     "FormatError": "bigops.files",
+    "smooth_": "bigops.compress.smooth",
     "load": "bigops.compress.store",
     "save": "bigops.compress.store",
 }
@@ -111,6 +112,7 @@ __all__ = [
     "quantized_linear",
     "report",
     "save",
+    "smooth_",
     "sparse_linear",
     "train",
     "unpack_",
@@ -121,6 +123,7 @@ if TYPE_CHECKING:
     from bigops.compress.apply import compress_, freeze_
     from bigops.compress.config import W4A8, Fp8, Int4, Int8, LowRank, Sparse
     from bigops.compress.receipt import Floors, Receipt
+    from bigops.compress.smooth import smooth_
     from bigops.compress.store import load, save
     from bigops.files import FormatError
     from bigops.formats.quantize import QuantizedRows

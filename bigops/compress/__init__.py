@@ -11,11 +11,14 @@ from bigops.compress.config import (
     Sparse,
     SparseInt8,
 )
+from bigops.compress.observers import MSE, MinMax, Observer, Percentile
 from bigops.compress.receipt import FloorBreached, Floors, Receipt
+from bigops.compress.smooth import smooth_
 from bigops.compress.store import load, save
 from bigops.files import FormatError
 
 __all__ = [
+    "MSE",
     "W4A8",
     "FloorBreached",
     "Floors",
@@ -25,6 +28,9 @@ __all__ = [
     "Int8",
     "LowRank",
     "LowRankInt8",
+    "MinMax",
+    "Observer",
+    "Percentile",
     "Receipt",
     "Sparse",
     "SparseInt8",
@@ -32,4 +38,5 @@ __all__ = [
     "freeze_",
     "load",
     "save",
+    "smooth_",
 ]

@@ -14,6 +14,7 @@ from bigops.backend import machine
 from bigops.compress import calibrate, choose, measure, plan
 from bigops.compress.build import Built, Choice, Stays, prepare
 from bigops.compress.config import Configs
+from bigops.compress.observers import observer_of
 from bigops.graph import attention
 from bigops.graph.atomic import atomic
 from bigops.graph.carry import extras, without_hooks
@@ -63,9 +64,9 @@ def compress_(
             keywords; a list is an x. Each layer is then timed against what it replaces,
             interleaved, on the input that it sees first. Without them nothing is timed.
         data: batches, each as ``example_inputs``, in any iterable, which is read once: static
-            activations take their range from all that a layer is given in them. The lists that a
-            `DataLoader` collates out of tuples give positions. Without data the range is that of
-            ``example_inputs``.
+            activations take their range from all that a layer is given in them, by the observer of
+            the config. The lists that a `DataLoader` collates out of tuples give positions. Without
+            data the range is that of ``example_inputs``.
         freeze: True: only the compressed storage is kept. False: the layers stay trainable in
             floating point, with their pattern kept, until `freeze_`; they share the Parameter
             objects of the old layers, so an optimiser goes on working. `LowRank` makes new
@@ -227,7 +228,14 @@ def _calibrate(
             "data, example_inputs: expected inputs to calibrate the static activations of "
             f"{', '.join(static)}; got None"
         )
-    found = calibrate.calibrate(model, {name: layers.at(name) for name in static}, batches, what)
+    found = calibrate.calibrate(
+        model,
+        {name: layers.at(name) for name in static},
+        batches,
+        what,
+        {name: observer_of(chosen[name].config.observer) for name in static},
+    )
+    notes += found.notes
     for name, qparams in found.qparams.items():
         chosen[name] = chosen[name]._replace(x_qparams=qparams)
     for name, reason in found.left.items():

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from bigops.compress.calibrate import Qparams
 from bigops.compress.config import Config, Int8
+from bigops.compress.observers import Qparams
 from bigops.graph.carry import extras
 from bigops.graph.transposed import is_transposed, transposed
 from bigops.nn.computed_weight import is_dense

@@ -1,8 +1,7 @@
-"""Static qparams: the range of each layer's inputs over batches of data, in bounded memory."""
+"""Static qparams: what the inputs of each layer over batches of data say, in bounded memory."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -10,10 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from bigops.formats import quantize
+from bigops.compress.observers import MINMAX, Observer, Qparams, Seen
 from bigops.graph.sites import evaluating, run_example
-
-Qparams = tuple[float, float]  # scale and zero point
 
 
 class Calibration(NamedTuple):
@@ -21,6 +18,7 @@ class Calibration(NamedTuple):
 
     qparams: dict[str, Qparams]
     left: dict[str, str]  # layers without a range, and why
+    notes: list[str]
 
 
 def check_data(data: Any) -> None:
@@ -43,68 +41,100 @@ def batches_of(data: Iterable[Any]) -> Iterator[Any]:
         yield tuple(batch) if collated and isinstance(batch, list) else batch
 
 
+def run_batches(
+    model: nn.Module, batches: Iterable[Any], what: str, after: Callable[[int], None]
+) -> None:
+    """Give the model one batch after the other, in `eval` with gradients off.
+
+    The model is as before afterwards, whatever becomes of it (`bigops.graph.looking`).
+
+    Args:
+        batches: each as `run_example` takes it.
+        what: the name of the argument that they come from.
+        after: is called after each batch, with its number.
+
+    Raises:
+        ValueError: there is none.
+        Exception: whatever the model raises.
+    """
+    count = 0
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            run_example(model, batch)
+            after(count)
+            count += 1
+    if not count:
+        raise ValueError(
+            f"{what}: expected at least one batch to calibrate with; got none (a generator gives "
+            "its batches once)"
+        )
+
+
 def calibrate(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], what: str
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    what: str,
+    observers: Mapping[str, Observer] | None = None,
 ) -> Calibration:
     """The u8 qparams of all that each of ``layers`` is given while the model takes the batches.
 
-    Every call counts, all of them where a layer is called several times in a forward pass. Of each
-    layer two numbers are kept, so data of any length will do; it is read once.
+    Every call counts, all of them where a layer is called several times in a forward pass. What is
+    kept of a layer is of one size (`Seen`), so data of any length will do; it is read once.
 
     Args:
         model: in any mode; it runs in `eval` with gradients off.
         layers: by path.
         batches: each as `run_example` takes it.
         what: the name of the argument that they come from.
+        observers: by path; `MinMax` where there is none.
 
     Raises:
         ValueError: no batch, or NaN or inf in what a layer is given.
         Exception: whatever the model raises.
     """
-    low: dict[str, float] = {}
-    high: dict[str, float] = {}
+    chosen = {path: (observers or {}).get(path, MINMAX) for path in layers}
+    seen = {path: Seen(observer.counts) for path, observer in chosen.items()}
     broken: list[str] = []
-    count = 0
 
     def watch(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
-            if not isinstance(x, Tensor) or not x.numel():
+            if not isinstance(x, Tensor):
                 return
-            least, most = (float(edge) for edge in torch.aminmax(x.detach()))
-            if not (math.isfinite(least) and math.isfinite(most)):
+            try:
+                seen[path].add(x)
+            except ValueError:
                 broken.append(path)
-            low[path] = min(low.get(path, 0.0), least)
-            high[path] = max(high.get(path, 0.0), most)
 
         return hook
+
+    def check(batch: int) -> None:
+        if broken:
+            raise ValueError(
+                f"{what}: expected finite inputs of every layer to calibrate; got NaN or inf for "
+                f"{broken[0]} in batch {batch}"
+            )
 
     handles = []
     try:
         for path, module in layers.items():
             handles.append(module.register_forward_pre_hook(watch(path), with_kwargs=True))
-        with evaluating(model), torch.no_grad():
-            for batch in batches:
-                run_example(model, batch)
-                if broken:
-                    raise ValueError(
-                        f"{what}: expected finite inputs of every layer to calibrate; got NaN or "
-                        f"inf for {broken[0]} in batch {count}"
-                    )
-                count += 1
+        run_batches(model, batches, what, check)
     finally:
         for handle in handles:
             handle.remove()
-    if not count:
-        raise ValueError(f"{what}: expected at least one batch to calibrate with; got none")
-    qparams: dict[str, Qparams] = {}
-    left: dict[str, str] = {}
-    for path in layers:
-        if path not in low:
-            left[path] = f"{what} never calls it, so its static activations have no range"
-        elif low[path] == high[path] == 0:
-            left[path] = f"{what} gives it zeros alone, of which static activations take no range"
+    found = Calibration({}, {}, [])
+    for path, observer in chosen.items():
+        settled = observer.find(seen[path])
+        if settled is not None:
+            found.qparams[path] = settled.qparams
+            if settled.remark:
+                found.notes.append(f"{path}: {settled.remark}")
+        elif seen[path].numbers:
+            found.left[path] = (
+                f"{what} gives it zeros alone, of which static activations take no range"
+            )
         else:
-            scale, zero = quantize.static_qparams(low[path], high[path]).tolist()
-            qparams[path] = (scale, zero)
-    return Calibration(qparams, left)
+            found.left[path] = f"{what} never calls it, so its static activations have no range"
+    return found

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 from torch import nn
 
 from bigops.compress.criteria import magnitude
+from bigops.compress.observers import MINMAX, Observer, observer_of
 from bigops.compress.quantizers import round_to_nearest
 from bigops.formats.fp8 import Fp8Weight
 from bigops.formats.patterns import Pattern
@@ -45,6 +46,11 @@ class Config:
     def activations(self) -> str:
         """What the product does with x."""
         return "none"
+
+    @property
+    def observer(self) -> Observer | str:
+        """Which range static activations take of the numbers that the layer is given."""
+        return MINMAX
 
     @property
     def rank(self) -> int | None:
@@ -86,7 +92,10 @@ class Config:
 
     def encode(self) -> dict[str, Any]:
         """The config as plain data; `decode` reads it back."""
-        return {self.key: self._changed()}
+        changed = self._changed()
+        if isinstance(given := changed.get("observer"), Observer):
+            changed["observer"] = given.encode()
+        return {self.key: changed}
 
     def _changed(self) -> dict[str, Any]:
         """The arguments that are not the default."""
@@ -202,17 +211,21 @@ class Int8(Config):
     Args:
         activations: what the product does with x. "dynamic": each row becomes u8 with its own
             scale and zero point; "symmetric": with its own scale only; "static": with qparams that
-            `compress_` takes from ``example_inputs``; "none": x stays in floating point.
+            `compress_` takes from ``data``, or ``example_inputs``; "none": x stays in floating
+            point.
         group: columns that share a scale, 32, 64 or 128, with "none" only; None: one a row.
         symmetric: no zero points of the weight.
         embeddings: whether it is for embeddings, too; by default for linear layers alone. Given by
             its exact name an embedding gets it in any case.
+        observer: with "static" only, the range that they take: "minmax", "percentile", "mse", or
+            one of `bigops.compress`, as ``Percentile(99.9)``.
     """
 
     activations: str = "dynamic"
     group: int | None = None
     symmetric: bool = True
     embeddings: bool = False
+    observer: Observer | str = MINMAX
     key = "int8"
     of_embedding = property(lambda self: _of_embedding(self))
     tied = property(lambda self: (self.key, self.group, self.symmetric))
@@ -226,7 +239,7 @@ class Int8(Config):
             return QuantLowRankLinear.from_low_rank(old)
         if ours is None or ours.pattern is None:
             return _quantized(self, old, 8)
-        if _of_layers(self) not in BESIDE_SPARSE:
+        if not _beside_sparse(self):
             raise ValueError(
                 f"config: expected Int8() or Int8(activations='static') for a sparse layer; got "
                 f"{self}"
@@ -250,12 +263,14 @@ class Int4(Config):
         symmetric: no zero points; with them a group takes all 16 steps, which pays where its
             values are not centred.
         embeddings: as in `Int8`.
+        observer: as in `Int8`.
     """
 
     group: int | None = 64
     activations: str = "none"
     symmetric: bool = True
     embeddings: bool = False
+    observer: Observer | str = MINMAX
     key = "int4"
     of_embedding = property(lambda self: _of_embedding(self))
     tied = property(lambda self: (self.key, self.group, self.symmetric))
@@ -298,11 +313,17 @@ def _check_form(config: Int8 | Int4, bits: int) -> None:
             got = type(getattr(config, name)).__name__
             raise TypeError(f"{name}: expected a bool; got {got}")
     check_form(bits, group or 0, config.activations)
+    object.__setattr__(config, "observer", observer_of(config.observer))
+    if config.observer != MINMAX and config.activations != "static":
+        raise ValueError(
+            f"observer: expected none with activations {config.activations!r}, which find the "
+            f"range of each row as they run; got {config.observer}"
+        )
 
 
 def _of_embedding(config: Quantized) -> Quantized:
     """A look-up has no activations to quantise."""
-    return replace(config, activations="none", embeddings=False)
+    return replace(config, activations="none", embeddings=False, observer=MINMAX)
 
 
 def _of_layers(config: Quantized) -> Quantized:
@@ -319,7 +340,9 @@ def _quantized(config: Int8 | Int4, old: nn.Module, bits: int) -> Layer:
 W4A8 = Int4(group=64, activations="dynamic")
 
 
-BESIDE_SPARSE = (Int8(), Int8(activations="static"))
+def _beside_sparse(int8: Int8) -> bool:
+    """Whether a sparse layer can have it."""
+    return int8.group is None and int8.symmetric and int8.activations in ("dynamic", "static")
 
 
 @dataclass(frozen=True)
@@ -332,6 +355,7 @@ class SparseInt8(Config):
     embeddings = property(lambda self: self.int8.embeddings)
     of_embedding = property(lambda self: self.int8.of_embedding)
     activations = property(lambda self: self.int8.activations)
+    observer = property(lambda self: self.int8.observer)
     quantizer = property(lambda self: self.int8.quantizer)
 
     def __post_init__(self) -> None:
@@ -339,7 +363,7 @@ class SparseInt8(Config):
             raise ValueError(
                 f"values: expected none of its own for a Sparse beside Int8(); got {self.sparse}"
             )
-        if _of_layers(self.int8) not in BESIDE_SPARSE:
+        if not _beside_sparse(self.int8):
             raise ValueError(
                 f"int8: expected Int8() or Int8(activations='static') beside Sparse; got "
                 f"{self.int8}"

@@ -24,9 +24,10 @@ class Before:
     them its mode, children, Parameters, buffers and hooks in their order; what lies in plain lists,
     dictionaries, sets and tuples among them, in objects of a class that comes from where a class of
     the model comes from, and in modules that are held there without being registered; and
-    ``requires_grad`` of each Parameter. Not kept are the values in tensors. While this lives, so
-    does every tensor that the models held. Of a lazy module (`nn.LazyLinear`), whose first call is
-    its last step of construction, only what it holds is kept.
+    ``requires_grad`` and the tensor (``data``) of each Parameter. Not kept are the values in
+    tensors. While this lives, so does every tensor that the models held. Of a lazy module
+    (`nn.LazyLinear`), whose first call is its last step of construction, only what it holds is
+    kept.
     """
 
     def __init__(self, *models: nn.Module, layers: bool = True) -> None:
@@ -38,6 +39,7 @@ class Before:
         """
         self._kept: list[tuple[Any, Any]] = []  # containers and copies of them
         self._flags: list[tuple[nn.Parameter, bool]] = []
+        self.data: list[tuple[nn.Parameter, Tensor]] = []
         # Ctrl-C pressed where torch.no_grad() ends would leave gradients off for all that follows
         self._gradients = torch.is_grad_enabled()
         # so of a mode that watches over the model while it runs, or of torch.device("meta")
@@ -64,7 +66,11 @@ class Before:
             if isinstance(held, dict):  # not of a ScriptModule
                 self._kept.append((held, dict(held)))
                 self._seen.add(id(held))
-        self._flags += [(p, p.requires_grad) for p in module.parameters(recurse=False)]
+        own = list(module.parameters(recurse=False))
+        self._flags += [(p, p.requires_grad) for p in own]
+        # Not those of a lazy module, which its first call makes, nor those of another tensor type.
+        plain = (p for p in own if type(p) is nn.Parameter)
+        self.data += [(p, p.data) for p in plain if type(p.data) is Tensor]
 
     def _keep(self, pending: list[Any], layers: bool) -> None:
         """Keep what lies in plain containers, objects and modules, and in those in them."""
@@ -97,6 +103,9 @@ class Before:
                     pop()
         for now, then in self._kept:
             _put_back(now, then)
+        for parameter, data in self.data:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
         for parameter, flag in self._flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad = flag

@@ -37,14 +37,7 @@ def looking(*models: nn.Module, timed: bool = False) -> Iterator[None]:
             an operation, and stays away then; the same calls should have run without before.
     """
     before, states = Before(*models, layers=False), _random_states()
-    # Not those of a lazy module, which its first call makes, nor those of another tensor type.
-    parameters = [
-        (p, p.data)
-        for module in before.modules
-        for p in module.parameters(recurse=False)
-        if type(p) is nn.Parameter and type(p.data) is Tensor
-    ]
-    journal = _Journal([data for _, data in parameters])
+    journal = _Journal([data for _, data in before.data])
     try:
         _exchange(before.modules, before.homes)
         with contextlib.nullcontext() if timed else journal:
@@ -54,9 +47,6 @@ def looking(*models: nn.Module, timed: bool = False) -> Iterator[None]:
         while True:
             try:
                 before.restore()
-                for parameter, data in parameters:
-                    if parameter.data_ptr() != data.data_ptr():
-                        parameter.data = data
                 journal.restore()
                 for restore, state in states:
                     restore(state)

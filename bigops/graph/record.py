@@ -1,4 +1,4 @@
-"""What `fuse_`, `pack_`, `compress_` and `freeze_` did to a model and what they left, and why."""
+"""What a verb (`fuse_`, `pack_`, `smooth_`, `compress_` ..) did to a model, left, and why."""
 
 from __future__ import annotations
 

@@ -201,6 +201,7 @@ VERBS: dict[str, Callable[[nn.Module], object]] = {
     "fuse_, timed": lambda m: bigops.fuse_(m, X),
     "compress_": lambda m: bigops.compress_(m, bigops.Int8(), X),
     "compress_, static": lambda m: bigops.compress_(m, bigops.Int8(activations="static"), X),
+    "smooth_": lambda m: bigops.smooth_(m, [X]),
     "receipt": lambda m: bigops.Receipt.measure(m, m, X, accuracy=accuracy, with_compile=False),
     "peak_bytes": lambda m: measure.peak_bytes(m, X),
 }

@@ -92,6 +92,16 @@ def adapted() -> nn.Module:
     return model
 
 
+def outlying() -> nn.Module:
+    """A norm with outliers before two layers in a chain."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 48), nn.ReLU().eval(), nn.Linear(48, 8))
+    with torch.no_grad():
+        for made in (model[0].weight, model[1].weight):
+            made[:3] *= 50
+    return model.train()
+
+
 def packable() -> nn.Sequential:
     """Each kind that is packed, of 64 rows, which a panel has, and a layer that is too small."""
     torch.manual_seed(0)
@@ -136,6 +146,8 @@ VERBS: dict[str, tuple[Callable[[], nn.Module], Verb]] = {
     "fuse_ timed": (Counts, lambda m: bigops.fuse_(m, X)),
     "fuse_ untraced": (Untraced, bigops.fuse_),
     "fuse_ half": (half_frozen, lambda m: bigops.fuse_(m, X)),
+    "smooth_": (outlying, lambda m: bigops.smooth_(m, [X])),
+    "smooth_ searched": (outlying, lambda m: bigops.smooth_(m, [X, (2 * X,)], "search")),
     "add_lora_": (dense, lambda m: bigops.add_lora_(m, rank=2)),
     "add_lora_ again": (adapted, lambda m: bigops.add_lora_(m, rank=3, name="second")),
     "pack_": (packable, bigops.pack_),

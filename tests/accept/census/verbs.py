@@ -213,6 +213,32 @@ def compressed(config: Any) -> Callable[..., None]:
     return verb
 
 
+def smoothed(kind: str, tiny: Tiny, plain: Plain, taken: dict[str, int]) -> None:
+    """`smooth_` of all that can be scaled: equal outputs to the bit, hidden states too."""
+    model = copy.deepcopy(tiny.model)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1 and p.is_floating_point():
+                p.mul_(torch.where(torch.rand_like(p) < 0.1, 50.0, 1.0))
+    calls = [tiny.inputs]
+    with torch.no_grad():
+        try:
+            states = {**tiny.inputs, "output_hidden_states": True}
+            outputs(model, states)
+            calls.append(states)
+        except Exception:  # an argument that not all models have
+            pass
+        before = [outputs(model, inputs) for inputs in calls]
+        record = bigops.smooth_(model, [tiny.inputs], least=1)
+        _account(model, record, taken)
+        if not plain.same:
+            raise No("two plain calls differ")
+        for inputs, expected in zip(calls, before, strict=True):
+            if not _equal(outputs(model, inputs), expected):
+                raise WrongError("the smoothed model gives other bits")
+
+
 def saved(kind: str, tiny: Tiny, plain: Plain, taken: dict[str, int]) -> None:
     """`save` and `load(model=)` of an int8 model: equal outputs to the bit."""
     model = _int8(tiny)
@@ -292,6 +318,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "fuse_": fused,
     "Int8": compressed(bigops.Int8()),
     "sparse int8": compressed(bigops.Sparse(0.5) + bigops.Int8()),
+    "smooth_": smoothed,
     "save and load": saved,
     "generate": generated,
     "LoRA": adapted,
