@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bigops.benches.harness import LeftOut
-from bigops.benches.models.subject import SAMPLES, Inputs, Subject, tokens
+from bigops.benches.models.subject import SAMPLES, Inputs, Subject, batches, tokens
 
 PAST = 255  # tokens in the cache of a decode step: with the new one it attends to 256
 
@@ -131,7 +131,7 @@ def text(name: str, model: nn.Module, batch: int, length: int, vocabulary: int) 
     def given(seed: int) -> Inputs:
         return tokens(batch, length, vocabulary, seed), mask
 
-    samples = [given(seed) for seed in range(1, SAMPLES + 1)]
+    samples = [given(seed) for seed in range(1, batches(batch) + 1)]
     return Subject(name, TextEncoder(model).eval(), given(0), samples)
 
 
@@ -159,7 +159,7 @@ def vit(name: str, batch: int = 1, **sizes: int) -> Subject:
         return (torch.randn(batch, 3, size, size, generator=random),)
 
     model = Images(drawn("ViTForImageClassification", config)).eval()
-    samples = [pixels() for _ in range(SAMPLES)]
+    samples = [pixels() for _ in range(batches(batch))]
     return Subject(name, model, pixels(), samples, classes=True)
 
 
@@ -224,8 +224,7 @@ def t5(name: str, step: bool, batch: int = 8, length: int = 64, **sizes: int) ->
         ]
         return start, hidden, *kept
 
-    few = whole.calibration[: SAMPLES // 4]
-    samples = [inputs(seed, encoded) for seed, encoded in enumerate(few, 1)]
+    samples = [inputs(seed, encoded) for seed, encoded in enumerate(whole.calibration, 1)]
     return Subject(
         name, T5Step(model).eval(), inputs(0, whole.inputs), samples, classes=True, decode=True
     )

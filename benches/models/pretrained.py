@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bigops.benches.harness import LeftOut
 from bigops.benches.models.by_config import TextEncoder, causal, text, transformers
-from bigops.benches.models.subject import SAMPLES, Accuracy, Call, Inputs, Subject
+from bigops.benches.models.subject import SAMPLES, Accuracy, Call, Inputs, Subject, batches
 from bigops.files import replacing
 
 PAIRS = 400
@@ -62,22 +62,22 @@ def minilm(name: str, batch: int, length: int, judged: bool) -> Subject:
         return drawn
     tokenizer = hf.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
-    def batches(verses: Sequence[str]) -> list[Inputs]:
-        coded = tokenizer(
+    def coded(verses: Sequence[str]) -> list[Inputs]:
+        made = tokenizer(
             list(verses),
             padding="max_length",
             truncation=True,
             max_length=length,
             return_tensors="pt",
         )
-        ids, mask = coded["input_ids"], coded["attention_mask"]
+        ids, mask = made["input_ids"], made["attention_mask"]
         return list(zip(ids.split(batch), mask.split(batch), strict=True))
 
-    samples = batches(verses(bible, KING_JAMES, SAMPLES * batch, 17))
+    samples = coded(verses(bible, KING_JAMES, batches(batch) * batch, 17))
     if not judged:
         return Subject(name, TextEncoder(model).eval(), samples[0], samples)
-    asked = batches(verses(bible, KING_JAMES, PAIRS))
-    answers = batches(verses(bible, BASIC_ENGLISH, PAIRS))
+    asked = coded(verses(bible, KING_JAMES, PAIRS))
+    answers = coded(verses(bible, BASIC_ENGLISH, PAIRS))
     accuracy = Accuracy("top-1 %", lambda call: retrieval(call, asked, answers))
     return Subject(name, TextEncoder(model).eval(), asked[0], samples, accuracy)
 
@@ -95,9 +95,9 @@ def verses(file: Path, version: str, count: int, offset: int = 0) -> list[str]:
 def retrieval(call: Call, asked: Sequence[Inputs], answers: Sequence[Inputs]) -> float:
     """Percent of questions whose own answer is the nearest of all, by mean-pooled cosine."""
 
-    def embedded(batches: Sequence[Inputs]) -> Tensor:
+    def embedded(given: Sequence[Inputs]) -> Tensor:
         parts = []
-        for ids, mask in batches:
+        for ids, mask in given:
             hidden, weight = call(ids, mask).float(), mask[..., None].float()
             parts.append(F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1))
         return torch.cat(parts)

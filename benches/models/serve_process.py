@@ -110,21 +110,22 @@ def fresh(arguments: Sequence[str], workers: int) -> tuple[float, float | None] 
     Linux does not tell a process's share of its pages; all is None where a process fails.
     """
     command = [sys.executable, "-m", __name__, *arguments]
+    print(f"bench: fresh processes: {' '.join(arguments)}", file=sys.stderr, flush=True)
+    running: list[subprocess.Popen[str]] = []
+    seconds = 0.0
     try:
-        _ended(_started(command))
-        begin = time.perf_counter()
-        running = [_started(command)]
-        seconds = time.perf_counter() - begin
-        try:
-            for _ in range(workers - 1):
-                running.append(_started(command))
-            shares = [_pss(one.pid) for one in running]
-        finally:
-            for one in running:
-                _ended(one)
+        for place in range(max(2, workers)):
+            begin = time.perf_counter()
+            running.append(_started(command))
+            if place == 1:
+                seconds = time.perf_counter() - begin
+        shares = [_pss(one.pid) for one in running]
     except RuntimeError as failure:
         print(f"bench: {' '.join(arguments)}: {failure}", file=sys.stderr)
         return None
+    finally:
+        for one in running:
+            _ended(one)
     return seconds, None if None in shares else sum(filter(None, shares)) / 1e6
 
 

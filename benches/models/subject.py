@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 Inputs = tuple[Tensor, ...]
 Call = Callable[..., Tensor]  # (*inputs) -> output; what every side is
-SAMPLES = 32  # of calibration
+SAMPLES = 32  # rows of calibration, at least
+
+
+def batches(batch: int) -> int:
+    """How many inputs of so many rows calibration takes: eight at least, or single ones differ."""
+    return max(8, SAMPLES // batch)
 
 
 @dataclass(frozen=True)
