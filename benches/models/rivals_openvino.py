@@ -6,7 +6,6 @@ documentation has them for transformers.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import os
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from bigops.benches import rivals_openvino
 from bigops.benches.harness import LeftOut
-from bigops.benches.models import isa
+from bigops.benches.models import isa, kept
 from bigops.benches.models.rivals_torch import exported
 from bigops.benches.models.side import Make, Side
 from bigops.benches.models.subject import Call, Inputs, Subject
@@ -58,22 +57,33 @@ def nncf() -> Any:
     return package
 
 
-@functools.lru_cache(maxsize=1)  # minutes for a model of 100 million parameters
 def int8(subject: Subject, lengths: tuple[int, int] | None = None) -> Any:
     """Static int8, calibrated on the subject's samples, after SmoothQuant.
 
     Raises:
         LeftOut: not installed, or it does not take the model.
     """
+    device, _ = rivals_openvino.core()
     tool = nncf()
-    model = converted(subject, lengths)
-    samples = tool.Dataset(subject.calibration, lambda given: [x.numpy() for x in given])
-    return tool.quantize(
-        model,
-        samples,
-        model_type=tool.ModelType.TRANSFORMER,
-        subset_size=len(subject.calibration),
-    )
+    import openvino
+
+    made_by = (openvino.__version__, tool.__version__, str(lengths))
+    file = kept.folder() / f"openvino-int8-{kept.stem(subject, *made_by)}.xml"
+    if not file.exists():
+        model = converted(subject, lengths)
+        samples = tool.Dataset(subject.calibration, lambda given: [x.numpy() for x in given])
+        quantized = tool.quantize(
+            model,
+            samples,
+            model_type=tool.ModelType.TRANSFORMER,
+            subset_size=len(subject.calibration),
+        )
+        unfinished = file.with_stem(f"{file.stem}-{os.getpid()}")
+        openvino.save_model(quantized, unfinished, compress_to_fp16=False)
+        # the weights first: a file of that name has them beside it
+        os.replace(unfinished.with_suffix(".bin"), file.with_suffix(".bin"))
+        os.replace(unfinished, file)
+    return device.read_model(file)
 
 
 def int4(subject: Subject) -> Any:
@@ -102,7 +112,7 @@ def side(name: str, make: Any, hint: dict[str, str], subject: Subject) -> Side:
 
 def makers(decode: bool) -> dict[str, Make]:
     """The sides by name."""
-    forms = {
+    forms: dict[str, tuple[Any, dict[str, str]]] = {
         "fp32": (converted, FP32),
         "bf16": (converted, BF16),
         "int8": (int8, FP32),

@@ -147,8 +147,7 @@ def load(
     lock, took, failed = threading.Lock(), [], []
     begin = threading.Barrier(threads + 1)
 
-    def client() -> None:
-        call = make()
+    def client(call: Call) -> None:
         begin.wait()
         try:
             with torch.no_grad():
@@ -163,7 +162,8 @@ def load(
         except Exception as failure:
             failed.append(failure)
 
-    clients = [threading.Thread(target=client, daemon=True) for _ in range(threads)]
+    calls = [make() for _ in range(threads)]
+    clients = [threading.Thread(target=client, args=[call], daemon=True) for call in calls]
     for one in clients:
         one.start()
     begin.wait()

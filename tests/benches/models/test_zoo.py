@@ -10,7 +10,7 @@ from torch import nn
 
 import bigops
 from bigops.benches.harness import LeftOut
-from bigops.benches.models import by_config, pretrained, subject, zoo
+from bigops.benches.models import by_config, kept, pretrained, subject, zoo
 from bigops.benches.models.subject import Subject
 from tests.benches.models import small
 
@@ -187,6 +187,19 @@ def test_verses_are_spaced_over_the_whole_book(tmp_path: Path) -> None:
                 base.execute("insert into bible values (?, ?, ?, ?, ?)", row)
     assert pretrained.verses(tmp_path / "b.db", "3", 2) == ["30", "35"]
     assert pretrained.verses(tmp_path / "b.db", "k", 2, 1) == ["k1", "k6"]
+
+
+def test_what_is_kept_is_found_by_what_it_was_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kept.folder() == tmp_path / "bigops" / "benches"
+    first, same, other = (of(f"{HERE}:tokens") for _ in range(3))
+    assert kept.stem(first, "1") == kept.stem(same, "1") != kept.stem(first, "2")
+    with torch.no_grad():
+        other.model.get_parameter("model.embed.weight")[0, 0] += 1e-3
+    assert kept.stem(other, "1") != kept.stem(first, "1")
+    assert kept.stem(of(f"{HERE}:with_calibration"), "1") != kept.stem(first, "1")
 
 
 # --- lengths -------------------------------------------------------------------------------------
