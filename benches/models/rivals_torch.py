@@ -79,14 +79,14 @@ def makers() -> dict[str, Make]:
 
 
 def frozen(
-    model: nn.Module, inputs: Inputs, backend: str = "inductor", dynamic: bool = False
+    model: nn.Module, inputs: Inputs, backend: Any = "inductor", dynamic: bool = False
 ) -> Call:
     """`torch.compile` with the weights as constants; it compiles here.
 
     Args:
         model: in evaluation mode.
         inputs: what it is compiled for.
-        backend: whose code.
+        backend: whose code: a name, or a function as `torch.compile` takes it.
         dynamic: sizes are left open.
     """
     from torch._inductor import config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,18 @@ from torch import Tensor, nn
 import bigops
 from bigops import cli
 from bigops.benches.harness import EAGER, LeftOut
-from bigops.benches.models import agreement, kinds, measure, own, rivals_onnx, rivals_openvino, zoo
+from bigops.benches.models import (
+    agreement,
+    kinds,
+    measure,
+    own,
+    rivals_onnx,
+    rivals_openvino,
+    rivals_torch,
+    zoo,
+)
 from bigops.benches.models.agreement import Agreement
-from bigops.benches.models.side import Side, nbytes
+from bigops.benches.models.side import Side, nbytes, quiet
 from bigops.benches.models.subject import Accuracy, Subject
 from tests.support import tolerance
 
@@ -121,6 +131,50 @@ def test_rivals_that_are_not_installed_are_left_out(
         for make in rivals.values():
             with pytest.raises(LeftOut, match="is not installed"):
                 make(subject)
+
+
+@pytest.mark.parametrize(
+    ("name", "packages"),
+    [
+        ("openvino fp32", ["openvino"]),
+        ("openvino int8", ["openvino", "nncf"]),
+        ("onnxruntime int8 dynamic", ["onnxruntime", "onnxscript"]),
+        ("onnxruntime int8 static", ["onnxruntime", "onnxscript"]),
+    ],
+)
+def test_rivals_that_are_installed_compute_the_model(
+    name: str, packages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in packages:
+        pytest.importorskip(package)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    subject = next(iter(zoo.subjects(f"{HERE}:with_calibration")))
+    with quiet(), torch.no_grad():
+        side = measure.makers(False)[name](subject)
+        expected = subject.model(*subject.inputs)
+        assert Agreement.of(side.call(*subject.inputs), expected, False).cosine > 0.99
+        again = Agreement.of(
+            side.call(*subject.calibration[0]), subject.model(*subject.calibration[0]), False
+        )
+    assert again.cosine > 0.99
+    assert side.nbytes is not None
+    assert len(list((tmp_path / "bigops").rglob("*.bin"))) == (name == "openvino int8")
+
+
+def test_a_compiled_side_is_compiled_once_with_its_weights_frozen(subject: Subject) -> None:
+    from torch._inductor import config
+
+    seen = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        seen.append(config.freezing)
+        return graph
+
+    call = rivals_torch.frozen(subject.model, subject.inputs, backend)
+    with torch.no_grad():
+        torch.testing.assert_close(call(*subject.inputs), subject.model(*subject.inputs))
+    assert seen == [True]
+    assert not config.freezing
 
 
 # --- rows --------------------------------------------------------------------------------------
