@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--serve", metavar="MODEL", help=serve)
     side = "with --model: only eager and the sides with TEXT in their name; repeatable"
     add("--side", action="append", default=[], metavar="TEXT", help=side)
+    add("--no-accuracy", action="store_true", help="with --model: agreement alone, in less time")
     held = "hold all sides to an instruction set: avx2, avx512, avx512_vnni, avx512_bf16"
     add("--isa", metavar="LEVEL", help=held)
     add("--requests", type=positive(int), default=200, metavar="N", help="with --serve: a round's")
@@ -98,7 +99,9 @@ def _whole(args: argparse.Namespace) -> int:
     if args.serve:
         groups = serve.run(args.serve, requests=args.requests)
     else:
-        groups = measure.run(args.model, sides=args.side, pairs=args.pairs)
+        groups = measure.run(
+            args.model, sides=args.side, pairs=args.pairs, accuracy=not args.no_accuracy
+        )
     for group in groups:
         print(table(group), flush=True)
         found += group
