@@ -19,9 +19,9 @@ import bigops
 from bigops.benches import rivals_bert
 from bigops.benches.harness import OWN, Case, Side, compiled, optional_side
 from bigops.benches.limits import Cost
+from bigops.benches.models import own
 from bigops.compress import Int8, Sparse
 from bigops.compress.config import Configs
-from bigops.formats.patterns import block_mask
 
 HEAD = 64
 SPARSITY = 0.8
@@ -73,7 +73,7 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
     with torch.inference_mode(False):  # inference tensors cannot become parameters
         model = EncoderLayer(case.k, case.n).to(device).eval().requires_grad_(False)
         x = torch.randn(batch, tokens, case.k, device=device)
-        pruned = _pruned(model)
+        pruned = own.pruned(model, SPARSITY)
         weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
         flops = 2.0 * case.m * weights + 4.0 * case.m * tokens * case.k
 
@@ -111,16 +111,6 @@ def build(case: Case, device: str) -> tuple[list[Tensor], list[Side]]:
 
 def _wide(model: nn.Module, x: Tensor) -> Tensor:
     return copy.deepcopy(model).double().cpu()(x.double().cpu())
-
-
-def _pruned(model: nn.Module) -> nn.Module:
-    """The model with the 1x4 blocks of `Sparse` gone, still dense."""
-    sparse = copy.deepcopy(model)
-    for part in sparse.modules():
-        if isinstance(part, nn.Linear):
-            mask = block_mask(part.weight, SPARSITY).repeat_interleave(4, dim=1)
-            part.weight.mul_(mask[:, : part.in_features])
-    return sparse
 
 
 def _own(

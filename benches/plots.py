@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bigops.benches.rows import Row, is_own
+from bigops.benches.rows import Compared, is_own
 from bigops.files import replacing
 
 
-def paths(rows: Sequence[Row], path: str | Path) -> dict[str, Path]:
+def paths(rows: Sequence[Compared], path: str | Path) -> dict[str, Path]:
     """op -> file: the name asked for with the op behind its stem, ``bench-fused_linear.png``."""
     asked = Path(path)
     suffix = asked.suffix or ".png"
@@ -18,7 +18,7 @@ def paths(rows: Sequence[Row], path: str | Path) -> dict[str, Path]:
     return {op: asked.with_name(f"{asked.stem}-{op}{suffix}") for op in ops}
 
 
-def plot(rows: Sequence[Row], path: str | Path) -> list[Path]:
+def plot(rows: Sequence[Compared], path: str | Path) -> list[Path]:
     """Draw the speed-up over eager of ours, the best rival and the others, one PNG per op.
 
     A whole run in one picture was 40,000 pixels tall; a bar per provider made an op 90 inches.
@@ -47,8 +47,8 @@ def plot(rows: Sequence[Row], path: str | Path) -> list[Path]:
     return list(written.values())
 
 
-def _draw(axes: Any, rows: Sequence[Row], cases: Sequence[str]) -> None:
-    kinds: dict[str, tuple[list[Row], dict[str, Any]]] = {
+def _draw(axes: Any, rows: Sequence[Compared], cases: Sequence[str]) -> None:
+    kinds: dict[str, tuple[list[Compared], dict[str, Any]]] = {
         "other rivals": ([], {"color": "0.65", "markersize": 3}),
         "best rival": ([], {"color": "tab:orange", "markersize": 5, "capsize": 2}),
         "bigops": ([], {"color": "tab:blue", "markersize": 6, "capsize": 2}),

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bigops.files import replacing
 
@@ -72,12 +72,35 @@ def _cell(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def write_csv(rows: Iterable[Row], path: str | Path) -> None:
-    """Write the rows as CSV with a header line; an unmeasured limit reads ``unknown``."""
+class Compared(Protocol):
+    """What a picture needs of a row, of an op or of a whole model."""
+
+    @property
+    def op(self) -> str: ...
+    @property
+    def case_key(self) -> str: ...
+    @property
+    def provider(self) -> str: ...
+    @property
+    def best_rival(self) -> str: ...
+    @property
+    def ratio_to_eager(self) -> float: ...
+    @property
+    def ratio_low(self) -> float: ...
+    @property
+    def ratio_high(self) -> float: ...
+
+
+def write_csv(rows: Iterable[Any], path: str | Path) -> None:
+    """Write rows of one class as CSV; its fields are the columns.
+
+    What was not measured reads ``unknown``. Without rows the columns are those of `Row`.
+    """
+    found = list(rows)
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for row in rows:
+        writer.writerow([f.name for f in fields(found[0])] if found else COLUMNS)
+        for row in found:
             writer.writerow([_cell(value) for value in asdict(row).values()])
 
 
