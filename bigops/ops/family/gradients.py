@@ -56,6 +56,7 @@ class Gradients:
         self._bias_at = op.arguments.index("bias")
         self._sizes = _picker(op.arguments, sizes) if sizes else None
         self._saved_names = ("x", *tensors, "bias", *op.kept)
+        self._saved_of = _picker((*op.arguments, "y", *op.kept), self._saved_names)
         self._twice = ("grad", "x", *tensors, *kept)
         places = list(enumerate(op.fields))
         self._frozen = [(at, name) for at, name in places if name in {*tensors} - {*trained}]
@@ -258,7 +259,7 @@ class Gradients:
 
     def _made(self, ctx: Any, grad: Tensor, need: dict[str, bool]) -> Sequence[Tensor | None]:
         op, saved = self.op, dict(zip(self._saved_names, ctx.saved_tensors, strict=False))
-        sizes, code = ctx.sizes, ctx.code
+        sizes, code = ctx.sizes if self._sizes else (), ctx.code
         x, bias = saved["x"], saved["bias"]
         weight = (*(saved[name] for name in op.format.TENSORS), *sizes)
         dropped = x is None  # by `save_frozen`
@@ -340,7 +341,7 @@ class Gradients:
     def _functions(self) -> tuple[Callable[..., Tensor], ...]:
         """The eager Functions (ctx form, 10 microseconds a call) and the one for torch.func."""
         gradients, op = self, self.op
-        saved, sizes, unkept = self._saved, self._sizes, (None,) * len(op.kept)
+        saved_of, sizes, unkept = self._saved_of, self._sizes, (None,) * len(op.kept)
         weight, save_frozen, none = self._weight, self.save_frozen, act.NONE
         forward, forward_kept = op.forward, op.forward_kept
         keeps = [op.keeps(code) for code in range(len(act.NAMES))]
@@ -350,16 +351,14 @@ class Gradients:
         class Eager(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *args):  # type: ignore[no-untyped-def]
-                # as `save` does: here each call counts
-                ctx.sizes, ctx.code = sizes(args) if sizes else (), args[-1]
+                # as `save` does: here each call counts, and a list is 0.4 us of 12
+                code = ctx.code = args[-1]
+                if sizes:
+                    ctx.sizes = sizes(args)
                 with below():
-                    if keeps[args[-1]]:
-                        y, *kept = forward_kept(*args)
-                        ctx.save_for_backward(*saved(args), *kept)
-                    else:
-                        y = forward(*args)
-                        ctx.save_for_backward(*saved(args), *unkept)
-                return y
+                    found = forward_kept(*args) if keeps[code] else (forward(*args), *unkept)
+                ctx.save_for_backward(*saved_of(args + found))
+                return found[0]
 
             @staticmethod
             def backward(ctx, grad):  # type: ignore[no-untyped-def]
