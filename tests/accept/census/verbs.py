@@ -214,7 +214,10 @@ def compressed(config: Any) -> Callable[..., None]:
 
 
 def smoothed(kind: str, tiny: Tiny, plain: Plain, taken: dict[str, int]) -> None:
-    """`smooth_` of all that can be scaled: equal outputs to the bit, hidden states too."""
+    """`smooth_` of all that can be scaled: equal outputs to the bit, hidden states too.
+
+    It is no cell of the file, which was made before.
+    """
     model = copy.deepcopy(tiny.model)
     torch.manual_seed(3)
     with torch.no_grad():
@@ -318,7 +321,6 @@ VERBS: dict[str, Callable[..., None]] = {
     "fuse_": fused,
     "Int8": compressed(bigops.Int8()),
     "sparse int8": compressed(bigops.Sparse(0.5) + bigops.Int8()),
-    "smooth_": smoothed,
     "save and load": saved,
     "generate": generated,
     "LoRA": adapted,
