@@ -1,6 +1,7 @@
-"""The census of transformers' model types: a sample is run anew, the whole file held to its rule.
+"""The census of transformers and timm: a sample is run anew, the files held to their rule.
 
-``python -m tests.accept.census`` runs all types, for most of an hour, and writes census.json.
+``python -m tests.accept.census`` runs all types of transformers, for most of an hour, and writes
+census.json; with ``--timm`` 150 networks of timm, into census_timm.json.
 """
 
 from __future__ import annotations
@@ -22,15 +23,25 @@ from tests.support.kernels_ran import needs_extension
 
 pytest.importorskip("transformers")
 
-from tests.accept.census import tiny, twin, verbs
+from tests.accept.census import transformers_types, twin, verbs
 
 pytestmark = [pytest.mark.slow, needs_extension]
 
-FILE = Path(__file__).parent / "census.json"
-SAMPLE = [
-    *("bart", "clip", "convbert", "deberta", "deit", "diffllama", "falcon", "gemma3_text"),
-    *("gpt_neox", "informer", "mixtral", "olmo2", "switch_transformers", "umt5", "wav2vec2"),
-]
+HERE = Path(__file__).parent
+SAMPLES = {
+    "transformers": [
+        *("bart", "clip", "convbert", "deberta", "deit", "diffllama", "falcon", "gemma3_text"),
+        *("gpt_neox", "informer", "mixtral", "olmo2", "switch_transformers", "umt5", "wav2vec2"),
+    ],
+    "timm": ["test_vit", "gmixer_12_224", "mobilenetv3_small_050", "test_vit_relpos"],
+}
+FILES = {"transformers": "census.json", "timm": "census_timm.json"}
+
+
+def committed(package: str) -> dict[str, dict[str, Any]]:
+    """The line of each model in the committed file."""
+    lines: dict[str, dict[str, Any]] = json.loads((HERE / FILES[package]).read_text())["models"]
+    return lines
 
 
 def outcomes(lines: dict[str, dict[str, Any]]) -> dict[tuple[str, str], str]:
@@ -42,21 +53,24 @@ def outcomes(lines: dict[str, dict[str, Any]]) -> dict[tuple[str, str], str]:
     }
 
 
-def test_a_sample_is_as_the_file_says(tmp_path: Path, accept: Accept) -> None:
-    found = tmp_path / "census.json"
+@pytest.mark.parametrize("package", SAMPLES)
+def test_a_sample_is_as_the_file_says(package: str, tmp_path: Path, accept: Accept) -> None:
+    pytest.importorskip(package)
+    sample, found = SAMPLES[package], tmp_path / "census.json"
     call = [sys.executable, "-W", "ignore", "-m", "tests.accept.census", "--json", str(found)]
+    call += ["--timm", *sample] if package == "timm" else sample
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*call, *SAMPLE], capture_output=True, text=True, env=offline)
+    done = subprocess.run(call, capture_output=True, text=True, env=offline)
     assert done.returncode == 0, done.stderr
-    lines = json.loads(found.read_text())["types"]
-    committed = json.loads(FILE.read_text())["types"]
-    expected = outcomes({kind: committed[kind] for kind in SAMPLE})
+    lines = json.loads(found.read_text())["models"]
+    expected = outcomes({kind: committed(package)[kind] for kind in sample})
     assert outcomes(lines) == expected, done.stdout
-    accept.result(types=len(lines), cells=len(expected))
+    accept.result(models=len(lines), cells=len(expected))
 
 
-def test_no_cell_of_the_file_is_wrong() -> None:
-    lines = json.loads(FILE.read_text())["types"]
+@pytest.mark.parametrize("package", FILES)
+def test_no_cell_of_the_file_is_wrong(package: str) -> None:
+    lines = committed(package)
     found = outcomes(lines)
     bad = [f"{k}: {lines[k][v]}" for (k, v), o in found.items() if o in ("wrong", "foreign")]
     assert not bad, bad
@@ -72,9 +86,9 @@ def test_smoothing_changes_no_bit(kind: str) -> None:
 
 def _outcome(verb: str) -> str:
     """The outcome for llama."""
-    small = tiny.build("llama")
+    small = transformers_types.build("llama")
     call = verbs.VERBS[verb]
-    return verbs._outcome(lambda: call("llama", small, verbs.Plain(small), {}))
+    return verbs._outcome(lambda: call(small, verbs.Plain(small), {}))
 
 
 @pytest.mark.parametrize("verb", ["fuse_", "Int8", "save and load", "LoRA"])

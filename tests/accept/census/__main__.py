@@ -1,8 +1,13 @@
-"""``python -m tests.accept.census``: every type, each in a process of its own -> census.json."""
+"""``python -m tests.accept.census``: every type, each in a process of its own -> census.json.
+
+With ``--timm`` networks of timm -> census_timm.json, in an environment that has timm.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -14,21 +19,23 @@ from collections import Counter
 from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-import transformers
 
 import bigops
 from bigops.backend import machine
 from tests.accept.census import tiny, verbs
 
-FILE = Path(__file__).parent.parent / "census.json"
+FILES = Path(__file__).parent.parent
+# A source has PACKAGE, FIRST (what to warm by), names() and build(name).
+SOURCES = {"census.json": "transformers_types", "census_timm.json": "timm_networks"}
 
 
-def run(kind: str, seconds: int = 40) -> dict[str, Any]:
+def run(source: ModuleType, kind: str, seconds: int = 40) -> dict[str, Any]:
     """The line of one type: a crash or a hang costs that one alone.
 
     Args:
@@ -36,7 +43,7 @@ def run(kind: str, seconds: int = 40) -> dict[str, Any]:
     """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(kind, seconds, theirs))
+    child = context.Process(target=_child, args=(source, kind, seconds, theirs))
     child.start()
     theirs.close()
     try:
@@ -54,11 +61,11 @@ def run(kind: str, seconds: int = 40) -> dict[str, Any]:
         child.join()
 
 
-def _child(kind: str, seconds: int, out: Connection) -> None:
+def _child(source: ModuleType, kind: str, seconds: int, out: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 10))
     torch.set_num_threads(1)
     try:
-        line = verbs.census(kind)
+        line = verbs.census(source.build(kind))
     except tiny.NotBuiltError as error:
         line = {"not built": str(error)}
     except Exception as error:
@@ -71,7 +78,7 @@ def summary(lines: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """How many were built, why not, and the outcomes of each verb."""
     built = {kind: line for kind, line in lines.items() if "built" in line}
     found: dict[str, Any] = {
-        "model types": len(lines),
+        "models": len(lines),
         "built": len(built),
         "not built": dict(
             Counter(
@@ -88,7 +95,7 @@ def summary(lines: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def on() -> dict[str, Any]:
+def on(package: str) -> dict[str, Any]:
     """Date, versions and the kind of machine."""
     extension = machine.extension
     return {
@@ -97,46 +104,49 @@ def on() -> dict[str, Any]:
         "isas": list(extension.isas()) if extension else [],
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
+        package: importlib.metadata.version(package),
     }
 
 
-def write(lines: dict[str, dict[str, Any]], path: Path) -> None:
-    """Each type on a line of its own."""
-    head = {"on": on(), "summary": summary(lines)}
+def write(package: str, lines: dict[str, dict[str, Any]], path: Path) -> None:
+    """Each model on a line of its own."""
+    head = {"on": on(package), "summary": summary(lines)}
     body = ",\n".join(f'  "{kind}": {json.dumps(lines[kind])}' for kind in sorted(lines))
     text = json.dumps(head, indent=1).removesuffix("\n}")
-    path.write_text(f'{text},\n "types": {{\n{body}\n }}\n}}\n')
+    path.write_text(f'{text},\n "models": {{\n{body}\n }}\n}}\n')
 
 
-def warm() -> None:
+def warm(source: ModuleType) -> None:
     """Import once, for all children, what most models need.
 
     No backward: after one, torch refuses gradients in a forked child.
     """
-    model = tiny.build("llama").model
+    model = source.build(source.FIRST).model
     bigops.fuse_(model)
     bigops.compress_(model, bigops.Int8(), keep="all")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kinds", nargs="*", help="model types; none: all of them")
-    parser.add_argument("--json", type=Path, default=FILE)
-    parser.add_argument("--part", default="0/1", help="i/n: each n-th type from the i-th on")
-    parser.add_argument("--again", action="store_true", help="only types that the file lacks")
+    parser.add_argument("kinds", nargs="*", help="names of models; none: all of them")
+    parser.add_argument("--timm", action="store_true", help="networks of timm")
+    parser.add_argument("--json", type=Path, help="default: the committed file")
+    parser.add_argument("--part", default="0/1", help="i/n: each n-th model from the i-th on")
+    parser.add_argument("--again", action="store_true", help="only models that the file lacks")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    warm()
-    lines = json.loads(args.json.read_text())["types"] if args.json.exists() else {}
+    file = "census_timm.json" if args.timm else "census.json"
+    source = importlib.import_module(f"tests.accept.census.{SOURCES[file]}")
+    path = args.json or FILES / file
+    warm(source)
+    lines = json.loads(path.read_text())["models"] if path.exists() else {}
     first, step = map(int, args.part.split("/"))
-    for kind in args.kinds or tiny.model_types()[first::step]:
+    for kind in args.kinds or source.names()[first::step]:
         if args.again and kind in lines:
             continue
-        lines[kind] = run(kind)
+        lines[kind] = run(source, kind)
         print(kind, json.dumps(lines[kind]), flush=True)
-        write(lines, args.json)
+        write(source.PACKAGE, lines, path)
     print(json.dumps(summary(lines), indent=1))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import bigops
 from bigops.graph.record import Record
 from tests.accept.census import twin
-from tests.accept.census.tiny import Tiny, build, outputs
+from tests.accept.census.tiny import Tiny, outputs
 from tests.accept.census.twin import WrongError
 
 EPS = torch.finfo(torch.float32).eps
@@ -35,15 +35,14 @@ class No(Exception):
     """The plain model cannot do it."""
 
 
-def census(kind: str) -> dict[str, Any]:
+def census(tiny: Tiny) -> dict[str, Any]:
     """One line: how the model was made small, and the outcome of each verb."""
-    tiny = build(kind)
     linears = [m for m in tiny.model.modules() if isinstance(m, nn.Linear)]
     line: dict[str, Any] = {"built": tiny.tier, "linears": len(linears)}
     plain = Plain(tiny)
     for verb, call in VERBS.items():
         taken: dict[str, int] = {}
-        line[verb] = _outcome(lambda c=call, t=taken: c(kind, tiny, plain, t))
+        line[verb] = _outcome(lambda c=call, t=taken: c(tiny, plain, t))
         if "layers" in taken:
             line[f"{verb} layers"] = taken["layers"]
     return line
@@ -166,7 +165,7 @@ def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
 # --- the verbs ------------------------------------------------------------------------------
 
 
-def fused(kind: str, tiny: Tiny, plain: Plain, taken: dict[str, int]) -> None:
+def fused(tiny: Tiny, plain: Plain, taken: dict[str, int]) -> None:
     """`fuse_`: outputs and gradients of each parameter."""
     model = copy.deepcopy(tiny.model)
     record = bigops.fuse_(model)
@@ -200,7 +199,7 @@ def _account(model: nn.Module, record: Record, taken: dict[str, int]) -> None:
 def compressed(config: Any) -> Callable[..., None]:
     """`compress_`: each layer against its dequantised weight, the whole against the reference."""
 
-    def verb(kind: str, tiny: Tiny, plain: Plain, taken: dict[str, int]) -> None:
+    def verb(tiny: Tiny, plain: Plain, taken: dict[str, int]) -> None:
         model = copy.deepcopy(tiny.model)
         record = bigops.compress_(model, config, keep="all")
         _account(model, record, taken)
@@ -213,7 +212,7 @@ def compressed(config: Any) -> Callable[..., None]:
     return verb
 
 
-def smoothed(kind: str, tiny: Tiny, plain: Plain, taken: dict[str, int]) -> None:
+def smoothed(tiny: Tiny, plain: Plain, taken: dict[str, int]) -> None:
     """`smooth_` of all that can be scaled: equal outputs to the bit, hidden states too.
 
     It is no cell of the file, which was made before.
@@ -242,13 +241,13 @@ def smoothed(kind: str, tiny: Tiny, plain: Plain, taken: dict[str, int]) -> None
                 raise WrongError("the smoothed model gives other bits")
 
 
-def saved(kind: str, tiny: Tiny, plain: Plain, taken: dict[str, int]) -> None:
+def saved(tiny: Tiny, plain: Plain, taken: dict[str, int]) -> None:
     """`save` and `load(model=)` of an int8 model: equal outputs to the bit."""
     model = _int8(tiny)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = os.path.join(folder, "m.safetensors")
         bigops.save(model, path)
-        fresh = bigops.load(path, model=build(kind, seed=1).model)
+        fresh = bigops.load(path, model=tiny.other())
         if not plain.same:
             raise No("two plain calls differ")
         if not _equal(outputs(model, tiny.inputs), outputs(fresh, tiny.inputs)):
@@ -262,7 +261,7 @@ def _int8(tiny: Tiny) -> nn.Module:
     return model
 
 
-def generated(kind: str, tiny: Tiny, plain: Plain, taken: dict[str, int]) -> None:
+def generated(tiny: Tiny, plain: Plain, taken: dict[str, int]) -> None:
     """Greedy `generate`: the fused model's tokens are the plain one's; the int8 model's as many."""
     can = getattr(tiny.model, "can_generate", None)
     if can is None or not can():
@@ -291,7 +290,7 @@ def generated(kind: str, tiny: Tiny, plain: Plain, taken: dict[str, int]) -> Non
         raise WrongError(f"the int8 model gives {list(got.shape)}, plain {list(expected.shape)}")
 
 
-def adapted(kind: str, tiny: Tiny, plain: Plain, taken: dict[str, int]) -> None:
+def adapted(tiny: Tiny, plain: Plain, taken: dict[str, int]) -> None:
     """`add_lora_` on int8 layers, one step: what the loss depends on moves, and only adapters."""
     model = _int8(tiny)
     record = bigops.add_lora_(model, 2)
