@@ -91,7 +91,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_float_product", &set_float_product, py::arg("library"));
   m.def("choose_fused_linear", &choose_fused_linear, py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("dtype"));
-  m.def("choose_packed_linear", &choose_packed_linear, py::arg("dtype"));
+  m.def("choose_packed_linear", &choose_packed_linear, py::arg("m"), py::arg("dtype"));
   m.def("choose_linear_cross_entropy", &choose_linear_cross_entropy, py::arg("dtype"));
   m.def("choose_quantized_linear", &choose_quantized_linear, py::arg("m"), py::arg("bits"),
         py::arg("group"), py::arg("activations"), py::arg("dtype"), py::arg("y_u8") = false);

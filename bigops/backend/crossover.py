@@ -85,7 +85,6 @@ def committed(extension: ModuleType) -> Table:
     for feature, changes in data["features"].items():
         if feature in extension.features():
             limits |= {dtype: Limits(**of) for dtype, of in changes["fused_linear"].items()}
-            packs |= changes["packs"]
     maker = extension.vendor()
     library = data["float_product"].get(maker, "aten")
     return Table(limits, packs, library, data["bf16_dot"].get(maker, True))

@@ -12,6 +12,9 @@ enum FloatKind : int { kFloat32 = 0, kBFloat16, kFloat16, kFloatKinds };
 constexpr int64_t kExactColumns = 65536;  // K whose int32 sums cannot overflow:
 static_assert(kExactColumns * 255 * 128 < (int64_t(1) << 31), "int32 sums must be exact");
 
+// Of a row of x that a tile register of AMX holds: products by these read so many at a time.
+constexpr int64_t kStepBytes = 64;
+
 // "Columns" form: activations lie as [K / 4][lanes] groups of 4 bytes (u8), or [K][lanes] floats,
 // so that one load holds the same columns of several rows of x. lanes = vectors * width.
 
