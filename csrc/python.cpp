@@ -97,7 +97,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("s"), py::arg("d"), py::arg("dv"), py::arg("dtype"));
   m.def("choose_fused_linear", &choose_fused_linear, py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("dtype"));
-  m.def("choose_packed_linear", &choose_packed_linear, py::arg("dtype"));
+  m.def("choose_packed_linear", &choose_packed_linear, py::arg("m"), py::arg("dtype"));
   m.def("choose_linear_cross_entropy", &choose_linear_cross_entropy, py::arg("dtype"));
   m.def("choose_norm", &choose_norm, py::arg("op"), py::arg("dtype"), py::arg("kind"));
   m.def("choose_quantized_embedding", &choose_quantized_embedding, py::arg("bits"),

@@ -89,7 +89,6 @@ def committed(extension: ModuleType) -> Table:
         if feature in extension.features():
             for op in limits:
                 limits[op] |= _limits(changes[op])
-            packs |= changes["packs"]
     maker = extension.vendor()
     library = data["float_product"].get(maker, "aten")
     bf16_dot = data["bf16_dot"].get(maker, True)

@@ -17,16 +17,29 @@ constexpr int64_t kChunkRows = 192;  // rows of x of a task: 48 KB of sums
 constexpr int64_t kLeastRows = 24;   // the same where tasks run short
 constexpr int64_t kFewRows = 6;  // and where panels do: a factor of low rank, one register block
 
+// By tile registers: fewer rows gain nothing; x of 64 rows stays in L2 while panels go by; their
+// sums of 1024 columns are added up in float.
+constexpr int64_t kLeastTileRows = 4;
+constexpr int64_t kTileChunkRows = 64;
+constexpr int64_t kTileWords = 512;
+
 struct Chosen {
   void (*product)(const PackedTask&);
   Isa isa;
+
+  bool tiles() const { return isa == Isa::amx; }
+  int64_t chunk_rows() const { return tiles() ? kTileChunkRows : kChunkRows; }
+  int64_t words() const { return tiles() ? kTileWords : kPackedWords; }
 };
 
-Chosen choose(FloatKind kind) {
+Chosen choose(int64_t m, FloatKind kind) {
   const PackedKernels* kernels = &portable_packed;
   Isa isa = Isa::portable;
 #if defined(__x86_64__)
   const Isa active = active_isa();
+#ifdef BIGOPS_AMX
+  if (kind == kBFloat16 && active >= Isa::amx && m >= kLeastTileRows) return {amx_packed, Isa::amx};
+#endif
   if (kind == kBFloat16 && active >= Isa::avx512bf16 && bf16_dot_pays())
     return {avx512bf16_packed, Isa::avx512bf16};
   if (active >= Isa::avx512) {
@@ -53,23 +66,24 @@ struct Panels {
 // x as words: floats, or pairs of bf16; as it lies where it can be.
 class Words {
  public:
-  Words(const CompressedCall& call, int64_t words) {
+  Words(const CompressedCall& call, int64_t words, bool tiles) {
     const bool pairs = call.kind == kBFloat16;
-    if (call.kind == kFloat32 || (pairs && call.k % 2 == 0)) {
+    const int64_t row = round_up(words * 4, tiles ? kStepBytes : 4);
+    if (call.kind == kFloat32 || (pairs && call.k * 2 == row)) {
       base_ = call.row(0);
-      stride_ = words * 4;
+      stride_ = row;
       return;
     }
     const bool worth = call.m * call.k > kWorthThreads / 16;
     const auto fill = each_row([&](int64_t i, char* to) {
       if (pairs) {
         std::memcpy(to, call.row(i), static_cast<size_t>(call.k * 2));
-        std::memset(to + call.k * 2, 0, static_cast<size_t>(words * 4 - call.k * 2));
+        std::memset(to + call.k * 2, 0, static_cast<size_t>(row - call.k * 2));
       } else {
         call.kernels().widen[call.kind](call.row(i), call.k, reinterpret_cast<float*>(to));
       }
     });
-    copy_.emplace(call.m, words, worth, fill);
+    copy_.emplace(call.m, row / 4, worth, fill);
     base_ = copy_->row(0);
     stride_ = copy_->stride();
   }
@@ -84,10 +98,10 @@ class Words {
 
 // y: [M, N] in x's dtype, or float when y_float.
 void product(const CompressedCall& call, const Panels& w, void* y, bool y_float) {
-  const Chosen chosen = choose(call.kind);
-  const Words x(call, w.words);
+  const Chosen chosen = choose(call.m, call.kind);
+  const Words x(call, w.words, chosen.tiles());
   const int64_t threads = torch::stable::get_num_threads();
-  int64_t rows = kChunkRows;
+  int64_t rows = chosen.chunk_rows();
   const int64_t least = w.count < 2 * threads ? kFewRows : kLeastRows;
   while (rows > least && w.count * ((call.m + rows - 1) / rows) < 4 * threads) rows /= 2;
   const int64_t chunks = (call.m + rows - 1) / rows;
@@ -112,10 +126,10 @@ void product(const CompressedCall& call, const Panels& w, void* y, bool y_float)
     f.n0 = panel * kPackedColumns;
     f.n1 = f.n0 + kPackedColumns < call.n ? f.n0 + kPackedColumns : call.n;
     t.columns = f.n1 - f.n0;
-    for (int64_t k = 0; k == 0 || k < w.words; k += kPackedWords) {
+    for (int64_t k = 0; k == 0 || k < w.words; k += chosen.words()) {
       t.x = x.at(m, k);
       t.panel = w.at(panel, k);
-      t.words = w.words - k < kPackedWords ? w.words - k : kPackedWords;
+      t.words = w.words - k < chosen.words() ? w.words - k : chosen.words();
       t.first = k == 0;
       chosen.product(t);
     }
@@ -152,7 +166,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& panels, int64_t pad, int64_t
                      const OptTensor& bias, const OptTensor& residual, int64_t activation) {
   const Panels w = check_panels(panels, pad, k);
   const CompressedCall call = check_call(x, w, k, bias, residual, activation);
-  record(choose(call.kind).isa, "packed_linear", short_name(call.dtype), "panels");
+  record(choose(call.m, call.kind).isa, "packed_linear", short_name(call.dtype), "panels");
   Tensor y = empty_rows_like(x, call.n, call.dtype);
   if (!call.empty()) product(call, w, y.mutable_data_ptr(), false);
   return y;
@@ -188,7 +202,7 @@ std::tuple<Tensor, Tensor> packed_linear_backward(const Tensor& grad_any, const 
   CompressedCall call = check_call(x, w, k, bias, OptTensor(grad_any), activation);
   const Tensor grad = *call.residual;  // checked as such: grad has the shape of y
   call.residual.reset();
-  record(choose(call.kind).isa, "packed_linear_backward", short_name(call.dtype), "panels");
+  record(choose(call.m, call.kind).isa, "packed_linear_backward", short_name(call.dtype), "panels");
   const bool pointwise = call.activation != kNone;
   const Buffer z(pointwise ? call.m * call.n * 4 : 0);
   if (pointwise && !call.empty()) {
@@ -212,10 +226,13 @@ std::tuple<Tensor, Tensor> packed_linear_backward(const Tensor& grad_any, const 
 
 }  // namespace
 
-std::pair<std::string, std::string> choose_packed_linear(const std::string& dtype) {
+std::pair<std::string, std::string> choose_packed_linear(int64_t m, const std::string& dtype) {
   const FloatKind kind = dtype == "bf16" ? kBFloat16 : dtype == "f16" ? kFloat16 : kFloat32;
-  return {kernel_name(choose(kind).isa, "packed_linear", dtype.c_str(), "panels"),
-          "dense weight in panels of 64 rows, a block of 128 words along K in the L1 cache"};
+  const Chosen chosen = choose(m, kind);
+  return {kernel_name(chosen.isa, "packed_linear", dtype.c_str(), "panels"),
+          std::string("dense weight in panels of 64 rows, ") +
+              (chosen.tiles() ? "blocks of 512 words along K in tile registers"
+                              : "a block of 128 words along K in the L1 cache")};
 }
 
 }  // namespace bigops

@@ -6,7 +6,7 @@
 
 namespace bigops {
 
-// The kernel that serves a dtype, and why (bigops.explain).
-std::pair<std::string, std::string> choose_packed_linear(const std::string& dtype);
+// The kernel that serves m rows of a dtype, and why (bigops.explain).
+std::pair<std::string, std::string> choose_packed_linear(int64_t m, const std::string& dtype);
 
 }  // namespace bigops

@@ -1,7 +1,7 @@
-// The products by tile registers (csrc/cpu/simd/quantized_tiles.inl) on registers made of memory,
-// for CPUs without AMX and for the sanitizers, which see no load of an instruction in assembler.
-// Against the portable kernels, bit by bit: all numbers are whole and scales powers of two, so
-// float sums are exact. An argument plants a fault; the name of a case that differs is printed.
+// The products by tile registers (csrc/cpu/simd/*_tiles.inl) on registers made of memory, for CPUs
+// without AMX and for the sanitizers, which see no load of an instruction in assembler. Against the
+// portable kernels, bit by bit: all numbers are whole and scales powers of two, so float sums are
+// exact. An argument plants a fault; the name of a case that differs is printed.
 
 #include <cstdio>
 #include <cstdlib>
@@ -10,9 +10,10 @@
 #include <vector>
 
 #include "cpu/simd/lines_portable.h"
+#include "cpu/simd/packed_linear.inl"
 #include "cpu/simd/quantized_linear.inl"
-#include "cpu/simd/tiles_amx.h"
 // after them
+#include "cpu/simd/packed_tiles.inl"
 #include "cpu/simd/quantized_tiles.inl"
 
 namespace bigops {
@@ -57,27 +58,48 @@ struct MemoryTiles {
     for (int r = 0; r < shape.rows[t]; ++r)
       std::memcpy(static_cast<uint8_t*>(p) + r * stride, bytes[t][r], shape.bytes[t]);
   }
-  template <int c, int a, int b>
-  static void dot_u8s8() {
+  // f(sum, 4 bytes of a, 4 bytes of b)
+  template <int c, int a, int b, class Sum, class F>
+  static void dot(const F& f) {
     static_assert(c != a && c != b && a != b);
     if (!configured || shape.rows[a] != shape.rows[c] || shape.bytes[a] != 4 * shape.rows[b] ||
         shape.bytes[b] != shape.bytes[c])
       refuse("a product of shapes that do not fit");
     for (int m = 0; m < shape.rows[c]; ++m)
       for (int n = 0; n < shape.bytes[c] / 4; ++n) {
-        int32_t sum;
+        Sum sum;
         std::memcpy(&sum, bytes[c][m] + 4 * n, 4);
-        for (int k = 0; k < shape.bytes[a]; ++k)
-          sum += bytes[a][m][k] * static_cast<int8_t>(bytes[b][k / 4][4 * n + k % 4]);
+        for (int k = 0; k < shape.rows[b]; ++k)
+          sum = f(sum, bytes[a][m] + 4 * k, bytes[b][k] + 4 * n);
         std::memcpy(bytes[c][m] + 4 * n, &sum, 4);
       }
   }
+  template <int c, int a, int b>
+  static void dot_u8s8() {
+    dot<c, a, b, int32_t>([](int32_t sum, const uint8_t* x, const uint8_t* w) {
+      for (int i = 0; i < 4; ++i) sum += x[i] * static_cast<int8_t>(w[i]);
+      return sum;
+    });
+  }
+  template <int c, int a, int b>
+  static void dot_bf16() {
+    dot<c, a, b, float>([](float sum, const uint8_t* x, const uint8_t* w) {
+      for (int i = 0; i < 4; i += 2) {
+        float from[2];
+        const uint8_t words[8] = {0, 0, x[i], x[i + 1], 0, 0, w[i], w[i + 1]};
+        std::memcpy(from, words, 8);
+        sum += from[0] * from[1];
+      }
+      return sum;
+    });
+  }
 };
 
+uint32_t g_random = 1;
+
 uint32_t random_word() {
-  static uint32_t state = 1;
-  state = state * 1664525u + 1013904223u;
-  return state >> 8;
+  g_random = g_random * 1664525u + 1013904223u;
+  return g_random >> 8;
 }
 
 struct Case {
@@ -145,6 +167,41 @@ struct Problem {
   }
 };
 
+// Whole numbers of -7..7 in bf16 by a panel, in two blocks along K.
+std::vector<float> packed(int64_t rows, int64_t columns, int64_t words,
+                          void (*kernel)(const PackedTask&)) {
+  const int64_t stride = Problem::round_up(words * 4);
+  const auto number = [] {
+    const float v = static_cast<float>(random_word() % 15) - 7.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    return static_cast<uint16_t>(bits >> 16);
+  };
+  std::vector<uint16_t> x(static_cast<size_t>(rows * stride / 2));
+  std::vector<uint16_t> panel(static_cast<size_t>(words * kPackedColumns * 2));
+  for (int64_t m = 0; m < rows; ++m)  // zeros past K
+    for (int64_t k = 0; k < words * 2; ++k) x[static_cast<size_t>(m * stride / 2 + k)] = number();
+  for (int64_t i = 0; i < words * kPackedColumns * 2; ++i)
+    panel[static_cast<size_t>(i)] = i / 2 % kPackedColumns < columns ? number() : uint16_t(0);
+  std::vector<float> out(static_cast<size_t>(rows * kPackedColumns));
+  const int64_t first = words > kTileRows ? kTileRows : words;
+  for (int64_t word = 0; word < words; word += word == 0 ? first : words) {
+    PackedTask t{};
+    t.x = reinterpret_cast<const char*>(x.data()) + word * 4;
+    t.x_stride = stride;
+    t.rows = rows;
+    t.panel = panel.data() + word * kPackedColumns * 2;
+    t.words = word == 0 ? first : words - word;
+    t.columns = columns;
+    t.out = out.data();
+    t.first = word == 0;
+    kernel(t);
+  }
+  for (int64_t i = 0; i < rows * kPackedColumns; ++i)  // a kernel may leave them
+    if (i % kPackedColumns >= columns) out[static_cast<size_t>(i)] = 0;
+  return out;
+}
+
 }  // namespace
 }  // namespace bigops
 
@@ -174,6 +231,21 @@ int main(int argc, char** argv) {
             }
             ++count;
           }
+  for (int64_t rows : {1, 15, 16, 33, 64})
+    for (int64_t columns : {3, 16, 40, 64})
+      for (int64_t words : {1, 16, 17, 100}) {
+        const uint32_t seed = random_word();
+        g_random = seed;
+        const auto want = packed(rows, columns, words, packed_table<PortableLanes>().bf16);
+        g_random = seed;
+        const auto got = packed(rows, columns, words, packed_tiles<MemoryTiles, PortableVec>);
+        if (got != want) {
+          std::printf("rows %lld columns %lld words %lld differ\n", (long long)rows,
+                      (long long)columns, (long long)words);
+          return 1;
+        }
+        ++count;
+      }
   std::printf("%d cases\n", count);
   return 0;
 }

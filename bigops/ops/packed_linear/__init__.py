@@ -23,7 +23,7 @@ def choose(call: Call, target: Target) -> Choice:
     if not targets.is_cpu(target):
         return reference("packed_linear", "packed_linear has no GPU kernel yet; plain torch serves")
     x = checks.short(call.x.dtype)
-    return on_cpu("packed_linear", lambda extension: extension.choose_packed_linear(x))
+    return on_cpu("packed_linear", lambda extension: extension.choose_packed_linear(call.rows, x))
 
 
 op = LinearOp("packed_linear", PackedWeight, choose=choose)

@@ -4,8 +4,7 @@
 #include "cpu/simd/lanes_vnni.h"
 #include "cpu/simd/lines_avx512.h"
 #include "cpu/simd/quantized_linear.inl"
-#include "cpu/simd/tiles_amx.h"
-// after them
+// after it
 #include "cpu/simd/quantized_tiles.inl"
 
 namespace bigops {

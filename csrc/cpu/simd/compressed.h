@@ -14,6 +14,9 @@ constexpr int64_t kExactColumns = 32512;
 static_assert(kExactColumns * 255 * 128 < (int64_t(1) << 31), "int32 sums must be exact");
 static_assert(kExactColumns * 128 < (int64_t(1) << 22), "sums of weights must fit");
 
+// Of a row of x that a tile register of AMX holds: products by these read so many at a time.
+constexpr int64_t kStepBytes = 64;
+
 // "Columns" form: activations lie as [K / 4][lanes] groups of 4 bytes (u8), or [K][lanes] floats,
 // so that one load holds the same columns of several rows of x. lanes = vectors * width.
 

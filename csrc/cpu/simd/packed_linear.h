@@ -34,5 +34,7 @@ struct PackedKernels {
 
 extern const PackedKernels portable_packed, avx2_packed, avx512_packed;
 extern void (*const avx512bf16_packed)(const PackedTask&);
+// Reads kStepBytes of a row of x at a time, which are zero past K.
+extern void (*const amx_packed)(const PackedTask&);
 
 }  // namespace bigops

@@ -23,16 +23,20 @@ pytestmark = needs_extension
 raw = torch.ops.bigops.packed_linear
 
 
-def kernel_of(level: str, dtype: str) -> str:
-    """Name of the kernel of a dtype at a level: VNNI adds nothing, BF16 only its own dtype."""
-    isa = served_by(level, *(["avx512bf16"] if dtype == "bf16" else []))
+TILE_ROWS = 4  # of x, from which tile registers serve bf16
+
+
+def kernel_of(level: str, dtype: str, m: int) -> str:
+    """Name of the kernel of a dtype at a level: VNNI adds nothing, BF16 and AMX only bf16."""
+    adds = ["avx512bf16", "amx"] if m >= TILE_ROWS else ["avx512bf16"]
+    isa = served_by(level, *(adds if dtype == "bf16" else []))
     return f"cpu.{isa}.packed_linear.{dtype}.panels"
 
 
 def run(case: Case, level: str, dtype: str) -> None:
     """Forward and backward of one case at one level, values and kernel names."""
     x, bias, residual = leaves = case.leaves()
-    kernel = kernel_of(level, dtype)
+    kernel = kernel_of(level, dtype, case.call.rows)
     with isa(level), expect(kernel, kernel.replace("packed_linear", "packed_linear_backward")):
         y = packed_linear(x, case.weight, bias, residual, case.name)  # type: ignore[arg-type]
         grads = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], case.grad))
@@ -44,12 +48,36 @@ def run(case: Case, level: str, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("m", "n", "k"),
-    [(1, 1, 1), (1, 130, 65), (2, 3, 16), (3, 64, 128), (4, 65, 129), (6, 80, 31), (29, 200, 300)],
+    [
+        (1, 1, 1),
+        (1, 130, 65),
+        (2, 3, 16),
+        (3, 64, 128),
+        (4, 65, 129),
+        (6, 80, 31),
+        (29, 200, 300),
+        (40, 70, 1100),
+    ],
 )
 def test_ragged_shapes(level: str, dtype: str, m: int, n: int, k: int) -> None:
     """Every rest of the register block, panels cut by N, blocks and words cut by K."""
     for name in ("none", "gelu"):
         run(make("packed", m, n, k, dtype, name), level, dtype)
+
+
+@pytest.mark.parametrize("level", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_touches_no_other(level: str, dtype: str, bad: float) -> None:
+    """Nor does what stands behind a row, whose end is no multiple of what a kernel reads."""
+    case = make("packed", 9, 70, 83, dtype, residual=False)
+    with isa(level):
+        want = packed_linear(case.x, case.weight, case.bias)
+        case.x[4] = bad
+        y = packed_linear(case.x, case.weight, case.bias)
+    others = torch.arange(9) != 4
+    assert torch.equal(y[others], want[others])
+    assert not y[4].isfinite().any()
 
 
 @pytest.mark.parametrize("level", ISAS)
