@@ -192,6 +192,7 @@ CPP_TYPES = {
     "bool": "bool",
     "int64_t": "int",
     "double": "float",
+    "std::optional<double>": "Optional[float]",
 }
 IMPL = r'm\.impl\("([\w.]+)", TORCH_BOX\(&(?:\w+::)*(\w+)\)\)'
 DEFINITION = r"(?:^|\n)((?:void|Tensor|std::tuple<[\w, ]+>)) %s\(([^)]*)\)\s*\{"
