@@ -224,7 +224,8 @@ void run(const AttentionKernels& kernels, const Problem& p, const Tensor& q, con
   base.mask_row = mask.strides[2];
   base.mask_key = mask.strides[3];
   const int64_t bytes = attention_scratch(block, keys, p.d, p.dv);
-  for_each_task(items * blocks * parts, threads > 1, [&](int64_t task) {
+  // heads that lie next to each other, whose lines share pages, by one thread
+  for_each_task_near(items * blocks * parts, threads > 1, [&](int64_t task) {
     const int64_t part = task % parts, item = task / parts / blocks;
     const int64_t b = item / heads, h = item % heads;
     AttentionTask t = base;

@@ -193,6 +193,7 @@ CPP_TYPES = {
     "int64_t": "int",
     "ScalarType": "int",  # as schemas have it
     "double": "float",
+    "std::optional<double>": "Optional[float]",
 }
 IMPL = r'm\.impl\("([\w.]+)", TORCH_BOX\(&(?:\w+::)*(\w+)\)\)'
 DEFINITION = r"(?:^|\n)((?:void|Tensor|std::tuple<[\w, ]+>)) %s\(([^)]*)\)\s*\{"

@@ -5,12 +5,22 @@
 namespace bigops {
 namespace {
 
-struct AttendBf16 : PackedBf16<Bf16Lanes> {
+struct PairWords : PackedBf16<Bf16Lanes> {
+  using L = Bf16Lanes;
+  using V = Avx512;
+  static constexpr int pair = 2;
+  // In place of the scores, in half their room: behind what is still to be read.
+  static void probabilities(float* row, int64_t i, __m512 p) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<bf16*>(row) + i),
+                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(p)));
+  }
+};
+
+struct ToPairs {
   using L = Bf16Lanes;
   using T = bf16;
   using V = Avx512;
-  static constexpr int pair = 2;
-
+  using Q = PairWords;
   static __m512i words(const bf16* p, int64_t n) {
     if (n >= 32) return _mm512_loadu_si512(p);
     return _mm512_maskz_loadu_epi16(_cvtu32_mask32((1u << n) - 1u), p);
@@ -22,15 +32,10 @@ struct AttendBf16 : PackedBf16<Bf16Lanes> {
     const __m512i low = _mm512_srli_epi32(L::as_words(load_some<V>(v, n)), 16);
     return next == nullptr ? low : _mm512_or_si512(low, L::as_words(load_some<V>(next, n)));
   }
-  // In place of the scores, in half their room: behind what is still to be read.
-  static void probabilities(float* row, int64_t i, __m512 p) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<bf16*>(row) + i),
-                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(p)));
-  }
 };
 
 }  // namespace
 
-const AttentionKernels avx512bf16_attention_bf16 = {attend<AttendBf16>, combine<Avx512, bf16>};
+const AttentionKernels avx512bf16_attention_bf16 = {attend<ToPairs>, combine<Avx512, bf16>};
 
 }  // namespace bigops
