@@ -157,11 +157,10 @@ def test_a_decoder_attends_to_other_tensors() -> None:
     layer = nn.TransformerDecoderLayer(64, 4, 128, batch_first=True)
     model = nn.TransformerDecoder(layer, 1).eval()
     base = copy.deepcopy(model)
-    record = compress_(model, Int4())
-    assert {e.name for e in record.done} >= {
-        f"layers.0.multihead_attn.{n}_proj" for n in ("in", "out")
-    }
     memory = torch.randn(3, 9, 64)
+    record = compress_(model, Int4(), (X, memory), keep="all")
+    names = {e.name for e in record.done}
+    assert names >= {f"layers.0.multihead_attn.{n}_proj" for n in ("in", "out")}
     twin = twin_of(model, base)
     with torch.no_grad():
         got, plain = model(X, memory), twin(X, memory)

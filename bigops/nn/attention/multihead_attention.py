@@ -206,6 +206,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _third(self, x: Tensor, i: int) -> Tensor:
         """x by one third of the rows of ``in_proj``."""
         layer: Any = self.in_proj
+        if layer._forward_pre_hooks or layer._forward_hooks:  # which are to see the call
+            return layer(x).chunk(3, -1)[i]  # type: ignore[no-any-return]
         bias = None if layer.bias is None else layer.bias.chunk(3)[i]
         if is_dense(layer):
             return F.linear(x, layer.weight.chunk(3)[i], bias)
