@@ -50,8 +50,16 @@ def open_(sites: Sites) -> dict[str, nn.Module]:
 
 
 def close(sites: Sites, opened: Mapping[str, nn.Module]) -> None:
-    """Put those back whose projections are still dense."""
+    """Put those back around which all is dense still.
+
+    In a graph that is compiled a compressed weight looks like any tensor: there it is ours beside
+    it that keeps `nn.TransformerEncoderLayer` from its fast path.
+    """
     for path, module in opened.items():
-        ours: Any = sites.parent(path)._modules[path.rpartition(".")[2]]
-        if {type(ours.in_proj), type(ours.out_proj)} == {nn.Linear}:
+        parent: Any = sites.parent(path)
+        ours: Any = parent._modules[path.rpartition(".")[2]]
+        layers = [ours.in_proj, ours.out_proj]
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            layers += [parent.linear1, parent.linear2]
+        if not any(getattr(layer, "computes_weight", None) for layer in layers):
             sites.put(path, module)

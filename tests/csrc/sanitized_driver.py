@@ -40,6 +40,7 @@ from bigops.ops.fused_linear import fused_linear  # noqa: E402
 from bigops.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from bigops.ops.norm import norm, norm_act_quant, norm_with_sum  # noqa: E402
 from bigops.ops.packed_linear import packed_linear  # noqa: E402
+from bigops.ops.quantized_embedding import quantized_embedding  # noqa: E402
 from bigops.ops.quantized_linear import quantized_linear  # noqa: E402
 from bigops.ops.sparse_linear import sparse_linear  # noqa: E402
 from bigops.train import SGD, AdamW  # noqa: E402
@@ -197,6 +198,24 @@ def run_quantized_linear() -> None:
     at_every_level(run)
 
 
+def run_quantized_embedding() -> None:
+    def run(level: str, m: int, n: int, k: int) -> None:
+        for options, dtype in itertools.product(QUANTISED, DTYPES.values()):
+            if n == 0 or options.get("activations") == "static":  # whose rows lie as others do
+                continue
+            weight = QuantizedWeight.from_dense(torch.randn(n, k), **options)
+            ids = torch.randint(0, n, (m,))
+            ids[:1] = n - 1  # the last row, behind which there is no memory
+            quantized_embedding(ids, weight, dtype)
+            quantized_embedding(ids.int(), weight, dtype)
+            for outside in (-1, n, 2**62):
+                bad = ids * 0 + outside
+                said = error_of(lambda bad=bad, w=weight: quantized_embedding(bad, w))
+                assert m == 0 or "ids: expected rows" in said, said
+
+    at_every_level(run)
+
+
 def with_qparams(call: Callable[..., torch.Tensor], x: torch.Tensor, u8: bool) -> None:
     """u8 from floats, and u8 to u8 and to floats."""
     with torch.no_grad():
@@ -276,7 +295,7 @@ def run_fused_adamw() -> None:
 def error_of(call: Callable[[], Any]) -> str:
     try:
         call()
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         return str(error)
     return ""
 

@@ -31,6 +31,7 @@ PARTS = (
     "linear_cross_entropy",
     "norm",
     "quantized_linear",
+    "quantized_embedding",
     "sparse_linear",
     "broken_storage",
     "meters",

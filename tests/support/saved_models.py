@@ -21,9 +21,11 @@ from bigops.nn import (
     CompressedLinear,
     GatedMLP,
     Linear,
+    MultiheadAttention,
     PackedGatedMLP,
     PackedLinear,
     PackedLowRankLinear,
+    QuantEmbedding,
 )
 
 K, N = 36, 10
@@ -78,6 +80,13 @@ def _part_compressed() -> nn.Module:
     return mlp
 
 
+def _attention_compressed() -> nn.Module:
+    """An attention of which one projection is compressed."""
+    attention = MultiheadAttention(4, 2, batch_first=True)
+    attention.in_proj = build(attention.in_proj, Choice(Int8())).freeze()  # type: ignore[attr-defined]
+    return attention
+
+
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "Identity": nn.Identity,
     "ReLU": lambda: nn.ReLU(inplace=True),
@@ -95,6 +104,9 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "bigops.Linear": lambda: Linear(5, 3, activation="gelu"),
     "bigops.GatedMLP": lambda: GatedMLP(4, 6, 5, bias=True),
     "GatedMLP compressed": _part_compressed,
+    "bigops.QuantEmbedding": lambda: QuantEmbedding(5, 4, 1, bits=4).freeze(),
+    "bigops.MultiheadAttention": lambda: MultiheadAttention(4, 2, 0.1, bias=False),
+    "MultiheadAttention compressed": _attention_compressed,
 }
 """The kinds that are no format of `FORMATS` and no container, and a kind with a swapped part."""
 

@@ -25,10 +25,12 @@ _KEYS = {"in_proj_weight": "in_proj.weight", "in_proj_bias": "in_proj.bias"}
 class MultiheadAttention(nn.MultiheadAttention):
     """Self- or cross-attention as torch's, by two linear layers ``in_proj`` and ``out_proj``.
 
-    An `nn.MultiheadAttention` by type, called as that is, with its keys in `state_dict` as long as
-    the projections have a weight and a bias (``in_proj_weight``, ``in_proj_bias``,
-    ``out_proj.weight``, ``out_proj.bias``). ``in_proj`` gives queries, keys and values in one
-    product; where they come from different tensors each third of its rows is a product by itself.
+    An `nn.MultiheadAttention` by type, called as that is. In `state_dict` it has that one's keys as
+    long as ``in_proj`` has a weight (``in_proj_weight``, ``in_proj_bias``); of a compressed one
+    the layer's own ("in_proj.values", "in_proj.bias").
+
+    ``in_proj`` gives queries, keys and values in one product; where they come from different
+    tensors each third of its rows is a product by itself.
 
     The fast path of torch's layers, which reads the weights, is never taken, and
     `nn.TransformerEncoderLayer` around one takes none either.
@@ -135,7 +137,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         found = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
-        for theirs, ours in _KEYS.items():
+        whole = prefix + "in_proj.weight" in found  # else it is a layer with keys of its own
+        for theirs, ours in _KEYS.items() if whole else ():
             if prefix + ours in found:
                 found[prefix + theirs] = found.pop(prefix + ours)
         return found
@@ -206,6 +209,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _third(self, x: Tensor, i: int) -> Tensor:
         """x by one third of the rows of ``in_proj``."""
         layer: Any = self.in_proj
+        if layer._forward_pre_hooks or layer._forward_hooks:  # which are to see the call
+            return layer(x).chunk(3, -1)[i]  # type: ignore[no-any-return]
         bias = None if layer.bias is None else layer.bias.chunk(3)[i]
         if is_dense(layer):
             return F.linear(x, layer.weight.chunk(3)[i], bias)

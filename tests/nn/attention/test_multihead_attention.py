@@ -122,7 +122,7 @@ def test_keys_are_those_of_torch() -> None:
     assert torch.equal(other[0](x, x, x)[0], ours(x, x, x)[0])
     ours.in_proj = QuantLinear.from_linear(ours.in_proj).freeze()
     assert {*ours_in.state_dict()} == {
-        *("0.in_proj.values", "0.in_proj.scale", "0.in_proj.row_sum", "0.in_proj_bias"),
+        *("0.in_proj.values", "0.in_proj.scale", "0.in_proj.row_sum", "0.in_proj.bias"),
         *("0.out_proj.weight", "0.out_proj.bias"),
     }
     twin = copy.deepcopy(ours_in)
