@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,12 +99,12 @@ def test_deploy_is_called_where_there_is_one(
     given = []
 
     def deploy(model: nn.Module, inputs: object, dynamic: bool) -> nn.Module:
-        given.append((inputs, dynamic))
+        given.append((inputs, dynamic, list(inspect.signature(model.forward).parameters)))
         return model
 
     monkeypatch.setattr(bigops, "deploy", deploy, raising=False)
     side = make(subject)
-    assert given == [(subject.inputs, False)]
+    assert given == [(subject.inputs, False, ["x0"])]
     assert side.call(*subject.inputs).shape == (2, 6, 64)
 
 
