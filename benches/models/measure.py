@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from bigops.benches.rows import is_own
 
 ALONE_SECONDS = 0.3  # of a run of calls with no other side between them
 ALONE_ROUNDS = 7
+WALL, CPU = "wall", "cpu"
 RIVAL = "openvino int8"  # the faster of its forms that start so is what ours is held against
 
 
@@ -32,6 +34,7 @@ class ModelRow:
     rounds; ``alone_..`` the same of runs of calls with no other side between them. A ratio is the
     other's time over this provider's, with its 95% interval: above 1 this one is faster. ``rival``
     is the int8 form of OpenVINO that ``ratio_to_rival`` means, "" where it is not installed.
+    ``clock``: time on the wall, or that of the CPU, for one thread on a machine that others use.
     ``cosine`` and ``argmax`` are against the float32 model (of a sparse side: the pruned one).
     ``kinds`` is the time by kind of operator where torch's profiler sees it.
     """
@@ -42,6 +45,7 @@ class ModelRow:
     provider: str
     isa: str
     threads: int
+    clock: str
     median_us: float
     spread: float
     ratio_to_eager: float
@@ -104,22 +108,32 @@ def run(
     sides: Sequence[str] = (),
     pairs: int = timing.MIN_PAIRS,
     accuracy: bool = True,
+    clock: str = WALL,
 ) -> Iterator[list[ModelRow]]:
     """Measure models; the rows of a model and shape come together.
 
     Raises:
-        ValueError: no such model or side.
+        ValueError: no such model, side or clock; or more threads than the clock can tell apart.
     """
+    if clock not in (WALL, CPU):
+        raise ValueError(f"clock: expected {WALL} or {CPU}, got {clock!r}")
+    if clock == CPU and torch.get_num_threads() != 1:
+        # a pool that spins while it waits burns CPU time, too
+        raise ValueError(f"clock: expected one thread with cpu, got {torch.get_num_threads()}")
     for name in models:
         zoo.makers(name)
     chosen(sides, True)
     for name in models:
         for subject in zoo.subjects(name):
-            yield of_subject(subject, chosen(sides, subject.decode), pairs, accuracy)
+            yield of_subject(subject, chosen(sides, subject.decode), pairs, accuracy, clock)
 
 
 def of_subject(
-    subject: Subject, makes: Mapping[str, Make], pairs: int, accuracy: bool = True
+    subject: Subject,
+    makes: Mapping[str, Make],
+    pairs: int,
+    accuracy: bool = True,
+    clock: str = WALL,
 ) -> list[ModelRow]:
     """Make the sides, compare their outputs, and time them."""
     torch.compiler.reset()
@@ -128,13 +142,15 @@ def of_subject(
         ready = dict(made(subject, makes))
         calls = {name: call_of(side, subject) for name, (side, _) in ready.items()}
         idle = any(side.own_pool for side, _ in ready.values())
-        mixed = timing.interleave(calls, pairs=pairs, idle=idle)
+        timers = {name: cpu_timer(call) for name, call in calls.items()} if clock == CPU else {}
+        mixed = timing.interleave(calls, pairs=pairs, idle=idle, remote=timers)
         alone = timing.interleave(
             calls,
             pairs=min(pairs, ALONE_ROUNDS),
             sample_seconds=ALONE_SECONDS,
             warmup=0,
             idle=idle,
+            remote=timers,
         )
         worth = {
             name: subject.accuracy.of(side.call) if subject.accuracy and accuracy else None
@@ -144,12 +160,27 @@ def of_subject(
             name: kinds.text(kinds.shares(calls[name])) if side.module is not None else ""
             for name, (side, _) in ready.items()
         }
-    return [_row(subject, *ready[name], mixed, alone, worth[name], by_kind[name]) for name in ready]
+    return [
+        _row(subject, *ready[name], mixed, alone, worth[name], by_kind[name], clock)
+        for name in ready
+    ]
 
 
 def call_of(side: Side, subject: Subject) -> Callable[[], object]:
     """The side on the subject's own inputs."""
     return lambda: side.call(*subject.inputs)
+
+
+def cpu_timer(call: Callable[[], object]) -> Callable[[int], float]:
+    """What gives the CPU seconds of so many calls: what other processes take is not in them."""
+
+    def seconds(calls: int) -> float:
+        start = time.process_time()
+        for _ in range(calls):
+            call()
+        return time.process_time() - start
+
+    return seconds
 
 
 def made(
@@ -191,6 +222,7 @@ def _row(
     alone: Mapping[str, timing.Samples],
     worth: float | None,
     by_kind: str,
+    clock: str,
 ) -> ModelRow:
     name = side.provider
     rivals = [other for other in mixed if not is_own(other)]
@@ -207,6 +239,7 @@ def _row(
         provider=name,
         isa=side.isa,
         threads=torch.get_num_threads(),
+        clock=clock,
         median_us=timing.median(mixed[name]) * 1e6,
         spread=timing.spread(mixed[name]),
         ratio_to_eager=to_eager.value,
@@ -249,7 +282,8 @@ def table(rows: Sequence[ModelRow]) -> str:
     """The rows of one model as text for a terminal."""
     first = rows[0]
     lines = [
-        f"\n{first.case_key} ({first.threads} threads; vs ov: {first.rival or 'not installed'})",
+        f"\n{first.case_key} ({first.threads} threads, {first.clock} time; "
+        f"vs ov: {first.rival or 'not installed'})",
         f"  {'provider':<28}{'ms':>9}{'vs eager (95%)':>20}{'vs ov (95%)':>20}{'alone ms':>10}"
         f"{'vs ov (95%)':>20}{'cosine':>8}{'argmax':>8}{'MB':>8}  isa",
     ]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 import bigops
 from bigops.backend import machine
@@ -60,7 +60,7 @@ def by_backend(model: nn.Module, subject: Subject) -> tuple[Call, None]:
         LeftOut: this bigops has none.
     """
     if OWN not in torch._dynamo.list_backends(exclude_tags=()):
-        raise LeftOut(f"{OWN}: no backend of torch.compile in this version")
+        raise LeftOut(f"{OWN}: the installed package has no backend of torch.compile")
     return frozen(model, subject.inputs, OWN), None
 
 
@@ -73,8 +73,16 @@ def deployed(model: nn.Module, subject: Subject, dynamic: bool = False) -> tuple
     deploy = getattr(bigops, "deploy", None)
     if deploy is None:
         raise LeftOut(f"{OWN}: no deploy in this version")
-    ready: nn.Module = deploy(model, subject.inputs, dynamic=dynamic)
+    ready: nn.Module = deploy(named(model, len(subject.inputs)), subject.inputs, dynamic=dynamic)
     return inference(ready), ready
+
+
+def named(model: nn.Module, count: int) -> nn.Module:
+    """The model behind arguments x0, x1 ..: deploy wants names where a forward takes ``*past``."""
+    graph = fx.Graph()
+    places = tuple(graph.placeholder(f"x{place}") for place in range(count))
+    graph.output(graph.call_module("model", places))
+    return fx.GraphModule(nn.ModuleDict({"model": model}), graph).eval()
 
 
 def deployed_at_any_size(model: nn.Module, subject: Subject) -> tuple[Call, nn.Module]:

@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     side = "with --model: only eager and the sides with TEXT in their name; repeatable"
     add("--side", action="append", default=[], metavar="TEXT", help=side)
     add("--no-accuracy", action="store_true", help="with --model: agreement alone, in less time")
+    clock = "with --model: wall, or cpu with --threads 1, which others on the machine do not slow"
+    add("--clock", choices=("wall", "cpu"), default="wall", help=clock)
     held = "hold all sides to an instruction set: avx2, avx512, avx512_vnni, avx512_bf16"
     add("--isa", metavar="LEVEL", help=held)
     add("--requests", type=positive(int), default=200, metavar="N", help="with --serve: a round's")
@@ -100,7 +102,11 @@ def _whole(args: argparse.Namespace) -> int:
         groups = serve.run(args.serve, requests=args.requests)
     else:
         groups = measure.run(
-            args.model, sides=args.side, pairs=args.pairs, accuracy=not args.no_accuracy
+            args.model,
+            sides=args.side,
+            pairs=args.pairs,
+            accuracy=not args.no_accuracy,
+            clock=args.clock,
         )
     for group in groups:
         print(table(group), flush=True)

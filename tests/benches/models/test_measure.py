@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import inspect
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from tests.support import tolerance
 
 HERE = "tests.benches.models.small"
 COLUMNS = (
-    "op,model,inputs,provider,isa,threads,median_us,spread,ratio_to_eager,ratio_low,ratio_high,"
+    "op,model,inputs,provider,isa,threads,clock,median_us,spread,ratio_to_eager,ratio_low,ratio_high,"
     "rival,ratio_to_rival,rival_low,rival_high,alone_us,alone_to_eager,alone_to_rival,alone_low,"
     "alone_high,best_rival,cosine,argmax,accuracy,accuracy_value,nbytes,kinds,versions"
 )
@@ -98,12 +100,12 @@ def test_deploy_is_called_where_there_is_one(
     given = []
 
     def deploy(model: nn.Module, inputs: object, dynamic: bool) -> nn.Module:
-        given.append((inputs, dynamic))
+        given.append((inputs, dynamic, list(inspect.signature(model.forward).parameters)))
         return model
 
     monkeypatch.setattr(bigops, "deploy", deploy, raising=False)
     side = make(subject)
-    assert given == [(subject.inputs, False)]
+    assert given == [(subject.inputs, False, ["x0"])]
     assert side.call(*subject.inputs).shape == (2, 6, 64)
 
 
@@ -205,7 +207,7 @@ def test_a_row_has_accuracy_agreement_and_the_ratio_to_the_faster_int8(subject: 
     assert rows[1].cosine == pytest.approx(1.0)
     text = measure.table(rows)
     assert all(name in text for name in makes)
-    assert "m 2x6 (1 threads; vs ov: openvino int8 bf16)" in text
+    assert "m 2x6 (1 threads, wall time; vs ov: openvino int8 bf16)" in text
 
 
 def test_a_failing_side_is_said_and_left_out(
@@ -260,6 +262,22 @@ def test_mistakes_are_one_line(
 ) -> None:
     assert cli.main(["bench", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_cpu_clock_does_not_see_what_others_take() -> None:
+    assert measure.cpu_timer(lambda: time.sleep(0.05))(2) < 0.05
+    busy = measure.cpu_timer(lambda: sum(range(300_000)))
+    assert busy(4) > 2 * busy(1) > 0
+
+
+def test_the_cpu_clock_is_of_one_thread(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = measure.of_subject(subject, {EAGER: eager}, 1, clock=measure.CPU)
+    assert rows[0].clock == "cpu"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(ValueError, match="clock: expected one thread with cpu, got 2"):
+        next(measure.run([f"{HERE}:tokens"], clock="cpu"))
+    with pytest.raises(ValueError, match="clock: expected wall or cpu, got 'sun'"):
+        next(measure.run([f"{HERE}:tokens"], clock="sun"))
 
 
 # --- agreement and kinds -----------------------------------------------------------------------
