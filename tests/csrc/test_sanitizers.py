@@ -30,6 +30,7 @@ PARTS = (
     "fused_adamw",
     "linear_cross_entropy",
     "norm",
+    "rotary",
     "quantized_linear",
     "quantized_embedding",
     "sparse_linear",
