@@ -106,26 +106,25 @@ class InferenceOp:
     def _vmap(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         return self.op.fold(self.forward, args, in_dims, info.batch_size), 0
 
-    def __call__(
+    def apply(
         self,
         x: Tensor,
+        ahead: Sequence[Tensor],
         arguments: tuple[Any, ...],
         k: int,
-        more: Sequence[Tensor | None],
+        behind: Sequence[Tensor | None],
         bias: Tensor | None,
         residual: Tensor | None,
         activation: str,
     ) -> Tensor:
-        """Run the op; ``arguments`` and ``k`` of the weight, ``more`` as `ahead` and `behind`."""
+        """Run the op; ``arguments`` and ``k`` of the weight, the others as its schema has them."""
         try:
-            many = len(self.ahead)
-            args = (x, *more[:many], *arguments, *more[many:], bias, residual, activation)
             if not isinstance(x, Tensor) and torch._C._has_torch_function_unary(x):  # fx's proxies
-                return self._words(*args)
+                return self._words(x, *ahead, *arguments, *behind, bias, residual, activation)
             device_type = x.device.type
             if device_type != "meta" and torch.is_autocast_enabled(device_type):
                 x, bias, residual = autocast(device_type, x, bias, residual)  # type: ignore[assignment]
-                args = (x, *args[1:-3], bias, residual, activation)
+            args = (x, *ahead, *arguments, *behind, bias, residual, activation)
             if checks.differ(x.shape[-1], k):
                 raise TypeError  # it is named below
             if torch.is_grad_enabled():
@@ -145,11 +144,11 @@ class InferenceOp:
             # The kernel checks its arguments; only a refused call pays for naming what is wrong.
             act.check_name(activation, gated=False)
             if not torch.compiler.is_compiling():
-                named = dict(zip((*self.ahead, *self.behind), more, strict=True))
+                named: dict[str, Tensor | None] = dict(zip(self.ahead, ahead, strict=True))
+                named |= dict(zip(self.behind, behind, strict=True))
                 checks.tensors(x=x, bias=bias, residual=residual, **named)
-                given = self.of(
-                    self.op.stored(k, arguments), **dict(zip(self.arguments, args, strict=True))
-                )
+                more = {"x": x, "bias": bias, "residual": residual, "activation": activation}
+                given = self.of(self.op.stored(k, arguments), **named, **more)
                 self.check(given)
                 self.check_values(given)
             raise

@@ -62,8 +62,9 @@ class RowsOp(InferenceOp):
     ) -> Tensor:
         """The op on rows; ``qparams`` of the public call, which says them of other forms of x."""
         self._no_qparams(qparams)
-        values, *more = x
-        return self(values, arguments, k, more, bias, residual, activation)
+        values, scale, zero_point = x
+        more = (scale, zero_point)
+        return self.apply(values, more, arguments, k, (), bias, residual, activation)
 
     @staticmethod
     def _no_qparams(qparams: tuple[Tensor | None, ...]) -> None:
@@ -111,7 +112,8 @@ class RowsOp(InferenceOp):
     ) -> Choice:
         """What serves a call, which is checked first."""
         self._no_qparams(qparams)
-        given = RowsCall(Call(x.values, weight, bias, residual, activation), *x[1:])
+        call = Call(x.values, weight, bias, residual, activation)
+        given = RowsCall(call, x.scale, x.zero_point)
         self.check(given)
         if not targets.is_cpu(target):
             targets.why_not(given.dtype, target, self.op.name)  # it refuses what is no device

@@ -130,6 +130,19 @@ class U8Op(InferenceOp):
             if qparams is not None and qparams.numel() == 2:
                 quantize.check_qparams(name, qparams)
 
+    def __call__(
+        self,
+        x: Tensor,
+        arguments: tuple[Any, ...],
+        k: int,
+        qparams: tuple[Tensor | None, ...],
+        bias: Tensor | None,
+        residual: Tensor | None,
+        activation: str,
+    ) -> Tensor:
+        """Run the op; ``arguments`` and ``k`` of the weight, ``qparams`` as the schema has them."""
+        return self.apply(x, (), arguments, k, qparams, bias, residual, activation)
+
     # reference ------------------------------------------------------------------------------
 
     def reference(self, given: U8Call) -> Tensor:
