@@ -212,10 +212,9 @@ void finish_vectors(const FinishTask& task, int64_t n) {
   for (int b = 0; b < B; ++b) f[b].columns(t, n + b * W, bias);
   const char* at = static_cast<const char*>(t.tile) + (n - t.n0) * 4;
   const auto vector = [&](int64_t m, int b) {
-    f[b].template row<kPlain>(t, m, n + b * W,
-                              kFull ? L::iload(at + b * W * 4) : L::iload_n(at + b * W * 4, f[b].c),
-                              bias != nullptr, static_cast<const T*>(t.residual),
-                              static_cast<O*>(t.y));
+    f[b].template row<kPlain>(
+        t, m, n + b * W, kFull ? L::iload(at + b * W * 4) : L::iload_n(at + b * W * 4, f[b].c),
+        bias != nullptr, static_cast<const T*>(t.residual), static_cast<O*>(t.y));
   };
   for (int64_t m = t.m0; m < t.m1; ++m, at += t.stride * 4) {
     if constexpr (kPlain) {
