@@ -41,6 +41,17 @@ ISA_FLAGS = {
         "-mfma",
         "-mf16c",
     ],
+    # The tiles are written in assembler (csrc/cpu/simd/tiles_amx.h): no flag of the compiler.
+    "amx": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx512vnni",
+        "-mavx512bf16",
+        "-mfma",
+        "-mf16c",
+    ],
 }
 X86_ONLY = set(ISA_FLAGS) - {"portable"}
 TORCH_TARGET = "0x020a000000000000"  # stable ABI of torch 2.10: one build serves later versions

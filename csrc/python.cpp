@@ -50,10 +50,8 @@ PYBIND11_MODULE(_C, m) {
       [](const std::string& name) {
         const std::string before = isa_name(active_isa());
         if (!set_isa(name.c_str()))
-          throw py::value_error(
-              "isa: expected portable, avx2, avx512, avx512vnni or avx512bf16, at "
-              "most " +
-              std::string(isa_name(best_isa())) + " on this CPU; got " + name);
+          throw py::value_error("isa: expected " + std::string(isa_names()) + ", at most " +
+                                std::string(isa_name(best_isa())) + " on this CPU; got " + name);
         return before;
       },
       py::arg("name"), "Use an instruction set from now on; returns the one before.");
@@ -98,14 +96,15 @@ PYBIND11_MODULE(_C, m) {
         py::arg("dtype"));
   m.def("choose_packed_linear", &choose_packed_linear, py::arg("dtype"));
   m.def("choose_linear_cross_entropy", &choose_linear_cross_entropy, py::arg("dtype"));
-  m.def("choose_quantized_linear", &choose_quantized_linear, py::arg("bits"),
-        py::arg("activations"), py::arg("dtype"), py::arg("y_u8") = false);
+  m.def("choose_quantized_linear", &choose_quantized_linear, py::arg("m"), py::arg("bits"),
+        py::arg("group"), py::arg("activations"), py::arg("dtype"), py::arg("y_u8") = false);
   m.def("choose_sparse_linear", &choose_sparse_linear, py::arg("m"), py::arg("values"),
         py::arg("dtype"), py::arg("y_u8") = false);
 
   m.def("peak", &measure_peak, py::arg("kind"), py::arg("threads"), py::arg("seconds") = 0.1,
         py::call_guard<py::gil_scoped_release>(),
-        "Measured operations a second of a unit: f32 (fma), bf16 (vdpbf16ps), s8 (vpdpbusd).");
+        "Measured operations a second of a unit: f32 (fma), bf16 (vdpbf16ps), s8 (vpdpbusd); at "
+        "level amx bf16 and s8 are those of its tiles.");
   m.def("bandwidth", &measure_bandwidth, py::arg("bytes"), py::arg("threads"),
         py::arg("seconds") = 0.1, py::call_guard<py::gil_scoped_release>(),
         "Measured read bandwidth in bytes a second over a buffer of that size for each thread.");

@@ -5,11 +5,39 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef BIGOPS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace bigops {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"portable", "avx2", "avx512", "avx512vnni",
-                                           "avx512bf16"};
+constexpr const char* kNames[kIsaCount] = {"portable",   "avx2",       "avx512",
+                                           "avx512vnni", "avx512bf16", "amx"};
+
+#ifdef BIGOPS_AMX
+// Intel's manual, volume 1, 13.2 and volume 2, CPUID: leaf 1 ECX, leaf 7 EDX, XCR0.
+constexpr unsigned kOsXsave = 1u << 27;
+constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
+constexpr unsigned kTileState = 1u << 17 | 1u << 18;  // XTILECFG and XTILEDATA
+// Linux, Documentation/arch/x86/xstate.rst: tiles are given to a process that asks.
+constexpr long kRequestPermission = 0x1023, kTileData = 18;
+
+bool has_tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(1, 0, &a, &b, &c, &d) || (c & kOsXsave) == 0) return false;
+  constexpr unsigned wanted = kAmxBf16 | kAmxTile | kAmxInt8;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & wanted) != wanted) return false;
+  unsigned low = 0, high = 0;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & kTileState) == kTileState &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#else
+bool has_tiles() { return false; }
+#endif
 
 Isa detect() {
 #if defined(__x86_64__)
@@ -20,7 +48,7 @@ Isa detect() {
     return Isa::avx2;
   if (!__builtin_cpu_supports("avx512vnni")) return Isa::avx512;
   if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512vnni;
-  return Isa::avx512bf16;
+  return has_tiles() ? Isa::amx : Isa::avx512bf16;
 #else
   return Isa::portable;
 #endif
@@ -41,9 +69,8 @@ Isa initial() {
   const int level = parse(forced);
   if (level < 0 || level > static_cast<int>(best)) {
     std::fprintf(stderr,
-                 "bigops: BIGOPS_ISA: expected portable, avx2, avx512, avx512vnni or avx512bf16, "
-                 "at most %s on this CPU; got %s (ignored)\n",
-                 kNames[static_cast<int>(best)], forced);
+                 "bigops: BIGOPS_ISA: expected %s, at most %s on this CPU; got %s (ignored)\n",
+                 isa_names(), kNames[static_cast<int>(best)], forced);
     return best;
   }
   return static_cast<Isa>(level);
@@ -57,6 +84,8 @@ std::atomic<Isa>& active() {
 }  // namespace
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+const char* isa_names() { return "portable, avx2, avx512, avx512vnni, avx512bf16 or amx"; }
 
 Isa best_isa() {
   static const Isa best = detect();
@@ -108,7 +137,7 @@ const char* cpu_features() {
     BIGOPS_FEATURE("avx512vnni");
     BIGOPS_FEATURE("avx512bf16");
 #if defined(__GNUC__) && !defined(__clang__)
-    BIGOPS_FEATURE("amx-bf16");  // no kernel of ours; oneDNN's products use it
+    BIGOPS_FEATURE("amx-bf16");
     BIGOPS_FEATURE("amx-int8");
 #endif
 #undef BIGOPS_FEATURE

@@ -20,7 +20,7 @@ struct SelectedCompressed {
 SelectedCompressed select_compressed();
 
 // The kernel that a call of this shape takes and why (bigops.explain asks through python.cpp).
-std::pair<std::string, std::string> choose_quantized_linear(int64_t bits,
+std::pair<std::string, std::string> choose_quantized_linear(int64_t m, int64_t bits, int64_t group,
                                                             const std::string& activations,
                                                             const std::string& dtype, bool y_u8);
 std::pair<std::string, std::string> choose_sparse_linear(int64_t m, const std::string& values,

@@ -18,7 +18,7 @@ inline Selected select_float_kernels(torch::headeronly::ScalarType dtype) {
   if (dtype == ScalarType::Double) return {&portable_f64, Isa::portable};
 #if defined(__x86_64__)
   const Isa isa = active_isa();
-  if (isa == Isa::avx512bf16 && dtype == ScalarType::BFloat16)
+  if (isa >= Isa::avx512bf16 && dtype == ScalarType::BFloat16)
     return {&avx512bf16_bf16, Isa::avx512bf16};
   const bool wide = isa >= Isa::avx512;
   if (isa >= Isa::avx2) {

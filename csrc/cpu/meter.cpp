@@ -54,6 +54,10 @@ double measure_peak(const std::string& kind, int threads, double seconds) {
   if (kind == "f32" && isa >= Isa::avx512) loop = avx512_meter_f32;
   if (kind == "bf16" && isa >= Isa::avx512bf16) loop = avx512bf16_meter_bf16;
   if (kind == "s8" && isa >= Isa::avx512vnni) loop = avx512vnni_meter_s8;
+#ifdef BIGOPS_AMX
+  if (kind == "bf16" && isa >= Isa::amx) loop = amx_meter_bf16;
+  if (kind == "s8" && isa >= Isa::amx) loop = amx_meter_s8;
+#endif
 #endif
   if (threads < 1) throw std::invalid_argument("threads: expected at least 1");
   if (loop == nullptr)

@@ -254,6 +254,20 @@ TABLE = [
         "reads_past",
     ),
     ("a sum that wraps", "UBSan", "csrc/test_sanitizers", "test_a_planted_fault_is_found", "wraps"),
+    (
+        "a bit of a weight",
+        "emulation",
+        "csrc/test_emulated_tiles",
+        "test_a_wrong_weight_is_seen",
+        "",
+    ),
+    (
+        "x shorter than a tile register",
+        "AddressSanitizer",
+        "csrc/test_emulated_tiles",
+        "test_a_read_past_the_rows_of_x_is_seen",
+        "",
+    ),
 ]
 
 

@@ -16,8 +16,8 @@ from bigops.nn import LowRankLinear, QuantLinear, QuantLowRankLinear
 from bigops.ops.low_rank_linear import low_rank_linear
 from bigops.ops.quantized_linear import op as product
 from tests.support import tolerance
-from tests.support.cases.compressed import DTYPES, LEVELS, Case, kernel_of
-from tests.support.kernels_ran import expect, isa, needs_extension
+from tests.support.cases.compressed import DTYPES, Case, kernel_of
+from tests.support.kernels_ran import ISAS, expect, isa, needs_extension
 
 SNR_FLOOR_DB = 37.0  # 39.5 to 41.8 on the cases below and 12 seeds; 6 bits in u give 35
 
@@ -60,17 +60,17 @@ def test_frozen_forward(dtype: str, activation: str) -> None:
     x, residual = _input(layer, 3, 4, dtype=dtype)
     with torch.no_grad(), backend.record() as names:
         y = layer(x, residual)
-    assert names == [kernel_of("int8", machine.extension.isa(), dtype)] * 2
+    assert names == [kernel_of("int8", machine.extension.isa(), dtype, 12)] * 2
     _outer(layer, x, residual).check_forward(y)
 
 
 @needs_extension
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", ISAS)
 @pytest.mark.parametrize("rank", [0, 1, 17])
 def test_every_instruction_set(level: str, rank: int) -> None:
     layer = _layer(33, 21, rank, "relu").freeze()
     x, residual = _input(layer, 5)
-    with torch.no_grad(), isa(level), expect(f".{level}.quantized_linear."):
+    with torch.no_grad(), isa(level), expect(kernel_of("int8", level, "f32", 5)):
         y = layer(x, residual)
     _outer(layer, x, residual).check_forward(y)
 

@@ -16,6 +16,17 @@ needs_extension = pytest.mark.skipif(
 )
 ISAS: list[str] = list(machine.extension.isas()) if machine.extension else []
 
+_LEVELS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
+
+
+def served_by(level: str, *adds: str) -> str:
+    """The instruction set of the kernel that serves at ``level``: the highest one not above it.
+
+    Every kernel is there for the first three; ``adds`` are the others that it is there for.
+    """
+    there = (*_LEVELS[:3], *adds)
+    return max(filter(_LEVELS[: _LEVELS.index(level) + 1].__contains__, there), key=_LEVELS.index)
+
 
 def named(op: str, fragment: str) -> str:
     """Part of the names of the kernels that serve ``op``; without them that of the reference."""

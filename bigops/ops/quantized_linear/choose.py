@@ -50,8 +50,17 @@ def choose_u8(given: U8Call, target: Target) -> Choice:
 
 
 def _on_cpu(call: Call, weight: QuantizedWeight, to_u8: bool) -> Choice:
-    given = (weight.bits, weight.activations, checks.short(call.x.dtype), to_u8)
-    return on_cpu(NAME, lambda extension: extension.choose_quantized_linear(*given))
+    return on_cpu(
+        NAME,
+        lambda extension: extension.choose_quantized_linear(
+            call.rows,
+            weight.bits,
+            weight.group,
+            weight.activations,
+            checks.short(call.x.dtype),
+            to_u8,
+        ),
+    )
 
 
 def backward(grad: Tensor, call: Call, **needs: bool) -> tuple[Tensor, ...] | None:

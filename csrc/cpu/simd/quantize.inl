@@ -162,7 +162,7 @@ struct Finisher {
     if (b != nullptr) bias = get(b + n, c);
   }
 
-  template <class T, class O>
+  template <bool kPlain = false, class T, class O>
   void row(const FinishTask& t, int64_t m, int64_t n, typename L::ireg tile, bool has_bias,
            const T* residual, O* y) const {
     auto z = V::zero();
@@ -173,7 +173,7 @@ struct Finisher {
       z = L::as_float(tile);
     }
     if (has_bias) z = V::add(z, bias);
-    z = activate<V>(t.activation, z);
+    if (!kPlain) z = activate<V>(t.activation, z);
     if (residual != nullptr) z = V::add(z, get(residual + m * t.n + n, c));
     store(t, y + m * t.n + n, z);
   }
@@ -200,19 +200,31 @@ struct Finisher {
   void report(const FinishTask&, const O*) const {}
 };
 
-// From a tile [m][stride], B vectors of a row one after the other.
-template <class L, bool kFull, int B, class T, class O>
-void finish_vectors(const FinishTask& t, int64_t n) {
+// From a tile [m][stride], B vectors of a row one after the other. Without an activation (kPlain)
+// they are unrolled, and all that is the same in every row stays in registers: `task` is copied,
+// for a store of u8 might change it otherwise.
+template <class L, bool kFull, int B, bool kPlain, class T, class O>
+void finish_vectors(const FinishTask& task, int64_t n) {
+  const FinishTask t = task;
   constexpr int W = L::width;
   const T* bias = static_cast<const T*>(t.bias);
   Finisher<L, kFull> f[B];
   for (int b = 0; b < B; ++b) f[b].columns(t, n + b * W, bias);
   const char* at = static_cast<const char*>(t.tile) + (n - t.n0) * 4;
-  for (int64_t m = t.m0; m < t.m1; ++m, at += t.stride * 4)
-    for (int b = 0; b < B; ++b)
-      f[b].row(t, m, n + b * W,
-               kFull ? L::iload(at + b * W * 4) : L::iload_n(at + b * W * 4, f[b].c),
-               bias != nullptr, static_cast<const T*>(t.residual), static_cast<O*>(t.y));
+  const auto vector = [&](int64_t m, int b) {
+    f[b].template row<kPlain>(t, m, n + b * W,
+                              kFull ? L::iload(at + b * W * 4) : L::iload_n(at + b * W * 4, f[b].c),
+                              bias != nullptr, static_cast<const T*>(t.residual),
+                              static_cast<O*>(t.y));
+  };
+  for (int64_t m = t.m0; m < t.m1; ++m, at += t.stride * 4) {
+    if constexpr (kPlain) {
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) vector(m, b);
+    } else {
+      for (int b = 0; b < B; ++b) vector(m, b);
+    }
+  }
   for (int b = 0; b < B; ++b) f[b].report(t, static_cast<const O*>(t.y));
 }
 
@@ -245,26 +257,31 @@ void finish_block(const FinishTask& t, int64_t n) {
   for (int b = 0; b < B; ++b) f[b].report(t, y);
 }
 
+// One B vectors wide, or a last one that is not full, at column n.
+template <class L, class T, class O, bool kColumns>
+struct FinishAs {
+  const FinishTask& t;
+
+  template <bool kFull, int B>
+  void at(int64_t n) const {
+    if constexpr (kColumns)
+      finish_block<L, kFull, B, T, O>(t, n);
+    else if (t.activation == kNone)
+      finish_vectors<L, kFull, B, true, T, O>(t, n);
+    else
+      finish_vectors<L, kFull, B, false, T, O>(t, n);
+  }
+};
+
 template <class L, class T, class O, bool kColumns>
 void finish_as(const FinishTask& t) {
   constexpr int kVectors = 4;
+  const FinishAs<L, T, O, kColumns> finish{t};
   int64_t n = t.n0;
   for (; n + kVectors * L::width <= t.n1; n += kVectors * L::width)
-    if (kColumns)
-      finish_block<L, true, kVectors, T, O>(t, n);
-    else
-      finish_vectors<L, true, kVectors, T, O>(t, n);
-  for (; n + L::width <= t.n1; n += L::width)
-    if (kColumns)
-      finish_block<L, true, 1, T, O>(t, n);
-    else
-      finish_vectors<L, true, 1, T, O>(t, n);
-  if (n < t.n1) {
-    if (kColumns)
-      finish_block<L, false, 1, T, O>(t, n);
-    else
-      finish_vectors<L, false, 1, T, O>(t, n);
-  }
+    finish.template at<true, kVectors>(n);
+  for (; n + L::width <= t.n1; n += L::width) finish.template at<true, 1>(n);
+  if (n < t.n1) finish.template at<false, 1>(n);
 }
 
 template <class L, class T, bool kColumns = false>

@@ -87,6 +87,9 @@ struct QuantizedKernels {
 
 extern const QuantizedKernels portable_quantized, avx2_quantized, avx512_quantized;
 extern const IntegerProducts avx512vnni_quantized;
+// Reads kStepBytes of a row of x at a time, as far past K as the last of them goes.
+extern const IntegerProducts amx_quantized;
+constexpr int64_t kStepBytes = 64;
 extern const FloatProducts avx512bf16_quantized;
 
 }  // namespace bigops

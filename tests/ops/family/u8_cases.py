@@ -33,8 +33,8 @@ def kernel(form: str, level: str, x: Tensor, m: int, u8: bool) -> str:
         values = {"s8": "s8", "f32": "f32", "bf16": "bf16"}[SPARSE[form]]
         return f".sparse_linear.{dtype}.{values}_{'rows' if m <= 6 else 'columns'}{end}"
     if dtype == "u8":
-        return kernel_of(form, level, "f32").replace(".f32.", ".u8.") + end
-    return kernel_of(form, level, dtype) + end
+        return kernel_of(form, level, "f32", m).replace(".f32.", ".u8.") + end
+    return kernel_of(form, level, dtype, m) + end
 
 
 def call(

@@ -22,7 +22,7 @@ from bigops.backend import machine
 from bigops.ops.fused_linear import fused_linear, reference
 from tests.support.backends import CPU, REFERENCE, TRITON, Way, covering
 from tests.support.cases.linear import ACTIVATIONS, Case, make
-from tests.support.kernels_ran import crossover, expect, needs_extension, threads
+from tests.support.kernels_ran import crossover, expect, needs_extension, served_by, threads
 
 DTYPES = {
     "f32": torch.float32,
@@ -38,9 +38,7 @@ def isa_of(level: str, dtype: str) -> str:
     """The kernel that serves a dtype at a level of the instruction set."""
     if dtype == "f64":
         return "portable"
-    if level in ("avx512vnni", "avx512bf16") and (level, dtype) != ("avx512bf16", "bf16"):
-        return "avx512"
-    return level
+    return served_by(level, *(["avx512bf16"] if dtype == "bf16" else []))
 
 
 def run(case: Case, way: Way, dtype: str, form: str = "dot") -> None:

@@ -17,7 +17,7 @@ from bigops.ops.linear_cross_entropy import chunked, linear_cross_entropy, schem
 from bigops.ops.linear_cross_entropy.reference import serve_chunk
 from tests.support.backends import CPU, REFERENCE, TRITON, Way
 from tests.support.cases.cross_entropy import ALL, Case, make
-from tests.support.kernels_ran import ISAS, expect, isa, needs_extension
+from tests.support.kernels_ran import ISAS, expect, isa, needs_extension, served_by
 
 module = importlib.import_module("bigops.ops.linear_cross_entropy")  # the name is the function's
 ops = torch.ops.bigops
@@ -44,8 +44,7 @@ def test_every_kernel(
 ) -> None:
     kernel = f"{way.name}.linear_cross_entropy.{SHORT[dtype]}."
     if way.name == "cpu":
-        served = "avx512" if way.level.startswith("avx512") else way.level
-        kernel = f"cpu.{served}.linear_cross_entropy.{SHORT[dtype]}."
+        kernel = f"cpu.{served_by(way.level)}.linear_cross_entropy.{SHORT[dtype]}."
     shape = (5, 33, 9) if way is TRITON else (37, 203, 33)
     with way.serving("linear_cross_entropy", kernel + "loss", kernel + "gradient"):
         make(*shape, dtype, **options).check(str(way))

@@ -17,7 +17,7 @@ from bigops.ops.family import Call
 from bigops.ops.packed_linear import op, packed_linear
 from tests.support.cases.compressed import DTYPES, Case, make
 from tests.support.cases.linear import PLAIN
-from tests.support.kernels_ran import ISAS, expect, isa, needs_extension, threads
+from tests.support.kernels_ran import ISAS, expect, isa, needs_extension, served_by, threads
 
 pytestmark = needs_extension
 raw = torch.ops.bigops.packed_linear
@@ -25,9 +25,8 @@ raw = torch.ops.bigops.packed_linear
 
 def kernel_of(level: str, dtype: str) -> str:
     """Name of the kernel of a dtype at a level: VNNI adds nothing, BF16 only its own dtype."""
-    if level in ("avx512vnni", "avx512bf16") and (level, dtype) != ("avx512bf16", "bf16"):
-        level = "avx512"
-    return f"cpu.{level}.packed_linear.{dtype}.panels"
+    isa = served_by(level, *(["avx512bf16"] if dtype == "bf16" else []))
+    return f"cpu.{isa}.packed_linear.{dtype}.panels"
 
 
 def run(case: Case, level: str, dtype: str) -> None:

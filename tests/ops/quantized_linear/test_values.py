@@ -56,10 +56,10 @@ def make(
     return make_case(form, lead, n, k, dtype, name, bias=bias, residual=residual)
 
 
-def kernels_of(form: str, way: Way, dtype: str) -> tuple[str, ...]:
+def kernels_of(form: str, way: Way, dtype: str, m: int) -> tuple[str, ...]:
     """Names of the kernels by which a way serves a format, backward where it has one."""
     if way.name == "cpu":
-        return kernel_of(form, way.level, dtype), backward_of(form, way.level, dtype)
+        return kernel_of(form, way.level, dtype, m), backward_of(form, way.level, dtype)
     bits = QUANTISED[form].get("bits", 8)
     device, a8 = ("cuda", "") if way is HOSTRUN else ("triton", "" if form in FLOATING else "a8")
     forward = f"{device}.quantized_linear.{dtype}.w{bits}{a8}"
@@ -69,7 +69,8 @@ def kernels_of(form: str, way: Way, dtype: str) -> tuple[str, ...]:
 def run(case: Case, form: str, way: Way, dtype: str) -> None:
     """Forward and backward of one case by one way, values and kernel names."""
     x, bias, residual = leaves = case.leaves()
-    with way.serving("quantized_linear", *kernels_of(form, way, dtype), gradients=True):
+    names = kernels_of(form, way, dtype, case.call.rows)
+    with way.serving("quantized_linear", *names, gradients=True):
         y = quantized_linear(x, case.weight, bias, residual, case.name)  # type: ignore[arg-type]
         grads = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], case.grad))
     case.check_forward(y)
@@ -124,7 +125,7 @@ def test_rows_of_every_size_beside_zeros(level: str, dtype: str, form: str) -> N
             case = make(form, m, 50, k, dtype)
             case.x[0] *= 1e-3
             case.x[-1] = 0
-            with isa(level), expect(kernel_of(form, level, dtype)):
+            with isa(level), expect(kernel_of(form, level, dtype, m)):
                 y = raw(case.x, *case.storage, case.bias, case.residual, "none")
             case.check_forward(y)
 
@@ -139,7 +140,7 @@ def test_weights_from_memory_go_by_parts_of_k(level: str, form: str) -> None:
     scale = whole.scales()[0]
     for m in (6, 7, 16, 19, 24, 55):
         case = whole.rows(m)
-        with isa(level), expect(kernel_of(form, level, "f32")):
+        with isa(level), expect(kernel_of(form, level, "f32", m)):
             y = raw(case.x, *case.storage, case.bias, case.residual, "none")
         check(y, truth[:m], plain[:m], scale[:m])
 
@@ -359,7 +360,7 @@ def test_a_row_with_nan_or_infinity_is_nan_and_no_other(level: str, dtype: str, 
         case.x[1, 36] = float("nan")
         if not floating:  # in floating point an infinity may well stay one
             case.x[3, 0], case.x[4, 20] = float("inf"), float("-inf")
-        with isa(level), expect(kernel_of(form, level, dtype)):
+        with isa(level), expect(kernel_of(form, level, dtype, 20)):
             y = quantized_linear(case.x, case.weight, case.bias, case.residual, name)
         bad = torch.zeros(20, dtype=torch.bool)
         bad[[1] if floating else [1, 3, 4]] = True

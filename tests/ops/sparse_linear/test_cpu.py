@@ -30,7 +30,7 @@ from tests.support.cases.compressed import (
 )
 from tests.support.cases.compressed import make as make_case
 from tests.support.cases.linear import PLAIN
-from tests.support.kernels_ran import ISAS, expect, isa, needs_extension
+from tests.support.kernels_ran import ISAS, expect, isa, needs_extension, served_by
 from tests.support.tolerance import snr_db
 
 pytestmark = needs_extension
@@ -39,13 +39,8 @@ FORMS = {values: form for form, values in SPARSE.items()}
 KINDS = tuple(FORMS)
 TRAINED = ("f32", "bf16")
 SNR_FLOOR_DB = 38.0  # int8 values, normal weights and activations, K >= 256
-# The instruction set whose kernels serve a kind of values, where it is not the level itself.
-SERVED_BY = {
-    ("f32", "avx512vnni"): "avx512",
-    ("f32", "avx512bf16"): "avx512",
-    ("bf16", "avx512vnni"): "avx512",
-    ("s8", "avx512bf16"): "avx512vnni",
-}
+# The instruction sets above AVX-512 that have kernels of their own for a kind of values.
+ADDS = {"f32": [], "bf16": ["avx512bf16"], "s8": ["avx512vnni"]}
 
 
 def make(kind: str, lead: int | list[int], n: int, k: int, *rest: Any, **options: Any) -> Case:
@@ -69,7 +64,7 @@ ROWS_FORM = max(m for m in range(40) if form_of(m) == "rows") if ISAS else 0
 
 
 def kernel(op: str, kind: str, level: str, dtype: str, form: str) -> str:
-    return f"cpu.{SERVED_BY.get((kind, level), level)}.{op}.{dtype}.{kind}_{form}"
+    return f"cpu.{served_by(level, *ADDS[kind])}.{op}.{dtype}.{kind}_{form}"
 
 
 def forward_name(kind: str, level: str, dtype: str, m: int) -> str:

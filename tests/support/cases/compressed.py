@@ -32,7 +32,7 @@ from bigops.ops.packed_linear import packed_linear
 from bigops.ops.quantized_linear import quantized_linear
 from bigops.ops.sparse_linear import sparse_linear
 from tests.support.cases.linear import act, curvature, offset, slope
-from tests.support.kernels_ran import ISAS, threads
+from tests.support.kernels_ran import served_by, threads
 from tests.support.tolerance import check
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -68,28 +68,28 @@ FORMATS = ("int8", "w4_zero", "w4a8", "sparse_int8", "sparse_float", "sparse_bf1
 VALUES = {"s8": torch.int8, "f32": torch.float32, "bf16": torch.bfloat16}  # of sparse_linear
 SPARSE = {"sparse_int8": "s8", "sparse_float": "f32", "sparse_bf16": "bf16"}
 PATTERNS = ("1x1", "1x4", "4x1", "16x1", "16x16", "32x32", "2:4")
-# avx512bf16 adds nothing for quantized_linear: the VNNI kernels serve it
-LEVELS = [level for level in ISAS if level != "avx512bf16"]
+# Rows of x, and columns of a group, from which tile registers serve u8 activations.
+TILE_ROWS, TILE_GROUP = 8, 64
 
 
-def kernel_of(form: str, level: str, dtype: str) -> str:
-    """Name of the kernel that serves a format of quantized_linear at a level."""
+def kernel_of(form: str, level: str, dtype: str, m: int) -> str:
+    """Name of the kernel that serves a format of quantized_linear for m rows of x at a level."""
     options = QUANTISED[form]
     rounds = options.get("activations", "none" if {"bits", "group"} & set(options) else "dynamic")
-    pairs = rounds == "none" and dtype == "bf16" and level == "avx512bf16"
-    # Each product is served by the highest level that adds something to it.
-    top = "avx512vnni" if rounds != "none" else "avx512bf16" if pairs else "avx512"
-    order = ["portable", "avx2", "avx512", "avx512vnni", "avx512bf16"]
-    isa = order[min(order.index(level), order.index(top))]
     bits = options.get("bits", 8)
+    if rounds != "none":
+        tiles = m >= TILE_ROWS and options.get("group", TILE_GROUP) >= TILE_GROUP
+        adds = ["avx512vnni", "amx"] if tiles else ["avx512vnni"]
+    else:
+        adds = ["avx512bf16"] if dtype == "bf16" else []
+    isa = served_by(level, *adds)
     return f"cpu.{isa}.quantized_linear.{dtype}.w{bits}{'a8' if rounds != 'none' else ''}"
 
 
 def backward_of(form: str, level: str, dtype: str) -> str:
     """The same for the backward op."""
-    isa = level if level in ("portable", "avx2") else "avx512"
     bits = QUANTISED[form].get("bits", 8)
-    return f"cpu.{isa}.quantized_linear_backward.{dtype}.w{bits}"
+    return f"cpu.{served_by(level)}.quantized_linear_backward.{dtype}.w{bits}"
 
 
 def served(form: str) -> list[str]:
