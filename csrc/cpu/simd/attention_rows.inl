@@ -30,9 +30,10 @@ inline void store_some(T* p, typename V::reg v, int64_t n) {
 // normal number costs 150 cycles.
 template <class V>
 struct Softener {
-  typename V::reg low = V::set1(-87.0f), least = V::exp_normal(low);
+  typename V::reg low = V::set1(-126.0f), least = V::exp2_normal(low);
   typename V::reg operator()(typename V::reg x) const {
-    return V::sub(V::exp_normal(V::max(low, x)), least);
+    const auto t = V::mul(x, V::set1(1.44269504088896341f));
+    return V::sub(V::exp2_normal(V::max(low, t)), least);
   }
 };
 

@@ -89,10 +89,10 @@ struct Avx2 {
     const __m256 b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
     return mul(mul(v, a), b);
   }
-  // The same where 2^n is a normal number.
-  static reg scale2_normal(reg v, reg n) {
-    const __m256i i = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-    return mul(v, _mm256_castsi256_ps(_mm256_slli_epi32(i, 23)));
+  // v times 2 to what stands in the lowest bits of n; the result is a normal number.
+  static reg add_exponent(reg v, reg n) {
+    return _mm256_castsi256_ps(
+        _mm256_add_epi32(_mm256_castps_si256(v), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
   }
   static reg less(reg a, reg b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
   static reg select(reg m, reg yes, reg no) { return _mm256_blendv_ps(no, yes, m); }
@@ -115,7 +115,7 @@ struct Avx2 {
     return select(_mm256_cmp_ps(v, zero(), _CMP_LE_OQ), zero(), set1(1.0f));
   }
   static reg exp_(reg v) { return math::exp(v); }
-  static reg exp_normal(reg v) { return math::exp_normal(v); }
+  static reg exp2_normal(reg v) { return math::exp2_normal(v); }
   static reg tanh_(reg v) { return math::tanh(v); }
   static reg sigmoid(reg v) { return math::sigmoid(v); }
   static reg normal_cdf(reg v) { return math::normal_cdf(v); }

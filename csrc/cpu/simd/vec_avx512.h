@@ -71,7 +71,11 @@ struct Avx512 {
     return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   static reg scale2(reg v, reg n) { return _mm512_scalef_ps(v, n); }
-  static reg scale2_normal(reg v, reg n) { return scale2(v, n); }
+  // v times 2 to what stands in the lowest bits of n; the result is a normal number.
+  static reg add_exponent(reg v, reg n) {
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(v), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
+  }
   static __mmask16 less(reg a, reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
   static reg select(__mmask16 m, reg yes, reg no) { return _mm512_mask_blend_ps(m, no, yes); }
   static reg copysign(reg magnitude, reg sign) {
@@ -85,7 +89,7 @@ struct Avx512 {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(v, zero(), _CMP_LE_OQ), set1(1.0f), zero());
   }
   static reg exp_(reg v) { return math::exp(v); }
-  static reg exp_normal(reg v) { return math::exp_normal(v); }
+  static reg exp2_normal(reg v) { return math::exp2_normal(v); }
   static reg tanh_(reg v) { return math::tanh(v); }
   static reg sigmoid(reg v) { return math::sigmoid(v); }
   static reg normal_cdf(reg v) { return math::normal_cdf(v); }

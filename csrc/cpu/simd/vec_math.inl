@@ -17,29 +17,27 @@ struct VecMath {
 
   // e^x, relative error below 2 units in the last place; 0 and inf where float ends.
   static reg exp(reg x) {
-    x = V::min(V::set1(89.0f), x);
-    x = V::max(V::set1(-104.0f), x);
-    reg n;
-    const reg p = exp_parts(x, n);
-    return V::scale2(p, n);
-  }
-
-  // The same for -87 <= x <= 88, where the result is a normal number.
-  static reg exp_normal(reg x) {
-    reg n;
-    const reg p = exp_parts(x, n);
-    return V::scale2_normal(p, n);
-  }
-
-  // p of e^x = p 2^n.
-  static reg exp_parts(reg x, reg& n) {
     static constexpr float c[] = {0.5f, 0.16666516661643982f, 0.04166620224714279f,
                                   0.008369073271751404f, 0.001395080704241991f};  // 3.2e-9
-    n = V::round(V::mul(x, V::set1(1.44269504088896341f)));
+    x = V::min(V::set1(89.0f), x);
+    x = V::max(V::set1(-104.0f), x);
+    const reg n = V::round(V::mul(x, V::set1(1.44269504088896341f)));
     // ln 2 in two parts: n * high is exact for |n| < 2^9
     reg r = V::fma(n, V::set1(-0.693359375f), x);
     r = V::fma(n, V::set1(2.12194440e-4f), r);
-    return V::fma(V::mul(r, r), horner(r, c), V::add(r, V::set1(1.0f)));
+    const reg p = V::fma(V::mul(r, r), horner(r, c), V::add(r, V::set1(1.0f)));
+    return V::scale2(p, n);
+  }
+
+  // 2^t for -126 <= t <= 126, relative error below 2 units in the last place. What is added to t
+  // rounds it to whole numbers, which stand in the lowest bits then.
+  static reg exp2_normal(reg t) {
+    static constexpr float c[] = {0.6931470036506653f, 0.24022242426872253f, 0.05550733581185341f,
+                                  0.009671512991189957f, 0.001326472731307149f};  // 1.1e-7
+    const reg magic = V::set1(12582912.0f);                                       // 1.5 * 2^23
+    const reg whole = V::add(t, magic);
+    const reg f = V::sub(t, V::sub(whole, magic));
+    return V::add_exponent(V::fma(f, horner(f, c), V::set1(1.0f)), whole);
   }
 
   static reg sigmoid(reg x) {

@@ -95,7 +95,7 @@ struct Scalar {
   static reg relu(reg v) { return v < 0 ? 0 : v; }
   static reg step(reg v) { return v <= 0 ? Acc(0) : Acc(1); }  // derivative of relu, 1 at NaN
   static reg exp_(reg v) { return ::exp(v); }
-  static reg exp_normal(reg v) { return ::exp(v); }
+  static reg exp2_normal(reg v) { return ::exp2(v); }  // -126 <= v <= 126
   static reg tanh_(reg v) { return ::tanh(v); }
   static reg sigmoid(reg v) { return 1 / (1 + ::exp(-v)); }
   // Phi(v) = erfc(-v / sqrt 2) / 2, the standard normal distribution, and its density.
