@@ -30,6 +30,9 @@ struct Chosen {
 Chosen select(ScalarType dtype) {
 #if defined(__x86_64__)
   const Isa active = active_isa();
+#ifdef BIGOPS_AMX
+  if (dtype == ScalarType::BFloat16 && active >= Isa::amx) return {&amx_attention_bf16, Isa::amx};
+#endif
   if (dtype == ScalarType::BFloat16 && active >= Isa::avx512bf16 && bf16_dot_pays())
     return {&avx512bf16_attention_bf16, Isa::avx512bf16};
   if (active >= Isa::avx2) {

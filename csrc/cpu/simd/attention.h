@@ -15,7 +15,7 @@ namespace bigops {
 constexpr int64_t kPanelKeys = 64;
 constexpr int64_t kChunkKeys = 256;  // of a chunk, whose sums are added to the state of a row
 constexpr int64_t kFewRows = 4;      // up to so many rows nothing is laid out
-constexpr int64_t kMostRows = 8;     // of a register block, of any instruction set
+constexpr int64_t kMostRows = 16;    // of a register block, of any instruction set
 
 enum MaskKind : int { kNoMask = 0, kMaskBool, kMaskF32, kMaskBf16, kMaskF16, kMaskF64 };
 
@@ -58,7 +58,7 @@ constexpr int64_t attention_scratch(int64_t rows, int64_t keys, int64_t d, int64
   const int64_t chunk =
       keys < kChunkKeys ? (keys + kPanelKeys - 1) / kPanelKeys * kPanelKeys : kChunkKeys;
   return 4 * (chunk * (padded(d) + padded(dv)) + kMostRows * (padded(d) + 2 * chunk) +
-              rows * (padded(dv) + 2));
+              padded(rows) * (padded(dv) + 2));
 }
 
 struct AttentionKernels {
@@ -70,6 +70,6 @@ extern const AttentionKernels portable_attention_f32, portable_attention_bf16,
     portable_attention_f16;
 extern const AttentionKernels avx2_attention_f32, avx2_attention_bf16, avx2_attention_f16;
 extern const AttentionKernels avx512_attention_f32, avx512_attention_bf16, avx512_attention_f16;
-extern const AttentionKernels avx512bf16_attention_bf16;
+extern const AttentionKernels avx512bf16_attention_bf16, amx_attention_bf16;
 
 }  // namespace bigops

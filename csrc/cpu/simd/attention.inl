@@ -71,6 +71,11 @@ struct Attention : AttentionRows<typename P::Q> {
         const T* at = v + s * t.v_row + c;
         L::istore(to + c * 4, P::value(at, s + 1 < count ? at + t.v_row : nullptr, t.dv - c));
       }
+    if (!Q::tiles) return;
+    // a step of words reaches beyond the last key: probabilities of 0 times what is no NaN
+    const int64_t end = (count + Q::pair - 1) / Q::pair;
+    const int64_t whole = (end + Q::step - 1) / Q::step * Q::step;
+    memset(to, 0, static_cast<size_t>((whole - end) * dv_words * 4));
   }
 
   void lay_out_keys(const T* k, int64_t count, char* panel) const {
@@ -130,29 +135,34 @@ struct Attention : AttentionRows<typename P::Q> {
   void block(int64_t row) {
     Rows rows;
     rows.row = row;
-    rows.size = MR;
+    rows.size = static_cast<int>(t.row1 - row < MR ? t.row1 - row : MR);
     this->find_runs(rows);
     if (rows.count == 0 && !first && !last) return;
-    for (int m = 0; m < MR; ++m) P::queries(query_at(row + m), t.d, queries + m * this->q_bytes);
+    for (int m = 0; m < rows.size; ++m)
+      P::queries(query_at(row + m), t.d, queries + m * this->q_bytes);
     if (!kFew || lays_out_values())
       for (int i = 0; i < rows.count; ++i)
         for (int64_t key = rows.runs[i].begin; key < rows.runs[i].end; key += kPanelKeys)
           lay_out(key / kPanelKeys);
     if constexpr (kFew) {
       for (int i = 0; i < rows.count; ++i) score_few<MR>(rows, rows.runs[i]);
+    } else if constexpr (Q::tiles) {
+      Q::score_runs(*this, rows);
     } else {
       this->template score_runs<MR>(rows);
     }
     float correction[MR];
     this->template soften<MR>(rows, correction);
-    if (kFew && !lays_out_values())
+    if constexpr (Q::tiles)
+      Q::weigh_runs(*this, rows, correction);
+    else if (lays_out_values())
+      this->template weigh_runs<Q, MR>(rows, correction, values, dv_words * 4);
+    else
       this->template weigh_runs<AsTheyLie<L, T>, MR>(rows, correction,
                                                      reinterpret_cast<const char*>(value_at(0)),
                                                      t.v_row * static_cast<int64_t>(sizeof(T)));
-    else
-      this->template weigh_runs<Q, MR>(rows, correction, values, dv_words * 4);
     if (last && t.partial == nullptr)
-      for (int m = 0; m < MR; ++m) finish(row + m);
+      for (int m = 0; m < rows.size; ++m) finish(row + m);
   }
 
   void finish(int64_t row) const {
@@ -168,8 +178,8 @@ struct Attention : AttentionRows<typename P::Q> {
   // code.
   template <int MR>
   void blocks(int64_t row) {
-    for (; row + MR <= t.row1; row += MR) block<MR>(row);
-    constexpr int kNext = MR > 4 ? 4 : kFew ? MR - 1 : MR / 2;
+    for (; row + (Q::tiles ? 1 : MR) <= t.row1; row += MR) block<MR>(row);
+    constexpr int kNext = Q::tiles ? 0 : MR > 4 ? 4 : kFew ? MR - 1 : MR / 2;
     if constexpr (kNext > 0)
       if (row < t.row1) blocks<kNext>(row);
   }
@@ -177,7 +187,7 @@ struct Attention : AttentionRows<typename P::Q> {
   void chunk() {
     for (bool& r : ready) r = false;
     if (this->masked() && this->is_shared()) this->read_mask(t.row0, bias, shared);
-    blocks<kFew ? kFewRows : L::packed_rows>(t.row0);
+    blocks<kFew ? kFewRows : Q::tiles ? int(kMostRows) : L::packed_rows>(t.row0);
   }
 
   void run() {

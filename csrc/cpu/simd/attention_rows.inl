@@ -63,6 +63,8 @@ struct FloatWords : PackedF32<L_> {
   using L = L_;
   using V = typename L::V;
   static constexpr int pair = 1;  // elements of a word
+  static constexpr int step = 1;  // words that a product takes at once
+  static constexpr bool tiles = false;
   static void probabilities(float* row, int64_t i, typename V::reg p) { V::store(row + i, p); }
 };
 
@@ -93,7 +95,7 @@ struct AttentionRows {
         keys(task.key1 - task.key0 < kChunkKeys
                  ? (task.key1 - task.key0 + kPanelKeys - 1) / kPanelKeys * kPanelKeys
                  : kChunkKeys),
-        d_words((task.d + Q::pair - 1) / Q::pair),
+        d_words((task.d + Q::pair * Q::step - 1) / (Q::pair * Q::step) * Q::step),
         q_bytes(padded(task.d) * 4),
         dv_words((task.dv + W - 1) / W * W),
         panels(task.scratch),
@@ -102,8 +104,8 @@ struct AttentionRows {
         scores(reinterpret_cast<float*>(queries + kMostRows * q_bytes)),
         bias(scores + kMostRows * keys),
         sums(bias + kMostRows * keys),
-        maxima(sums + (task.row1 - task.row0) * dv_words),
-        totals(maxima + (task.row1 - task.row0)) {}
+        maxima(sums + padded(task.row1 - task.row0) * dv_words),
+        totals(maxima + padded(task.row1 - task.row0)) {}
 
   int64_t panel_keys(int64_t panel) const {
     const int64_t left = n - panel * kPanelKeys;
@@ -308,15 +310,16 @@ struct AttentionRows {
   // step for all rows before the next: what reduces a vector waits for itself alone.
   template <int MR>
   void soften(const Rows& rows, float (&correction)[MR]) {
+    const int size = Q::tiles ? rows.size : MR;
     const int64_t end = (rows.stop + W - 1) / W * W;
-    for (int m = 0; m < MR; ++m) {
+    for (int m = 0; m < size; ++m) {
       int64_t open = rows.stop;
       if (t.causal && rows.query[m] + 1 - s0 < open)
         open = rows.query[m] + 1 > s0 ? rows.query[m] + 1 - s0 : 0;
       for (int64_t i = open; i < end; ++i) scores[m * keys + i] = kShut;
     }
     reg tops[MR];
-    for (int m = 0; m < MR; ++m) {
+    for (int m = 0; m < size; ++m) {
       tops[m] = V::set1(kShut);
       for (int i = 0; i < rows.count; ++i)
         for (int64_t s = rows.runs[i].begin; s < rows.runs[i].end; s += W)
@@ -324,7 +327,7 @@ struct AttentionRows {
     }
     const int64_t r = rows.row - t.row0;
     float base[MR];
-    for (int m = 0; m < MR; ++m) {
+    for (int m = 0; m < size; ++m) {
       const float before = first ? kShut : maxima[r + m];
       float top = V::reduce_max(tops[m]);
       top = top > before ? top : before;
@@ -334,7 +337,7 @@ struct AttentionRows {
     }
     const Softener<V> soft;
     reg sum[MR];
-    for (int m = 0; m < MR; ++m) {
+    for (int m = 0; m < size; ++m) {
       float* const row = scores + m * keys;
       const reg shift = V::set1(base[m]);
       sum[m] = V::zero();
@@ -345,7 +348,7 @@ struct AttentionRows {
           Q::probabilities(row, s, p);
         }
     }
-    for (int m = 0; m < MR; ++m)
+    for (int m = 0; m < size; ++m)
       totals[r + m] = (first ? 0 : totals[r + m] * correction[m]) + V::reduce(sum[m]);
   }
 

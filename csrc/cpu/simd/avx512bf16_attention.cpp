@@ -1,41 +1,9 @@
-// attention in bfloat16 with vdpbf16ps: pairs of columns of q and k, pairs of keys behind them.
-#include "cpu/simd/lanes_bf16.h"
-#include "cpu/simd/attention.inl"
+// attention in bfloat16 with vdpbf16ps.
+#include "cpu/simd/attention_pairs.inl"
 
 namespace bigops {
-namespace {
 
-struct PairWords : PackedBf16<Bf16Lanes> {
-  using L = Bf16Lanes;
-  using V = Avx512;
-  static constexpr int pair = 2;
-  // In place of the scores, in half their room: behind what is still to be read.
-  static void probabilities(float* row, int64_t i, __m512 p) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<bf16*>(row) + i),
-                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(p)));
-  }
-};
-
-struct ToPairs {
-  using L = Bf16Lanes;
-  using T = bf16;
-  using V = Avx512;
-  using Q = PairWords;
-  static __m512i words(const bf16* p, int64_t n) {
-    if (n >= 32) return _mm512_loadu_si512(p);
-    return _mm512_maskz_loadu_epi16(_cvtu32_mask32((1u << n) - 1u), p);
-  }
-  static void queries(const bf16* q, int64_t d, char* to) {
-    for (int64_t i = 0; i < d; i += 32) _mm512_storeu_si512(to + i * 2, words(q + i, d - i));
-  }
-  static __m512i value(const bf16* v, const bf16* next, int64_t n) {
-    const __m512i low = _mm512_srli_epi32(L::as_words(load_some<V>(v, n)), 16);
-    return next == nullptr ? low : _mm512_or_si512(low, L::as_words(load_some<V>(next, n)));
-  }
-};
-
-}  // namespace
-
-const AttentionKernels avx512bf16_attention_bf16 = {attend<ToPairs>, combine<Avx512, bf16>};
+const AttentionKernels avx512bf16_attention_bf16 = {attend<ToPairs<PairWords>>,
+                                                    combine<Avx512, bf16>};
 
 }  // namespace bigops

@@ -18,6 +18,7 @@ from tests.support.kernels_ran import (
     expect,
     isa,
     needs_extension,
+    served_by,
     threads,
 )
 
@@ -27,9 +28,8 @@ FEW = 4  # rows of one head of keys that read keys and values as they lie
 
 def kernel_of(level: str, dtype: str, form: str) -> str:
     """Name of the kernel at a level: VNNI adds nothing, BF16 only its own dtype."""
-    if level in ("avx512vnni", "avx512bf16") and (level, dtype) != ("avx512bf16", "bf16"):
-        level = "avx512"
-    return f"cpu.{level}.attention.{dtype}.{form}"
+    isa = served_by(level, *(["avx512bf16", "amx"] if dtype == "bf16" else []))
+    return f"cpu.{isa}.attention.{dtype}.{form}"
 
 
 def form_of(sizes: Sizes) -> str:
