@@ -12,7 +12,7 @@ from tests.support.kernels_ran import needs_extension
 
 pytest.importorskip("transformers")
 
-from tests.accept.census import tiny, verbs
+from tests.accept.census import tiny, transformers_types, verbs
 
 pytestmark = [pytest.mark.slow, needs_extension]
 
@@ -23,7 +23,7 @@ KINDS += ["mobilebert", "opt", "qwen3", "t5", "vit", "whisper"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_gives_what_the_model_gives(kind: str) -> None:
-    small = tiny.build(kind)
+    small = transformers_types.build(kind)
     plain = verbs.Plain(small)
     deployed = bigops.deploy(copy.deepcopy(small.model), small.inputs)
     with torch.no_grad():
@@ -33,5 +33,3 @@ def test_it_gives_what_the_model_gives(kind: str) -> None:
         plain.hold(f"output {i}", output)
     # a float model of this kind has products and norms, and they are ours
     assert deployed.counts["epilogue"] or deployed.counts["pack"] or deployed.counts["norm"]
-
-
