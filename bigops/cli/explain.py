@@ -40,13 +40,14 @@ def run(args: argparse.Namespace) -> int:
     x = torch.randn(args.m, args.k, device="cpu").to(dtype)
     gated = args.activation in ("swiglu", "geglu", "geglu_tanh", "reglu")
     weight = torch.randn(args.n * (1 + gated), args.k, device="cpu").to(dtype)
-    if args.op in ("fused_adamw", "fused_sgd", "fused_grad_norm"):
-        print(bigops.explain(args.op, [weight], device=args.device))
-        return 0
-    options = {"activation": args.activation, "device": args.device}
-    stored = _stored(args, weight)
+    steps = ("fused_adamw", "fused_sgd", "fused_grad_norm")
+    alone: dict[str, Any] = {"act_quant": x, **dict.fromkeys(steps, [weight])}
+    given: list[Any] = [alone.get(args.op)]
+    options = {"device": args.device}
+    if args.op not in alone:
+        given, options["activation"] = [x, *_stored(args, weight)], args.activation
     try:
-        print(bigops.explain(args.op, x, *stored, **options))
+        print(bigops.explain(args.op, *given, **options))
     except TypeError as error:  # a --dtype that the op does not take
         raise ValueError(str(error)) from error
     return 0
