@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     gated = args.activation in ("swiglu", "geglu", "geglu_tanh", "reglu")
     weight = torch.randn(args.n * (1 + gated), args.k, device="cpu").to(dtype)
     steps = ("fused_adamw", "fused_sgd", "fused_grad_norm")
-    alone: dict[str, Any] = {"act_quant": x, **dict.fromkeys(steps, [weight])}
+    alone: dict[str, Any] = {"act_quant": x, **{step: [weight] for step in steps}}
     given: list[Any] = [alone.get(args.op)]
     options = {"device": args.device}
     if args.op not in alone:
