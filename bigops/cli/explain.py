@@ -44,29 +44,27 @@ def run(args: argparse.Namespace) -> int:
     x = torch.randn(args.m, args.k, device="cpu").to(dtype)
     gated = args.activation in ("swiglu", "geglu", "geglu_tanh", "reglu")
     weight = torch.randn(args.n * (1 + gated), args.k, device="cpu").to(dtype)
-    if args.op in ("fused_adamw", "fused_sgd", "fused_grad_norm"):
-        print(bigops.explain(args.op, [weight], device=args.device))
-        return 0
-    if args.op in ("norm", "norm_act_quant", "norm_with_sum"):
-        print(bigops.explain(args.op, x, residual=x, device=args.device))
-        return 0
-    if args.op == "attention":
-        q, k = ((1, 1, length, args.k) for length in (args.m, args.n))
-        print(bigops.explain(args.op, q, k, dtype=dtype, device=args.device))
-        return 0
-    if args.op == "rotary":
-        heads, table = (1, 1, args.m, args.k), (1, args.m, args.n)
-        print(bigops.explain(args.op, heads, table, dtype=dtype, device=args.device))
-        return 0
-    if args.op == "quantized_embedding":
+    steps = ("fused_adamw", "fused_sgd", "fused_grad_norm")
+    given: list[Any]
+    options: dict[str, Any] = {"device": args.device}
+    if args.op in steps:
+        given = [[weight]]
+    elif args.op == "act_quant":
+        given = [x]
+    elif args.op in ("norm", "norm_act_quant", "norm_with_sum"):
+        given, options["residual"] = [x], x
+    elif args.op == "attention":
+        given = [(1, 1, length, args.k) for length in (args.m, args.n)]
+        options["dtype"] = dtype
+    elif args.op == "rotary":
+        given, options["dtype"] = [(1, 1, args.m, args.k), (1, args.m, args.n)], dtype
+    elif args.op == "quantized_embedding":
         ids = torch.zeros(args.m, dtype=torch.int64, device="cpu")
-        rows = bigops.formats.QuantizedWeight.from_dense(weight)
-        print(bigops.explain(args.op, ids, rows, dtype, device=args.device))
-        return 0
-    options = {"activation": args.activation, "device": args.device}
-    stored = _stored(args, weight)
+        given = [ids, bigops.formats.QuantizedWeight.from_dense(weight), dtype]
+    else:
+        given, options["activation"] = [x, *_stored(args, weight)], args.activation
     try:
-        print(bigops.explain(args.op, x, *stored, **options))
+        print(bigops.explain(args.op, *given, **options))
     except TypeError as error:  # a --dtype that the op does not take
         raise ValueError(str(error)) from error
     return 0

@@ -3,6 +3,8 @@
 // T: AmxTiles (tiles_amx.h). V: floats of an instruction set. Include after these.
 // Internal linkage throughout.
 
+#include <string.h>
+
 #include "cpu/simd/packed_linear.h"
 #include "cpu/simd/tile_blocks.h"
 
