@@ -33,6 +33,7 @@ _HOME = {
     "linear_cross_entropy": "bigops.ops.linear_cross_entropy",
     "quantized_embedding": "bigops.ops.quantized_embedding",
     "quantized_linear": "bigops.ops.quantized_linear",
+    "rotary": "bigops.ops.rotary",
     "sparse_linear": "bigops.ops.sparse_linear",
     "explain": "bigops.ops.explain",
     "report": "bigops.ops.report",
@@ -111,6 +112,7 @@ __all__ = [
     "quantized_embedding",
     "quantized_linear",
     "report",
+    "rotary",
     "save",
     "smooth_",
     "sparse_linear",
@@ -145,6 +147,7 @@ if TYPE_CHECKING:
     from bigops.ops.quantized_embedding import quantized_embedding
     from bigops.ops.quantized_linear import quantized_linear
     from bigops.ops.report import report
+    from bigops.ops.rotary import rotary
     from bigops.ops.sparse_linear import sparse_linear
 
 

@@ -21,6 +21,7 @@
 #include "cpu/norm.h"
 #include "cpu/packed_linear.h"
 #include "cpu/quantized_embedding.h"
+#include "cpu/rotary.h"
 
 namespace py = pybind11;
 
@@ -105,6 +106,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("choose_quantized_linear", &choose_quantized_linear, py::arg("m"), py::arg("bits"),
         py::arg("group"), py::arg("activations"), py::arg("dtype"), py::arg("y_u8") = false);
   m.def("choose_act_quant", &choose_act_quant, py::arg("dtype"), py::arg("symmetric"));
+  m.def("choose_rotary", &choose_rotary, py::arg("dtype"));
   m.def("choose_sparse_linear", &choose_sparse_linear, py::arg("m"), py::arg("values"),
         py::arg("dtype"), py::arg("y_u8") = false);
 

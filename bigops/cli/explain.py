@@ -16,9 +16,13 @@ HELP = "kernel, config and reason for one call"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, integer = parser.add_argument, positive(int)
     add("op", help="an op, such as fused_linear")
-    add("--m", type=integer, default=64, help="rows of x; of attention: queries")
-    add("--k", type=integer, help="input features; of attention: columns of a head")
-    add("--n", type=integer, help="output features; of attention: keys")
+    add("--m", type=integer, default=64, help="rows of x; of attention: queries; of rotary: tokens")
+    add("--k", type=integer, help="input features; of attention and rotary: columns of a head")
+    add(
+        "--n",
+        type=integer,
+        help="output features; of attention: keys; of rotary: columns that turn",
+    )
     add("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), default="fp32")
     add("--activation", default="none")
     add("--rank", type=integer, help="of low_rank_linear (default: a quarter of the smaller side)")
@@ -49,6 +53,10 @@ def run(args: argparse.Namespace) -> int:
     if args.op == "attention":
         q, k = ((1, 1, length, args.k) for length in (args.m, args.n))
         print(bigops.explain(args.op, q, k, dtype=dtype, device=args.device))
+        return 0
+    if args.op == "rotary":
+        heads, table = (1, 1, args.m, args.k), (1, args.m, args.n)
+        print(bigops.explain(args.op, heads, table, dtype=dtype, device=args.device))
         return 0
     if args.op == "quantized_embedding":
         ids = torch.zeros(args.m, dtype=torch.int64, device="cpu")

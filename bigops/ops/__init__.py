@@ -11,6 +11,7 @@ from bigops.ops.norm import norm, norm_act_quant, norm_with_sum
 from bigops.ops.packed_linear import packed_linear
 from bigops.ops.quantized_embedding import quantized_embedding
 from bigops.ops.quantized_linear import quantized_linear
+from bigops.ops.rotary import rotary
 from bigops.ops.sparse_linear import sparse_linear
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "packed_linear",
     "quantized_embedding",
     "quantized_linear",
+    "rotary",
     "sparse_linear",
 ]

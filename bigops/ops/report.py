@@ -59,6 +59,7 @@ _NOT_ON_GPU = (
     "norm_with_sum",
     "packed_linear",
     "quantized_embedding",
+    "rotary",
 )
 _IN_CUDA = {  # which calls of them
     "quantized_linear": "for few rows",

@@ -11,6 +11,7 @@
 #include "common/crossover.h"
 #include "common/record.h"
 #include "cpu/compressed_linear.h"
+#include "cpu/heads.h"
 #include "cpu/simd/attention.h"
 
 namespace bigops {
@@ -114,26 +115,10 @@ Mask check_mask(const OptTensor& mask, const std::array<int64_t, 4>& full) {
   return m;
 }
 
-// As it lies where its last dimension is contiguous.
-Tensor rows_of(const Tensor& t) {
-  return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
-}
-
 void check_heads(const char* name, const Tensor& t, ScalarType dtype) {
   check_cpu(name, t);
   check_dtype(name, t, dtype);
   if (t.dim() != 4) fail(name, "shape [B, H, length, columns]", shape_of(t));
-}
-
-// [B, H, T, D] in the memory of [B, T, H, D].
-Tensor empty_result(int64_t b, int64_t h, int64_t t, int64_t d, ScalarType dtype) {
-  const auto step = [](int64_t n) { return n > 0 ? n : 1; };
-  const int64_t sizes[] = {b, h, t, d};
-  const int64_t strides[] = {step(t) * step(h) * step(d), step(d), step(h) * step(d), 1};
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, dtype_code(dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
 }
 
 Tensor call(const char* name, const Tensor& a, const Tensor& b) {
@@ -175,7 +160,7 @@ Tensor by_torch(const Problem& p, const Tensor& q, const Tensor& k, const Tensor
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::scaled_dot_product_attention", "",
                                                       stack.data(), TORCH_ABI_VERSION));
   const Tensor y = torch::stable::detail::to<Tensor>(stack[0]);
-  Tensor out = empty_result(y.size(0), y.size(1), y.size(2), y.size(3), y.scalar_type());
+  Tensor out = empty_heads(y.size(0), y.size(1), y.size(2), y.size(3), y.scalar_type());
   bool same = true;
   for (int64_t i = 0; i < 4; ++i) same = same && (y.size(i) <= 1 || y.stride(i) == out.stride(i));
   return same ? y : torch::stable::copy_(out, y);
@@ -283,11 +268,11 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptTen
   const Chosen chosen = choose(p);
   record(chosen.isa, kName, short_name(dtype), form(p, chosen));
   if (chosen.kernels == nullptr) return by_torch(p, q, k, v, mask_any, causal, scale);
-  Tensor out = empty_result(b, heads, p.t, p.dv, dtype);
+  Tensor out = empty_heads(b, heads, p.t, p.dv, dtype);
   if (b * heads * p.t * p.dv == 0) return out;
   const double factor = scale.has_value() ? *scale : p.d > 0 ? 1 / std::sqrt(double(p.d)) : 1;
-  run(*chosen.kernels, p, rows_of(q), rows_of(k), rows_of(v), mask, causal,
-      static_cast<float>(factor), out);
+  run(*chosen.kernels, p, rows_as_they_lie(q), rows_as_they_lie(k), rows_as_they_lie(v), mask,
+      causal, static_cast<float>(factor), out);
   return out;
 }
 

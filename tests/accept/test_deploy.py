@@ -33,5 +33,3 @@ def test_it_gives_what_the_model_gives(kind: str) -> None:
         plain.hold(f"output {i}", output)
     # a float model of this kind has products and norms, and they are ours
     assert deployed.counts["epilogue"] or deployed.counts["pack"] or deployed.counts["norm"]
-
-

@@ -41,6 +41,7 @@ from bigops.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from bigops.ops.norm import norm, norm_act_quant, norm_with_sum  # noqa: E402
 from bigops.ops.packed_linear import packed_linear  # noqa: E402
 from bigops.ops.quantized_linear import quantized_linear  # noqa: E402
+from bigops.ops.rotary import rotary  # noqa: E402
 from bigops.ops.sparse_linear import sparse_linear  # noqa: E402
 from bigops.train import SGD, AdamW  # noqa: E402
 
@@ -170,6 +171,18 @@ def run_norm() -> None:
                     norm_act_quant(
                         strided, weight, None, x, kind=kind, symmetric=flag, keep_sum=flag
                     )
+
+    at_every_level(run)
+
+
+def run_rotary() -> None:
+    def run(level: str, m: int, n: int, k: int) -> None:
+        for dtype in DTYPES.values():
+            x = torch.randn(2, m, 3 * k + 1).to(dtype)[..., 1:].unflatten(-1, (3, k))
+            for r in (k // 2 * 2, k // 4 * 2):
+                table = torch.randn(2, m, r + 1).to(dtype)[..., 1:]
+                rotary(x.transpose(1, 2), table, table)
+                rotary(x.transpose(1, 2), table[:1].float(), table[:1].float())
 
     at_every_level(run)
 

@@ -68,6 +68,7 @@ WITH_TORCH = {
     "linear_cross_entropy": "every_kernel and avx2 and options0",
     "fused_adamw": "norm and avx2",
     "norm": "every_kernel and avx2 and own",
+    "rotary": "every_kernel and avx2 and own",
 }
 
 

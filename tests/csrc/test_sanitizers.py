@@ -30,6 +30,7 @@ PARTS = (
     "fused_adamw",
     "linear_cross_entropy",
     "norm",
+    "rotary",
     "quantized_linear",
     "sparse_linear",
     "broken_storage",

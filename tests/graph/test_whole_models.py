@@ -27,6 +27,16 @@ def _masked(ids: torch.Tensor) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def _causal(name: str, **options: Any) -> tuple[Any, Callable[..., dict[str, Any]]]:
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=100, intermediate_size=128, **_SMALL, **options
+    )
+    return getattr(transformers, f"{name}ForCausalLM")(config), lambda *size: {
+        "input_ids": _ids(*size),
+        "use_cache": False,
+    }
+
+
 def bert() -> tuple[Any, Callable[..., dict[str, Any]]]:
     """As MiniLM."""
     config = transformers.BertConfig(vocab_size=100, intermediate_size=128, **_SMALL)
@@ -49,13 +59,7 @@ def t5() -> tuple[Any, Callable[..., dict[str, Any]]]:
 
 
 def llama() -> tuple[Any, Callable[..., dict[str, Any]]]:
-    config = transformers.LlamaConfig(
-        vocab_size=100, intermediate_size=128, num_key_value_heads=2, **_SMALL
-    )
-    return transformers.LlamaForCausalLM(config), lambda *size: {
-        "input_ids": _ids(*size),
-        "use_cache": False,
-    }
+    return _causal("Llama", num_key_value_heads=2)
 
 
 def gpt2() -> tuple[Any, Callable[..., dict[str, Any]]]:
@@ -65,6 +69,21 @@ def gpt2() -> tuple[Any, Callable[..., dict[str, Any]]]:
         "input_ids": _ids(*size),
         "use_cache": False,
     }
+
+
+def qwen3() -> tuple[Any, Callable[..., dict[str, Any]]]:
+    """It norms q and k before they turn."""
+    return _causal("Qwen3", num_key_value_heads=2, head_dim=16)
+
+
+def phi() -> tuple[Any, Callable[..., dict[str, Any]]]:
+    """Half of the columns turn."""
+    return _causal("Phi", partial_rotary_factor=0.5)
+
+
+def gpt_neox() -> tuple[Any, Callable[..., dict[str, Any]]]:
+    """A quarter of them, in chunks of one product."""
+    return _causal("GPTNeoX", rotary_pct=0.25)
 
 
 # Of each: products, norms, attentions; and what else computes on whole activations.
@@ -106,3 +125,22 @@ def test_nothing_is_left_alone(make: Any, config: Any) -> None:
         with torch.no_grad():
             wanted, got = model(**given)[0], deployed(**given)[0]
         assert tolerance.snr_db(got, wanted) > (100 if config is None else 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [llama, qwen3, phi, gpt_neox], ids=lambda make: make.__name__)
+def test_rotary_embeddings_are_one_op(make: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, inputs = make()
+    model.eval().to(dtype)
+    deployed = bigops.deploy(model, inputs(2, 8))
+    calls = deployed.calls()
+    assert deployed.counts["rotary"] == calls["bigops.rotary.default"] == 2 * LAYERS, calls
+    assert "aten.neg.default" not in calls
+    assert calls["aten.cat.default"] == 1, calls  # of the angles, before the blocks
+    for size in ((3, 5), (1, 1)):
+        given = inputs(*size)
+        with torch.no_grad():
+            wanted, got = model(**given)[0], deployed(**given)[0]
+        assert tolerance.snr_db(got, wanted) > (100 if dtype == torch.float32 else 35)

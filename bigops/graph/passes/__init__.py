@@ -22,6 +22,7 @@ from bigops.graph.passes import (
     products,
     quantize_once,
     repeated,
+    rotary,
     rows,
     siblings,
     u8_chain,
@@ -41,6 +42,7 @@ PASSES = {
     "written_out": written_out.run,
     "epilogue": epilogue.run,
     "u8_chain": u8_chain.run,
+    "rotary": rotary.run,
     "attention": attention.run,
     "norm": norm.run,
     "quantize_once": quantize_once.run,
@@ -48,7 +50,9 @@ PASSES = {
 # Those that make new weights of the module's own, which nobody may write afterwards.
 OWNING = ("fold", "rows", "siblings", "pack", "u8_chain")
 # Those that put ops of this package into a graph.
-GIVE_OPS = ("pack", "fuse", "epilogue", "u8_chain", "attention", "norm", "quantize_once")
+GIVE_OPS = (
+    "pack", "fuse", "epilogue", "u8_chain", "rotary", "attention", "norm", "quantize_once",
+)  # fmt: skip
 
 
 def run(module: fx.GraphModule, owns: bool) -> dict[str, int]:

@@ -4,6 +4,7 @@
 // A row is read once: with bias and soft cap applied it stays in a scratch row of Acc (128 KB at
 // V = 32000, in L2) for the sum of exponentials and the gradient.
 
+#include "cpu/simd/columns.inl"
 #include "cpu/simd/linear_cross_entropy.h"
 
 namespace bigops {
@@ -12,27 +13,6 @@ namespace {
 // Columns whose sums are added up before they enter the total: one sum over 100,000 of them loses a
 // digit where a vector has few lanes.
 constexpr int64_t kSumColumns = 2048;
-
-// f(i, n) for all columns in steps of a vector, n below the width only in the last step.
-template <class V, class F>
-inline void for_columns(int64_t v, const F& f) {
-  int64_t i = 0;
-  for (; i + V::width <= v; i += V::width) f(i, V::width);
-  if (i < v) f(i, static_cast<int>(v - i));
-}
-
-template <class V, class T>
-inline typename V::reg load_at(const T* p, int n) {
-  return n == V::width ? V::load(p) : V::load_n(p, n);
-}
-
-template <class V, class T>
-inline void store_at(T* p, typename V::reg v, int n) {
-  if (n == V::width)
-    V::store(p, v);
-  else
-    V::store_n(p, v, n);
-}
 
 template <class V, class T>
 void cross_entropy(const CrossEntropyTask& t) {
@@ -64,17 +44,17 @@ void cross_entropy(const CrossEntropyTask& t) {
     reg top = V::set1(-static_cast<Acc>(__builtin_inf()));
     reg weighted = V::zero(), weighted_part = V::zero();
     for_columns<V>(v, [&](int64_t i, int n) {
-      reg z = load_at<V>(logits + i, n);
-      if (bias != nullptr) z = V::add(z, load_at<V>(bias + i, n));
+      reg z = get<V>(logits + i, n);
+      if (bias != nullptr) z = V::add(z, get<V>(bias + i, n));
       if (cap != 0) z = V::mul(V::set1(cap), V::tanh_(V::mul(z, V::set1(1 / cap))));
       if (smooths)
-        weighted_part = weight != nullptr ? V::fma(load_at<V>(weight + i, n), z, weighted_part)
+        weighted_part = weight != nullptr ? V::fma(get<V>(weight + i, n), z, weighted_part)
                                           : V::add(weighted_part, z);
       if (smooths && (i + n) % kSumColumns == 0) {
         weighted = V::add(weighted, weighted_part);
         weighted_part = V::zero();
       }
-      store_at<V>(row + i, z, n);
+      put<V>(row + i, z, n);
       if (n == V::width) top = V::max(z, top);
     });
     weighted = V::add(weighted, weighted_part);
@@ -124,11 +104,11 @@ void cross_entropy(const CrossEntropyTask& t) {
     const Acc share = scale * even;
     const reg factor = V::set1(scale * mass / sum);
     auto gradient_at = [&](int64_t at, int n) {
-      const reg z = load_at<V>(row + at, n);
+      const reg z = get<V>(row + at, n);
       reg g = V::mul(factor, V::exp_(V::sub(z, shift)));
       if (smooths)
-        g = V::sub(g, weight != nullptr ? V::mul(V::set1(share), load_at<V>(weight + at, n))
-                                        : V::set1(share));
+        g = V::sub(
+            g, weight != nullptr ? V::mul(V::set1(share), get<V>(weight + at, n)) : V::set1(share));
       return g;
     };
     auto slope_at = [&](reg z) {
@@ -140,8 +120,8 @@ void cross_entropy(const CrossEntropyTask& t) {
     if (cap != 0) at_target *= 1 - (row[y] / cap) * (row[y] / cap);
     for_columns<V>(v, [&](int64_t at, int n) {
       reg g = gradient_at(at, n);
-      if (cap != 0) g = V::mul(g, slope_at(load_at<V>(row + at, n)));
-      store_at<V>(logits + at, g, n);
+      if (cap != 0) g = V::mul(g, slope_at(get<V>(row + at, n)));
+      put<V>(logits + at, g, n);
     });
     V::store_n(logits + y, V::set1(at_target), 1);
   }

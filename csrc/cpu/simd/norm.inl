@@ -3,6 +3,7 @@
 // Include after a lanes header and norm.h. Internal linkage throughout.
 
 #include "cpu/simd/activation.inl"
+#include "cpu/simd/columns.inl"
 #include "cpu/simd/quantize.inl"
 
 namespace bigops {
@@ -26,11 +27,6 @@ inline __attribute__((always_inline)) void each_vector(int64_t k, const F& f) {
   if (i < k) f(i, static_cast<int>(k - i), 1);
 }
 
-template <class V, class T>
-inline __attribute__((always_inline)) typename V::reg get(const T* p, int n) {
-  return n == V::width ? V::load(p) : V::load_n(p, n);
-}
-
 // v in the first n lanes, 0 in the others.
 template <class V>
 inline __attribute__((always_inline)) typename V::reg first_lanes(typename V::reg v, int n) {
@@ -38,14 +34,6 @@ inline __attribute__((always_inline)) typename V::reg first_lanes(typename V::re
   float lanes[V::width];
   V::store(lanes, v);
   return V::load_n(lanes, n);
-}
-
-template <class V, class T>
-inline __attribute__((always_inline)) void put(T* p, typename V::reg v, int n) {
-  if (n == V::width)
-    V::store(p, v);
-  else
-    V::store_n(p, v, n);
 }
 
 template <class V>
