@@ -1,4 +1,4 @@
-"""150 networks of timm by name, of 88 of its files, on images as small as each takes."""
+"""150 networks of timm by name, of 89 of its 98 files, on images as small as each takes."""
 
 from __future__ import annotations
 
