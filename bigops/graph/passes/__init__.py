@@ -50,9 +50,7 @@ PASSES = {
 # Those that make new weights of the module's own, which nobody may write afterwards.
 OWNING = ("fold", "rows", "siblings", "pack", "u8_chain")
 # Those that put ops of this package into a graph.
-GIVE_OPS = (
-    "pack", "fuse", "epilogue", "u8_chain", "rotary", "attention", "norm", "quantize_once",
-)  # fmt: skip
+GIVE_OPS = ("pack", "fuse", "epilogue", "u8_chain", "rotary", "attention", "norm", "quantize_once")
 
 
 def run(module: fx.GraphModule, owns: bool) -> dict[str, int]:

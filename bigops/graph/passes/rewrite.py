@@ -126,14 +126,16 @@ def call(before: fx.Node, op: Any, given: dict[str, Any], like: fx.Node | None =
 
     ``like``: whose value it has; None: it is computed of the fake values of its arguments.
     """
-    args = tuple(given[a.name] for a in op._schema.arguments)
+    arguments = op._schema.arguments
+    args = tuple(given[a.name] for a in arguments if not a.kwarg_only)
+    named = {a.name: given[a.name] for a in arguments if a.kwarg_only}
     with before.graph.inserting_before(before):
-        node = before.graph.call_function(op, args)
+        node = before.graph.call_function(op, args, named)
     if like is not None:
         node.meta["val"] = like.meta["val"]
     else:
         with torch.no_grad():
-            node.meta["val"] = op(*fx.map_arg(args, _fake))
+            node.meta["val"] = op(*fx.map_arg(args, _fake), **fx.map_arg(named, _fake))
     return node
 
 

@@ -158,9 +158,19 @@ class Kept(Rotated):
 
 
 OTHERS = [
-    Negated(), Uneven(), Neighbours(), Strided(), Elsewhere(), OfAnother(), Difference(), Doubled(),
-    Kept(), Rotated(table=(1, H, T)), Rotated(table=(H, T)), Rotated(table=(1, 1, 1)),
-]  # fmt: skip
+    Negated(),
+    Uneven(),
+    Neighbours(),
+    Strided(),
+    Elsewhere(),
+    OfAnother(),
+    Difference(),
+    Doubled(),
+    Kept(),
+    Rotated(table=(1, H, T)),
+    Rotated(table=(H, T)),
+    Rotated(table=(1, 1, 1)),
+]
 
 
 @pytest.mark.parametrize("module", OTHERS, ids=lambda m: type(m).__name__)
