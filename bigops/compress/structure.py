@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from bigops.graph.carry import hook_reason
-from bigops.graph.deployed import Deployed
+from bigops.graph.deploy.deployed import Deployed
 from bigops.nn import LAYERS, fields, stored_state
 from bigops.nn.attention import MultiheadAttention
 from bigops.nn.fields import FLAG, INT, NUMBER, SIZE, SIZES, Field, one_of, optional
