@@ -69,3 +69,8 @@ class StoredParameter(nn.Parameter):
             # nn.Parameter would clone: tensors that share memory would not do so in the copy
             memo[id(self)] = type(self)(copy.deepcopy(Tensor.detach(self), memo))
         return memo[id(self)]
+
+
+def stored_in(tensor: Tensor) -> Tensor | None:
+    """The plain tensor of a `StoredParameter`, which nobody writes; None of any other tensor."""
+    return tensor.plain if isinstance(tensor, StoredParameter) else None

@@ -19,7 +19,7 @@ from bigops.graph.deploy.passes.rewrite import written_in
 from bigops.graph.deploy.signature import Signature
 from bigops.graph.looking import looking
 from bigops.nn.layer import layer_of
-from bigops.nn.stored_parameter import StoredParameter
+from bigops.nn.stored_parameter import stored_in
 
 _FAR = 0.05  # of the norm of a result: sums in another order are not, 16 bits through many layers
 Dynamic = bool | Mapping[str, Any]
@@ -206,7 +206,7 @@ def _of(exported: ExportedProgram, given: dict[str, Any], positional: list[str])
     theirs = {
         t.untyped_storage().data_ptr()
         for t in (*exported.state_dict.values(), *exported.constants.values())
-        if isinstance(t, Tensor) and not isinstance(t, StoredParameter)
+        if isinstance(t, Tensor) and stored_in(t) is None
     }
     return Deployed(_flat(module, theirs), Signature(data), counts)
 
@@ -277,11 +277,12 @@ def _flat(module: fx.GraphModule, theirs: set[int]) -> fx.GraphModule:
             owner: Any = module
             for part in target.split("."):
                 owner = getattr(owner, part)
-            own = owner.plain if isinstance(owner, StoredParameter) else owner.detach()
+            stored = stored_in(owner)
+            own = owner.detach() if stored is None else stored
             if own.untyped_storage().data_ptr() in theirs:
                 key = (own.data_ptr(), *own.shape, *own.stride())
                 own = copies.setdefault(key, own.clone())  # tied ones stay one
-            base = free = target.replace(".", "_")
+            base = free = "_" * (not target[0].isalpha()) + target.replace(".", "_")
             while hasattr(root, free):
                 free = f"{base}_{len(names)}"
             root.register_buffer(free, own)

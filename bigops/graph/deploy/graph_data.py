@@ -21,8 +21,24 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{
         f"operator.{name}": getattr(operator, name)
         for name in (
-            "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "getitem",
-            "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_",
+            "add",
+            "sub",
+            "mul",
+            "floordiv",
+            "truediv",
+            "mod",
+            "neg",
+            "pow",
+            "getitem",
+            "eq",
+            "ne",
+            "lt",
+            "le",
+            "gt",
+            "ge",
+            "and_",
+            "or_",
+            "not_",
         )
     },
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")},
@@ -30,7 +46,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         f"torch.{name}": getattr(torch, name)
         for name in ("sym_float", "sym_int", "sym_max", "sym_min", "sym_not", "sym_ite")
     },
-}  # fmt: skip
+}
 _NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _WORDS: dict[str, type | tuple[type, ...]] = {
     "dtype": torch.dtype,

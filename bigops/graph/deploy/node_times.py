@@ -12,9 +12,21 @@ from torch import Tensor, fx
 
 # What makes another view of a tensor, or a number of it: there is nothing to compute.
 _VIEWS = (
-    "alias", "expand", "permute", "reshape", "select", "slice", "split", "squeeze", "sym_size",
-    "t", "transpose", "unsqueeze", "view", "getitem",
-)  # fmt: skip
+    "alias",
+    "expand",
+    "permute",
+    "reshape",
+    "select",
+    "slice",
+    "split",
+    "squeeze",
+    "sym_size",
+    "t",
+    "transpose",
+    "unsqueeze",
+    "view",
+    "getitem",
+)
 
 
 @dataclass(frozen=True)

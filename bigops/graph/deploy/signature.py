@@ -17,9 +17,20 @@ from torch import Tensor
 
 _COMPARED = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
 _ALLOWED = (
-    ast.Expression, ast.Compare, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Constant, ast.Name,
-    ast.Load, ast.operator, ast.unaryop, ast.cmpop, ast.boolop, ast.Call,
-)  # fmt: skip
+    ast.Expression,
+    ast.Compare,
+    ast.BinOp,
+    ast.UnaryOp,
+    ast.BoolOp,
+    ast.Constant,
+    ast.Name,
+    ast.Load,
+    ast.operator,
+    ast.unaryop,
+    ast.cmpop,
+    ast.boolop,
+    ast.Call,
+)
 _FUNCTIONS = {"min": min, "max": max}
 
 

@@ -96,11 +96,19 @@ EXPECTED = {
 }
 _TIED = {gpt2: {"aten.linear.default"}}  # a head that shares its weight keeps it, unpacked
 _ALONE = (
-    "aten.linear.default", "aten.addmm.default", "aten.mm.default",
-    "aten.layer_norm.default", "aten.rsqrt.default", "aten.native_layer_norm.default",
-    "aten.gelu.default", "aten.relu.default", "aten.silu.default", "aten.dropout.default",
-    "aten.scaled_dot_product_attention.default", "aten.softmax.int",
-)  # fmt: skip
+    "aten.linear.default",
+    "aten.addmm.default",
+    "aten.mm.default",
+    "aten.layer_norm.default",
+    "aten.rsqrt.default",
+    "aten.native_layer_norm.default",
+    "aten.gelu.default",
+    "aten.relu.default",
+    "aten.silu.default",
+    "aten.dropout.default",
+    "aten.scaled_dot_product_attention.default",
+    "aten.softmax.int",
+)
 
 
 @pytest.mark.slow
