@@ -67,39 +67,38 @@ class Table {
   int64_t columns_, batch_, token_;
 };
 
-Tensor rotary(const Tensor& given, const Tensor& cos_given, const Tensor& sin_given) {
-  check_cpu("x", given);
-  const FloatKind kind = kind_of(given);
-  if (given.dim() != 4) fail("x", "shape [B, H, T, D]", shape_of(given));
-  const Table cos("cos", cos_given, given, cos_given.scalar_type());
-  const Table sin("sin", sin_given, given, cos_given.scalar_type());
-  if (sin.columns() != cos.columns()) fail("sin", "the columns of cos", shape_of(sin_given));
-  const Tensor x = rows_as_they_lie(given);
-  const int64_t b = x.size(0), heads = x.size(1), tokens = x.size(2), d = x.size(3);
+Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  check_cpu("x", x);
+  const FloatKind kind = kind_of(x);
+  if (x.dim() != 4) fail("x", "shape [B, H, T, D]", shape_of(x));
+  const Table cos_table("cos", cos, x, cos.scalar_type());
+  const Table sin_table("sin", sin, x, cos.scalar_type());
+  if (sin_table.columns() != cos_table.columns()) fail("sin", "the columns of cos", shape_of(sin));
+  const Tensor rows = rows_as_they_lie(x);
+  const int64_t b = rows.size(0), heads = rows.size(1), tokens = rows.size(2), d = rows.size(3);
   const Chosen chosen = select();
-  record(chosen.isa, kName, short_name(x.scalar_type()), "half");
-  Tensor y = empty_heads(b, heads, tokens, d, x.scalar_type());
+  record(chosen.isa, kName, short_name(rows.scalar_type()), "half");
+  Tensor y = empty_heads(b, heads, tokens, d, rows.scalar_type());
   const int64_t token = heads * d;
   if (b * tokens * token == 0) return y;
   const auto kernel =
-      chosen.kernels
-          ->rotate[kind][cos_given.scalar_type() == ScalarType::Float ? kFloatTables : kLikeX];
+      chosen.kernels->rotate[kind][cos.scalar_type() == ScalarType::Float ? kFloatTables : kLikeX];
   const int64_t bytes = kind == kFloat32 ? 4 : 2;
-  const auto* from = static_cast<const char*>(x.const_data_ptr());
+  const auto* from = static_cast<const char*>(rows.const_data_ptr());
   auto* to = static_cast<char*>(y.mutable_data_ptr());
-  const int64_t x_batch = x.stride(0) * bytes, x_token = x.stride(2) * bytes;
+  const int64_t x_batch = rows.stride(0) * bytes, x_token = rows.stride(2) * bytes;
   RotaryTask task{};
-  task.x_head = x.stride(1);
+  task.x_head = rows.stride(1);
   task.heads = heads;
   task.d = d;
-  task.r = cos.columns();
+  task.r = cos_table.columns();
   for_tasks(b * tokens, b * tokens * token > kWorthThreads, [&](int64_t begin, int64_t end) {
     RotaryTask t = task;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t item = i / tokens, at = i % tokens;
       t.x = from + item * x_batch + at * x_token;
-      t.cos = cos.at(item, at);
-      t.sin = sin.at(item, at);
+      t.cos = cos_table.at(item, at);
+      t.sin = sin_table.at(item, at);
       t.y = to + i * token * bytes;
       kernel(t);
     }

@@ -19,7 +19,7 @@ from bigops.formats.quantized import QuantizedWeight
 from bigops.ops.norm import reference
 from tests.support.backends import CPU, REFERENCE, Way, covering
 from tests.support.cases.norm import KINDS, NormCase, make
-from tests.support.kernels_ran import ISAS, expect, isa, needs_extension, threads
+from tests.support.kernels_ran import ISAS, expect, isa, needs_extension, served_by, threads
 
 # the latter: torch says so of weights in float32 beside a 16-bit x, which the cases are about
 pytestmark = [needs_extension, pytest.mark.filterwarnings("ignore:Mismatch dtype")]
@@ -29,7 +29,7 @@ WAYS = [REFERENCE, *CPU]
 
 def kernel(way: Way, op: str, case: NormCase) -> str:
     """The kernel that serves a case: AVX-512's extensions add nothing to a norm."""
-    level = "avx512" if way.level.startswith("avx512") else way.level
+    level = served_by(way.level) if way.level else ""
     return f"cpu.{level}.{op}.{SHORT[case.x.dtype]}.{case.kind}"
 
 
