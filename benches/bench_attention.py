@@ -54,7 +54,7 @@ def cases() -> list[Case]:
     return [
         Case(
             "attention",
-            shape.name,
+            f"{shape.name}-{shape.batch}x{shape.heads}-{mask}",
             shape.t,
             shape.d,
             shape.s,

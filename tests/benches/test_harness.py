@@ -249,27 +249,29 @@ def test_cases_have_their_own_names_and_a_quick_part(op: str) -> None:
 def test_every_side_of_a_small_case_agrees_with_float64(op: str) -> None:
     module = harness.bench_module(op)
     names = ("mlp", "layer")
-    small_ones = (
-        c for c in module.cases() if c.dtype == "fp32" and any(n in c.name for n in names)
-    )
-    case = next(small_ones)
-    small = replace(case, m=16, k=64, n=32)
+    cases = [c for c in module.cases() if c.dtype == "fp32"]
+    layers = [c for c in cases if any(n in c.name for n in names)]
+    if layers:
+        small = replace(layers[0], m=16, k=64, n=32)
+    else:  # its sizes belong together
+        small = min(cases, key=lambda c: c.m * c.k * c.n)
     with torch.inference_mode():
         reference, sides = module.build(small, "cpu")
         for side in sides:
             if "compile" not in side.provider:  # a compilation is for `pytest benches`
                 truth = (side.reference or reference)[0]
-                db = tolerance.snr_db(side.call(), truth)
+                out = side.call()
+                db = tolerance.snr_db(out if side.shown is None else side.shown(out), truth)
                 # weight-only int8 multiplies in bf16
                 rounds = (op, side.provider) == ("fp8_linear", harness.OWN)
-                exact = side.cost.unit == "fp32" and not rounds
+                exact = side.cost.unit == "fp32" and not rounds and op != "act_quant"
                 floor = FP32_DB if exact else INT8_DB
                 assert db > floor, f"{side.provider}: {db:.1f} dB"
 
 
 def test_unknown_op_device_and_empty_match_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"op: expected one of bert_layer, fp8_linear, fused_adamw, .*got 'conv'"
+        ValueError, match=r"op: expected one of .*bert_layer, fp8_linear, fused_adamw, .*got 'conv'"
     ):
         harness.bench_module("conv")
     with pytest.raises(ValueError, match="no case of fused_linear has 'nothing like it'"):

@@ -60,7 +60,10 @@ def test_python_dash_m_is_the_same_command() -> None:
 MISTAKES = {
     "no command": ((), "required: COMMAND"),
     "unknown option": (("doctor", "--nonsense"), "unrecognized arguments: --nonsense"),
-    "unknown op": (("bench", "--op", "conv"), "op: expected one of bert_layer, fp8_linear"),
+    "unknown op": (
+        ("bench", "--op", "conv"),
+        "op: expected one of act_quant, attention, bert_layer",
+    ),
     "no case": (("bench", "--match", "zzz"), "has 'zzz' in its name"),
     "no folder": (("bench", "--csv", "no/such/folder/b.csv"), "expected an existing folder"),
     "no summary": (("bench", "--summary", "no/such/folder/b.md"), "expected an existing folder"),

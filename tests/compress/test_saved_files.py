@@ -75,6 +75,7 @@ def test_every_kind_and_every_format_comes_back(tmp_path: Path) -> None:
         "Sequential",
         "ModuleList",
         "ModuleDict",
+        "bigops.Deployed",  # of tests/graph/deploy
         "bigops.QuantLinear",
         "bigops.Fp8Linear",
         "bigops.SparseLinear",

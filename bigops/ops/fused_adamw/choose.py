@@ -92,9 +92,8 @@ def _explain(
         return Choice.of(op, f"{language}.{name}", reason)
     if machine.extension is None:
         return Choice.of(op, f"reference.{op}", machine.extension_error)
-    level = machine.extension.isa()
-    level = "portable" if dtype == torch.float64 else level.removesuffix("vnni")
-    level = level.removesuffix("bf16")
+    isa = "portable" if dtype == torch.float64 else machine.extension.isa()
+    level = isa if isa in ("portable", "avx2") else "avx512"  # whose extensions add nothing
     return Choice.of(op, f"cpu.{level}.{name}", "one kernel for all sizes; memory binds")
 
 

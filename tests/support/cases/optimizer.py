@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bigops import fused_adamw
 from bigops.ops.fused_adamw import reference_adamw, states
+from tests.support.kernels_ran import served_by
 
 DTYPES = {
     "f32": torch.float32,
@@ -23,7 +24,7 @@ ADAMW = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
 
 def level_of(level: str, dtype: str) -> str:
-    return "portable" if dtype == "f64" else level.removesuffix("vnni").removesuffix("bf16")
+    return "portable" if dtype == "f64" else served_by(level)
 
 
 def round_roots(monkeypatch: pytest.MonkeyPatch) -> None:
