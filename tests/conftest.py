@@ -45,6 +45,21 @@ def pytest_configure(config: pytest.Config) -> None:
         triton_interpreter.dot_seed = seed
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Levels between AVX-512 and the highest are for the slow suite: most kernels are its or theirs.
+
+    What a case has of them is a ``level`` by itself, or that of a `Way`.
+    """
+    from tests.support.kernels_ran import BETWEEN
+
+    for item in items:
+        given = getattr(item, "callspec", None)
+        values = given.params.values() if given is not None else ()
+        if any(getattr(v, "level", v) in BETWEEN for v in values if isinstance(v, str | tuple)):
+            item.add_marker("slow")
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Triton's interpreter is serial: torch's idle threads only spin beside it."""

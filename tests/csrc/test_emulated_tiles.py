@@ -10,7 +10,7 @@ import pytest
 from tests.csrc.test_extension import ROOT
 from tests.csrc.test_sanitizers import DEBUG, SANITIZE, lacks
 
-pytestmark = pytest.mark.skipif(bool(lacks()), reason=lacks())
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(lacks()), reason=lacks())]
 
 
 @pytest.fixture(scope="module")

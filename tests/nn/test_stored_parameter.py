@@ -317,7 +317,7 @@ def test_functions_of_parameters(kind: str) -> None:
 # --- torch.distributed ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ddp_fsdp2_and_distributed_checkpoints(size: int, tmp_path: Path) -> None:
     """DDP sends no compressed byte in a step, FSDP2 shards storage and trains the rest."""
     run_ranks(stored_cases.__file__, str(tmp_path), size=size)

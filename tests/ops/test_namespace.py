@@ -62,6 +62,7 @@ class Stored(Dense):
         return bigops.quantized_linear(x, self.int8) + bigops.packed_linear(x, self.packed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [Dense, Loss, Stored])
 @pytest.mark.parametrize("imports", ["import torch, bigops", "import bigops, torch"])
 def test_an_exported_program_loads_in_another_process(

@@ -123,6 +123,7 @@ def test_ragged_batches_equal_one_process(ranks: list[dict]) -> None:
         _hold(faulty, one, plain)
 
 
+@pytest.mark.slow
 def test_torchrun_equals_one_process(tmp_path: Path) -> None:
     """The recipe's command line under torchrun and alone, in float64."""
     arguments = ["-m", "bigops.recipes.mlp", "--data", "digits", "--precision", "fp32"]

@@ -16,6 +16,9 @@ needs_extension = pytest.mark.skipif(
 )
 ISAS: list[str] = list(machine.extension.isas()) if machine.extension else []
 
+# Levels whose cases the slow suite runs: above AVX-512 and below the highest.
+BETWEEN = [level for level in ISAS[:-1] if level not in ("portable", "avx2", "avx512")]
+
 _LEVELS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 
 
