@@ -47,9 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Levels between AVX-512 and the highest are for the slow suite: most kernels are its or theirs.
+    """Leave the levels between AVX-512 and the highest to the slow suite.
 
-    What a case has of them is a ``level`` by itself, or that of a `Way`.
+    Most kernels are those of one or the other. A case has a level by itself, or in a `Way`.
     """
     from tests.support.kernels_ran import BETWEEN
 
