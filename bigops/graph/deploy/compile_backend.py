@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bigops import backend as record
@@ -70,7 +69,8 @@ def _traced(module: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMo
     fakes = [
         node.meta.get("example_value", x) for node, x in zip(given, example_inputs, strict=True)
     ]
-    mode = detect_fake_mode(fakes)
+    # and their mode: that of the context is another, for who makes fake tensors anew
+    mode = next((x.fake_mode for x in fakes if isinstance(x, FakeTensor)), None)
     trace = make_fx(module, pre_dispatch=True, _allow_non_fake_inputs=True)
     if mode is None:
         traced = trace(*fakes)

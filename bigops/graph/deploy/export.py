@@ -315,24 +315,44 @@ def _difference(deployed: Deployed, model: nn.Module, named: dict[str, Any]) -> 
 def _try_sizes_of_one(deployed: Deployed, model: nn.Module, given: dict[str, Any]) -> None:
     """Let a size be 1, or 0, where the graph then gives what the model gives.
 
-    torch.export asks of no branch what it does with a size of one.
+    torch.export asks of no branch what it does with a size of one. A batch is a symbol in each
+    input: those that cannot be 1 alone, for the others to be broadcast to, may be 1 together.
     """
-    leaves, spec = pytree.tree_flatten(given)
-    described = deployed.signature.data["leaves"]
-    for symbol, bounds in deployed.signature.data["ranges"].items():
-        if bounds[0] != 0:
+    data: Any = deployed.signature.data
+    sizes = _sizes(data["leaves"], pytree.tree_leaves(given))
+    small = [symbol for symbol, (low, _) in data["ranges"].items() if low == 0]
+    alone = {symbol for symbol in small if _holds(deployed, model, given, {symbol})}
+    for symbol in small:
+        together = {other for other in small if sizes[other] == sizes[symbol]}
+        if symbol in alone:
             continue
-        cut = [
-            _one(leaf, [dim for dim, size in enumerate(of.get("sizes", ())) if size == symbol])
-            for leaf, of in zip(leaves, described, strict=True)
-        ]
-        named = pytree.tree_unflatten(cut, spec)
-        try:
-            differs = _difference(deployed, model, named) is not None
-        except Exception:  # whatever either of them raises: it is not for this size
-            differs = True
-        if differs:
-            bounds[0] = 2
+        if together == {symbol} or not _holds(deployed, model, given, together):
+            data["ranges"][symbol][0] = 2
+        else:
+            data["conditions"] += [f"{symbol} == {other}" for other in sorted(together - {symbol})]
+    deployed.signature = Signature(data)
+
+
+def _sizes(leaves: list[dict[str, Any]], values: list[Any]) -> dict[Any, int]:
+    """The example's size of each symbol."""
+    found: dict[Any, int] = {}
+    for of, value in zip(leaves, values, strict=True):
+        if isinstance(value, Tensor):
+            found |= dict(zip(of["sizes"], value.shape, strict=True))
+    return found
+
+
+def _holds(deployed: Deployed, model: nn.Module, given: dict[str, Any], ones: set[str]) -> bool:
+    """Whether the graph gives what the model gives where these symbols are 1."""
+    leaves, spec = pytree.tree_flatten(given)
+    cut = [
+        _one(leaf, [dim for dim, size in enumerate(of.get("sizes", ())) if size in ones])
+        for leaf, of in zip(leaves, deployed.signature.data["leaves"], strict=True)
+    ]
+    try:
+        return _difference(deployed, model, pytree.tree_unflatten(cut, spec)) is None
+    except Exception:  # whatever either of them raises: it is not for this size
+        return False
 
 
 def _one(leaf: Any, dims: list[int]) -> Any:
