@@ -361,7 +361,7 @@ def test_the_versus_fixture_fills_the_json_that_makes_the_csv(tmp_path: Path) ->
         env=alone,
     )
     found = rows.from_benchmark_json(out)
-    without = {"bert_layer", "fp8_linear", "fused_adamw"}  # no case of theirs is named so
+    without = {"act_quant", "bert_layer", "fp8_linear", "fused_adamw"}  # none of theirs is named so
     assert {row.op for row in found} == set(harness.op_names()) - without
     assert {"bigops", "eager", "torch.compile"} <= {row.provider for row in found}
     info = json.loads(out.read_text())["benchmarks"][0]["extra_info"]
