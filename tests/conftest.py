@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         values = given.params.values() if given is not None else ()
         if any(getattr(v, "level", v) in BETWEEN for v in values if isinstance(v, str | tuple)):
             item.add_marker("slow")
-    # It builds csrc anew for minutes: begun last, it would keep one worker and leave the other idle.
+    # It builds csrc anew for minutes: begun last, it would leave the other worker idle.
     items.sort(key=lambda item: item.path.name != "test_sanitizers.py")
 
 
