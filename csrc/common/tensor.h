@@ -83,6 +83,12 @@ inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// As it lies where its last dimension is contiguous.
+inline Tensor rows_as_they_lie(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : dense(t);
+}
+
 inline OptTensor dense(const OptTensor& t) {
   return t.has_value() ? OptTensor(dense(*t)) : OptTensor();
 }

@@ -6,12 +6,6 @@
 
 namespace bigops {
 
-// As it lies where its last dimension is contiguous.
-inline Tensor rows_as_they_lie(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
-}
-
 // [B, H, T, D] in the memory of [B, T, H, D].
 inline Tensor empty_heads(int64_t b, int64_t h, int64_t t, int64_t d, ScalarType dtype) {
   const auto step = [](int64_t n) { return n > 0 ? n : 1; };

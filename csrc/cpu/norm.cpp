@@ -66,19 +66,6 @@ class RowsOf {
   int64_t sizes_[16], strides_[16];
 };
 
-Tensor rows_in_place(const Tensor& t) {
-  return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1 ? t : dense(t);
-}
-
-FloatKind kind_of(const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return kFloat32;
-    case ScalarType::BFloat16: return kBFloat16;
-    case ScalarType::Half: return kFloat16;
-    default: fail(name, "dtype f32, bf16 or f16", short_name(t.scalar_type()));
-  }
-}
-
 void check_parameter(const char* name, const OptTensor& t, const Tensor& x, const OptTensor& other,
                      int64_t k) {
   if (!t.has_value()) return;
@@ -116,7 +103,7 @@ Norm check_norm(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                 const OptTensor& residual, double eps, int64_t norm_kind) {
   const bool rms = check_code("kind", norm_kind, kNormWords) == kRmsNorm;
   check_cpu("x", x);
-  const FloatKind kind = kind_of("x", x);
+  const FloatKind kind = float_kind("x", x.scalar_type());
   if (x.dim() == 0 || x.dim() > 16) fail("x", "shape [.., K] of 1 to 16 dimensions", shape_of(x));
   const int64_t k = x.size(x.dim() - 1);
   check_parameter("weight", weight, x, {}, k);
@@ -126,16 +113,16 @@ Norm check_norm(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
   const OptTensor& parameter = weight.has_value() ? weight : bias;
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
-  return {rows_in_place(x),
+  return {rows_as_they_lie(x),
           dense(weight),
           dense(bias),
-          residual.has_value() ? OptTensor(rows_in_place(*residual)) : residual,
+          residual.has_value() ? OptTensor(rows_as_they_lie(*residual)) : residual,
           eps,
           rms,
           rows,
           k,
           kind,
-          parameter.has_value() ? kind_of("weight", *parameter) : kFloat32};
+          parameter.has_value() ? float_kind("weight", parameter->scalar_type()) : kFloat32};
 }
 
 // Where the results of a call begin; null for what is not wanted.

@@ -31,15 +31,6 @@ Chosen choose_rows() {
   return {&portable_rows, Isa::portable};
 }
 
-FloatKind kind_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return kFloat32;
-    case ScalarType::BFloat16: return kBFloat16;
-    case ScalarType::Half: return kFloat16;
-    default: fail("dtype", "dtype f32, bf16 or f16", short_name(dtype));
-  }
-}
-
 int64_t id_at(const void* ids, bool wide, int64_t i) {
   return wide ? static_cast<const int64_t*>(ids)[i] : static_cast<const int32_t*>(ids)[i];
 }
@@ -53,7 +44,7 @@ Tensor quantized_embedding(const Tensor& ids_any, const Tensor& values, const Te
   check_cpu("ids", ids_any);
   const bool wide = ids_any.scalar_type() == ScalarType::Long;
   if (!wide) check_dtype("ids", ids_any, ScalarType::Int);
-  const FloatKind kind = kind_of(dtype);
+  const FloatKind kind = float_kind("dtype", dtype);
   const Tensor ids = dense(ids_any);
   const Chosen chosen = choose_rows();
   record(chosen.isa, "quantized_embedding", short_name(dtype), bits == 8 ? "w8" : "w4");

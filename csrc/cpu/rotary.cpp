@@ -5,6 +5,7 @@
 
 #include "common/isa.h"
 #include "common/record.h"
+#include "cpu/compressed_linear.h"
 #include "cpu/heads.h"
 #include "cpu/simd/rotary.h"
 
@@ -25,15 +26,6 @@ Chosen select() {
   if (active_isa() >= Isa::avx2) return {&avx2_rotary, Isa::avx2};
 #endif
   return {&portable_rotary, Isa::portable};
-}
-
-FloatKind kind_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return kFloat32;
-    case ScalarType::BFloat16: return kBFloat16;
-    case ScalarType::Half: return kFloat16;
-    default: fail("x", "dtype f32, bf16 or f16", short_name(x.scalar_type()));
-  }
 }
 
 // cos or sin: [T, R], [B or 1, T, R] or [B or 1, 1, T, R].
@@ -69,7 +61,7 @@ class Table {
 
 Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   check_cpu("x", x);
-  const FloatKind kind = kind_of(x);
+  const FloatKind kind = float_kind("x", x.scalar_type());
   if (x.dim() != 4) fail("x", "shape [B, H, T, D]", shape_of(x));
   const Table cos_table("cos", cos, x, cos.scalar_type());
   const Table sin_table("sin", sin, x, cos.scalar_type());

@@ -4,23 +4,11 @@
 
 #ifdef BIGOPS_AMX
 #include "cpu/simd/attention_pairs.inl"
+#include "cpu/simd/tile_blocks.h"
 #include "cpu/simd/tiles_amx.h"
 
 namespace bigops {
 namespace {
-
-// f(At<0>()), .., f(At<N - 1>())
-template <int N>
-struct At {
-  static constexpr int value = N;
-};
-template <int N, class F>
-inline __attribute__((always_inline)) void each(const F& f) {
-  if constexpr (N > 0) {
-    each<N - 1>(f);
-    f(At<N - 1>());
-  }
-}
 
 struct TileWords : PairWords {
   static constexpr int step = 16;
