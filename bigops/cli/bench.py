@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         from bigops.benches.models import isa
 
         isa.hold(args.isa)  # before torch is loaded
-    from bigops.benches import plots, rows, summary
+    from bigops.benches import rows, summary
     from bigops.files import writable_target
 
     for path in filter(None, (args.csv, args.plot, args.summary)):
@@ -60,12 +60,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         found = list(_measured(args))
     print(f"\n{summary.markdown(found)}")
-    if args.csv:
-        rows.write_csv(found, args.csv)
-        print(f"wrote {args.csv}")
-    if args.plot:
-        for written in plots.plot(found, args.plot):
-            print(f"wrote {written}")
+    _write(args, found)
     if args.summary:
         summary.write(found, args.summary)
         print(f"wrote {args.summary}")
@@ -91,7 +86,6 @@ def _check(args: argparse.Namespace) -> None:
 
 def _whole(args: argparse.Namespace) -> int:
     """Whole models: a table as soon as one is measured, and the files at the end."""
-    from bigops.benches import plots, rows
     from bigops.benches.models import measure, serve
 
     set_threads(args)
@@ -111,13 +105,20 @@ def _whole(args: argparse.Namespace) -> int:
     for group in groups:
         print(table(group), flush=True)
         found += group
+    _write(args, found)
+    return 0
+
+
+def _write(args: argparse.Namespace, found: list[Any]) -> None:
+    """The rows as the files that were asked for."""
+    from bigops.benches import plots, rows
+
     if args.csv:
         rows.write_csv(found, args.csv)
         print(f"wrote {args.csv}")
     if args.plot:
         for written in plots.plot(found, args.plot):
             print(f"wrote {written}")
-    return 0
 
 
 def _measured(args: argparse.Namespace) -> Iterator[Row]:

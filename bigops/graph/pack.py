@@ -156,15 +156,16 @@ def _reason_to_leave(sites: Sites, path: str, module: nn.Module) -> str | None:
     for name, weight in module.named_parameters():
         if weight.dim() == 2:
             halves = 2 if name == "gate_up_weight" else 1
-            if reason := _costs_more(weight, weight.shape[0] // halves):
+            if type(weight) is not nn.Parameter:
+                kind = type(weight).__name__
+                return f"{name}: it is a {kind}, not laid out on one device alone"
+            if reason := costs_more(weight, weight.shape[0] // halves):
                 return f"{name}: {reason}"
     return None
 
 
-def _costs_more(weight: Tensor, rows: int) -> str | None:
+def costs_more(weight: Tensor, rows: int) -> str | None:
     """Why panels of ``rows`` rows of a weight would not be served, or not pay; None: they do."""
-    if type(weight) is not nn.Parameter:
-        return f"it is a {type(weight).__name__}, not laid out on one device alone"
     if weight.device.type != "cpu":
         return f"it is on {weight.device}; panels are for the CPU"
     if weight.dtype not in SERVED:

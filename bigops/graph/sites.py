@@ -161,13 +161,19 @@ def evaluating(model: nn.Module, timed: bool = False) -> Iterator[None]:
             module.training = flag
 
 
-def run_example(model: nn.Module, example_inputs: Any) -> Any:
-    """Call the model: a mapping gives keywords, a tuple positions, all else is x, lists too."""
+def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positions and keywords: a mapping gives keywords, a tuple positions, all else is x."""
     if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
+        return (), dict(example_inputs)
     if isinstance(example_inputs, tuple):
-        return model(*example_inputs)
-    return model(example_inputs)
+        return example_inputs, {}
+    return (example_inputs,), {}  # lists, too
+
+
+def run_example(model: nn.Module, example_inputs: Any) -> Any:
+    """Call the model on what `as_call` makes of the inputs."""
+    args, kwargs = as_call(example_inputs)
+    return model(*args, **kwargs)
 
 
 def capture(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -73,12 +74,8 @@ class Deployed(nn.Module):
 
     def calls(self) -> dict[str, int]:
         """How many calls of each function or op one forward makes, by name."""
-        found: dict[str, int] = {}
-        for node in self.graph.graph.nodes:
-            if node.op == "call_function":
-                name = str(node.target) if not callable(node.target) else _name(node.target)
-                found[name] = found.get(name, 0) + 1
-        return found
+        targets = (n.target for n in self.graph.graph.nodes if n.op == "call_function")
+        return dict(Counter(map(_name, targets)))
 
     def explain(self, *args: Any, runs: int = 10, **kwargs: Any) -> Times:
         """Time each call of one forward; printed, it names those that no pass took.

@@ -17,7 +17,7 @@ from bigops.graph.deploy import passes, signature
 from bigops.graph.deploy.deployed import Deployed
 from bigops.graph.deploy.passes.rewrite import written_in
 from bigops.graph.deploy.signature import Signature
-from bigops.graph.looking import looking
+from bigops.graph.sites import as_call, evaluating
 from bigops.nn.layer import layer_of
 from bigops.nn.stored_parameter import stored_in
 
@@ -60,7 +60,7 @@ def deploy(model: nn.Module, example_inputs: Any, dynamic: Dynamic = True) -> De
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
     _check(model)
     named, positional = _arguments(model, example_inputs)
-    with looking(model), torch.no_grad(), _evaluating(model):
+    with evaluating(model), torch.no_grad():
         exported, given = _export(model, named, dynamic)
         deployed = _of(exported, given, positional)
         state = {name: deployed.graph.get_buffer(name) for name in written_in(deployed.graph)}
@@ -93,30 +93,9 @@ def _check(model: nn.Module) -> None:
             raise ValueError(f"{name}: expected a tensor on the CPU; got one on {tensor.device}")
 
 
-class _evaluating:
-    """`eval` mode inside."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._flags = [(module, module.training) for module in model.modules()]
-        self._model = model
-
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, flag in self._flags:
-            module.training = flag
-
-
 def _arguments(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], list[str]]:
     """The arguments of the example by name, and the names that may come by position."""
-    args: tuple[Any, ...]
-    if isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
-    elif isinstance(example_inputs, tuple):
-        args, kwargs = example_inputs, {}
-    else:
-        args, kwargs = (example_inputs,), {}
+    args, kwargs = as_call(example_inputs)
     found = inspect.signature(model.forward)
     kinds = inspect.Parameter
     positional = [
@@ -253,7 +232,7 @@ def _ranges(exported: ExportedProgram, symbols: set[str]) -> dict[str, list[int 
     found: dict[str, list[int | None]] = {}
     for symbol, bounds in exported.range_constraints.items():
         if str(symbol) in symbols:
-            # torch.export assumes 2 and more of every size; 0 and 1 are tried in `_compare`
+            # torch.export assumes 2 and more of every size; 0 and 1 are tried below
             low = int(bounds.lower) if bounds.lower > 2 else 0
             high = int(bounds.upper) if bounds.upper.is_finite and bounds.upper < 2**31 else None
             found[str(symbol)] = [low, high]

@@ -64,7 +64,7 @@ class Signature:
     """The inputs and outputs of a graph.
 
     Args:
-        data: plain data, as `to_dict` gives it:
+        data: plain data, as `export` makes it:
             positional    names of the arguments that may come by position, in order
             arguments     [name, structure] of those that it is called with (None: one leaf)
             leaves        of each leaf in order {"dtype", "sizes"} or {"value"}: a constant
@@ -81,7 +81,7 @@ class Signature:
         self._specs = [None if s is None else _spec(s) for _, s in data["arguments"]]
         self._nested = any(spec is not None for spec in self._specs)
         self._result = None if data["result"] is None else _spec(data["result"])
-        self._leaves = [_Leaf(at, leaf) for at, leaf in enumerate(data["leaves"])]
+        self._leaves = [_Leaf(self._name(at), leaf) for at, leaf in enumerate(data["leaves"])]
         self._ranges: dict[str, Any] = data["ranges"]
         self._conditions = [Expression(text) for text in data["conditions"]]
 
@@ -100,7 +100,7 @@ class Signature:
             values = self._flat(values)
         sizes: dict[str, int] = {}
         for leaf, value in zip(self._leaves, values, strict=True):
-            leaf.check(self._name(leaf.at), value, sizes)
+            leaf.check(value, sizes)
         for symbol, (low, high) in self._ranges.items():
             size = sizes.get(symbol, low)
             if size < low or (high is not None and size > high):
@@ -155,7 +155,7 @@ class Signature:
 
     def _refuse(self, symbol: str, size: int, low: int, high: int | None) -> None:
         places = (
-            f"{self._name(leaf.at)}: dimension {dim}"
+            f"{leaf.name}: dimension {dim}"
             for leaf in self._leaves
             for dim, expected in enumerate(leaf.sizes)
             if expected == symbol
@@ -169,8 +169,7 @@ class Signature:
     def _check_conditions(self, values: Sequence[Any], sizes: dict[str, int]) -> None:
         for leaf, value in zip(self._leaves, values, strict=True):
             if isinstance(value, Tensor):
-                name = self._name(leaf.at)
-                sizes |= {f"{name}__{dim}": size for dim, size in enumerate(value.shape)}
+                sizes |= zip(leaf.keys, value.shape, strict=True)
         for condition in self._conditions:
             if not condition.of(sizes):
                 raise ValueError(
@@ -190,16 +189,19 @@ class Signature:
 class _Leaf:
     """One input of the graph: a tensor's dtype and sizes, or a constant."""
 
-    def __init__(self, at: int, data: Mapping[str, Any]) -> None:
-        self.at = at
+    def __init__(self, name: str, data: Mapping[str, Any]) -> None:
+        self.name = name
         self.constant = "value" in data
         self.value = data.get("value")
         self.sizes: list[int | str] = data.get("sizes", [])
         self.dtype = None if self.constant else getattr(torch, data["dtype"])
         plain = (s for s in self.sizes if isinstance(s, str) and not s.isidentifier())
         self._expressions = {text: Expression(text) for text in plain}
+        self.keys = [f"{name}__{dim}" for dim in range(len(self.sizes))]  # in conditions
 
-    def check(self, name: str, value: Any, sizes: dict[str, int]) -> None:
+    def check(self, value: Any, sizes: dict[str, int]) -> None:
+        """Raise unless a value fits; sizes of new symbols are noted."""
+        name = self.name
         if self.constant:
             if type(value) is not type(self.value) or value != self.value:
                 raise ValueError(
@@ -228,16 +230,12 @@ class _Leaf:
 
 
 def conditions(guards: Sequence[str]) -> list[str]:
-    """Guards of torch.export as conditions on sizes, but for those that are equalities of one.
+    """Guards of torch.export as conditions on sizes.
 
     Raises:
         ValueError: a guard on something else.
     """
-    found = []
-    for guard in guards:
-        text = _COMPARED.sub(r"\1__\2", guard)
-        found.append(Expression(text).text)
-    return found
+    return [Expression(_COMPARED.sub(r"\1__\2", guard)).text for guard in guards]
 
 
 def spec_data(spec: pytree.TreeSpec) -> Any:

@@ -81,6 +81,8 @@ class Form:
         serve: ``serve(call, *flags)`` by the reference.
         fake: ``fake(call, *flags)``.
         keeps_sum: ``keeps_sum(*flags)``: whether the sum with the residual is asked for.
+        kept: ``kept(*flags)``: of each result, whether it is given; empty tensors stand for the
+            others.
         flags: the names of its arguments besides those of a `Call`, bools.
     """
 
@@ -91,9 +93,11 @@ class Form:
         serve: Callable[..., Any],
         fake: Callable[..., Any],
         keeps_sum: Callable[..., bool],
+        kept: Callable[..., tuple[bool, ...]],
         flags: tuple[str, ...] = (),
     ) -> None:
-        self.name, self.keeps_sum, self.flags = name, keeps_sum, flags
+        self.name, self.flags = name, flags
+        self.keeps_sum, self.kept = keeps_sum, kept
         self._serve, self._fake = serve, fake
         self.op = define(
             f"{name}(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
@@ -116,13 +120,6 @@ class Form:
         call = Call(x, weight, bias, residual, eps, kind)
         call.check(self.keeps_sum(*flags))
         return call, tuple(flags)
-
-    def kept(self, *flags: bool) -> tuple[bool, ...]:
-        """Of each result, whether it is given; empty tensors stand for the others."""
-        if self is ACT_QUANT:
-            _, keep_float, keep_sum = flags
-            return True, True, True, keep_float, keep_sum
-        return (True,) * len(self.op._schema.returns)
 
     def _by_reference(self, *args: Any) -> Any:
         call, flags = self.check(*args)
@@ -203,13 +200,21 @@ def _fake_act_quant(call: Call, symmetric: bool, keep_float: bool, keep_sum: boo
     )
 
 
-NORM = Form("norm", "Tensor", _norm, _fake, lambda: False)
-WITH_SUM = Form("norm_with_sum", "(Tensor, Tensor)", _norm_with_sum, _fake_with_sum, lambda: True)
+NORM = Form("norm", "Tensor", _norm, _fake, lambda: False, lambda: (True,))
+WITH_SUM = Form(
+    "norm_with_sum",
+    "(Tensor, Tensor)",
+    _norm_with_sum,
+    _fake_with_sum,
+    lambda: True,
+    lambda: (True, True),
+)
 ACT_QUANT = Form(
     "norm_act_quant",
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _norm_act_quant,
     _fake_act_quant,
     lambda symmetric, keep_float, keep_sum: keep_sum,
+    lambda symmetric, keep_float, keep_sum: (True, True, True, keep_float, keep_sum),
     ("symmetric", "keep_float", "keep_sum"),
 )

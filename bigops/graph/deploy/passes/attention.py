@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
+from bigops.formats.base import FLOATS
 from bigops.graph.deploy.passes.rewrite import (
     VIEWS,
     args,
@@ -32,7 +32,7 @@ def run(module: fx.GraphModule) -> int:
         query = value(given["query"])
         if given["dropout_p"] or query is None or query.device.type != "cpu" or query.dim() != 4:
             continue
-        if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if query.dtype not in FLOATS:
             continue
         q, k, v = (_source(given[name]) for name in ("query", "key", "value"))
         once_k, once_v = _before_repeat(k), _before_repeat(v)

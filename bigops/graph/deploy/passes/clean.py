@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import torch
 from torch import fx
 
 from bigops.graph.deploy.passes.rewrite import (
@@ -98,14 +97,14 @@ def _source(node: fx.Node, written: bool) -> fx.Node | None:
         return None
     if is_call(node, *_CASTS):
         kept = out.dtype == given_value.dtype and out.device == given_value.device
-        if is_call(node, aten.contiguous.default) and not _is_row_major(given_value):
+        if is_call(node, aten.contiguous.default) and not given_value.is_contiguous():
             return None
         if arguments(node).get("copy") and written:
             return None
         return source if kept else None
     if is_call(node, aten.clone.default):
         # a copy is for who writes in place; without such a node it only costs
-        return source if not written and _is_row_major(given_value) else None
+        return source if not written and given_value.is_contiguous() else None
     if is_call(node, *_RESHAPES) and out.dim() == given_value.dim():
         # -1 of expand and view are sizes of the value here
         return source if all(map(same, out.shape, given_value.shape)) else None
@@ -118,7 +117,3 @@ def _source(node: fx.Node, written: bool) -> fx.Node | None:
         # of whole numbers: -0.0 + 0 is another float
         return None if out.is_floating_point() else source
     return None
-
-
-def _is_row_major(t: torch.Tensor) -> bool:
-    return t.is_contiguous()

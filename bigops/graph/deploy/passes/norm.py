@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from bigops.formats.quantize import SERVED
 from bigops.graph.deploy.passes.rewrite import (
     args,
     arguments,
@@ -21,7 +22,6 @@ from bigops.graph.deploy.passes.rewrite import (
 from bigops.ops import codes
 from bigops.ops.norm.schema import NORM
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout)
 
 
@@ -87,7 +87,7 @@ def _written_out(rsqrt: fx.Node) -> int:
 
 
 def _is_served(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in _FLOATS
+    return x.device.type == "cpu" and x.dtype in SERVED
 
 
 def _put(node: fx.Node, x: Any, weight: Any, bias: Any, eps: Any, kind: str) -> None:

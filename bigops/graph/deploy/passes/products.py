@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from bigops.backend import machine
-from bigops.formats.packed import PANEL, SERVED, PackedWeight
+from bigops.formats.packed import SERVED, PackedWeight
 from bigops.graph.deploy.passes import activations
 from bigops.graph.deploy.passes.rewrite import (
     arguments,
@@ -20,11 +20,10 @@ from bigops.graph.deploy.passes.rewrite import (
     store_weight,
     value,
 )
+from bigops.graph.pack import costs_more
 from bigops.ops.family import LinearOp
 from bigops.ops.fused_linear import op as fused
 from bigops.ops.packed_linear import op as packed
-
-_LEAST = 64 * 64  # entries of a weight whose panels pay
 
 
 def pack(module: fx.GraphModule) -> int:
@@ -50,9 +49,7 @@ def _served(node: fx.Node) -> bool:
 def _pack(module: fx.GraphModule, node: fx.Node) -> int:
     given = arguments(node)
     weight = owned(module, given["weight"])
-    if weight is None or weight.shape[0] < PANEL or weight.numel() < _LEAST:
-        return 0
-    if not machine.packs(weight.dtype):
+    if weight is None or costs_more(weight, weight.shape[0]):
         return 0
     if any(not is_call(user, aten.linear.default) for user in given["weight"].users):
         return 0  # an embedding reads it, too: panels would be a second copy
