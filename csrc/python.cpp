@@ -4,8 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <memory>
 #include <sstream>
 #include <string>
+#include <utility>
+#include <variant>
 #include <vector>
 
 #include "common/codes.h"
@@ -14,6 +17,7 @@
 #include "common/record.h"
 #include "cpu/attention.h"
 #include "cpu/compressed_linear.h"
+#include "cpu/executor.h"
 #include "cpu/fused_linear.h"
 #include "cpu/library_product.h"
 #include "cpu/linear_cross_entropy.h"
@@ -30,6 +34,22 @@ namespace {
 template <size_t N>
 std::vector<std::string> list(const bigops::Words<N>& words) {
   return {words, words + N};
+}
+
+// (kind, number or items): as bigops/graph/deploy/executor.py writes them.
+using Number = std::variant<int64_t, double>;
+using Items = std::vector<std::pair<bool, int64_t>>;
+
+bigops::Argument argument(char kind, const std::variant<Number, Items>& value) {
+  bigops::Argument made{static_cast<bigops::ArgumentKind>(kind)};
+  if (const auto* items = std::get_if<Items>(&value)) {
+    for (const auto& [slot, number] : *items) made.items.push_back({slot, number});
+  } else if (const auto* number = std::get_if<int64_t>(&std::get<Number>(value))) {
+    made.number = *number;
+  } else {
+    made.real = std::get<double>(std::get<Number>(value));
+  }
+  return made;
 }
 
 }  // namespace
@@ -109,6 +129,27 @@ PYBIND11_MODULE(_C, m) {
   m.def("choose_rotary", &choose_rotary, py::arg("dtype"));
   m.def("choose_sparse_linear", &choose_sparse_linear, py::arg("m"), py::arg("values"),
         py::arg("dtype"), py::arg("y_u8") = false);
+
+  using Item = std::pair<bool, int64_t>;
+  py::class_<Program, std::shared_ptr<Program>>(m, "Program",
+                                                "Calls that the op execute runs without Python.")
+      .def(py::init<int64_t, std::vector<int64_t>, std::vector<int64_t>>(), py::arg("slots"),
+           py::arg("inputs"), py::arg("results"))
+      .def("call",
+           [](Program& self, const std::string& name, const std::string& overload,
+              const std::vector<std::pair<char, std::variant<Number, Items>>>& arguments,
+              const std::vector<int64_t>& outputs) {
+             std::vector<Argument> made;
+             for (const auto& [kind, value] : arguments) made.push_back(argument(kind, value));
+             self.call(name, overload, std::move(made), outputs);
+           })
+      .def("size", &Program::size)
+      .def("arithmetic",
+           [](Program& self, int64_t output, char sign, const Item& a, const Item& b) {
+             self.arithmetic(output, sign, {a.first, a.second}, {b.first, b.second});
+           })
+      .def("keep", [](std::shared_ptr<Program> self) { return keep_program(std::move(self)); });
+  m.def("drop_program", &drop_program);
 
   m.def("peak", &measure_peak, py::arg("kind"), py::arg("threads"), py::arg("seconds") = 0.1,
         py::call_guard<py::gil_scoped_release>(),

@@ -19,6 +19,7 @@ from bigops.benches.models.agreement import Agreement, wrong
 from bigops.benches.models.side import Make, Side, quiet
 from bigops.benches.models.subject import Subject
 from bigops.benches.rows import is_own
+from bigops.graph.deploy.deployed import Deployed
 
 ALONE_SECONDS = 0.3  # of a run of calls with no other side between them
 ALONE_ROUNDS = 7
@@ -157,7 +158,7 @@ def of_subject(
             for name, (side, _) in ready.items()
         }
         by_kind = {
-            name: kinds.text(kinds.shares(calls[name])) if side.module is not None else ""
+            name: kinds.text(kinds.shares(seen)) if (seen := profiled(side, subject)) else ""
             for name, (side, _) in ready.items()
         }
     return [
@@ -169,6 +170,14 @@ def of_subject(
 def call_of(side: Side, subject: Subject) -> Callable[[], object]:
     """The side on the subject's own inputs."""
     return lambda: side.call(*subject.inputs)
+
+
+def profiled(side: Side, subject: Subject) -> Callable[[], object] | None:
+    """A call whose operators the profiler sees: of a deployed model, its graph run by Python."""
+    if isinstance(side.module, Deployed):
+        graph, leaves = side.module.graph, side.module.signature.leaves(subject.inputs, {})
+        return lambda: graph(*leaves)
+    return None if side.module is None else call_of(side, subject)
 
 
 def cpu_timer(call: Callable[[], object]) -> Callable[[int], float]:

@@ -1,5 +1,6 @@
 // act_quant on the CPU: rows of activations to u8, once for all products that read them.
 
+#include "common/kernel_table.h"
 #include "common/record.h"
 #include "cpu/compressed_linear.h"
 
@@ -45,4 +46,6 @@ std::pair<std::string, std::string> choose_act_quant(const std::string& dtype, b
 
 }  // namespace bigops
 
-STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) { m.impl("act_quant", TORCH_BOX(&bigops::act_quant)); }
+STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
+  bigops::implement(m, "act_quant", TORCH_BOX(&bigops::act_quant));
+}

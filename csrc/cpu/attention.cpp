@@ -9,6 +9,7 @@
 #include <string>
 
 #include "common/crossover.h"
+#include "common/kernel_table.h"
 #include "common/record.h"
 #include "cpu/compressed_linear.h"
 #include "cpu/heads.h"
@@ -304,4 +305,6 @@ std::pair<std::string, std::string> choose_attention(int64_t items, int64_t grou
 
 }  // namespace bigops
 
-STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) { m.impl("attention", TORCH_BOX(&bigops::attention)); }
+STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
+  bigops::implement(m, "attention", TORCH_BOX(&bigops::attention));
+}

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/kernel_table.h"
 #include "common/record.h"
 #include "common/tensor.h"
 #include "cpu/state_maps.h"
@@ -386,7 +387,7 @@ Tensor fused_grad_norm(std::vector<Tensor> grads) {
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
-  m.impl("fused_adamw", TORCH_BOX(&bigops::fused_adamw));
-  m.impl("fused_sgd", TORCH_BOX(&bigops::fused_sgd));
-  m.impl("fused_grad_norm", TORCH_BOX(&bigops::fused_grad_norm));
+  bigops::implement(m, "fused_adamw", TORCH_BOX(&bigops::fused_adamw));
+  bigops::implement(m, "fused_sgd", TORCH_BOX(&bigops::fused_sgd));
+  bigops::implement(m, "fused_grad_norm", TORCH_BOX(&bigops::fused_grad_norm));
 }

@@ -2,6 +2,7 @@
 
 #include <array>
 
+#include "common/kernel_table.h"
 #include "common/record.h"
 #include "common/tensor.h"
 #include "cpu/fused_linear.h"
@@ -321,7 +322,7 @@ std::pair<std::string, std::string> choose_fused_linear(int64_t m, int64_t n, in
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
-  m.impl("fused_linear.code", TORCH_BOX(&bigops::fused_linear));
-  m.impl("fused_linear_with_parts.code", TORCH_BOX(&bigops::fused_linear_with_parts));
-  m.impl("fused_linear_backward.code", TORCH_BOX(&bigops::fused_linear_backward));
+  bigops::implement(m, "fused_linear.code", TORCH_BOX(&bigops::fused_linear));
+  bigops::implement(m, "fused_linear_with_parts.code", TORCH_BOX(&bigops::fused_linear_with_parts));
+  bigops::implement(m, "fused_linear_backward.code", TORCH_BOX(&bigops::fused_linear_backward));
 }

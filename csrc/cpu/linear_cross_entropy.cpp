@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/kernel_table.h"
 #include "common/record.h"
 #include "common/tensor.h"
 #include "cpu/linear_cross_entropy.h"
@@ -121,5 +122,6 @@ std::string choose_linear_cross_entropy(const std::string& dtype) {
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
-  m.impl("linear_cross_entropy_chunk", TORCH_BOX(&bigops::linear_cross_entropy_chunk));
+  bigops::implement(m, "linear_cross_entropy_chunk",
+                    TORCH_BOX(&bigops::linear_cross_entropy_chunk));
 }

@@ -5,6 +5,7 @@
 // 40 GB/s against 2 (K + N) operations at 500 GFLOP/s): 1.3 % at 768 x 3072, so blocks of rows,
 // each with two calls of the library, could not win.
 
+#include "common/kernel_table.h"
 #include "common/record.h"
 #include "common/tensor.h"
 #include "cpu/fused_linear.h"
@@ -159,7 +160,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
-  m.impl("low_rank_linear.code", TORCH_BOX(&bigops::low_rank_linear));
-  m.impl("low_rank_linear_with_parts.code", TORCH_BOX(&bigops::low_rank_linear_with_parts));
-  m.impl("low_rank_linear_backward.code", TORCH_BOX(&bigops::low_rank_linear_backward));
+  bigops::implement(m, "low_rank_linear.code", TORCH_BOX(&bigops::low_rank_linear));
+  bigops::implement(m, "low_rank_linear_with_parts.code",
+                    TORCH_BOX(&bigops::low_rank_linear_with_parts));
+  bigops::implement(m, "low_rank_linear_backward.code",
+                    TORCH_BOX(&bigops::low_rank_linear_backward));
 }

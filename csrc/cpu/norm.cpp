@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "common/isa.h"
+#include "common/kernel_table.h"
 #include "common/record.h"
 #include "common/tensor.h"
 #include "cpu/compressed_linear.h"
@@ -241,7 +242,7 @@ std::string choose_norm(const std::string& op, const std::string& dtype, const s
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
-  m.impl("norm.code", TORCH_BOX(&bigops::norm));
-  m.impl("norm_with_sum.code", TORCH_BOX(&bigops::norm_with_sum));
-  m.impl("norm_act_quant.code", TORCH_BOX(&bigops::norm_act_quant));
+  bigops::implement(m, "norm.code", TORCH_BOX(&bigops::norm));
+  bigops::implement(m, "norm_with_sum.code", TORCH_BOX(&bigops::norm_with_sum));
+  bigops::implement(m, "norm_act_quant.code", TORCH_BOX(&bigops::norm_act_quant));
 }

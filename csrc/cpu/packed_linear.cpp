@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/kernel_table.h"
 #include "common/record.h"
 #include "cpu/library_product.h"
 #include "cpu/packed_linear.h"
@@ -238,6 +239,6 @@ std::pair<std::string, std::string> choose_packed_linear(int64_t m, const std::s
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
-  m.impl("packed_linear.code", TORCH_BOX(&bigops::packed_linear));
-  m.impl("packed_linear_backward.code", TORCH_BOX(&bigops::packed_linear_backward));
+  bigops::implement(m, "packed_linear.code", TORCH_BOX(&bigops::packed_linear));
+  bigops::implement(m, "packed_linear_backward.code", TORCH_BOX(&bigops::packed_linear_backward));
 }

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "common/kernel_table.h"
 #include "common/record.h"
 #include "cpu/quantized_embedding.h"
 #include "cpu/quantized_weight.h"
@@ -98,5 +99,5 @@ std::pair<std::string, std::string> choose_quantized_embedding(int64_t bits,
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
-  m.impl("quantized_embedding", TORCH_BOX(&bigops::quantized_embedding));
+  bigops::implement(m, "quantized_embedding", TORCH_BOX(&bigops::quantized_embedding));
 }

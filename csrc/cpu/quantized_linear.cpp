@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "common/kernel_table.h"
 #include "common/record.h"
 #include "cpu/compressed_linear.h"
 #include "cpu/quantized_weight.h"
@@ -400,8 +401,9 @@ std::pair<std::string, std::string> choose_quantized_linear(int64_t m, int64_t b
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
-  m.impl("quantized_linear.code", TORCH_BOX(&bigops::quantized_linear));
-  m.impl("quantized_linear_u8.code", TORCH_BOX(&bigops::quantized_linear_u8));
-  m.impl("quantized_linear_rows.code", TORCH_BOX(&bigops::quantized_linear_rows));
-  m.impl("quantized_linear_backward.code", TORCH_BOX(&bigops::quantized_linear_backward));
+  bigops::implement(m, "quantized_linear.code", TORCH_BOX(&bigops::quantized_linear));
+  bigops::implement(m, "quantized_linear_u8.code", TORCH_BOX(&bigops::quantized_linear_u8));
+  bigops::implement(m, "quantized_linear_rows.code", TORCH_BOX(&bigops::quantized_linear_rows));
+  bigops::implement(m, "quantized_linear_backward.code",
+                    TORCH_BOX(&bigops::quantized_linear_backward));
 }

@@ -4,6 +4,7 @@
 #include "cpu/rotary.h"
 
 #include "common/isa.h"
+#include "common/kernel_table.h"
 #include "common/record.h"
 #include "cpu/compressed_linear.h"
 #include "cpu/heads.h"
@@ -106,4 +107,6 @@ std::string choose_rotary(const std::string& dtype) {
 
 }  // namespace bigops
 
-STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) { m.impl("rotary", TORCH_BOX(&bigops::rotary)); }
+STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
+  bigops::implement(m, "rotary", TORCH_BOX(&bigops::rotary));
+}

@@ -2,6 +2,8 @@
 
 #include "cpu/sparse_linear.h"
 
+#include "common/kernel_table.h"
+
 namespace bigops {
 namespace {
 
@@ -434,7 +436,7 @@ std::pair<std::string, std::string> choose_sparse_linear(int64_t m, const std::s
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
-  m.impl("sparse_linear.code", TORCH_BOX(&bigops::sparse_linear));
-  m.impl("sparse_linear_u8.code", TORCH_BOX(&bigops::sparse_linear_u8));
-  m.impl("sparse_linear_rows.code", TORCH_BOX(&bigops::sparse_linear_rows));
+  bigops::implement(m, "sparse_linear.code", TORCH_BOX(&bigops::sparse_linear));
+  bigops::implement(m, "sparse_linear_u8.code", TORCH_BOX(&bigops::sparse_linear_u8));
+  bigops::implement(m, "sparse_linear_rows.code", TORCH_BOX(&bigops::sparse_linear_rows));
 }

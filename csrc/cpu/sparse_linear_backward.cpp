@@ -2,6 +2,8 @@
 
 #include "cpu/sparse_linear.h"
 
+#include "common/kernel_table.h"
+
 #include <vector>
 
 namespace bigops {
@@ -369,5 +371,5 @@ std::tuple<Tensor, Tensor, Tensor> sparse_linear_backward(
 }  // namespace bigops
 
 STABLE_TORCH_LIBRARY_IMPL(bigops, CPU, m) {
-  m.impl("sparse_linear_backward.code", TORCH_BOX(&bigops::sparse_linear_backward));
+  bigops::implement(m, "sparse_linear_backward.code", TORCH_BOX(&bigops::sparse_linear_backward));
 }

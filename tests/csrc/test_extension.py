@@ -195,8 +195,8 @@ CPP_TYPES = {
     "double": "float",
     "std::optional<double>": "Optional[float]",
 }
-IMPL = r'm\.impl\("([\w.]+)", TORCH_BOX\(&(?:\w+::)*(\w+)\)\)'
-DEFINITION = r"(?:^|\n)((?:void|Tensor|std::tuple<[\w, ]+>)) %s\(([^)]*)\)\s*\{"
+IMPL = r'(?:m\.impl\(|implement\(m, )"([\w.]+)", TORCH_BOX\(&(?:\w+::)*(\w+)\)\)'
+DEFINITION = r"(?:^|\n)((?:void|Tensor|std::vector<Tensor>|std::tuple<[\w, ]+>)) %s\(([^)]*)\)\s*\{"
 
 
 def cpp_signature(text: str, function: str) -> tuple[list[tuple[str, str]], int] | None:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from bigops import ops  # noqa: F401  (registers the ops that a graph calls)
-from bigops.graph.deploy import graph_data, node_times
+from bigops.graph.deploy import executor, graph_data, node_times
 from bigops.graph.deploy.node_times import Times
 from bigops.graph.deploy.signature import Signature
 from bigops.nn import fields
@@ -45,6 +45,7 @@ class Deployed(nn.Module):
         self.graph = graph
         self.signature = signature
         self.counts = dict(counts)
+        self._programs: tuple[fx.GraphModule] | None = None  # in a tuple: no submodule
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -54,13 +55,32 @@ class Deployed(nn.Module):
             TypeError, ValueError: arguments that the model was not deployed for (`Signature`).
         """
         leaves = self.signature.leaves(args, kwargs)
+        run = self._ready() if _is_plain(leaves) else self.graph
         with torch.no_grad():
             if torch._C._is_any_autocast_enabled():  # the graph has its dtypes
                 with torch.autocast("cpu", enabled=False):
-                    results = self.graph(*leaves)
+                    results = run(*leaves)
             else:
-                results = self.graph(*leaves)
+                results = run(*leaves)
         return self.signature.result(results)
+
+    def _ready(self) -> fx.GraphModule:
+        """The graph with its programs, made in the first call."""
+        if self._programs is None:
+            self._programs = (executor.with_programs(self.graph),)
+        return self._programs[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Deployed:
+        self._programs = None  # they hold the tensors of before
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module."""
+        self._programs = None
+        return super().load_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_programs": None}
 
     def train(self, mode: bool = True) -> Deployed:
         """In eval mode only.
@@ -119,6 +139,13 @@ class Deployed(nn.Module):
                 raise graph_data.GraphError(f"graph: expected a buffer; got {node.target!r}")
         module = fx.GraphModule(root, graph)
         return cls(module, Signature(arguments["signature"]), arguments["counts"])
+
+
+def _is_plain(leaves: list[Any]) -> bool:
+    """Whether kernels may read the tensors: none is fake, of a subclass, or traced."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(not isinstance(x, Tensor) or (type(x) is Tensor and x.is_cpu) for x in leaves)
 
 
 def _name(target: Any) -> str:

@@ -1,0 +1,262 @@
+"""A deployed graph without Python between its calls: runs of nodes become programs in C++.
+
+A call by Python costs 5 us, where a layer of a small model takes 20, and Python runs one thread at
+a time. What torch's stable ABI cannot pass on (a `Scalar`, a device) stays a node of the graph.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from bigops.backend import machine
+from bigops.ops.library import define
+
+LEAST = 4
+"""Nodes of a program: a call of one costs as much as some of its calls do."""
+
+_execute = define("execute(int program, Tensor[] inputs) -> Tensor[]")
+_bind = define("bind_program(int program, int[] slots, Tensor[] tensors) -> ()")
+_INTEGERS = {operator.add: "+", operator.sub: "-", operator.mul: "*", operator.floordiv: "/"}
+_SIZE = torch.ops.aten.sym_size.int
+_INTEGER_TYPES = ("int", "SymInt")
+
+
+def with_programs(graph: fx.GraphModule) -> fx.GraphModule:
+    """The graph with each run of calls that C++ can make as one node; it shares the tensors.
+
+    The programs hold the module's tensors as they are now: whoever exchanges one makes them anew.
+    """
+    made = fx.GraphModule(graph, _copied(graph.graph))
+    if machine.extension is None:
+        return made
+    for run in list(_runs(made.graph)):
+        _replace(made, run)
+    made.graph.eliminate_dead_code(lambda node: not (node.op == "get_attr" or _is_integer(node)))
+    made.recompile()
+    return made
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    made = fx.Graph()
+    made.output(made.graph_copy(graph, {}))
+    return made
+
+
+# --- which nodes ------------------------------------------------------------------------------
+
+
+def _runs(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    """Neighbours that C++ can call; what is an integer belongs to whoever reads it."""
+    run: list[fx.Node] = []
+    for node in graph.nodes:
+        if node.op == "get_attr" or _is_integer(node):
+            continue
+        if _is_served(node):
+            run.append(node)
+            continue
+        if len(run) >= LEAST:
+            yield run
+        run = []
+
+
+def _is_integer(node: fx.Node) -> bool:
+    """Whether a node is an integer that a program can compute itself, of tensors and of others."""
+    if node.op != "call_function":
+        return False
+    if node.target is _SIZE:
+        return isinstance(node.args[1], int)
+    return node.target in _INTEGERS and all(
+        type(a) is int or (isinstance(a, fx.Node) and _is_integer(a)) for a in node.args
+    )
+
+
+def _is_served(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return False
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return isinstance(source, fx.Node) and _is_served(source)
+    if not isinstance(node.target, OpOverload):
+        return False
+    results = [str(r.type) for r in node.target._schema.returns]
+    if not results or set(results) != {"Tensor"}:
+        return False
+    if len(results) > 1 and any(user.target is not operator.getitem for user in node.users):
+        return False
+    try:
+        return all(_argument(kind, given, None) is not None for kind, given in _arguments(node))
+    except KeyError:
+        return False
+
+
+def _arguments(node: fx.Node) -> list[tuple[str, Any]]:
+    """Each argument of the schema: its type, and what the call gives or the default.
+
+    Raises:
+        KeyError: a keyword that has neither.
+    """
+    schema = node.target._schema  # type: ignore[union-attr]
+    found = []
+    for at, argument in enumerate(schema.arguments):
+        if at < len(node.args):
+            given = node.args[at]
+        elif argument.name in node.kwargs:
+            given = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            given = argument.default_value
+        else:
+            raise KeyError(argument.name)
+        found.append((str(argument.real_type), given))
+    return found
+
+
+def _argument(kind: str, given: Any, program: _Program | None) -> tuple[str, Any] | None:
+    """An argument as csrc/cpu/executor.h has it, or None of what it has no kind for.
+
+    Without a program the slots are all 0: only whether there is one is asked.
+    """
+
+    def slot(node: fx.Node) -> int:
+        return 0 if program is None else program.slot(node)
+
+    def integer(value: Any) -> tuple[bool, int] | None:
+        if type(value) is int:
+            return False, value
+        return (True, slot(value)) if isinstance(value, fx.Node) and _is_integer(value) else None
+
+    optional = kind.startswith("Optional[")
+    kind = kind.removeprefix("Optional[").removesuffix("]") if optional else kind
+    if given is None:
+        return ("N", 0) if optional else None
+    if kind == "Tensor":
+        if not isinstance(given, fx.Node) or _is_integer(given):
+            return None
+        return ("O" if optional else "T", slot(given))
+    if kind in _INTEGER_TYPES:
+        found = integer(given)
+        if found is None or (optional and found[0]):
+            return None
+        return ("I" if optional else "s" if found[0] else "i", found[1])
+    if kind == "float" and type(given) in (float, int):
+        return ("F" if optional else "f", float(given))
+    if kind == "bool" and isinstance(given, bool) and not optional:
+        return ("b", int(given))
+    if optional or not isinstance(given, list | tuple):
+        return None
+    if kind in ("List[int]", "List[SymInt]"):
+        items = [integer(value) for value in given]
+        return None if None in items else ("L", items)
+    if kind in ("List[Tensor]", "List[Optional[Tensor]]"):
+        if not all(isinstance(v, fx.Node) or (v is None and "Optional" in kind) for v in given):
+            return None
+        slots = [(False, -1 if value is None else slot(value)) for value in given]
+        return ("B" if "Optional" in kind else "A", slots)
+    return None
+
+
+# --- a program of them -------------------------------------------------------------------------
+
+
+@dataclass
+class _Program:
+    """What a run becomes: its steps, and what it takes from outside."""
+
+    run: set[fx.Node]
+    slots: dict[fx.Node, int] = field(default_factory=dict)
+    inputs: list[fx.Node] = field(default_factory=list)
+    bound: list[fx.Node] = field(default_factory=list)
+    steps: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+
+    def slot(self, node: fx.Node) -> int:
+        """Where the value of a node lies: of one outside the run, from the start."""
+        found = self.slots.get(node)
+        if found is None:
+            found = self.slots[node] = len(self.slots)
+            if _is_integer(node):
+                self._integer(node, found)
+            elif node not in self.run:
+                (self.bound if node.op == "get_attr" else self.inputs).append(node)
+        return found
+
+    def _integer(self, node: fx.Node, to: int) -> None:
+        if node.target is _SIZE:
+            tensor, dim = node.args
+            self.steps.append(("size", (to, self.slot(tensor), dim)))  # type: ignore[arg-type]
+            return
+        a, b = ((False, v) if type(v) is int else (True, self.slot(v)) for v in node.args)  # type: ignore[arg-type]
+        self.steps.append(("arithmetic", (to, _INTEGERS[node.target], a, b)))  # type: ignore[index]
+
+    def call(self, node: fx.Node) -> None:
+        target = node.target
+        assert isinstance(target, OpOverload)
+        given = [_argument(kind, value, self) for kind, value in _arguments(node)]
+        count = len(target._schema.returns)
+        if count == 1:
+            outputs = [self.slot(node)]
+        else:
+            outputs = [-1] * count
+            for user in node.users:
+                outputs[user.args[1]] = self.slot(user)  # type: ignore[index]
+        name = target._schema.overload_name
+        self.steps.append(("call", (target._schema.name, name, given, outputs)))
+
+
+def _replace(module: fx.GraphModule, run: list[fx.Node]) -> None:
+    """One node in place of a run, and one for each of its results that others read."""
+    program = _Program(set(run))
+    for node in run:
+        if node.target is not operator.getitem:
+            program.call(node)
+    results = [n for n in run if n in program.slots and any(u not in program.run for u in n.users)]
+    _take_last(program, results)
+    slots = program.slots
+    made = machine.extension.Program(  # type: ignore[union-attr]
+        len(slots), [slots[n] for n in program.inputs], [slots[n] for n in results]
+    )
+    for name, given in program.steps:
+        getattr(made, name)(*given)
+    number = made.keep()
+    tensors = [module.get_buffer(str(n.target)) for n in program.bound]
+    _bind(number, [slots[n] for n in program.bound], tensors)
+    weakref.finalize(module, machine.extension.drop_program, number)  # type: ignore[union-attr]
+    with module.graph.inserting_after(run[-1]):
+        node = module.graph.call_function(_execute, (number, list(program.inputs)))
+    after = node
+    for at, result in enumerate(results):
+        with module.graph.inserting_after(after):
+            after = module.graph.call_function(operator.getitem, (node, at))
+        result.replace_all_uses_with(after, lambda user: user not in program.run)
+    for old in reversed(run):
+        module.graph.erase_node(old)
+
+
+def _take_last(program: _Program, results: list[fx.Node]) -> None:
+    """Let the last reader of a slot have the tensor, so that memory is free as soon as it can."""
+    kept = {program.slots[node] for node in (*results, *program.inputs, *program.bound)}
+    for name, given in reversed(program.steps):
+        if name == "size":
+            kept.add(given[1])
+        if name != "call":
+            continue
+        arguments = given[2]
+        for kind, value in arguments:
+            if kind == "O":
+                kept.add(value)
+            elif kind in "AB":
+                kept.update(slot for _, slot in value)
+        read: dict[int, list[int]] = {}
+        for at, (kind, value) in enumerate(arguments):
+            if kind == "T":
+                read.setdefault(value, []).append(at)
+        for slot, places in read.items():
+            if slot not in kept:
+                arguments[places[-1]] = ("t", slot)
+            kept.add(slot)
