@@ -115,7 +115,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("op"), py::arg("dtype"), py::arg("max_rows"), py::arg("max_flops"));
   m.def("set_float_product", &set_float_product, py::arg("library"));
   m.def("choose_attention", &choose_attention, py::arg("items"), py::arg("group"), py::arg("t"),
-        py::arg("s"), py::arg("d"), py::arg("dv"), py::arg("dtype"));
+        py::arg("s"), py::arg("d"), py::arg("dv"), py::arg("dtype"), py::arg("bf16") = false);
   m.def("choose_fused_linear", &choose_fused_linear, py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("dtype"));
   m.def("choose_packed_linear", &choose_packed_linear, py::arg("m"), py::arg("dtype"));

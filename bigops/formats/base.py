@@ -248,6 +248,19 @@ class Format:
         return self._with_rows(self.n // parts, found)
 
     @classmethod
+    def can_merge(cls, parts: Sequence[Self]) -> bool:
+        """Whether `merge` takes these: whole units of rows, and one of what does not split."""
+        if not all(part.row_dims() and part.n % part.row_unit == 0 for part in parts):
+            return False
+        first, *others = (part.tensors() for part in parts)
+        return all(
+            t is None or torch.equal(t, other[name])  # type: ignore[arg-type]
+            for name, t in first.items()
+            if name not in parts[0].row_dims()
+            for other in others
+        )
+
+    @classmethod
     def merge(cls, parts: Sequence[Self]) -> Self:
         """The weight of which these are the parts in order; the inverse of `shard`.
 

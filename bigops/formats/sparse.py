@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -195,6 +196,41 @@ class SparseWeight(Format):
         if dtype is None:
             dtype = torch.bfloat16 if w.dtype == torch.bfloat16 else torch.float32
         return cls.from_mask(w, w != 0, dtype, (1, 1))
+
+    @classmethod
+    def can_merge(cls, parts: Sequence[SparseWeight]) -> bool:
+        first = parts[0]
+        return all(
+            part.n % part.chunk == 0
+            and (part.k, part.chunk, part.values.dtype, part.rows.shape[1])
+            == (first.k, first.chunk, first.values.dtype, first.rows.shape[1])
+            for part in parts
+        )
+
+    @classmethod
+    def merge(cls, parts: Sequence[SparseWeight]) -> SparseWeight:
+        """Whole chunks one below the other.
+
+        Raises:
+            ValueError: several parts that end amid a chunk, or are stored in different ways.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        if not cls.can_merge(parts):
+            raise ValueError(
+                "parts: expected one, since a SparseWeight does not split but into whole chunks "
+                "of one size, of the same columns, dtype and group of rows"
+            )
+        begin, pointers = 0, [parts[0].ptr[:1]]
+        for part in parts:
+            pointers.append(part.ptr[1:] + begin)
+            begin += len(part.values)
+        found: dict[str, Tensor | None] = {
+            name: None if t is None else torch.cat([getattr(part, name) for part in parts])
+            for name, t in parts[0].tensors().items()
+        }
+        made = parts[0].with_tensors(found | {"ptr": torch.cat(pointers)})
+        return made.replace(n=sum(part.n for part in parts))
 
     @classmethod
     def _store(

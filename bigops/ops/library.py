@@ -62,7 +62,9 @@ def define(schema: str, reference: Callable[..., Any] | None = None) -> torch._o
 def arguments(op: torch._ops.OpOverload) -> Any:
     """A class of named tuples of the arguments of ``op``, by the names in its schema."""
     name = op._schema.name.removeprefix("bigops::")
-    return namedtuple(name, [a.name for a in op._schema.arguments])  # type: ignore[misc]
+    given = op._schema.arguments
+    defaults = [a.default_value for a in given if a.has_default_value()]  # torch leaves them out
+    return namedtuple(name, [a.name for a in given], defaults=defaults)  # type: ignore[misc]
 
 
 def _local(op: torch._ops.OpOverload) -> str:

@@ -28,14 +28,18 @@ struct Chosen {
   Isa isa;
 };
 
-Chosen select(ScalarType dtype) {
+// `bf16`: products of float32 may be of bf16.
+Chosen select(ScalarType dtype, bool bf16) {
 #if defined(__x86_64__)
   const Isa active = active_isa();
+  const bool narrow = dtype == ScalarType::BFloat16;
+  const bool pairs = narrow || (bf16 && dtype == ScalarType::Float);
 #ifdef BIGOPS_AMX
-  if (dtype == ScalarType::BFloat16 && active >= Isa::amx) return {&amx_attention_bf16, Isa::amx};
+  if (pairs && active >= Isa::amx)
+    return {narrow ? &amx_attention_bf16 : &amx_attention_f32, Isa::amx};
 #endif
-  if (dtype == ScalarType::BFloat16 && active >= Isa::avx512bf16 && bf16_dot_pays())
-    return {&avx512bf16_attention_bf16, Isa::avx512bf16};
+  if (pairs && active >= Isa::avx512bf16 && bf16_dot_pays())
+    return {narrow ? &avx512bf16_attention_bf16 : &avx512bf16_attention_f32, Isa::avx512bf16};
   if (active >= Isa::avx2) {
     const bool wide = active >= Isa::avx512;
     const Isa level = wide ? Isa::avx512 : Isa::avx2;
@@ -53,6 +57,7 @@ Chosen select(ScalarType dtype) {
 
 struct Problem {
   ScalarType dtype;
+  bool bf16;  // products of float32 may be of bf16
   int64_t t, s, d, dv;
   int64_t group;  // heads of q to one of k and v
   int64_t items;  // heads of k and v of all batch items
@@ -64,7 +69,7 @@ struct Problem {
 Crossover limits(const Problem& p) { return crossover(kName, short_name(p.dtype)); }
 
 Chosen choose(const Problem& p) {
-  Chosen chosen = select(p.dtype);
+  Chosen chosen = select(p.dtype, p.bf16);
   const Crossover c = limits(p);
   if (p.dtype == ScalarType::Double ||
       (p.rows() > kFewRows && p.t > c.max_rows && p.flops() > c.max_flops))
@@ -250,7 +255,7 @@ void run(const AttentionKernels& kernels, const Problem& p, const Tensor& q, con
 }
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& mask_any,
-                 bool causal, std::optional<double> scale) {
+                 bool causal, std::optional<double> scale, bool bf16) {
   const ScalarType dtype = q.scalar_type();
   check_heads("q", q, dtype);
   if (dtype != ScalarType::Float && dtype != ScalarType::Double && dtype != ScalarType::BFloat16 &&
@@ -267,8 +272,8 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptTen
     fail("k", "heads that divide the " + std::to_string(heads) + " of q", std::to_string(own));
   if (v.size(0) != b || v.size(1) != own || v.size(2) != k.size(2))
     fail("v", "[B, H, length] of k, " + shape_of(k), shape_of(v));
-  const Problem p{dtype,  q.size(2), k.size(2), q.size(3), v.size(3), own > 0 ? heads / own : 1,
-                  b * own};
+  const Problem p{
+      dtype, bf16, q.size(2), k.size(2), q.size(3), v.size(3), own > 0 ? heads / own : 1, b * own};
   const Mask mask = check_mask(mask_any, {b, heads, p.t, p.s});
   const Chosen chosen = choose(p);
   record(chosen.isa, kName, short_name(dtype), form(p, chosen));
@@ -285,12 +290,12 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptTen
 
 std::pair<std::string, std::string> choose_attention(int64_t items, int64_t group, int64_t t,
                                                      int64_t s, int64_t d, int64_t dv,
-                                                     const std::string& dtype) {
+                                                     const std::string& dtype, bool bf16) {
   const ScalarType type = dtype == "f64"    ? ScalarType::Double
                           : dtype == "bf16" ? ScalarType::BFloat16
                           : dtype == "f16"  ? ScalarType::Half
                                             : ScalarType::Float;
-  const Problem p{type, t, s, d, dv, group, items};
+  const Problem p{type, bf16, t, s, d, dv, group, items};
   const Chosen chosen = choose(p);
   const Crossover c = limits(p);
   const std::string up_to = std::to_string(c.max_rows) + " queries or " +

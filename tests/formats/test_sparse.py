@@ -459,3 +459,25 @@ def test_what_is_wrong_is_found_in_any_part_that_is_looked_at(
             values[step, int(stored[step].long().argmin())] = 1
             with pytest.raises(ValueError, match="values: expected 0 in the padding"):
                 weight.replace(values=values).validate()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("block", [(1, 4), (16, 1)])
+def test_whole_chunks_merge(dtype: torch.dtype, block: tuple[int, int]) -> None:
+    parts = []
+    for n in (64, 192, 128):
+        w = torch.randn(n, 270)
+        mask = torch.rand(-(-n // block[0]), -(-270 // block[1])) < 0.3
+        parts.append(SparseWeight.from_mask(w, mask, dtype, block, chunk=64))
+    merged = SparseWeight.merge(parts)
+    merged.validate()
+    assert merged.n == 384
+    assert torch.equal(merged.to_dense(), torch.cat([part.to_dense() for part in parts]))
+
+
+def test_parts_that_end_amid_a_chunk_do_not_merge() -> None:
+    w = torch.randn(96, 64)
+    odd, even = (SparseWeight.from_dense(w[:n]) for n in (96, 64))
+    for parts in ([odd, even], [even, SparseWeight.from_dense(torch.randn(64, 128))]):
+        with pytest.raises(ValueError, match="parts: expected one, since .* whole chunks"):
+            SparseWeight.merge(parts)

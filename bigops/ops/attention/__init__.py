@@ -22,6 +22,7 @@ def attention(
     *,
     causal: bool = False,
     scale: float | None = None,
+    bf16: bool = False,
 ) -> Tensor:
     """``softmax(q @ k.mT * scale + mask) @ v`` by head, for inference.
 
@@ -43,6 +44,9 @@ def attention(
             together with ``causal``.
         causal: query i attends to the keys 0 to i, as SDPA's ``is_causal``.
         scale: of the scores; ``1 / sqrt(D)`` where it is None.
+        bf16: of float32: operands of both products may be rounded to bfloat16, as
+            ``torch.set_float32_matmul_precision("medium")`` has it, where the CPU multiplies pairs
+            of them; sums, softmax and result stay float32.
 
     Returns:
         ``[B, Hq, T, Dv]`` in the dtype of q, whose memory is ``[B, T, Hq, Dv]``: its
@@ -57,7 +61,7 @@ def attention(
         RuntimeError: a gradient is asked for: there is none.
     """
     if not isinstance(q, Tensor) and torch.overrides.has_torch_function_unary(q):  # of torch.fx
-        return op(q, k, v, mask, causal, scale)  # type: ignore[no-any-return]
+        return op(q, k, v, mask, causal, scale, bf16)  # type: ignore[no-any-return]
     try:
         if is_autocast_on(q):
             q, k, v = autocast(q.device.type, q, k, v)  # type: ignore[assignment]
@@ -66,11 +70,11 @@ def attention(
         ):
             refuse_gradients()
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return op(q, k, v, mask, causal, scale)  # type: ignore[no-any-return]
+            return op(q, k, v, mask, causal, scale, bf16)  # type: ignore[no-any-return]
         if forward_mode.is_active():
             return reference(q, k, v, mask, causal=causal, scale=scale)
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            return op(q, k, v, mask, causal, scale)  # type: ignore[no-any-return]
+            return op(q, k, v, mask, causal, scale, bf16)  # type: ignore[no-any-return]
     except (RuntimeError, AttributeError, TypeError):
         # The kernel checks its arguments; only a refused call pays for naming what is wrong
         if not torch.compiler.is_compiling():

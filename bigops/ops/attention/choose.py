@@ -27,7 +27,8 @@ INFERENCE_ONLY = (
 )
 
 op = define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float? scale) -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float? scale, "
+    "bool bf16=False) -> Tensor",
     serve,
 )
 Problem: Any = arguments(op)
@@ -38,7 +39,8 @@ def refuse_gradients(*_: Any) -> NoReturn:
     raise RuntimeError(INFERENCE_ONLY)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any) -> Tensor:
+def _fake(*args: Any) -> Tensor:
+    q, k, v, mask, _, scale, _ = Problem(*args)
     check(q, k, v, mask, scale)
     b, heads, t, _ = q.shape
     return q.new_empty(b, t, heads, v.shape[3]).transpose(1, 2)
@@ -69,7 +71,8 @@ def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
             mask = mask.expand(batch, items, *mask.shape[2:]).flatten(0, 1)
         else:
             mask = mask.flatten(0, 1)
-    return op(q, k, v, mask, problem.causal, problem.scale).unflatten(0, (batch, -1)), 0
+    y = op(q, k, v, mask, problem.causal, problem.scale, problem.bf16)
+    return y.unflatten(0, (batch, -1)), 0
 
 
 register(op, fake=_fake, backward=refuse_gradients, vmap=_vmap, expression=_expression)
@@ -87,7 +90,9 @@ def choose(problem: Any, target: Target) -> Choice:
     shape = (b * own, heads // max(own, 1), t, s, d, dv)
 
     def ask(extension: Any) -> tuple[str, str]:
-        found: tuple[str, str] = extension.choose_attention(*shape, checks.short(q.dtype))
+        found: tuple[str, str] = extension.choose_attention(
+            *shape, checks.short(q.dtype), problem.bf16
+        )
         return found
 
     return on_cpu(NAME, ask)
@@ -102,8 +107,9 @@ def _explain(
     *,
     causal: bool = False,
     scale: float | None = None,
+    bf16: bool = False,
     device: str | None = None,
 ) -> Choice:
-    problem = Problem(q, k, k if v is None else v, mask, causal, scale)
+    problem = Problem(q, k, k if v is None else v, mask, causal, scale, bf16)
     check(problem.q, problem.k, problem.v, mask, scale)
     return choose(problem, targets.named(device, q))

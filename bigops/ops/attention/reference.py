@@ -42,9 +42,15 @@ def reference(
 
 
 def serve(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    bf16: bool = False,
 ) -> Tensor:
-    """By torch's scaled_dot_product_attention."""
+    """By torch's scaled_dot_product_attention, whose products are of the dtype that came."""
     check(q, k, v, mask, scale)
     backend.note("reference.attention")
     if mask is not None:

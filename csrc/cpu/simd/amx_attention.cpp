@@ -104,16 +104,18 @@ struct TileWords : PairWords {
   }
 };
 
+template <template <class> class To>
 void attend_by_tiles(const AttentionTask& t) {
-  if (t.row1 - t.row0 <= kFewRows) return attend<ToPairs<PairWords>>(t);
+  if (t.row1 - t.row0 <= kFewRows) return attend<To<PairWords>>(t);
   AmxTiles::configure(TileShape(16, 64));
-  Attention<ToPairs<TileWords>, false>(t).run();
+  Attention<To<TileWords>, false>(t).run();
   AmxTiles::release();
 }
 
 }  // namespace
 
-const AttentionKernels amx_attention_bf16 = {attend_by_tiles, combine<Avx512, bf16>};
+const AttentionKernels amx_attention_bf16 = {attend_by_tiles<ToPairs>, combine<Avx512, bf16>};
+const AttentionKernels amx_attention_f32 = {attend_by_tiles<FloatsToPairs>, combine<Avx512, float>};
 
 }  // namespace bigops
 #endif

@@ -70,6 +70,8 @@ extern const AttentionKernels portable_attention_f32, portable_attention_bf16,
     portable_attention_f16;
 extern const AttentionKernels avx2_attention_f32, avx2_attention_bf16, avx2_attention_f16;
 extern const AttentionKernels avx512_attention_f32, avx512_attention_bf16, avx512_attention_f16;
-extern const AttentionKernels avx512bf16_attention_bf16, amx_attention_bf16;
+// f32: in pairs of bf16, for those who ask for it.
+extern const AttentionKernels avx512bf16_attention_bf16, avx512bf16_attention_f32;
+extern const AttentionKernels amx_attention_bf16, amx_attention_f32;
 
 }  // namespace bigops

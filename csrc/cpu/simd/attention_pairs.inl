@@ -41,5 +41,29 @@ struct ToPairs {
   }
 };
 
+// Floats that become pairs where they are laid out.
+template <class Q_>
+struct FloatsToPairs {
+  using L = Bf16Lanes;
+  using T = float;
+  using V = Avx512;
+  using Q = Q_;
+  static __m512i words(const float* p, int64_t n) {
+    const __m512 low = load_some<V>(p, n);
+    const __m512 high = n > 16 ? load_some<V>(p + 16, n - 16) : V::zero();
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+  }
+  static void queries(const float* q, int64_t d, char* to) {
+    for (int64_t i = 0; i < d; i += 32) _mm512_storeu_si512(to + i * 2, words(q + i, d - i));
+  }
+  static __m512i half(const float* v, int64_t n) {
+    return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(load_some<V>(v, n))));
+  }
+  static __m512i value(const float* v, const float* next, int64_t n) {
+    const __m512i low = half(v, n);
+    return next == nullptr ? low : _mm512_or_si512(low, _mm512_slli_epi32(half(next, n), 16));
+  }
+};
+
 }  // namespace
 }  // namespace bigops

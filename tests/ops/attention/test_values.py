@@ -55,6 +55,22 @@ def test_every_kernel(way: Way, dtype: str, mask: str) -> None:
         run(way, (1, 2, 2, 2, 333, 32, 48), dtype, mask, causal)
 
 
+@pytest.mark.parametrize("mask", ["none", "padding", "rows", "bias"])
+@pytest.mark.parametrize("way", [REFERENCE, *CPU], ids=str)
+def test_float32_in_bf16(way: Way, mask: str) -> None:
+    """As with bf16: rests of rows, keys and columns, odd ones among them; then few rows."""
+    for sizes in ((2, 1, 2, 21, 333, 33, 17), (1, 2, 1, 64, 64, 32, 80), (1, 2, 2, 2, 333, 32, 48)):
+        for causal in (False, True):
+            case = make(sizes, "f32", mask, causal)
+            case.bf16 = True
+            isa = served_by(way.level, "avx512bf16", "amx") if way.level else ""
+            name = f"cpu.{isa}.attention.f32.{form_of(sizes)}" if isa else "reference.attention"
+            with way.serving("attention", name):
+                y = case.run()
+            assert y.dtype == torch.float32
+            case.check(y, f"{way}, {sizes}, {mask}, causal {causal}")
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     sizes=st.tuples(

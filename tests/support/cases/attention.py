@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigops.ops.attention import attention
-from tests.support.tolerance import check
+from tests.support.tolerance import C, check
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 Sizes = tuple[int, int, int, int, int, int, int]
@@ -28,12 +28,16 @@ class Case:
     mask: Tensor | None = None
     causal: bool = False
     scale: float | None = None
+    bf16: bool = False
 
     def run(self) -> Tensor:
-        return attention(self.q, self.k, self.v, self.mask, causal=self.causal, scale=self.scale)
+        return attention(
+            self.q, self.k, self.v, self.mask, causal=self.causal, scale=self.scale, bf16=self.bf16
+        )
 
     def plain(self) -> Tensor:
-        """By torch in the dtype of q."""
+        """By torch in the dtype of q, of q, k and v as the products have them."""
+        q, k, v = (t.bfloat16().to(t) if self.bf16 else t for t in (self.q, self.k, self.v))
         mask, causal = self.mask, self.causal
         if mask is not None:
             mask = torch.atleast_2d(mask)
@@ -44,9 +48,9 @@ class Case:
         if mask is not None and mask.is_floating_point():
             mask = mask.to(self.q.dtype)
         return F.scaled_dot_product_attention(
-            self.q,
-            self.k,
-            self.v,
+            q,
+            k,
+            v,
             mask,
             is_causal=causal,
             scale=self.scale,
@@ -80,6 +84,9 @@ class Case:
     def check(self, y: Tensor, what: str = "output") -> None:
         """Hold a result to the rule."""
         truth, scale, rounding = self.truth()
+        if self.bf16:
+            eps = torch.finfo(torch.bfloat16).eps / (C[y.dtype] * torch.finfo(y.dtype).eps)
+            scale = scale + 2 * eps * rounding
         check(y, truth, self.plain(), scale, rounding=rounding, what=what)
 
 

@@ -14,6 +14,7 @@ from torch import fx
 
 from bigops.graph.deploy.passes import (
     attention,
+    attention_bf16,
     clean,
     epilogue,
     fold,
@@ -44,6 +45,7 @@ PASSES = {
     "u8_chain": u8_chain.run,
     "rotary": rotary.run,
     "attention": attention.run,
+    "attention_bf16": attention_bf16.run,
     "norm": norm.run,
     "quantize_once": quantize_once.run,
 }

@@ -51,6 +51,7 @@ def run(module: fx.GraphModule) -> int:
                 "mask": None if mask is None else _source(mask),
                 "causal": given["is_causal"],
                 "scale": given["scale"],
+                "bf16": False,
             },
         )
         replace(node, new)

@@ -108,13 +108,8 @@ def _merged_of(module: fx.GraphModule, op: LinearOp, group: list[fx.Node]) -> fx
     first = group[0]
     given = [arguments(node) for node in group]
     parts = [weight_of(op, one, module) for one in given]
-    if not all(part.row_dims() and part.n % part.row_unit == 0 for part in parts):
+    if not op.format.can_merge(parts):
         return None
-    for name in parts[0].tensors().keys() - parts[0].row_dims().keys():
-        # what does not split, as the qparams of x, has to be one for all
-        found = [t for t in (part.tensors()[name] for part in parts) if t is not None]
-        if not all(torch.equal(found[0], t) for t in found):
-            return None
     stored = next(given[0][name].target for name in op.format.TENSORS)
     name = f"{stored.rpartition('.')[0]}_merged"
     fields = store_weight(module, op, op.format.merge(parts), name, first)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -97,9 +99,9 @@ def test_a_small_layer_without_an_epilogue_stays() -> None:
 class Attention(nn.Module):
     """q, k, v of other widths, viewed by heads; a fourth reader that is not."""
 
-    def __init__(self) -> None:
+    def __init__(self, kv: int = 32) -> None:
         super().__init__()
-        self.q, self.k, self.v = nn.Linear(64, 64), nn.Linear(64, 32), nn.Linear(64, 32)
+        self.q, self.k, self.v = nn.Linear(64, 64), nn.Linear(64, kv), nn.Linear(64, kv)
         self.other = nn.Linear(64, 32)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -115,9 +117,10 @@ def test_siblings_become_one_product_and_one_with_an_activation_stays() -> None:
     assert found.after["linear"] == 2
 
 
-def test_compressed_siblings_are_merged_in_their_format() -> None:
-    module = Attention()
-    bigops.compress_(module, bigops.Int8())
+@pytest.mark.parametrize("config", [bigops.Int8(), bigops.Sparse(0.5) + bigops.Int8()], ids=str)
+def test_compressed_siblings_are_merged_in_their_format(config: Any) -> None:
+    module = Attention(64)  # a whole chunk of a sparse weight
+    bigops.compress_(module, config)
     from tests.graph.deploy.passes.exported import calls, graph_of
 
     x = torch.randn(5, 3, 64)
@@ -126,7 +129,8 @@ def test_compressed_siblings_are_merged_in_their_format() -> None:
     assert siblings.run(graph) == 1
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    assert calls(graph)["quantized_linear"] == 2
+    found = calls(graph)
+    assert found["quantized_linear"] + found["sparse_linear"] == 2
     for was, now in zip(plain, graph(x), strict=True):
         assert torch.equal(was, now)  # the same kernel, the same rows
 
