@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bigops.nn.stored_parameter import StoredParameter
-from bigops.ops import fused_grad_norm
 from bigops.ops.fused_adamw import states
 from bigops.optim import saved_states as saved
+from bigops.optim.grad_norm import norm_over_ranks
 from bigops.optim.options import RefusedError, check_flags, check_number, refuse_capture
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -149,6 +149,9 @@ class FusedOptimizer(Optimizer):
     def step_checked(self, *, inv_scale: float = 1.0, clip_norm: float | None = None) -> bool:
         """Check, unscale, clip and step in two passes over memory.
 
+        Where torch.distributed runs all ranks have to call it: they skip together, by one norm
+        (`bigops.optim.grad_norm`).
+
         Args:
             inv_scale: the gradients are multiplied by it: one over the loss scale.
             clip_norm: largest Euclidean norm of all unscaled gradients together; None leaves them.
@@ -167,16 +170,14 @@ class FusedOptimizer(Optimizer):
             )
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm: expected a number above 0; got {clip_norm}")
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for grad in self._gradients():
-            by_device.setdefault(grad.device, []).append(grad)
-        norm = math.hypot(*(float(fused_grad_norm(grads)) for grads in by_device.values()))
+        grads = self._gradients()
+        norm = float(norm_over_ranks(grads)[0]) if grads else 0.0
         if not math.isfinite(norm * inv_scale):
             return False
         factor = inv_scale
         if clip_norm is not None:  # torch.nn.utils.clip_grad_norm_ adds the same 1e-6
             factor *= min(1.0, clip_norm / (norm * inv_scale + 1e-6))
-        wide = all(g.dtype == torch.float64 for grads in by_device.values() for g in grads)
+        wide = all(grad.dtype == torch.float64 for grad in grads)
         if norm * factor > _LARGEST and not wide:
             return False
         self.step(grad_factor=factor)

@@ -91,7 +91,8 @@ def train(
         epochs, batch_size: passes over the data; rows per step over all ranks together. The last
             batch of an epoch may be smaller.
         lr: the schedule's peak, reached after a fifth of the steps.
-        precision: a precision string, or a MixedPrecision to go on with.
+        precision: a precision string, or a MixedPrecision to go on with; "bf16-true" takes a model
+            in bfloat16.
         weight_decay: decoupled, on matrices only.
         label_smoothing: as in torch's cross_entropy.
         clip_norm: largest norm of the gradients together; None for no clipping.
@@ -242,12 +243,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DataError as error:
         parser.error(str(error))
     with init(args.device) as world:
+        true = args.precision == "bf16-true"  # its weights are in bfloat16 themselves
+        dtype = torch.bfloat16 if true else getattr(torch, args.dtype)
         model = build(
             dataset.features,
             args.hidden,
             dataset.classes,
             seed=args.seed,
-            dtype=getattr(torch, args.dtype),
+            dtype=dtype,
             device=world.device,
         )
         world.print(f"{args.data}: {len(dataset.train_x)} rows, {world.size} process(es)")
@@ -263,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress=not args.quiet,
         )
         if world.is_first:
-            x = dataset.test_x.to(world.device, getattr(torch, args.dtype))
+            x = dataset.test_x.to(world.device, dtype)
             test = accuracy(model, x, dataset.test_y.to(world.device))
             print(f"{history.seconds:.1f} s, {history.skipped} steps skipped, test {test:.2f}%")
             if args.save:

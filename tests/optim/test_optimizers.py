@@ -390,7 +390,7 @@ def test_mixed_precision_takes_the_same_way_in_two_passes(
             amp.backward(loss)
             if step == 4 and (precision == "fp16-mixed" or clip_norm):
                 model[0].weight.grad[0, 0] = float("nan")
-            seen.append(amp.step(optimizer, clip_norm))
+            seen.append(bool(amp.step(optimizer, clip_norm)))
             scales.append(amp.scale)
         steps.append(seen)
         ends.append(nn.utils.parameters_to_vector(model.parameters()).detach())

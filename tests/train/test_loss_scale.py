@@ -51,13 +51,13 @@ def test_a_run_of_bad_gradients_keeps_skipping_and_recovers(
     before = weights(model)
     for _ in range(64):  # 30 reach the least scale
         backward(model, optimizer, precision, value)
-        assert precision.step(optimizer, clip_norm) is False
+        assert not precision.step(optimizer, clip_norm)
     assert torch.equal(weights(model), before)
     assert precision.scale == LEAST
     scales = []
     for _ in range(6):
         backward(model, optimizer, precision, 1.0)
-        assert precision.step(optimizer, clip_norm) is True
+        assert precision.step(optimizer, clip_norm)
         scales.append(precision.scale / LEAST)
     assert scales == [1, 1, 2, 2, 2, 4]
     moved = weights(model)
@@ -72,7 +72,7 @@ def test_a_scale_that_starts_lower_may_stay_there(name: str) -> None:
     optimizer = MAKE[name](model.parameters())
     for factor, scale in ((math.nan, low), (1.0, 2 * low), (math.inf, low), (math.inf, low)):
         backward(model, optimizer, precision, factor)
-        assert precision.step(optimizer) is (factor == 1.0)
+        assert bool(precision.step(optimizer)) is (factor == 1.0)
         assert precision.scale == scale
 
 
