@@ -37,6 +37,7 @@ _HOME = {
     "sparse_linear": "bigops.ops.sparse_linear",
     "explain": "bigops.ops.explain",
     "report": "bigops.ops.report",
+    "amp": "bigops.train",
     "add_lora_": "bigops.graph.add_lora",
     "deploy": "bigops.graph.deploy",
     "fuse_": "bigops.graph.fuse",
@@ -84,6 +85,7 @@ __all__ = [
     "Sparse",
     "act_quant",
     "add_lora_",
+    "amp",
     "attention",
     "compress",
     "compress_",
@@ -149,6 +151,7 @@ if TYPE_CHECKING:
     from bigops.ops.report import report
     from bigops.ops.rotary import rotary
     from bigops.ops.sparse_linear import sparse_linear
+    from bigops.train import amp
 
 
 def __getattr__(name: str) -> Any:

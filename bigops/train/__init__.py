@@ -1,6 +1,7 @@
 """Training aids that leave the loop to the caller: precision, optimisers, checkpoints."""
 
 from bigops.optim import SGD, AdamW, BatchSampler, load_checkpoint, save_checkpoint
+from bigops.train import amp
 from bigops.train.precision import PRECISIONS, MixedPrecision, StepResult
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "BatchSampler",
     "MixedPrecision",
     "StepResult",
+    "amp",
     "load_checkpoint",
     "save_checkpoint",
 ]

@@ -80,5 +80,10 @@ def test_unequal_microbatches_give_the_gradient_of_the_mean_over_all_tokens(
     assert (grad - model.weight.grad).abs().max() > 1e-2
 
 
+def test_amp_skips_together(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert seen["apex"] == {"scale": [2.0**16, 2.0**15, 2.0**15], "kept": [False, True, False]}
+
+
 def test_ranks_that_step_alone(ranks: list[dict[str, Any]]) -> None:
     assert [seen["alone"] for seen in ranks] == [[True, True], [False, False]]

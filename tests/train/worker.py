@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from bigops import amp
 from bigops.optim.grad_norm import norm_over_ranks
 from bigops.parallel import World, init
 from bigops.train import SGD, AdamW, MixedPrecision
@@ -169,6 +170,24 @@ def tokens(world: World, sharded: bool) -> list[Tensor]:
     return [a - b.detach() for a, b in zip(start, ends, strict=True)]
 
 
+def apex(world: World) -> dict[str, Any]:
+    """amp O2: the half gradients of rank 1 alone overflow."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model, optimizer = amp.initialize(model, optimizer, opt_level="O2")
+    seen: dict[str, Any] = {"scale": [], "kept": []}
+    for step in range(3):
+        before = [p.detach().clone() for p in model.parameters()]
+        loss = model(torch.full((2, 8), 0.1)).square().mean()
+        with amp.scale_loss(loss, optimizer) as scaled:
+            (scaled * (float("inf") if step == 1 and world.rank == 1 else 1.0)).backward()
+        optimizer.step()
+        seen["scale"].append(amp.state_dict()["loss_scaler0"]["loss_scale"])
+        seen["kept"].append(same(before, [p.detach() for p in model.parameters()]))
+    return seen
+
+
 def alone(world: World) -> list[bool]:
     """process_group="none": each rank goes its own way; a group of one is the same."""
     groups = [dist.new_group([rank]) for rank in range(world.size)]
@@ -190,6 +209,7 @@ def main() -> None:
             "meshes": [meshes(world, i) for i in range(4)],
             "microbatch": microbatch(world),
             "tokens": [tokens(world, sharded) for sharded in (False, True)],
+            "apex": apex(world),
             "alone": alone(world),
         }
         torch.save(seen, folder / f"{world.rank}.pt")
