@@ -45,8 +45,8 @@ def norm_over_ranks(
     *,
     process_group: Any = ALL,
     pipeline: Any = None,
-    weight: Tensor | float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Euclidean norm of all gradients together over all ranks, by at most one all-reduce.
 
     Each element counts once: a plain gradient is taken to be the same on all ranks (as
@@ -64,9 +64,9 @@ def norm_over_ranks(
         weight: float64, 0-dimensional: a number of this rank that travels along.
 
     Returns:
-        Norm and mean weight per rank; float64, 0-dimensional, on the device of the first gradient,
-        equal bits on all ranks. The norm is inf or NaN exactly where an element on some rank is (or
-        where its square leaves float64).
+        Norm, and mean weight per rank where there is one; float64, 0-dimensional, on the device of
+        the first gradient, equal bits on all ranks. The norm is inf or NaN exactly where an element
+        on some rank is (or where its square leaves float64).
 
     Raises:
         ValueError: a DTensor of a mesh that is not all of process_group's ranks.
@@ -82,18 +82,17 @@ def norm_over_ranks(
         (fused_grad_norm(part).to(device, non_blocking=True), shards)
         for (_, shards), part in parts.items()
     ]
-    if isinstance(weight, Tensor):
-        mean = weight.to(device, non_blocking=True)
-    else:  # torch.tensor would wait for the device
-        mean = torch.full((), weight, dtype=torch.float64, device=device)
+    if weight is not None:
+        weight = weight.to(device, non_blocking=True)
     if ranks == 1:
-        return functools.reduce(torch.hypot, [norm for norm, _ in norms]), mean
+        return functools.reduce(torch.hypot, [norm for norm, _ in norms]), weight
     stages = 1 if pipeline is None else torch.distributed.get_world_size(pipeline)
     # An element in one of n shards lies on ranks / stages / n ranks.
     squares = torch.stack([norm.square() * (shards * stages / ranks) for norm, shards in norms])
-    both = torch.stack([squares.sum(), mean / ranks])
-    torch.distributed.all_reduce(both, group=_group(process_group))
-    return both[0].sqrt(), both[1]
+    sums = [squares.sum()] if weight is None else [squares.sum(), weight / ranks]
+    reduced = torch.stack(sums)
+    torch.distributed.all_reduce(reduced, group=_group(process_group))
+    return reduced[0].sqrt(), None if weight is None else reduced[1]
 
 
 def own_parts(grads: Iterable[Tensor]) -> list[Tensor]:
@@ -107,7 +106,7 @@ def own_parts(grads: Iterable[Tensor]) -> list[Tensor]:
 def _shard_of(grad: Tensor, ranks: int) -> tuple[Tensor, int]:
     """This rank's part of a gradient, and how many parts there are."""
     shards = 1
-    if hasattr(grad, "device_mesh"):
+    if type(grad) is not Tensor and hasattr(grad, "device_mesh"):
         grad = _without_partial(grad)
         mesh: Any = grad.device_mesh  # type: ignore[attr-defined]
         for dim, placement in enumerate(grad.placements):  # type: ignore[attr-defined]

@@ -42,7 +42,7 @@ class LossScale:
         self.least, self.most, self.dynamic = least, most, dynamic
         self.value = torch.full((), value, dtype=torch.float32, device=device)
         self.good_steps = torch.zeros((), dtype=torch.int32, device=device)  # since it changed
-        self.pending: Tensor | None = None  # an overflow that is not counted yet
+        self.pending: Tensor | None = None  # a verdict that is not counted yet
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss times the scale, float32 at least: fp16 ends below the usual first scale."""
@@ -54,13 +54,17 @@ class LossScale:
         """One over the scale; float64, 0-dimensional."""
         return self.value.to(device, torch.float64, non_blocking=True).reciprocal()
 
-    def update(self, overflowed: Tensor) -> None:
-        """Count a step whose gradients held inf or NaN, or did not (bool, 0-dimensional)."""
+    def update(self, good: Tensor | bool) -> None:
+        """Count gradients without inf and NaN, or with one (bool, or a 0-dimensional tensor)."""
         if self.dynamic:
+            if isinstance(good, Tensor):
+                found = good.to(self.value.device, non_blocking=True).logical_not().float()
+            else:  # torch.tensor would wait for the device
+                found = torch.full_like(self.value, float(not good))
             torch._amp_update_scale_(
                 self.value,
                 self.good_steps,
-                overflowed.to(self.value.device, torch.float32, non_blocking=True),
+                found,
                 self.growth_factor,
                 self.backoff_factor,
                 self.growth_interval,

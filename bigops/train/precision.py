@@ -165,7 +165,10 @@ class MixedPrecision:
             least=min(LEAST_SCALE, init_scale),
             dynamic=self._scaled,
         )
-        self._taken = torch.ones((), dtype=torch.bool, device=self.device)
+        self._is = {
+            flag: torch.full((), flag, dtype=torch.bool, device=self.device)
+            for flag in (True, False)
+        }
         self._skips = torch.zeros((), dtype=torch.int64, device=self.device)
         self._has_backward = False
         self._weight: Tensor | float | None = None  # of the backward passes since the last step
@@ -273,28 +276,29 @@ class MixedPrecision:
             self.discard()
             for optimizer in every:
                 optimizer.step()
-            return self._result(self._taken, None)
+            return self._result(self._is[True], None)
         grads = [p.grad for p in params if p.grad is not None]
-        found, weight_of_rank = norm_over_ranks(
-            grads, weight=0.0 if weight is None else weight, **self._ranks
-        )
+        device = grads[0].device
+        if weight is not None and not isinstance(weight, Tensor):  # torch.tensor would wait
+            weight = torch.full((), weight, dtype=torch.float64, device=device)
+        found, weight = norm_over_ranks(grads, weight=weight, **self._ranks)
         self.discard()
-        inverse = self._scale.inverse(found.device)
-        if weight is not None:
-            inverse = inverse / torch.where(weight_of_rank > 0, weight_of_rank, 1.0)
-        norm = found * inverse
-        factor = inverse
-        if clip_norm is not None:  # torch.nn.utils.clip_grad_norm_ adds the same 1e-6
-            factor = inverse * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        good = norm.isfinite()
-        if any(grad.dtype != torch.float64 for grad in grads):
-            good = good & (found * factor <= LARGEST)
-        stepped = good if weight is None else good & (weight_of_rank > 0)
-        stepping.take(every, params, stepped, factor)
+        inverse = self._scale.inverse(device) if self._scaled else None
+        verdict = stepping.judge(
+            found, inverse, weight, clip_norm, wide=all(g.dtype == torch.float64 for g in grads)
+        )
+        stepping.take(every, params, verdict)
         if self._scaled:
-            self._scale.update(~good)
-        self._skips = self._skips + (~stepped).to(self._skips.device, non_blocking=True)
-        return self._result(stepped, norm)
+            self._scale.update(verdict.good)
+        stepped = verdict.stepped
+        if isinstance(stepped, Tensor):
+            self._skips = self._skips + (~stepped).to(self._skips.device, non_blocking=True)
+        elif not stepped:
+            self._skips = self._skips + 1
+        norm = verdict.norm
+        if not isinstance(norm, Tensor):
+            norm = torch.full((), norm, dtype=torch.float64, device=device)
+        return self._result(stepped if isinstance(stepped, Tensor) else self._is[stepped], norm)
 
     def _result(self, stepped: Tensor, norm: Tensor | None) -> StepResult:
         scale = self._scale.value

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from bigops.optim.fused_optimizer import FusedOptimizer
 from bigops.optim.grad_norm import own_parts
+from bigops.train.loss_scale import LARGEST
 
 
 def parameters_of(optimizers: Sequence[Optimizer]) -> list[Tensor]:
@@ -73,23 +75,80 @@ def check_dtypes(optimizers: Sequence[Optimizer], precision: str) -> None:
         )
 
 
-def take(
-    optimizers: Sequence[Optimizer], params: Sequence[Tensor], stepped: Tensor, factor: Tensor
-) -> None:
-    """Multiply the gradients by ``factor`` and step where ``stepped``; else change nothing.
+class Verdict(NamedTuple):
+    """What is to become of a step: numbers, or 0-dimensional tensors that the host has not read."""
 
-    Both are 0-dimensional. They are read, for which the host waits for a GPU, unless every
-    optimiser can skip on the device: torch's fused ones, from their second step on.
+    norm: Tensor | float  # of the gradients without loss scale and weight
+    factor: Tensor | float  # which they are multiplied by
+    good: Tensor | bool  # no inf, no NaN, none past float32 once multiplied
+    stepped: Tensor | bool  # good, and of some token
+
+
+def judge(
+    found: Tensor,
+    inverse: Tensor | None,
+    weight: Tensor | None,
+    clip_norm: float | None,
+    wide: bool,
+) -> Verdict:
+    """The verdict on gradients of norm ``found``; in numbers where reading them costs nothing.
+
+    Args:
+        found: float64, 0-dimensional, as ``inverse`` and ``weight`` are.
+        inverse: one over the loss scale that the gradients carry.
+        weight: on average of a rank: what the gradients are divided by.
+        clip_norm: largest norm after that.
+        wide: whether all gradients are float64.
     """
-    if all(skips_on_device(optimizer) for optimizer in optimizers):
+    size: Any = found
+    factor: Any = 1.0 if inverse is None else inverse
+    total: Any = 1.0 if weight is None else weight
+    if not reading_waits(found.device):
+        size, factor, total = float(size), float(factor), float(total)
+    norm = size
+    if weight is not None:
+        factor = factor / _where_positive(total)
+    if inverse is not None or weight is not None:
+        norm = size * factor
+    if clip_norm is not None:  # torch.nn.utils.clip_grad_norm_ adds the same 1e-6
+        factor = factor * _at_most_one(clip_norm / (norm + 1e-6))
+    # Also False for NaN, and for an inf, which clipping makes inf * 0.
+    good = abs(norm) < math.inf if wide else size * factor <= LARGEST
+    stepped = good if weight is None else good & (total > 0)
+    return Verdict(norm, factor, good, stepped)
+
+
+def reading_waits(device: torch.device) -> bool:
+    """Whether the host waits for a number on this device."""
+    return device.type != "cpu"
+
+
+def _where_positive(total: Any) -> Any:
+    if isinstance(total, Tensor):
+        return torch.where(total > 0, total, 1.0)
+    return total if total > 0 else 1.0
+
+
+def _at_most_one(value: Any) -> Any:
+    return value.clamp(max=1.0) if isinstance(value, Tensor) else min(value, 1.0)
+
+
+def take(optimizers: Sequence[Optimizer], params: Sequence[Tensor], verdict: Verdict) -> None:
+    """Multiply the gradients by the factor and step, or change nothing, as the verdict says.
+
+    Tensors in it are read, for which the host waits for a GPU, unless every optimiser can skip on
+    the device: torch's fused ones, from their second step on.
+    """
+    stepped, factor = verdict.stepped, verdict.factor
+    if isinstance(stepped, Tensor) and all(map(skips_on_device, optimizers)):
         for optimizer in optimizers:
             _step_on_device(optimizer, stepped, factor)
         return
     if not bool(stepped):
         return
     number = float(factor)
-    own = [o for o in optimizers if isinstance(o, FusedOptimizer)]
     if number != 1:
+        own = [o for o in optimizers if isinstance(o, FusedOptimizer)]
         theirs = {id(p) for o in own for group in o.param_groups for p in group["params"]}
         grads = own_parts(p.grad for p in params if id(p) not in theirs and p.grad is not None)
         if grads:
@@ -117,10 +176,12 @@ def skips_on_device(optimizer: Optimizer) -> bool:
     )
 
 
-def _step_on_device(optimizer: Any, stepped: Tensor, factor: Tensor) -> None:
-    optimizer.grad_scale = factor.reciprocal().float()  # the kernel divides by it
+def _step_on_device(optimizer: Any, stepped: Tensor, factor: Tensor | float) -> None:
+    if isinstance(factor, Tensor):
+        optimizer.grad_scale = factor.reciprocal().float()  # the kernel divides by it
     optimizer.found_inf = stepped.logical_not().float()
     try:
         optimizer.step()
     finally:
-        del optimizer.grad_scale, optimizer.found_inf
+        optimizer.__dict__.pop("grad_scale", None)
+        del optimizer.found_inf

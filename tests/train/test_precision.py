@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigops.train import SGD, AdamW, MixedPrecision, StepResult
+from bigops.train import SGD, AdamW, MixedPrecision, StepResult, stepping
 from tests.support.kernels_ran import threads
 from tests.train.worker import held, same
 
@@ -27,8 +27,11 @@ MAKE: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
+@pytest.fixture(autouse=True, params=["numbers", "tensors"])
+def _ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The way of the CPU, and that of a GPU, on tensors of the CPU."""
+    if request.param == "tensors":
+        monkeypatch.setattr(stepping, "reading_waits", lambda device: True)
     with threads(1):
         yield
 
@@ -118,6 +121,17 @@ def test_skips_are_saved_and_states_of_before_load() -> None:
     for broken in ({**state, "skips": -1}, {**state, "skips": "1"}):
         with pytest.raises(ValueError, match="state: expected skips to be a count; got"):
             again.load_state_dict(broken)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_first_step_that_is_skipped_leaves_no_state(name: str) -> None:
+    """Told to skip its first step, torch's fused SGD keeps uninitialised memory as momentum."""
+    model, precision = small(), MixedPrecision("fp16-mixed", init_scale=64.0)
+    optimizer = MAKE[name](model.parameters())
+    backward(precision, model, factor=math.nan)
+    assert not precision.step(optimizer)
+    assert not any(optimizer.state.values())
+    assert all(bool(p.grad.isnan().any()) for p in model.parameters())
 
 
 # --- several optimisers, several losses -----------------------------------------------------------
@@ -372,7 +386,10 @@ def reads(optimizer: Any, model: nn.Module, precision: str, ask: bool = False) -
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "fp16-mixed"])
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
-def test_nobody_waits_where_the_optimizer_skips_on_the_device(kind: Any, precision: str) -> None:
+def test_nobody_waits_where_the_optimizer_skips_on_the_device(
+    kind: Any, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stepping, "reading_waits", lambda device: True)
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
 
     def count(fused: bool, ask: bool = False) -> int:

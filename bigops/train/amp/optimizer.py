@@ -29,7 +29,9 @@ class Stash:
         self.masters: Masters = {}
         self.scaled = False  # whether gradients that carry a scale wait for an unscaling
         self.held: list[tuple[Tensor, Tensor]] = []
-        self.overflows: list[Tensor] = []  # verdicts since the last step
+        self.verdicts: list[
+            Tensor
+        ] = []  # on the gradients since the last step: none was inf or NaN
 
     # --- gradients ---------------------------------------------------------------------------
 
@@ -125,10 +127,10 @@ def attach_(optimizer: Any, level: Level, scales: list[LossScale], shared: Maste
                 "step: expected no closure under amp, which unscales gradients before the step; "
                 "got one"
             )
-        skip = any(bool(overflow) for overflow in stash.overflows)
-        stash.overflows = []
+        good = all(bool(verdict) for verdict in stash.verdicts)
+        stash.verdicts = []
         result = None
-        if not skip:
+        if good:
             result = before() if closure is None else before(closure)
             stash.write_weights()
         stash.clear_masters()

@@ -86,15 +86,15 @@ def scale_loss(
     if delay_unscale:
         return
     if scale.dynamic:
-        overflow = _overflow(known)
-        scale.pending = overflow if scale.pending is None else scale.pending | overflow
+        good = _good(known)
+        scale.pending = good if scale.pending is None else scale.pending & good
     for stash in known:
         stash.unscale(scale)
     if scale.pending is not None and not delay_overflow_check:
-        overflow, scale.pending = scale.pending, None
-        scale.update(overflow)
+        good, scale.pending = scale.pending, None
+        scale.update(good)
         for stash in known:
-            stash.overflows.append(overflow)
+            stash.verdicts.append(good)
 
 
 def master_params(optimizer: Optimizer) -> Iterator[Tensor]:
@@ -109,9 +109,8 @@ def _stash(optimizer: Any) -> Stash | None:
     return found if found is not None else stash_of(getattr(optimizer, "optimizer", None))
 
 
-def _overflow(stashes: list[Stash]) -> Tensor:
+def _good(stashes: list[Stash]) -> Tensor:
     grads = [grad for stash in stashes for grad in stash.gradients()]
     if not grads:
-        return torch.zeros((), dtype=torch.bool, device="cpu")
-    norm, _ = norm_over_ranks(grads)
-    return norm.isfinite().logical_not()
+        return torch.ones((), dtype=torch.bool, device="cpu")
+    return norm_over_ranks(grads)[0].isfinite()
