@@ -146,15 +146,20 @@ class FusedOptimizer(Optimizer):
         return loss
 
     @torch.no_grad()
-    def step_checked(self, *, inv_scale: float = 1.0, clip_norm: float | None = None) -> bool:
+    def step_checked(
+        self,
+        *,
+        inv_scale: float = 1.0,
+        clip_norm: float | None = None,
+        process_group: Any = "all",
+    ) -> bool:
         """Check, unscale, clip and step in two passes over memory.
-
-        Where torch.distributed runs all ranks have to call it: they skip together, by one norm
-        (`bigops.optim.grad_norm`).
 
         Args:
             inv_scale: the gradients are multiplied by it: one over the loss scale.
             clip_norm: largest Euclidean norm of all unscaled gradients together; None leaves them.
+            process_group: the ranks that have to call it together, since they skip together, by one
+                norm: as in `bigops.optim.grad_norm`.
 
         Returns:
             False where a gradient held inf or NaN, or may be past float32 once it is unscaled:
@@ -171,7 +176,7 @@ class FusedOptimizer(Optimizer):
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm: expected a number above 0; got {clip_norm}")
         grads = self._gradients()
-        norm = float(norm_over_ranks(grads)[0]) if grads else 0.0
+        norm = float(norm_over_ranks(grads, process_group=process_group)[0]) if grads else 0.0
         if not math.isfinite(norm * inv_scale):
             return False
         factor = inv_scale

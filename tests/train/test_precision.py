@@ -262,6 +262,28 @@ def test_weights_that_do_not_fit() -> None:
     assert precision.step(MAKE["own"](model.parameters())).norm is None
 
 
+# --- gradients of other kinds ----------------------------------------------------------------
+
+
+def test_sparse_and_complex_gradients_are_unscaled_and_clipped() -> None:
+    torch.manual_seed(0)
+    table = nn.Embedding(5, 3, sparse=True)
+    phase = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+    before = [table.weight.detach().clone(), phase.detach().clone()]
+    optimizers = [torch.optim.SGD([p], lr=1.0) for p in (table.weight, phase)]
+    precision = MixedPrecision("fp16-mixed", init_scale=64.0)
+    ids = torch.tensor([1, 1, 4])  # a row that comes twice adds up
+    precision.backward(table(ids).sum() + (phase * (3 - 4j)).real.sum())
+    result = precision.step(optimizers, clip_norm=1.0)
+    true = (3 * (2**2 + 1) + 4 * 5**2) ** 0.5
+    assert abs(float(result.norm) - true) < 1e-6
+    moved = [before[0] - table.weight.detach(), before[1] - phase.detach()]
+    assert (moved[0][1] - 2 / true).abs().max() < 1e-6
+    assert (moved[1] - (3 + 4j) / true).abs().max() < 1e-6
+    precision.backward(table(ids).sum() * math.nan + phase.real.sum())
+    assert not precision.step(optimizers)
+
+
 # --- precisions --------------------------------------------------------------------------------
 
 

@@ -80,10 +80,23 @@ def test_unequal_microbatches_give_the_gradient_of_the_mean_over_all_tokens(
     assert (grad - model.weight.grad).abs().max() > 1e-2
 
 
-def test_amp_skips_together(ranks: list[dict[str, Any]]) -> None:
-    for seen in ranks:
-        assert seen["apex"] == {"scale": [2.0**16, 2.0**15, 2.0**15], "kept": [False, True, False]}
+@pytest.mark.parametrize("wrap", [False, True], ids=["plain", "DDP"])
+def test_amp_skips_together(ranks: list[dict[str, Any]], wrap: bool) -> None:
+    first, second = (seen["apex"][wrap] for seen in ranks)
+    for seen in (first, second):
+        assert seen["scale"] == [2.0**16, 2.0**15, 2.0**15]
+        assert seen["kept"] == [False, True, False]
+    assert same(first["weights"], second["weights"]) == wrap
+
+
+def test_stages_of_a_pipeline_add_up(ranks: list[dict[str, Any]]) -> None:
+    for rank, seen in enumerate(ranks):
+        norm, moved, bad, kept = seen["stages"]
+        assert abs(norm - 75**0.5) < 1e-12  # of (3, 3, 3) and (4, 4, 4)
+        assert abs(moved + (3 + rank) / 75**0.5) < 1e-6
+        assert bad != bad
+        assert kept == 0
 
 
 def test_ranks_that_step_alone(ranks: list[dict[str, Any]]) -> None:
-    assert [seen["alone"] for seen in ranks] == [[True, True], [False, False]]
+    assert [seen["alone"] for seen in ranks] == [[True] * 4, [False] * 4]

@@ -1,5 +1,6 @@
 """What each rank of test_ranks.py runs; argument: a folder for results."""
 
+import math
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -170,22 +171,37 @@ def tokens(world: World, sharded: bool) -> list[Tensor]:
     return [a - b.detach() for a, b in zip(start, ends, strict=True)]
 
 
-def apex(world: World) -> dict[str, Any]:
-    """amp O2: the half gradients of rank 1 alone overflow."""
+def apex(world: World, wrap: bool) -> dict[str, Any]:
+    """amp O2: the half gradients of rank 1 alone overflow, or those that DDP reduces."""
     torch.manual_seed(0)
-    model = nn.Linear(8, 4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model: Any = nn.Linear(8, 4)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model, optimizer = amp.initialize(model, optimizer, opt_level="O2")
+    model = DistributedDataParallel(model) if wrap else model
     seen: dict[str, Any] = {"scale": [], "kept": []}
     for step in range(3):
         before = [p.detach().clone() for p in model.parameters()]
-        loss = model(torch.full((2, 8), 0.1)).square().mean()
+        loss = model(torch.full((2, 8), 0.1 + 0.1 * world.rank)).square().mean()
         with amp.scale_loss(loss, optimizer) as scaled:
             (scaled * (float("inf") if step == 1 and world.rank == 1 else 1.0)).backward()
         optimizer.step()
         seen["scale"].append(amp.state_dict()["loss_scaler0"]["loss_scale"])
         seen["kept"].append(same(before, [p.detach() for p in model.parameters()]))
-    return seen
+        optimizer.zero_grad()
+    return {**seen, "weights": [p.detach() for p in model.parameters()]}
+
+
+def stages(world: World) -> list[float]:
+    """Norm, as clipped, and verdict of the stages of a pipeline, each with its own parameters."""
+    found = []
+    for bad in (False, True):
+        param = torch.zeros(3, requires_grad=True)
+        optimizer = SGD([param], lr=1.0)
+        precision = MixedPrecision("fp32", pipeline=dist.group.WORLD)
+        precision.backward((param * (3.0 + world.rank)).sum() * (math.nan if bad else 1.0))
+        result = precision.step(optimizer, clip_norm=1.0)
+        found += [float(result.norm), float(param.detach()[0])]
+    return found
 
 
 def alone(world: World) -> list[bool]:
@@ -197,6 +213,7 @@ def alone(world: World) -> list[bool]:
         precision = MixedPrecision("fp32", process_group=group)
         precision.backward((param * (float("nan") if world.rank else 1.0)).sum())
         stepped.append(bool(precision.step(SGD([param]), clip_norm=float("inf"))))
+        stepped.append(SGD([param]).step_checked(process_group=group))
     return stepped
 
 
@@ -209,7 +226,8 @@ def main() -> None:
             "meshes": [meshes(world, i) for i in range(4)],
             "microbatch": microbatch(world),
             "tokens": [tokens(world, sharded) for sharded in (False, True)],
-            "apex": apex(world),
+            "apex": [apex(world, wrap) for wrap in (False, True)],
+            "stages": stages(world),
             "alone": alone(world),
         }
         torch.save(seen, folder / f"{world.rank}.pt")

@@ -29,7 +29,7 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, str | bytes | np.ndarray | np.generic | nn.Module):
         return value
     if isinstance(value, Mapping):
-        if not isinstance(value, MutableMapping):
+        if type(value) is dict or not isinstance(value, MutableMapping):
             return {key: cast(item, dtype) for key, item in value.items()}
         new = copy.copy(value)
         for key, item in value.items():

@@ -328,6 +328,25 @@ def test_states_of_steps_before_go_on(opt_level: str, make: Any) -> None:
     assert bool(model.weight.isfinite().all())
 
 
+@pytest.mark.parametrize("opt_level", ["O1", "O2"])
+def test_a_model_compiles_whole_before_and_after(opt_level: str) -> None:
+    x = torch.ones(2, 8)
+    model, _ = initialized(opt_level)
+    want = model.eval()(x)
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), want)
+    compiled = amp.initialize(torch.compile(network().eval(), backend="eager"), opt_level=opt_level)
+    assert torch.equal(compiled(x), want)
+
+
+def test_what_a_frozen_layer_stores_is_not_halved() -> None:
+    model: Any = nn.Sequential(nn.Linear(64, 8))
+    bigops.compress_(model, bigops.Int8(), torch.ones(2, 64), keep="all")
+    scale = model[0].state_dict()["scale"].clone()
+    amp.initialize(model, opt_level="O2")
+    assert torch.equal(model[0].state_dict()["scale"], scale)
+    assert model(torch.ones(2, 64)).dtype == FULL
+
+
 def test_our_layers_under_each_level() -> None:
     for opt_level in TABLE:
         torch.manual_seed(0)
