@@ -136,17 +136,20 @@ def _at_most_one(value: Any) -> Any:
 def take(optimizers: Sequence[Optimizer], params: Sequence[Tensor], verdict: Verdict) -> None:
     """Multiply the gradients by the factor and step, or change nothing, as the verdict says.
 
-    Tensors in it are read, for which the host waits for a GPU, unless every optimiser can skip on
-    the device: torch's fused ones, from their second step on.
+    Tensors in it are read by one read, for which the host waits for a GPU, unless every optimiser
+    can skip on the device: torch's fused ones, from their second step on.
     """
     stepped, factor = verdict.stepped, verdict.factor
     if isinstance(stepped, Tensor) and all(map(skips_on_device, optimizers)):
         for optimizer in optimizers:
             _step_on_device(optimizer, stepped, factor)
         return
-    if not bool(stepped):
+    if isinstance(stepped, Tensor):
+        stepped = (number := float(torch.where(stepped, factor, -1.0))) >= 0
+    else:
+        number = float(factor)
+    if not stepped:
         return
-    number = float(factor)
     if number != 1:
         own = [o for o in optimizers if isinstance(o, FusedOptimizer)]
         theirs = {id(p) for o in own for group in o.param_groups for p in group["params"]}

@@ -421,4 +421,5 @@ def test_nobody_waits_where_the_optimizer_skips_on_the_device(
 
     assert count(fused=True) == 0
     assert count(fused=True, ask=True) == 2
-    assert count(fused=False) > 0
+    # Once a step; torch's Adam reads its counters besides, which are on the CPU.
+    assert count(fused=False) == 2 + 2 * (kind is not torch.optim.SGD)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from bigops.optim.grad_norm import own_parts
 from bigops.train.amp.casting import Masters
 from bigops.train.amp.levels import Level
 from bigops.train.loss_scale import LossScale
@@ -57,14 +58,13 @@ class Stash:
     @torch.no_grad()
     def unscale(self, scale: LossScale) -> None:
         """Divide the gradients by the scale, into the masters, and add what waited."""
-        for param, master in self.masters.items():
-            if param.grad is not None:
-                grad = param.grad.float() * scale.inverse(param.device).float()
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
-                param.grad = None
-        for param in self._plain():
-            if param.grad is not None:
-                param.grad.mul_(scale.inverse(param.device))
+        given = [(p, master) for p, master in self.masters.items() if p.grad is not None]
+        grads = [p.grad.float() for p, _ in given if p.grad is not None]
+        _unscale_(grads, scale)
+        _unscale_([p.grad for p in self._plain() if p.grad is not None], scale)
+        for (param, master), grad in zip(given, grads, strict=True):
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            param.grad = None
         self._add_held()
         self.scaled = False
 
@@ -105,6 +105,12 @@ class Stash:
             master.grad = None
 
 
+def _unscale_(grads: list[Tensor], scale: LossScale) -> None:
+    for device in {grad.device for grad in grads}:
+        here = own_parts(grad for grad in grads if grad.device == device)
+        torch._foreach_mul_(here, scale.inverse(device).float())
+
+
 def stash_of(optimizer: Any) -> Stash | None:
     """What `attach_` hung on an optimiser."""
     return getattr(optimizer, ATTRIBUTE, None)
@@ -138,6 +144,7 @@ def attach_(optimizer: Any, level: Level, scales: list[LossScale], shared: Maste
 
     def zero_grad(self: Optimizer, set_to_none: bool = True) -> None:
         zero(set_to_none)
+        stash.held, stash.scaled = [], False
         for param in stash.masters:
             if set_to_none or param.grad is None:
                 param.grad = None

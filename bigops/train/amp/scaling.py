@@ -43,7 +43,8 @@ def scale_loss(
         RuntimeError: `initialize` was not called, or not with one of these optimisers.
         TypeError: the loss is no tensor. ValueError: no such ``loss_id``.
 
-    Where the block raises, gradients are as they were before it.
+    Where the block raises, gradients are as they were before it; only those that waited for a
+    delayed unscaling are dropped.
     """
     run = current.run
     if run is None:

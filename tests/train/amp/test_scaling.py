@@ -129,6 +129,17 @@ def test_a_delayed_unscale_adds_scaled_gradients(opt_level: str) -> None:
 
 
 @pytest.mark.parametrize("opt_level", ["O1", "O2"])
+def test_zero_grad_clears_what_waits_for_a_delayed_unscale(opt_level: str) -> None:
+    model, optimizer = made(opt_level)
+    backward(model, optimizer, 0.1, 3)
+    true = grads(optimizer)
+    backward(model, optimizer, 0.1, 1, delay_unscale=True)
+    optimizer.zero_grad()
+    backward(model, optimizer, 0.1, 3)
+    assert same(grads(optimizer), true)
+
+
+@pytest.mark.parametrize("opt_level", ["O1", "O2"])
 def test_a_block_that_raises_leaves_the_gradients(opt_level: str) -> None:
     model, optimizer = made(opt_level)
     backward(model, optimizer, 1.0, 1)
