@@ -16,10 +16,11 @@
 What each level means is in `initialize`. Differences to apex:
 
 - ``O1`` is torch's autocast around the model's ``forward``, whose floating results are float32;
-  nothing in torch is patched. Autocast's lists are torch's: float16 for what multiplies matrices or
-  convolves, float32 for losses, norms, exp, log, pow and sums, as apex's lists have it, except that
-  a product outside of ``forward`` stays in the dtype of its inputs, and that
-  ``binary_cross_entropy`` raises inside of it, as it does in apex.
+  nothing in torch is patched, and what is called outside of ``forward`` is not cast. The lists are
+  torch's. Products and convolutions are float16 and losses float32, as in apex. What apex runs in
+  float32 besides (softmax, norms, exp, log, pow, rsqrt, sums and their like) torch does on a GPU
+  too, but for ``std`` and ``var``; on a CPU all of these but ``prod`` stay in the dtype that they
+  are given. ``binary_cross_entropy``, which apex forbids, raises on a GPU and is float32 on a CPU.
 - ``O2``: a ``state_dict`` of the model holds the masters, and loading it restores them, so that a
   run goes on with the same bits (apex loses them).
 - Overflow is agreed on by all ranks of torch.distributed, see `bigops.optim.grad_norm`.

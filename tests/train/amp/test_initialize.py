@@ -144,6 +144,33 @@ def test_o1_patches_nothing() -> None:
     assert not torch.is_autocast_enabled("cpu")
 
 
+O1_ON_A_CPU: dict[str, tuple[Callable[[Tensor], Tensor], torch.dtype]] = {
+    "matmul": (lambda x: x.float() @ x, HALF),
+    "softmax": (lambda x: x.softmax(-1), HALF),
+    "layer_norm": (lambda x: F.layer_norm(x, (4,)), HALF),
+    "exp": (torch.exp, HALF),
+    "pow": (lambda x: x.pow(2), HALF),
+    "sum": (torch.sum, HALF),
+    "prod": (torch.prod, FULL),
+    "mse_loss": (lambda x: F.mse_loss(x, x), FULL),
+    "cross_entropy": (lambda x: F.cross_entropy(x, x), FULL),
+    "binary_cross_entropy": (lambda x: F.binary_cross_entropy(x, x), FULL),
+}
+
+
+@pytest.mark.parametrize("name", O1_ON_A_CPU)
+def test_where_o1_follows_the_lists_of_torch(name: str) -> None:
+    """What the docs say of a half tensor inside of forward."""
+    function, dtype = O1_ON_A_CPU[name]
+
+    class Calls(nn.Module):
+        def forward(self, x: Tensor) -> str:
+            return str(function(x).dtype)
+
+    model = amp.initialize(Calls(), opt_level="O1")
+    assert model(torch.full((4, 4), 0.25, dtype=HALF)) == str(dtype)
+
+
 # --- arguments ---------------------------------------------------------------------------------
 
 
