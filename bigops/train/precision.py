@@ -74,6 +74,9 @@ class MixedPrecision:
             precision.backward(loss, weight=(y != -100).sum())
         precision.step(optimizer)
 
+    A sum has gradients as many times larger: in ``"fp16-mixed"`` give an ``init_scale`` of about
+    2**16 over the tokens of a microbatch, or the first steps are skipped while it falls to that.
+
     Several losses are several ``backward`` calls; several optimisers of one backward pass step in
     one call, ``step([a, b])``, by one verdict, one norm and one change of the scale. Losses with a
     step each (a GAN's) are ``backward``, ``step``, ``backward``, ``step``.
