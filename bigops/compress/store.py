@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bigops.compress import file_format, structure
 from bigops.compress.file_format import Header
 from bigops.files import FormatError
+from bigops.files.tensors import check_storable, plain_strides
 from bigops.graph.atomic import atomic
 from bigops.graph.sites import Sites
 from bigops.nn.layer import Layer
@@ -47,7 +48,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], receipt: Receipt | None
     with torch.no_grad():
         state = model.state_dict(keep_vars=True)
         for name, value in state.items():
-            file_format.check_storable(name, value)
+            check_storable(name, value)
         tied, views = _shared(state)
         tensors: dict[str, Tensor] = {}
         strides: dict[str, list[int]] = {}
@@ -56,7 +57,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], receipt: Receipt | None
                 continue
             # A copy of its own: safetensors refuses tensors that share memory.
             own = value.detach().resolve_neg().to("cpu", copy=True)
-            if own.stride() != file_format.plain_strides(own.shape):
+            if own.stride() != plain_strides(own.shape):
                 strides[name] = list(own.stride())
             tensors[name] = own.contiguous()
     tree = structure.describe(model)

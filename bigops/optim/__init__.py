@@ -1,7 +1,7 @@
 """Optimisers, sampler and run state, which training and compression share."""
 
-from bigops.optim.checkpoint import load_checkpoint, save_checkpoint
+from bigops.optim.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from bigops.optim.optimizers import SGD, AdamW
-from bigops.optim.sampler import BatchSampler
+from bigops.optim.sampler import Sampler
 
-__all__ = ["SGD", "AdamW", "BatchSampler", "load_checkpoint", "save_checkpoint"]
+__all__ = ["SGD", "AdamW", "Sampler", "TrainState", "load_checkpoint", "save_checkpoint"]

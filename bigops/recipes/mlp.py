@@ -30,7 +30,7 @@ from bigops.files import replacing
 from bigops.nn import Linear
 from bigops.parallel import World, init
 from bigops.recipes.data import NAMES, DataError, Dataset, load
-from bigops.train import PRECISIONS, AdamW, BatchSampler, MixedPrecision
+from bigops.train import PRECISIONS, AdamW, MixedPrecision, Sampler
 
 HIDDEN = (2048, 1024)
 
@@ -125,7 +125,9 @@ def train(
     groups = [group for group in groups if group["params"]]
     optimizer = AdamW(groups, lr=lr)
     x, y = dataset.train_x.to(device, dtype), dataset.train_y.to(device)
-    sampler = BatchSampler(len(x), batch_size, seed=seed)
+    sampler = Sampler(
+        len(x), batch_size, seed=seed, pad=False, rank=world.rank, world_size=world.size
+    )
     steps = epochs * len(sampler)
     history = History()
     wrapped = world.wrap(model)
@@ -137,13 +139,13 @@ def train(
                 step = len(history.losses)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * one_cycle(step, steps)
-                rows = world.shard(batch).to(device)
+                rows = torch.tensor(batch, dtype=torch.int64, device=device)
                 with precision.autocast():
                     logits = wrapped(x[rows])
                     losses = F.cross_entropy(
                         logits, y[rows], reduction="none", label_smoothing=label_smoothing
                     )
-                    loss = world.batch_loss(losses, len(batch))
+                    loss = world.batch_loss(losses, sampler.taken.size)
                 optimizer.zero_grad()
                 precision.backward(loss)
                 history.skipped += not precision.step(optimizer, clip_norm)

@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import bigops
 from bigops import W4A8, Int4, Int8, Sparse, compress_, freeze_, load, save
@@ -449,11 +450,11 @@ def test_a_read_only_folder_is_named_and_stays_empty(tmp_path: Path, monkeypatch
 def test_an_interrupted_save_leaves_the_old_file(saved: Path, monkeypatch, error) -> None:  # type: ignore[no-untyped-def]
     before = saved.read_bytes()
 
-    def half(tensors: dict, path: Path, metadata: dict) -> None:
-        Path(path).write_bytes(b"half")
+    def half(file: BinaryIO, tensor: Tensor) -> None:
+        file.write(b"half")
         raise error
 
-    monkeypatch.setattr("bigops.compress.file_format.save_file", half)
+    monkeypatch.setattr("bigops.files.tensors._put", half)
     with pytest.raises(type(error)):
         save(_model(), saved)
     assert saved.read_bytes() == before

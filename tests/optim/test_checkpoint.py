@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import io
+import json
 import os
-import zipfile
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from bigops import FormatError, Int8, Sparse, compress_
+from bigops.files import tensors as tensors_file
+from bigops.optim.checkpoint import tree
 from bigops.train import AdamW, MixedPrecision, load_checkpoint, save_checkpoint
 
+ENTRY = "bigops.state"
 GOLDEN = Path(__file__).parents[1] / "golden" / "saved" / "checkpoint.pt"
 
 
@@ -193,43 +196,49 @@ def test_compressed_layers_are_set_back(tmp_path: Path) -> None:
     assert [id(b) for b in model.buffers()] == buffers
 
 
-def test_a_flipped_bit_of_any_record_is_refused(tmp_path: Path) -> None:
+def test_a_flipped_bit_of_any_part_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "c"
     save_checkpoint(path, **_parts(), note="x" * 100)
     data = path.read_bytes()
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        records = [(i.filename, i.header_offset, i.file_size) for i in archive.infolist()]
-    assert len(records) > 10
+    head = 8 + int.from_bytes(data[:8], "little")
+    tensors = json.loads(data[8:head])
+    places = [data.index(b"x" * 100), data.index(b"$tuple"), *range(9, head - 100, head // 50)]
+    places += [
+        head + (sum(of["data_offsets"]) // 2)
+        for name, of in tensors.items()
+        if name != "__metadata__"
+    ]
+    assert len(places) > 60
     parts = _parts(0)
     before = _state(parts)
-    for name, offset, size in records:
-        if not size:
-            continue
-        head = data[offset : offset + 30]
-        start = (
-            offset
-            + 30
-            + int.from_bytes(head[26:28], "little")
-            + int.from_bytes(head[28:30], "little")
-        )
+    for place in places:
         raw = bytearray(data)
-        raw[start + size // 2] ^= 0x10
+        raw[place] ^= 0x10
         path.write_bytes(raw)
-        with pytest.raises(FormatError, match=r"is no readable checkpoint \(.*CRC") as caught:
+        with pytest.raises(FormatError, match=str(path)):
             load_checkpoint(path, **parts)
-        assert name in str(caught.value)
+    for size in (0, 3, 8, head - 1, head, len(data) - 1):
+        path.write_bytes(data[:size])
+        with pytest.raises(FormatError, match="truncated"):
+            load_checkpoint(path, **parts)
     assert _same(_state(parts), before)
 
 
 FORMS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no states": (lambda c: c.pop("states"), "lacks some"),
     "values of a list": (lambda c: c.update(values=[1]), "lacks some"),
-    "no random states": (lambda c: c.pop("rng"), "lacks some"),
+    "no ranks": (lambda c: c.update(ranks=[]), "lacks some"),
+    "no random states": (lambda c: c["ranks"][0].pop("rng"), "lacks some"),
     "a random state of three bytes": (
-        lambda c: c["rng"].update(cpu=torch.zeros(3, dtype=torch.uint8)),
+        lambda c: c["ranks"][0]["rng"].update(cpu=torch.zeros(3, dtype=torch.uint8)),
         "random states",
     ),
-    "a random state of None": (lambda c: c["rng"].update(cpu=None), "random states"),
+    "a random state of None": (lambda c: c["ranks"][0]["rng"].update(cpu=None), "random states"),
+    "numpy's of a list": (lambda c: c["ranks"][0]["rng"].update(numpy=[1]), "random states"),
+    "Python's of two": (lambda c: c["ranks"][0]["rng"].update(python=(3, ())), "random states"),
+    "a kind that is none": (lambda c: c["values"].update(note="<$lambda>"), "kind .lambda"),
+    "a dtype that is none": (lambda c: c["values"].update(note="<$dtype>"), "dtype"),
+    "another format": (lambda c: c.update(format="bigops.state.9"), "of format bigops.state.2"),
     "a model of a list": (lambda c: c["states"].update(model=[1]), "a state by names; got list"),
     "a weight of a number": (
         lambda c: c["states"]["model"].update({"0.bias": 3}),
@@ -251,10 +260,15 @@ FORMS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 def test_contents_of_another_form_are_refused(case: str, tmp_path: Path) -> None:
     path = tmp_path / "c"
     save_checkpoint(path, **_parts())
-    content = torch.load(path, weights_only=True)
+    entries, tensors = tensors_file.read(path, ENTRY, "a test")
+    content = tree.decode(json.loads(entries[ENTRY]), tensors)
     change, message = FORMS[case]
     change(content)
-    torch.save(content, path)
+    writer = tree.Writer()
+    text = json.dumps({name: writer.encode(value, name) for name, value in content.items()})
+    tensors_file.write(
+        path, writer.tensors, {ENTRY: re.sub(r'"<(.\w+)>"', r'{"\1": "load"}', text)}
+    )
     parts = _parts(1)
     before, random_state = _state(parts), torch.get_rng_state()
     with pytest.raises(FormatError, match=message) as caught:

@@ -18,8 +18,8 @@ from torch import Tensor
 from bigops.train import (
     SGD,
     AdamW,
-    BatchSampler,
     MixedPrecision,
+    Sampler,
     load_checkpoint,
     save_checkpoint,
 )
@@ -93,11 +93,11 @@ def precision_job(precision: str, make: Any) -> Job:
 
 
 def sampler_job(_: Path) -> list[Tensor]:
-    sampler = BatchSampler(10, 3, seed=1)
-    other = BatchSampler(10, 3)
+    sampler = Sampler(10, 3, seed=1)
+    other = Sampler(10, 3)
     batches = [next(iter(sampler))]
     other.load_state_dict(sampler.state_dict())
-    return [*batches, *other, *other]
+    return [torch.tensor(batch, device=CPU) for batch in (*batches, *other, *other)]
 
 
 JOBS: dict[str, Job] = {

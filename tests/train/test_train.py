@@ -5,6 +5,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -340,11 +341,11 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     save_checkpoint(path, model=_model(), step=1)
     old = path.read_bytes()
 
-    def full_disk(content: object, file) -> None:
+    def full_disk(file: BinaryIO, tensor: Tensor) -> None:
         file.write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr("bigops.files.tensors._put", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(path, model=_model(), step=2)
     assert path.read_bytes() == old

@@ -23,7 +23,7 @@ class FormatError(ValueError):
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], mark: str = "") -> Iterator[Path]:
     """Give a temporary path beside ``path``; at the end of the block it takes its place.
 
     Each call has a temporary file of its own, so threads, processes and machines that share the
@@ -33,7 +33,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     was written is on the disk before the name changes, and the name before this returns.
 
     When the block raises (Ctrl-C too), the temporary file goes and ``path`` stays as it was. A
-    process that is killed leaves a file ``.bigops-*.part``, which nothing reads.
+    process that is killed leaves a file ``.bigops-<mark>*.part``, which nothing reads; a writer
+    that has a folder to itself finds those of its mark (`leftovers`).
 
     Raises:
         OSError: the folder is missing or cannot be written, or ``path`` is a folder, a device, a
@@ -44,7 +45,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         old = os.stat(target)
     except FileNotFoundError:
         old = None
-    temporary = target.parent / f".bigops-{secrets.token_hex(8)}.part"
+    temporary = target.parent / f".bigops-{mark}{secrets.token_hex(8)}.part"
     try:
         # The kernel applies the umask (os.umask would change it for all threads). What replaces a
         # file that others may not read is never open to them.
@@ -59,6 +60,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def leftovers(folder: str | os.PathLike[str], mark: str) -> list[Path]:
+    """What writers of a mark that were killed, or write now, have in a folder."""
+    return sorted(Path(folder).glob(f".bigops-{mark}*.part"))
 
 
 def writable_target(path: str | os.PathLike[str]) -> Path:
