@@ -1,5 +1,6 @@
 """Training aids that leave the loop to the caller: precision, optimisers, checkpoints."""
 
+from bigops.graph.adapter_files import load_adapter_, save_adapter
 from bigops.optim import SGD, AdamW, Sampler, TrainState, load_checkpoint, save_checkpoint
 from bigops.train import amp
 from bigops.train.precision import PRECISIONS, MixedPrecision, StepResult
@@ -13,6 +14,8 @@ __all__ = [
     "StepResult",
     "TrainState",
     "amp",
+    "load_adapter_",
     "load_checkpoint",
+    "save_adapter",
     "save_checkpoint",
 ]

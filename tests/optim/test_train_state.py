@@ -159,6 +159,15 @@ def test_the_last_ones_stay_in_the_order_of_writing(tmp_path: Path) -> None:
         state.load(tmp_path / "none")
 
 
+@pytest.mark.parametrize("keep", [1, 2, 5, 9, None])
+def test_as_many_stay_as_are_asked_for(keep: int | None, tmp_path: Path) -> None:
+    state = TrainState(keep=keep)
+    for step in range(7):
+        state.save(tmp_path, step)
+        kept = [int(name.split("-")[2].removesuffix(".safetensors")) for name in names(tmp_path)]
+        assert kept == list(range(step + 1))[-(keep or 7) :]
+
+
 def test_a_save_in_the_background_is_of_its_moment(tmp_path: Path, monkeypatch: Any) -> None:
     model = nn.Linear(3, 2)
     state = TrainState(model=model)

@@ -13,6 +13,7 @@ import os
 import stat
 import zipfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from bigops.files import FormatError
 from bigops.files import tensors as tensors_file
-from bigops.optim.checkpoint import random_states
+from bigops.optim.checkpoint import random_states, trainer_folder
 from bigops.optim.checkpoint.parts import load_all, state_of
 from bigops.optim.checkpoint.tree import Writer, decode
 
@@ -150,6 +151,8 @@ def read(path: str | os.PathLike[str], map_location: str = "cpu") -> dict[str, A
 
 
 def _read(path: str | os.PathLike[str], map_location: str) -> dict[str, Any]:
+    if trainer_folder.is_one(Path(path)):
+        return trainer_folder.read(Path(path), map_location)
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for ever
         raise FormatError(f"path: {path} is no readable checkpoint (it is no file)")
     with open(path, "rb") as file:  # one file from here on, whoever replaces it meanwhile

@@ -103,6 +103,11 @@ def _fitted(where: str, module: nn.Module, state: Any) -> Any:
     names = _plain_names(module, own)
     if names and set(state) != set(own):  # a file of before has the keys as they are
         state = _renamed(state, {plain: key for key, plain in names.items()})
+    if missing := set(own) - set(state):  # others write a tied weight once
+        held = module.state_dict(keep_vars=True)
+        known = {id(held[key]): value for key, value in state.items() if key in held}
+        tied = {key: known[id(held[key])] for key in missing if id(held[key]) in known}
+        state = {**state, **tied} if tied else state
     for key in sorted(set(own) ^ set(state)):
         place = "the file" if key in state else "the model"
         raise FormatError(f"{where}: only {place} has {key!r}")

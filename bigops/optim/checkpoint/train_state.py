@@ -16,7 +16,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 
 from bigops.files import FormatError, leftovers, locked
-from bigops.optim.checkpoint import one_file, random_states
+from bigops.optim.checkpoint import one_file, random_states, trainer_folder
 from bigops.optim.checkpoint.ranks import Ranks
 from bigops.optim.checkpoint.tree import Writer
 
@@ -141,7 +141,7 @@ class TrainState:
             path = folder / f"{number:06d}-step-{step}.safetensors"
             one_file.write(path, content, ranks, tensors, _MARK)
             if self.keep is not None:
-                for file in before[: len(before) + 1 - self.keep]:
+                for file in before[: max(0, len(before) + 1 - self.keep)]:
                     file.unlink(missing_ok=True)
 
     def wait(self) -> None:
@@ -173,7 +173,8 @@ class TrainState:
         """Load all parts and random states, or change nothing, on all ranks alike.
 
         Args:
-            source: a folder, of which the last save is taken, or one file.
+            source: a folder, of which the last save is taken, or one file; or a ``checkpoint-N``
+                of transformers' Trainer (parts model, optimizer, scheduler or schedule, scaler).
             required: whether there has to be one.
             elastic: take a state of another number of ranks. A rank that it has no random states
                 of gets new ones, made of those that it has; parts in ``per_rank`` are refused.
@@ -215,7 +216,7 @@ class TrainState:
     @staticmethod
     def _choose(source: Path) -> tuple[Path | None, str]:
         """The file to load, and the one to try where it is damaged."""
-        if not source.is_dir():
+        if not source.is_dir() or trainer_folder.is_one(source):
             return (source, "") if source.exists() else (None, "")
         saves = _saves(source)
         return (saves[-1] if saves else None), (saves[-2].name if len(saves) > 1 else "")
