@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from bigops.files import FormatError, replacing
 from bigops.files import tensors as tensors_file
-from bigops.graph.add_lora import add_lora_
+from bigops.graph.add_lora import add_lora_, with_adapters
 from bigops.graph.atomic import atomic
-from bigops.nn.lora import LoRAAdapter, LoRALinear
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -53,8 +52,8 @@ def save_adapter(
     """
     found = {
         path: layer._adapter(name)
-        for path, layer in model.named_modules()
-        if isinstance(layer, LoRALinear) and name in layer.adapters
+        for path, module in model.named_modules()
+        if (layer := with_adapters(module)) is not None and name in layer.adapters
     }
     if not found:
         raise ValueError(f"name: expected an adapter of the model; got {name!r}")
@@ -132,8 +131,7 @@ def load_adapter_(model: nn.Module, folder: str | os.PathLike[str], name: str = 
         )
     with torch.no_grad():
         for path, both in factors.items():
-            adapter = model.get_submodule(path).get_submodule(f"adapters.{name}")
-            assert isinstance(adapter, LoRAAdapter)
+            adapter: Any = model.get_submodule(path).get_submodule(f"adapters.{name}")
             for parameter, value in zip((adapter.a, adapter.b), both, strict=True):
                 parameter.copy_(value)
 

@@ -58,7 +58,7 @@ def add_lora_(
         for half in _halves(path, module):
             if any(fnmatchcase(half, pattern) for pattern in patterns):
                 left.append(Skipped(half, "a part of a GatedMLP's stacked parameter"))
-        adapted, linear = _adapted(module), _linear(module)
+        adapted, linear = with_adapters(module), _linear(module)
         if linear is None:
             continue
         matching = [p for p in patterns if _matches(sites, module, p)]
@@ -107,20 +107,21 @@ def add_lora_(
 
 def _freeze(model: nn.Module) -> None:
     """Let the factors of adapters alone require gradients."""
-    layers = filter(None, map(_adapted, model.modules()))
+    layers = filter(None, map(with_adapters, model.modules()))
     ours = {id(p) for layer in layers for p in layer.adapters.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in ours:
             parameter.requires_grad_(False)
 
 
-def _adapted(module: nn.Module) -> LoRALinear | None:
+def with_adapters(module: nn.Module) -> LoRALinear | None:
+    """``module`` where it is a layer with adapters."""
     return module if isinstance(module, LoRALinear) else None
 
 
 def _linear(module: nn.Module) -> Any:
     """``module`` where it can have an adapter."""
-    return _adapted(module) or (module if isinstance(module, nn.Linear) else None)
+    return with_adapters(module) or (module if isinstance(module, nn.Linear) else None)
 
 
 def _with_adapters(linear: nn.Linear) -> LoRALinear:

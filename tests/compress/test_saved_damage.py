@@ -70,7 +70,7 @@ def test_a_changed_header_is_refused(path: Path) -> None:
         (b"ReLU", b"SiLU"),
         (b'"I8"', b'"U8"'),
         (b"bigops.crc32", b"bigops.crc33"),
-        (b'"0.values":{', b'"0.valuez":{'),
+        (b'"0.values": {', b'"0.valuez": {'),
     ):
         assert old in data
         path.write_bytes(data.replace(old, new))
