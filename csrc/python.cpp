@@ -148,6 +148,19 @@ PYBIND11_MODULE(_C, m) {
            [](Program& self, int64_t output, char sign, const Item& a, const Item& b) {
              self.arithmetic(output, sign, {a.first, a.second}, {b.first, b.second});
            })
+      .def("transpose", &Program::transpose)
+      .def("slice",
+           [](Program& self, int64_t output, int64_t tensor, int64_t dimension, const Item& begin,
+              const Item& end, int64_t step) {
+             self.slice(output, tensor, dimension, {begin.first, begin.second},
+                        {end.first, end.second}, step);
+           })
+      .def("reshape",
+           [](Program& self, int64_t output, int64_t tensor, const std::vector<Item>& sizes) {
+             std::vector<bigops::Item> made;
+             for (const auto& [slot, value] : sizes) made.push_back({slot, value});
+             self.reshape(output, tensor, std::move(made));
+           })
       .def("keep", [](std::shared_ptr<Program> self) { return keep_program(std::move(self)); });
   m.def("drop_program", &drop_program);
 

@@ -12,7 +12,6 @@
 #include "common/tensor.h"
 
 namespace bigops {
-namespace {
 
 using torch::stable::detail::from;
 
@@ -52,6 +51,8 @@ class Slots {
   std::vector<char> made_;
   std::vector<int64_t> integers_;
 };
+
+namespace {
 
 // `from` does not take a handle for a pointer on all versions.
 template <class Opaque>
@@ -114,6 +115,78 @@ int64_t result_of(char sign, int64_t a, int64_t b) {
   }
 }
 
+constexpr int64_t kMostDims = 16;
+
+// Sizes and strides of another view of a tensor.
+struct View {
+  int64_t dims = 0, offset = 0;
+  int64_t sizes[kMostDims], strides[kMostDims];
+
+  explicit View(AtenTensorHandle tensor) {
+    int64_t *from_sizes = nullptr, *from_strides = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dims));
+    STD_TORCH_CHECK(dims <= kMostDims, "tensor: expected at most 16 dimensions; got ", dims);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &from_sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &from_strides));
+    for (int64_t i = 0; i < dims; ++i) {
+      sizes[i] = from_sizes[i];
+      strides[i] = from_strides[i];
+    }
+  }
+
+  int64_t dimension(int64_t d) const {
+    const int64_t at = d < 0 ? d + dims : d;
+    STD_TORCH_CHECK(0 <= at && at < dims, "dimension: expected one of ", dims, "; got ", d);
+    return at;
+  }
+
+  AtenTensorHandle of(AtenTensorHandle tensor) const {
+    AtenTensorHandle made = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(tensor, dims, sizes, strides, offset, &made));
+    return made;
+  }
+
+  // Takes other sizes; false where the elements do not lie so, and where torch should judge them.
+  bool reshape(const int64_t* to, int64_t count) {
+    int64_t total = 1, known = 1, free = -1;
+    for (int64_t i = 0; i < dims; ++i) total *= sizes[i];
+    for (int64_t i = 0; i < count; ++i) {
+      if (to[i] == -1 && free < 0)
+        free = i;
+      else
+        known *= to[i];
+    }
+    if (total <= 0 || known <= 0) return false;
+    if (free < 0 ? known != total : total % known != 0) return false;
+    int64_t new_sizes[kMostDims], new_strides[kMostDims];
+    for (int64_t i = 0; i < count; ++i) new_sizes[i] = i == free ? total / known : to[i];
+    int64_t at = count - 1;  // of the new dimensions, which fill runs of the old from behind
+    for (int64_t i = dims - 1; i >= 0;) {
+      if (sizes[i] == 1) {  // whose stride means nothing
+        --i;
+        continue;
+      }
+      const int64_t stride = strides[i];
+      int64_t run = sizes[i--];
+      for (; i >= 0 && (sizes[i] == 1 || strides[i] == run * stride); --i) run *= sizes[i];
+      int64_t step = 1;
+      for (; at >= 0 && (step < run || new_sizes[at] == 1); --at) {
+        new_strides[at] = step * stride;
+        step *= new_sizes[at];
+      }
+      if (step != run) return false;
+    }
+    for (; at >= 0; --at) new_strides[at] = 1;  // sizes of 1
+    dims = count;
+    for (int64_t i = 0; i < count; ++i) {
+      sizes[i] = new_sizes[i];
+      strides[i] = new_strides[i];
+    }
+    return true;
+  }
+};
+
 }  // namespace
 
 void Program::call(const std::string& name, const std::string& overload,
@@ -125,7 +198,14 @@ void Program::call(const std::string& name, const std::string& overload,
     if (const auto found = cpu_kernels().find(local); found != cpu_kernels().end())
       kernel = found->second;
   }
-  steps_.push_back({'c', kernel, name, overload, std::move(arguments), std::move(outputs), {}, {}});
+  Step step{};
+  step.kind = 'c';
+  step.kernel = kernel;
+  step.name = name;
+  step.overload = overload;
+  step.arguments = std::move(arguments);
+  step.outputs = std::move(outputs);
+  steps_.push_back(std::move(step));
 }
 
 void Program::bind(int64_t slot, const Tensor& tensor) {
@@ -134,11 +214,80 @@ void Program::bind(int64_t slot, const Tensor& tensor) {
 }
 
 void Program::size(int64_t output, int64_t tensor, int64_t dimension) {
-  steps_.push_back({'s', nullptr, "", "", {}, {output}, {true, tensor}, {false, dimension}});
+  Step& step = plain('s', output);
+  step.a = {true, tensor};
+  step.dimension = dimension;
 }
 
 void Program::arithmetic(int64_t output, char sign, Item a, Item b) {
-  steps_.push_back({sign, nullptr, "", "", {}, {output}, a, b});
+  Step& step = plain(sign, output);
+  step.a = a;
+  step.b = b;
+}
+
+void Program::transpose(int64_t output, int64_t tensor, int64_t a, int64_t b) {
+  Step& step = plain('t', output);
+  step.a = {true, tensor};
+  step.dimension = a;
+  step.step = b;
+}
+
+void Program::slice(int64_t output, int64_t tensor, int64_t dimension, Item begin, Item end,
+                    int64_t by) {
+  Step& step = plain('l', output);
+  step.a = {true, tensor};
+  step.dimension = dimension;
+  step.items = {begin, end};
+  step.step = by;
+}
+
+void Program::reshape(int64_t output, int64_t tensor, std::vector<Item> sizes) {
+  Step& step = plain('r', output);
+  step.a = {true, tensor};
+  step.items = std::move(sizes);
+}
+
+Program::Step& Program::plain(char kind, int64_t output) {
+  Step step{};
+  step.kind = kind;
+  step.outputs = {output};
+  steps_.push_back(std::move(step));
+  return steps_.back();
+}
+
+void Program::view(const Step& step, Slots& slots) {
+  const AtenTensorHandle source = slots.tensor(step.a.value);
+  View view(source);
+  if (step.kind == 't') {
+    const int64_t a = view.dimension(step.dimension), b = view.dimension(step.step);
+    std::swap(view.sizes[a], view.sizes[b]);
+    std::swap(view.strides[a], view.strides[b]);
+  } else if (step.kind == 'l') {
+    const int64_t d = view.dimension(step.dimension), size = view.sizes[d];
+    const auto within = [size](int64_t at, int64_t low) {
+      at = at < 0 ? at + size : at;
+      return at < low ? low : at > size ? size : at;
+    };
+    const int64_t begin = within(slots.value(step.items[0]), 0);
+    const int64_t end = within(slots.value(step.items[1]), begin);
+    view.offset = begin * view.strides[d];
+    view.sizes[d] = (end - begin + step.step - 1) / step.step;
+    view.strides[d] *= step.step;
+  } else {
+    int64_t sizes[kMostDims];
+    const auto dims = static_cast<int64_t>(step.items.size());
+    for (int64_t i = 0; i < dims; ++i) sizes[i] = slots.value(step.items[static_cast<size_t>(i)]);
+    if (!view.reshape(sizes, dims)) {
+      std::vector<Item> items;
+      for (int64_t i = 0; i < dims; ++i) items.push_back({false, sizes[i]});
+      StableIValue stack[2] = {of_handle(slots.copy(step.a.value)),
+                               list_of(items, [](const Item& item) { return from(item.value); })};
+      by_dispatcher("aten::reshape", "", stack);
+      slots.put(step.outputs[0], torch::stable::detail::to<AtenTensorHandle>(stack[0]));
+      return;
+    }
+  }
+  slots.put(step.outputs[0], view.of(source));
 }
 
 std::vector<Tensor> Program::run(const std::vector<Tensor>& inputs) const {
@@ -149,8 +298,12 @@ std::vector<Tensor> Program::run(const std::vector<Tensor>& inputs) const {
   std::vector<StableIValue> stack;
   for (const Step& step : steps_) {
     if (step.kind == 's') {
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_size(slots.tensor(step.a.value), step.b.value,
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_size(slots.tensor(step.a.value), step.dimension,
                                                         &slots.integer(step.outputs[0])));
+      continue;
+    }
+    if (step.kind == 't' || step.kind == 'l' || step.kind == 'r') {
+      view(step, slots);
       continue;
     }
     if (step.kind != 'c') {

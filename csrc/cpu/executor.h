@@ -43,6 +43,8 @@ struct Argument {
   std::vector<Item> items;
 };
 
+class Slots;
+
 class Program {
  public:
   // The number of slots, and those of the tensors that a run is given and gives.
@@ -59,18 +61,28 @@ class Program {
   // An integer: the size of a tensor, or '+', '-', '*', '/' (floor) of two.
   void size(int64_t output, int64_t tensor, int64_t dimension);
   void arithmetic(int64_t output, char sign, Item a, Item b);
+  // Other views of a tensor's memory, as torch's transpose, slice and reshape (which copies where
+  // it has to); -1 stands for the size that is left.
+  void transpose(int64_t output, int64_t tensor, int64_t a, int64_t b);
+  void slice(int64_t output, int64_t tensor, int64_t dimension, Item begin, Item end, int64_t step);
+  void reshape(int64_t output, int64_t tensor, std::vector<Item> sizes);
 
   std::vector<torch::stable::Tensor> run(const std::vector<torch::stable::Tensor>& inputs) const;
 
  private:
   struct Step {
-    char kind;           // 'c': call, 's': size, or the sign
+    char kind;           // 'c': call, 's': size, 't', 'l', 'r': a view, or the sign
     BoxedKernel kernel;  // null: by torch's dispatcher
     std::string name, overload;
     std::vector<Argument> arguments;
     std::vector<int64_t> outputs;
     Item a, b;
+    int64_t dimension, step;
+    std::vector<Item> items;
   };
+
+  Step& plain(char kind, int64_t output);
+  static void view(const Step& step, Slots& slots);
 
   std::vector<AtenTensorHandle> begin_;  // by slot: what is bound, or null
   std::vector<torch::stable::Tensor> bound_;

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 from torch._ops import OpOverload
 
 from bigops.backend import machine
+from bigops.graph.deploy.passes.rewrite import VIEWS, aten
 from bigops.ops.library import define
 
 LEAST = 4
@@ -25,8 +25,10 @@ LEAST = 4
 _execute = define("execute(int program, Tensor[] inputs) -> Tensor[]")
 _bind = define("bind_program(int program, int[] slots, Tensor[] tensors) -> ()")
 _INTEGERS = {operator.add: "+", operator.sub: "-", operator.mul: "*", operator.floordiv: "/"}
-_SIZE = torch.ops.aten.sym_size.int
+_SIZE = aten.sym_size.int
 _INTEGER_TYPES = ("int", "SymInt")
+_READERS = ("size", "transpose", "slice", "reshape")  # steps (output, tensor, ...)
+_END = (1 << 63) - 1
 
 
 def with_programs(graph: fx.GraphModule) -> fx.GraphModule:
@@ -194,7 +196,40 @@ class _Program:
         a, b = ((False, v) if type(v) is int else (True, self.slot(v)) for v in node.args)  # type: ignore[arg-type]
         self.steps.append(("arithmetic", (to, _INTEGERS[node.target], a, b)))  # type: ignore[index]
 
-    def call(self, node: fx.Node) -> None:
+    def add(self, node: fx.Node) -> None:
+        """The step of a node: a view where it is one whose dimensions are known, or a call."""
+        if node.target in (aten.transpose.int, aten.slice.Tensor, *VIEWS):
+            view = self._view(node)
+            if view is not None:
+                name, source, *given = view
+                source = self.slot(source)
+                self.steps.append((name, (self.slot(node), source, *given)))
+                return
+        self._call(node)
+
+    def _view(self, node: fx.Node) -> list[Any] | None:
+        x, *given = (value for _, value in _arguments(node))
+        if node.target in VIEWS:
+            return ["reshape", x, [self._item(size) for size in given[0]]]
+        if node.target is aten.transpose.int:
+            a, b = given
+            return ["transpose", x, a, b] if type(a) is type(b) is int else None
+        dim, begin, end, step = given
+        if type(dim) is not int or type(step) is not int:
+            return None
+        return [
+            "slice",
+            x,
+            dim,
+            self._item(begin or 0),
+            self._item(_END if end is None else end),
+            step,
+        ]
+
+    def _item(self, value: Any) -> tuple[bool, int]:
+        return (True, self.slot(value)) if isinstance(value, fx.Node) else (False, value)
+
+    def _call(self, node: fx.Node) -> None:
         target = node.target
         assert isinstance(target, OpOverload)
         given = [_argument(kind, value, self) for kind, value in _arguments(node)]
@@ -214,7 +249,7 @@ def _replace(module: fx.GraphModule, run: list[fx.Node]) -> None:
     program = _Program(set(run))
     for node in run:
         if node.target is not operator.getitem:
-            program.call(node)
+            program.add(node)
     results = [n for n in run if n in program.slots and any(u not in program.run for u in n.users)]
     _take_last(program, results)
     slots = program.slots
@@ -242,7 +277,7 @@ def _take_last(program: _Program, results: list[fx.Node]) -> None:
     """Let the last reader of a slot have the tensor, so that memory is free as soon as it can."""
     kept = {program.slots[node] for node in (*results, *program.inputs, *program.bound)}
     for name, given in reversed(program.steps):
-        if name == "size":
+        if name in _READERS:
             kept.add(given[1])
         if name != "call":
             continue

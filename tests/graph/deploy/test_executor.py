@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import operator
 import threading
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import bigops
@@ -78,6 +81,53 @@ def test_every_kind_of_argument() -> None:
     module = g.module(scaled, at)
     check(module, torch.randn(3, 4))
     check(module, torch.randn(1, 4))  # the sizes are those of the run
+
+
+SHAPE = st.lists(st.integers(1, 4), min_size=1, max_size=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=SHAPE,
+    steps=st.lists(
+        st.tuples(st.sampled_from("tlr"), st.randoms(use_true_random=False)), max_size=6
+    ),
+)
+def test_views_as_torch_has_them(shape: list[int], steps: list[Any]) -> None:
+    """Transposed, cut with a step and from behind, and reshaped, with a size left open or not."""
+    g, sizes = Graph(), list(shape)
+    x = torch.arange(float(math.prod(shape))).reshape(shape)
+    at = g.input("x")
+    for _ in range(executor.LEAST):
+        at = g(aten.relu.default, at)
+    for kind, random in steps:
+        d = random.randrange(-len(sizes), len(sizes))
+        if kind == "t":
+            e = random.randrange(-len(sizes), len(sizes))
+            at = g(aten.transpose.int, at, d, e)
+            sizes[d], sizes[e] = sizes[e], sizes[d]
+        elif kind == "l":
+            begin, end = random.choice([None, -3, 0, 1, 9]), random.choice([None, -1, 1, 3, 9])
+            step = random.choice([1, 2])
+            at = g(aten.slice.Tensor, at, d, begin, end, step)
+            sizes[d] = len(range(sizes[d])[begin:end:step])
+        else:
+            total, made = math.prod(sizes), []
+            for factor in random.sample([2, 3, 2, 1], 4):
+                if total % factor == 0 and total > 0:
+                    made.append(factor)
+                    total //= factor
+            made.append(total)
+            random.shuffle(made)
+            sizes = list(made)
+            if math.prod(made) > 0 and random.random() < 0.5:
+                made[random.randrange(len(made))] = -1
+            at = g(aten.reshape.default, at, made)
+    module = g.module(at)
+    made = executor.with_programs(module)
+    assert programs(made) == 1
+    (one,), (other,) = made(x), module(x)
+    assert torch.equal(one, other)
 
 
 def test_what_cannot_be_passed_on_stays_a_node() -> None:
