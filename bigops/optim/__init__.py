@@ -1,7 +1,15 @@
 """Optimisers, sampler and run state, which training and compression share."""
 
 from bigops.optim.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from bigops.optim.optimizers import SGD, AdamW
+from bigops.optim.optimizers import SGD, Adam, AdamW
 from bigops.optim.sampler import Sampler
 
-__all__ = ["SGD", "AdamW", "Sampler", "TrainState", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Sampler",
+    "TrainState",
+    "load_checkpoint",
+    "save_checkpoint",
+]

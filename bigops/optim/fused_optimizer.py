@@ -1,4 +1,4 @@
-"""What `bigops.train.AdamW` and `SGD` share: groups, states, masters, and the checked step."""
+"""What `AdamW`, `Adam` and `SGD` share: groups, states, masters, and the checked step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 
 from bigops.nn.stored_parameter import StoredParameter
 from bigops.ops.fused_adamw import states
+from bigops.optim import placed
 from bigops.optim import saved_states as saved
+from bigops.optim.batch import Batch
 from bigops.optim.grad_norm import norm_over_ranks
 from bigops.optim.options import RefusedError, check_flags, check_number, refuse_capture
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NONE = torch.empty(0, dtype=torch.float32, device="cpu")  # says that this parameter has none
 # Dtypes of states, of parameters of float64 and of all others.
 _KEPT = {True: (torch.float64,), False: (torch.float32, torch.uint8)}
 _LARGEST = torch.finfo(torch.float32).max
@@ -33,6 +34,8 @@ class FusedOptimizer(Optimizer):
     _SIGNED: ClassVar[dict[str, bool]] = {}
     # What a saved state has all of, if any.
     _WHOLE: ClassVar[tuple[str, ...]] = ()
+    # Whether gradients are used up while the backward pass makes them, see `step_in_backward`.
+    in_backward = False
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         if isinstance(params, set | frozenset):
@@ -79,8 +82,6 @@ class FusedOptimizer(Optimizer):
                 continue  # torch's own message; never trained
             if tensor.layout != torch.strided:
                 raise ValueError(f"params: expected dense parameters; got {tensor.layout}")
-            if hasattr(tensor, "device_mesh"):
-                raise TypeError("params: expected plain tensors; got a DTensor")
             if tensor.dtype not in DTYPES:
                 names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
                 raise TypeError(f"params: expected dtype {names}; got {tensor.dtype}")
@@ -111,11 +112,18 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: a grad_factor past float32, or states that do not fit a parameter whose
                 dtype or shape was changed; nothing was updated.
-            RefusedError: a sparse gradient, or AdamW in the capture of a CUDA graph; likewise.
+            RefusedError: a sparse gradient, AdamW in the capture of a CUDA graph, a parameter
+                split between ranks in a way that 8-bit states or stochastic rounding do not serve,
+                or a factor beside `step_in_backward`; likewise.
         """
         if not abs(grad_factor) <= _LARGEST:
             raise ValueError(
                 f"grad_factor: expected a number that float32 holds; got {grad_factor}"
+            )
+        if self.in_backward and grad_factor != 1:
+            raise RefusedError(
+                "grad_factor: expected 1 beside step_in_backward, whose gradients are used up; got "
+                f"{grad_factor}"
             )
         if "capturable" in self.defaults:
             refuse_capture()
@@ -139,11 +147,24 @@ class FusedOptimizer(Optimizer):
                 for _, param in items:
                     self._prepare(group, param)
                 work.append((group, items))
-        for group, items in work:
-            self._update(group, Batch(self, group, items), grad_factor)
+        batches = [(group, self._batch(group, items)) for group, items in work]
+        for group, batch in batches:
+            self._update(group, batch, grad_factor)
+            batch.count_versions()
         for group in self.param_groups:
             group["rounding_step"] += 1
         return loss
+
+    def _batch(self, group: dict[str, Any], items: list[tuple[int, Tensor]]) -> Batch:
+        return Batch([self.state[param] for _, param in items], group, items)
+
+    @torch.no_grad()
+    def _step_one(self, group: dict[str, Any], stream: int, param: Tensor) -> None:
+        """The part of `step` that is one parameter's, without counting the step."""
+        self._prepare(group, param)
+        batch = self._batch(group, [(stream, param)])
+        self._update(group, batch, 1.0)
+        batch.count_versions()
 
     @torch.no_grad()
     def step_checked(
@@ -167,8 +188,15 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             ValueError: an argument out of range; nothing was changed.
-            RefusedError: as `step` raises it; likewise.
+            RefusedError: as `step` raises it, or an optimiser that steps in the backward pass;
+                likewise.
         """
+        if self.in_backward:
+            raise RefusedError(
+                "step_checked: expected an optimiser that steps after the backward pass: clipping "
+                "by the norm of all gradients, and a step skipped for one of them, need them "
+                "together; got one under step_in_backward"
+            )
         if not 0 < inv_scale <= _LARGEST:
             raise ValueError(
                 f"inv_scale: expected a number above 0 that float32 holds; got {inv_scale}"
@@ -222,19 +250,43 @@ class FusedOptimizer(Optimizer):
                 _check_fits(name, held, param, held.dtype in kept)
                 continue
             if saved.coded(group, param):
-                signed = self._SIGNED[name]
-                state[name] = torch.full(
-                    param.shape, _ZERO[signed], dtype=torch.uint8, device=param.device
+                placed.check_blocks(param)
+                part, leading = placed.local(param), states.leading_of(param.shape)
+                codes = torch.full(
+                    part.shape, _ZERO[self._SIGNED[name]], dtype=torch.uint8, device=part.device
                 )
-                state[f"{name}_scale"] = torch.zeros(
-                    states.blocks_of(param.numel()), dtype=torch.float32, device=param.device
+                scales = torch.zeros(
+                    states.scales_shape(part.shape, leading),
+                    dtype=torch.float32,
+                    device=part.device,
+                )
+                state[name] = placed.wrap(codes, param, tuple(param.shape))
+                state[f"{name}_scale"] = placed.wrap(
+                    scales, param, states.scales_shape(param.shape)
                 )
             else:
                 state[name] = torch.zeros_like(param, dtype=saved.wide(param))
 
+    @torch.no_grad()
+    def make_states(self) -> None:
+        """Make the states that the first step would make, of all parameters that are trained.
+
+        torch.distributed.checkpoint asks an optimiser without states for its state_dict after a
+        step with zeros for gradients, which counts as one. So make them before they are loaded.
+        (SGD's dampening spares the first gradient; that this one is still to come is not saved.)
+
+        Raises:
+            RefusedError: as `step` raises it.
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.requires_grad:
+                    self._prepare(group, param)
+
     def state_bytes(self) -> int:
-        """Bytes of all states that live now, masters included."""
-        tensors = [t for s in self.state.values() for t in s.values() if isinstance(t, Tensor)]
+        """Bytes of all states that live now on this rank, masters included."""
+        held = [t for s in self.state.values() for t in s.values() if isinstance(t, Tensor)]
+        tensors = map(placed.local, held)
         return sum(t.numel() * t.element_size() for t in tensors)
 
     # --- state_dict --------------------------------------------------------------------------
@@ -327,47 +379,6 @@ class FusedOptimizer(Optimizer):
         return pairs
 
 
-class Batch:
-    """The lists of one kernel call."""
-
-    def __init__(
-        self, optimizer: FusedOptimizer, group: dict[str, Any], items: list[tuple[int, Tensor]]
-    ) -> None:
-        self.states = [optimizer.state[param] for _, param in items]
-        self.grads = [param.grad for _, param in items]
-        self.params = [s.get("master", p) for s, (_, p) in zip(self.states, items, strict=True)]
-        self.copies: list[Tensor] = []
-        if any("master" in s for s in self.states):
-            self.copies = [
-                p if "master" in s else _NONE for s, (_, p) in zip(self.states, items, strict=True)
-            ]
-        rounds = group["stochastic_rounding"] and any(
-            p.dtype == torch.bfloat16 for p in self.params
-        )
-        streams = [stream for stream, _ in items] if rounds else []
-        rounding = streams, group["seed"], group["rounding_step"]
-        self.rounding: tuple[list[int], int, int] = rounding
-
-    def lists(self, name: str) -> tuple[list[Tensor], list[Tensor]]:
-        """The states of a name and their scales ([] where none is in 8 bits)."""
-        key = f"{name}_scale"
-        scales = (
-            [s.get(key, _NONE) for s in self.states] if any(key in s for s in self.states) else []
-        )
-        return [s[name] for s in self.states], scales
-
-    def part(self, chosen: list[bool]) -> Batch:
-        """The batch of those parameters alone."""
-        if all(chosen):
-            return self
-        part = object.__new__(Batch)
-        for name in ("states", "grads", "params", "copies"):
-            setattr(part, name, list(itertools.compress(getattr(self, name), chosen)))
-        streams, seed, step = self.rounding
-        part.rounding = (list(itertools.compress(streams, chosen)), seed, step)
-        return part
-
-
 def _unordered(params: Any) -> TypeError:
     return TypeError(
         f"params: expected an ordered collection; got a {type(params).__name__}, whose order is "
@@ -376,9 +387,11 @@ def _unordered(params: Any) -> TypeError:
 
 
 def _check_fits(name: str, held: Tensor, param: Tensor, dtype_fits: bool) -> None:
-    if held.shape != param.shape or not dtype_fits:
+    split = placed.is_split(param)
+    lies = split == placed.is_split(held) and (not split or held.placements == param.placements)  # type: ignore[attr-defined]
+    if held.shape != param.shape or not dtype_fits or not lies:
         raise ValueError(
             f"params: expected what {name} was made for, {held.dtype} of shape "
             f"{list(held.shape)}; got a parameter of {param.dtype}, shape {list(param.shape)} (was "
-            "the model changed after a step?)"
+            "the model changed after a step, or split in another way?)"
         )

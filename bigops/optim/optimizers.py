@@ -1,4 +1,4 @@
-"""AdamW and SGD whose step is one kernel call per parameter group, over all its tensors."""
+"""AdamW, Adam and SGD whose step is one kernel call per parameter group, over all its tensors."""
 
 from __future__ import annotations
 
@@ -14,45 +14,13 @@ from bigops.optim.fused_optimizer import Batch, FusedOptimizer
 from bigops.optim.options import RefusedError, check_number, check_tensors
 
 
-class AdamW(FusedOptimizer):
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), a drop-in for torch.optim.AdamW.
-
-    ::
-
-        optimizer = bigops.train.AdamW(model.parameters(), lr=1e-3)
-        stepped = optimizer.step_checked(clip_norm=1.0)  # or MixedPrecision.step(optimizer, 1.0)
+class Adam(FusedOptimizer):
+    """Adam (Kingma and Ba, arXiv 1412.6980), a drop-in for torch.optim.Adam.
 
     Args:
-        params: parameters, pairs of name and parameter, or groups of them, in an order that is
-            the same in each run: no set. float32, bfloat16, float16, float64, mixed freely, on the
-            CPU or a GPU (`bigops.explain("fused_adamw", params)` names the kernel).
-        lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; each a number or a tensor
-            of one element, which is read at every step.
-        foreach, fused: ways of computing, kept in ``param_groups`` for whoever reads them there;
-            the kernel is the same. At most one may be True; foreach with tensors is refused, as
-            torch does.
-        amsgrad, capturable, differentiable: refused where True.
-        eight_bit: states in 8 bits with an absmax per 256 elements (Dettmers et al., arXiv
-            2110.02861): 0.26 of the float32 bytes. Tensors below 4096 elements and of float64
-            keep full states.
-        stochastic_rounding: of bfloat16 parameters without masters, by Philox of ``seed``,
-            parameter, step and element: the same bits at every thread count. False: to nearest,
-            which loses updates below half a unit in the last place.
-        master_weights: keep a float32 copy of bfloat16 and float16 parameters as state "master",
-            update that and write the parameter from it. Load the optimiser's state together with
-            the model's: a parameter changed from outside is overwritten by its master.
-        seed: of the stochastic rounding; it and the step counter are in ``state_dict``.
-
-    Moments are float32 (float64 for float64 parameters), also of 16-bit parameters. Where states
-    are float32 the ``state_dict`` loads into torch.optim.AdamW and back; with one in 8 bits
-    torch's step raises.
-
-    Raises:
-        ValueError: an option out of range, or a sparse parameter.
-        RefusedError: an option that is refused; it is a ValueError and a RuntimeError, since
-            torch.optim raises either.
-        TypeError: an option that is no number, a parameter's dtype that is not served (complex
-            ones too), a DTensor, or parameters in a set.
+        weight_decay: added to the gradient times the parameter; with decoupled_weight_decay the
+            parameter shrinks by ``lr * weight_decay`` instead, as in `AdamW`.
+        Others: as for `AdamW`, and raised for as there.
     """
 
     _SIGNED: ClassVar[dict[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
@@ -64,14 +32,15 @@ class AdamW(FusedOptimizer):
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        weight_decay: float = 0,
         amsgrad: bool = False,
         *,
-        maximize: bool = False,
         foreach: bool | None = None,
+        maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
         eight_bit: bool = False,
         stochastic_rounding: bool = True,
         master_weights: bool = False,
@@ -88,7 +57,7 @@ class AdamW(FusedOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
-            "decoupled_weight_decay": True,
+            "decoupled_weight_decay": decoupled_weight_decay,
             "eight_bit": eight_bit,
             "stochastic_rounding": stochastic_rounding,
             "master_weights": master_weights,
@@ -109,16 +78,7 @@ class AdamW(FusedOptimizer):
         check_number("eps", group["eps"], 0)
         check_tensors(group, ("lr", "betas"))
         if group["amsgrad"]:
-            raise RefusedError("amsgrad: expected False, torch.optim.AdamW has it; got True")
-        if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0:
-            raise ValueError(
-                "decoupled_weight_decay: expected True, as AdamW has it; got False, Adam's"
-            )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # Adam's without decay is AdamW's, as torch takes it
-            group["decoupled_weight_decay"] = True
+            raise RefusedError("amsgrad: expected False, torch.optim has it; got True")
 
     def _prepare(self, group: dict[str, Any], param: Tensor) -> None:
         if "step" not in self.state[param]:
@@ -141,10 +101,108 @@ class AdamW(FusedOptimizer):
             *map(float, group["betas"]),
             float(group["eps"]),
             float(group["weight_decay"]),
+            group["decoupled_weight_decay"],
             group["maximize"],
             grad_factor,
             *batch.rounding,
         )
+
+
+class AdamW(Adam):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), a drop-in for torch.optim.AdamW.
+
+    ::
+
+        optimizer = bigops.train.AdamW(model.parameters(), lr=1e-3)
+        stepped = optimizer.step_checked(clip_norm=1.0)  # or MixedPrecision.step(optimizer, 1.0)
+
+    Args:
+        params: parameters, pairs of name and parameter, or groups of them, in an order that is
+            the same in each run: no set. float32, bfloat16, float16, float64, mixed freely, on the
+            CPU or a GPU (`bigops.explain("fused_adamw", params)` names the kernel).
+        lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; each a number or a tensor
+            of one element, which is read at every step.
+        foreach, fused: ways of computing, kept in ``param_groups`` for whoever reads them there;
+            the kernel is the same. At most one may be True; foreach with tensors is refused, as
+            torch does.
+        amsgrad, capturable, differentiable: refused where True.
+        eight_bit: states in 8 bits with an absmax for 256 elements of a row, or for a shorter row
+            (Dettmers et al., arXiv 2110.02861): 0.26 of the float32 bytes, 0.27 at rows of 64,
+            0.31 at 16. Full states are kept of fewer than 4096 elements, rows of fewer than 16,
+            float64, and of a DTensor of one dimension.
+        stochastic_rounding: of bfloat16 parameters without masters, by Philox of ``seed``,
+            parameter, step and element of the whole parameter: the same bits at every thread count
+            and on every mesh. False: to nearest, which loses updates below half a unit in the last
+            place.
+        master_weights: keep a float32 copy of bfloat16 and float16 parameters as state "master",
+            update that and write the parameter from it. Load the optimiser's state together with
+            the model's: a parameter changed from outside is overwritten by its master.
+        seed: of the stochastic rounding; it and the step counter are in ``state_dict``.
+
+    Parameters may be DTensors (FSDP2, tensor parallel): states are DTensors of their placements,
+    which torch.distributed.checkpoint saves and splits anew, to the same bits.
+
+    Moments are float32 (float64 for float64 parameters), also of 16-bit parameters. Where states
+    are float32 the ``state_dict`` loads into torch.optim.AdamW and back; with one in 8 bits
+    torch's step raises.
+
+    Raises:
+        ValueError: an option out of range, or a sparse parameter.
+        RefusedError: an option that is refused; it is a ValueError and a RuntimeError, since
+            torch.optim raises either.
+        TypeError: an option that is no number, a parameter's dtype that is not served (complex
+            ones too), or parameters in a set.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        eight_bit: bool = False,
+        stochastic_rounding: bool = True,
+        master_weights: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            eight_bit=eight_bit,
+            stochastic_rounding=stochastic_rounding,
+            master_weights=master_weights,
+            seed=seed,
+        )
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        super()._check_options(group)
+        if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0:
+            raise ValueError(
+                "decoupled_weight_decay: expected True, as AdamW has it; got False, Adam's"
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # Adam's without decay is AdamW's, as torch takes it
+            group["decoupled_weight_decay"] = True
 
 
 class SGD(FusedOptimizer):

@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bigops.ops.fused_adamw import states
+from bigops.optim import placed
 
 MIN_EIGHT_BIT = 4096
 """States of smaller tensors stay in 32 bits: they weigh nothing, and biases need the precision."""
+MIN_ROW = 16
+"""States of shorter rows, too, each with an absmax of 4 bytes: 3 x 3 depthwise kernels have 9."""
 
 
 def wide(param: Tensor) -> torch.dtype:
@@ -21,18 +24,28 @@ def wide(param: Tensor) -> torch.dtype:
 
 
 def coded(group: dict[str, Any], param: Tensor) -> bool:
-    """Whether a parameter's states are in 8 bits."""
-    return bool(
-        group["eight_bit"] and param.numel() >= MIN_EIGHT_BIT and param.dtype != torch.float64
-    )
+    """Whether a parameter's states are in 8 bits: by its whole size, on every mesh the same.
+
+    Of one dimension they are where it is no DTensor: its one row would be split between ranks.
+    """
+    if not group["eight_bit"] or param.dtype == torch.float64 or param.numel() < MIN_EIGHT_BIT:
+        return False
+    if param.ndim == 1 and placed.is_split(param):
+        return False
+    return states.row_of(param.shape, states.leading_of(param.shape)) >= MIN_ROW
 
 
 def with_codes_apart(
     signed: Mapping[str, bool], _: Optimizer, given: dict[str, Any]
 ) -> dict[str, Any]:
-    """A state_dict in which a moment in 8 bits is ``{"codes": uint8}``; its scales stay beside."""
+    """A state_dict in which a moment in 8 bits is ``{"codes": uint8}``; its scales stay beside.
+
+    Whether a buffer of SGD waits for its first gradient is left out: the file of a run that has
+    stepped, which is read into such states, says nothing of it.
+    """
 
     def form(held: dict[str, Any]) -> dict[str, Any]:
+        held = {key: value for key, value in held.items() if key != "fresh"}
         coded = [name for name in signed if f"{name}_scale" in held]
         return held | {name: {"codes": held[name]} for name in coded} if coded else held
 
@@ -80,10 +93,10 @@ def check(
         if value.shape != param.shape:
             raise ValueError(f"{where} shape {list(param.shape)}; got {list(value.shape)}")
         if value.dtype == torch.uint8 and name in signed:
-            count = states.blocks_of(param.numel())
-            if scales is None or scales.shape != (count,):
+            if scales is None or not states.fits(scales, param.shape):
                 got = "none" if scales is None else f"shape {list(scales.shape)}"
-                raise ValueError(f"{where} scales of shape [{count}]; got {got}")
+                want = list(states.scales_shape(param.shape))
+                raise ValueError(f"{where} scales of shape {want}; got {got}")
         elif scales is not None:  # torch.optim leaves that of codes that it took for values
             raise TypeError(f"{where} codes of uint8 beside their scales; got {value.dtype}")
         elif not value.is_floating_point():
@@ -101,23 +114,54 @@ def fitted(
         if name == "step":
             own[name] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         elif name == "master":
-            own[name] = torch.empty_like(param, dtype=torch.float32).copy_(value)
+            own[name] = torch.empty_like(param, dtype=torch.float32).copy_(
+                placed.laid(value, param)
+            )
         elif name in signed:
             moment, scales = _moment(loaded, name)
             if coded(group, param):
-                if scales is None:
-                    moment, scales = states.encode(moment.float(), signed[name])
-                own[name] = torch.empty_like(
-                    param, dtype=torch.uint8, memory_format=torch.contiguous_format
-                ).copy_(moment)
-                own[f"{name}_scale"] = scales.to(param.device, torch.float32, copy=True)
+                own[name], own[f"{name}_scale"] = _codes(param, moment, scales, signed[name])
             else:
                 if scales is not None:
-                    moment = states.decode(moment, scales, signed[name])
-                own[name] = torch.empty_like(param, dtype=wide(param)).copy_(moment)
+                    moment = _floats(moment, scales, signed[name])
+                own[name] = torch.empty_like(param, dtype=wide(param)).copy_(
+                    placed.laid(moment, param)
+                )
         else:
             own[name] = value
     return own
+
+
+def _floats(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    part = states.decode(placed.local(codes), placed.local(scales), signed)
+    return placed.wrap(part, codes, tuple(codes.shape))
+
+
+def _codes(
+    param: Tensor, moment: Tensor, scales: Tensor | None, signed: bool
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales by the rows of the parameter, in memory of their own.
+
+    Older files have one row of all elements: where rows are whole blocks their scales are those of
+    the rows, else the values are rounded anew.
+    """
+    placed.check_blocks(param)
+    shape, leading = states.scales_shape(param.shape), states.leading_of(param.shape)
+    whole = states.row_of(param.shape, leading) % states.BLOCK == 0
+    if scales is not None and scales.shape != shape:
+        if whole and scales.ndim == 1:
+            scales = scales.reshape(shape)
+        else:
+            moment, scales = _floats(moment, scales, signed), None
+    part = placed.local(placed.laid(moment, param))
+    if scales is None:
+        codes, absmax = states.encode(part.float(), signed, leading)
+    else:
+        codes, absmax = part, placed.local(placed.laid(scales, param))
+    device = placed.local(param).device
+    codes = codes.to(device, copy=True, memory_format=torch.contiguous_format)
+    absmax = absmax.to(device, torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return placed.wrap(codes, param, tuple(param.shape)), placed.wrap(absmax, param, shape)
 
 
 def unhook(hooks: dict[int, Any], own: Callable[..., Any]) -> None:

@@ -1,13 +1,14 @@
 """Training aids that leave the loop to the caller: precision, optimisers, checkpoints."""
 
 from bigops.graph.adapter_files import load_adapter_, save_adapter
-from bigops.optim import SGD, AdamW, Sampler, TrainState, load_checkpoint, save_checkpoint
+from bigops.optim import SGD, Adam, AdamW, Sampler, TrainState, load_checkpoint, save_checkpoint
 from bigops.train import amp
 from bigops.train.precision import PRECISIONS, MixedPrecision, StepResult
 
 __all__ = [
     "PRECISIONS",
     "SGD",
+    "Adam",
     "AdamW",
     "MixedPrecision",
     "Sampler",

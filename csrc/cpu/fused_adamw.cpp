@@ -16,7 +16,7 @@ namespace {
 
 using List = std::vector<Tensor>;
 
-constexpr int64_t kChunk = 16384;         // elements; a multiple of kStateBlock
+constexpr int64_t kChunk = 16384;         // elements of long rows; a multiple of kStateBlock
 constexpr int64_t kWorthThreads = 32768;  // elements in all; waking a thread costs about 5 us
 
 int type_code(ScalarType t) {
@@ -47,18 +47,24 @@ SelectedOptimizer select(int type) {
 
 struct Chunk {
   size_t tensor;
-  int64_t begin, end;  // elements of that tensor
+  int64_t begin, end;  // blocks of that tensor
   int64_t before;      // elements of all chunks before this one
 };
 
 // The same chunks at every thread count: so are sums over them.
 class Chunks {
  public:
-  void add(size_t tensor, int64_t numel) {
-    for (int64_t begin = 0; begin < numel; begin += kChunk) {
-      const int64_t end = std::min(begin + kChunk, numel);
+  // A tensor of rows of `row` elements, not empty.
+  void add(size_t tensor, int64_t numel, int64_t row) {
+    const int64_t per_row = (row + kStateBlock - 1) / kStateBlock, blocks = numel / row * per_row;
+    const int64_t together = kChunk / std::min(row, kStateBlock);
+    auto elements = [&](int64_t block) {
+      return block / per_row * row + std::min(block % per_row * kStateBlock, row);
+    };
+    for (int64_t begin = 0; begin < blocks; begin += together) {
+      const int64_t end = std::min(begin + together, blocks);
       chunks_.push_back({tensor, begin, end, total_});
-      total_ += end - begin;
+      total_ += elements(end) - elements(begin);
     }
   }
 
@@ -163,6 +169,24 @@ bool is_coded(const Lists& l, size_t i) {
 
 bool has_copy(const Lists& l, size_t i) { return !l.copies.empty() && l.copies[i].numel() > 0; }
 
+// Scales of shape [.., blocks of a row]: the first dimensions are the parameter's, the others one
+// row. Its elements.
+int64_t row_of(const std::string& name, const Tensor& scales, const Tensor& param) {
+  const int64_t leading = scales.dim() - 1;
+  bool fits = leading >= 0 && leading <= param.dim();
+  int64_t row = 1;
+  for (int64_t i = 0; fits && i < param.dim(); ++i) {
+    if (i < leading)
+      fits = scales.size(i) == param.size(i);
+    else
+      row *= param.size(i);
+  }
+  if (!fits || scales.size(leading) != (row + kStateBlock - 1) / kStateBlock)
+    fail(name.c_str(), "the parameter's rows and an absmax for 256 elements of each",
+         shape_of(scales));
+  return row;
+}
+
 void check_state(const std::string& name, const Tensor& state, const Tensor& param, bool coded,
                  const List& scales, size_t i) {
   check_cpu(name.c_str(), state);
@@ -175,16 +199,38 @@ void check_state(const std::string& name, const Tensor& state, const Tensor& par
   if (!coded) return;
   if (wide) fail(name.c_str(), "dtype f64 for a parameter of f64", "u8");
   if (!state.is_contiguous()) fail(name.c_str(), "contiguous codes", "another layout");
-  const int64_t blocks = (param.numel() + kStateBlock - 1) / kStateBlock;
   const std::string scale = name + "'s scales";
   if (scales.empty()) fail(scale.c_str(), "one tensor for each of params", "none");
   check_cpu(scale.c_str(), scales[i]);
   check_dtype(scale.c_str(), scales[i], ScalarType::Float);
-  check_vector(scale.c_str(), scales[i], blocks);
+  row_of(scale, scales[i], param);
   if (!scales[i].is_contiguous()) fail(scale.c_str(), "contiguous scales", "another layout");
 }
 
-void check_lists(const Lists& l, const std::vector<int64_t>& streams) {
+struct Random {
+  const std::vector<int64_t>&streams, &firsts, &runs, &strides;
+  int64_t seed, step;
+};
+
+void check_places(const Lists& l, const Random& r) {
+  const size_t count = l.params.size();
+  for (const auto* list : {&r.streams, &r.firsts, &r.runs, &r.strides})
+    if (!list->empty() && list->size() != count)
+      fail("streams, firsts, runs, strides", "none, or one for each of params",
+           std::to_string(list->size()));
+  if (r.firsts.size() != r.runs.size() || r.runs.size() != r.strides.size())
+    fail("firsts, runs, strides", "all of them or none", "some");
+  for (size_t i = 0; i < r.runs.size(); ++i) {
+    const int64_t numel = l.params[i].numel(), run = r.runs[i];
+    const bool fits = run > 0 && numel % run == 0 && r.firsts[i] >= 0 && r.strides[i] >= run;
+    const int64_t row = is_coded(l, i) ? row_of("scales", l.first_scales[i], l.params[i]) : 1;
+    if (numel > 0 && !(fits && run % row == 0))
+      fail(at("runs", i).c_str(), "whole rows of params, of which it is a part",
+           std::to_string(run));
+  }
+}
+
+void check_lists(const Lists& l, const Random& random) {
   const size_t count = l.params.size();
   check_count("grads", l.grads, count);
   check_count(l.first_name, l.first, count, !l.two_states);
@@ -192,8 +238,6 @@ void check_lists(const Lists& l, const std::vector<int64_t>& streams) {
   check_count("scales", l.first_scales, count, true);
   check_count("scales", l.second_scales, count, true);
   check_count("copies", l.copies, count, true);
-  if (!streams.empty() && streams.size() != count)
-    fail("streams", "none, or one for each of params", std::to_string(streams.size()));
   for (size_t i = 0; i < count; ++i) {
     const Tensor& param = l.params[i];
     const std::string name = at("params", i);
@@ -222,14 +266,15 @@ void check_lists(const Lists& l, const std::vector<int64_t>& streams) {
       if (type == kF64) fail(copy.c_str(), "no copy of a parameter of f64", "one");
     }
   }
+  check_places(l, random);
 }
 
 // --- the step --------------------------------------------------------------------------------
 
 // One task per tensor, laid out so that element i means the same in all its pointers.
-StepTask task_of(const Lists& l, size_t i, WrittenBack& back, List& kept) {
+StepTask task_of(const Lists& l, size_t i, bool random, WrittenBack& back, List& kept) {
   const bool coded = is_coded(l, i);
-  bool direct = l.params[i].is_contiguous() || (!coded && fills_memory(l.params[i]));
+  bool direct = l.params[i].is_contiguous() || (!coded && !random && fills_memory(l.params[i]));
   auto fits = [&](const Tensor& t) { direct = direct && same_strides(l.params[i], t); };
   fits(l.grads[i]);
   if (!l.first.empty()) fits(l.first[i]);
@@ -255,14 +300,13 @@ StepTask task_of(const Lists& l, size_t i, WrittenBack& back, List& kept) {
   }
   t.param_type = type_code(l.params[i].scalar_type());
   t.grad_type = type_code(l.grads[i].scalar_type());
-  if (coded) t.maps = &state_maps();
+  t.row = l.params[i].numel();
+  if (coded) {
+    t.maps = &state_maps();
+    t.row = row_of("scales", l.first_scales[i], l.params[i]);
+  }
   return t;
 }
-
-struct Random {
-  const std::vector<int64_t>& streams;
-  int64_t seed, step;
-};
 
 // set(task, i) adds the numbers of the rule to the task of tensor i.
 template <class Set>
@@ -277,16 +321,22 @@ void run_step(const Lists& l, const Random& random, const char* op,
   Chunks chunks;
   for (size_t i = 0; i < count; ++i) {
     if (l.params[i].numel() > 0) {
-      tasks[i] = task_of(l, i, back, kept);
-      if (!random.streams.empty()) {
-        roundings[i] = {static_cast<uint64_t>(random.seed),
-                        static_cast<uint32_t>(random.streams[i]),
-                        static_cast<uint32_t>(random.step)};
+      const bool rounds =
+          !random.streams.empty() && l.params[i].scalar_type() == ScalarType::BFloat16;
+      tasks[i] = task_of(l, i, rounds, back, kept);
+      if (rounds) {
+        const bool part = !random.runs.empty();
+        const int64_t numel = l.params[i].numel();
+        roundings[i] = {
+            static_cast<uint64_t>(random.seed), static_cast<uint32_t>(random.streams[i]),
+            static_cast<uint32_t>(random.step), part ? random.firsts[i] : 0,
+            part ? random.runs[i] : numel,      part ? random.strides[i] : numel};
         tasks[i].rounding = &roundings[i];
+        if (!is_coded(l, i)) tasks[i].row = roundings[i].run;
       }
       record(select(tasks[i].param_type).isa, op, short_name(l.params[i].scalar_type()),
              is_coded(l, i) ? "8bit" : "fused");
-      chunks.add(i, l.params[i].numel());
+      chunks.add(i, l.params[i].numel(), tasks[i].row);
     }
     set(tasks[i], i);
   }
@@ -304,13 +354,15 @@ void fused_adamw(std::vector<Tensor> params, std::vector<Tensor> grads,
                  std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
                  std::vector<Tensor> steps, std::vector<Tensor> exp_avg_scales,
                  std::vector<Tensor> exp_avg_sq_scales, std::vector<Tensor> copies, double lr,
-                 double beta1, double beta2, double eps, double weight_decay, bool maximize,
-                 double grad_factor, std::vector<int64_t> streams, int64_t seed,
-                 int64_t rounding_step) {
+                 double beta1, double beta2, double eps, double weight_decay, bool decoupled,
+                 bool maximize, double grad_factor, std::vector<int64_t> streams, int64_t seed,
+                 int64_t rounding_step, std::vector<int64_t> firsts, std::vector<int64_t> runs,
+                 std::vector<int64_t> strides) {
   const Lists lists{
       params, grads,      exp_avgs,      exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales,
       copies, "exp_avgs", "exp_avg_sqs", true};
-  check_lists(lists, streams);
+  const Random random{streams, firsts, runs, strides, seed, rounding_step};
+  check_lists(lists, random);
   check_count("steps", steps, params.size());
   for (size_t i = 0; i < steps.size(); ++i) {
     const std::string name = at("steps", i);
@@ -318,19 +370,19 @@ void fused_adamw(std::vector<Tensor> params, std::vector<Tensor> grads,
     check_dtype(name.c_str(), steps[i], ScalarType::Float);
     if (steps[i].numel() != 1) fail(name.c_str(), "one element", shape_of(steps[i]));
   }
-  run_step(lists, {streams, seed, rounding_step}, "fused_adamw", &OptimizerKernels::adamw,
-           [&](StepTask& t, size_t i) {
-             float* step = static_cast<float*>(steps[i].mutable_data_ptr());
-             *step += 1.0f;
-             const double n = *step;
-             t.factor = maximize ? -grad_factor : grad_factor;
-             t.keep = 1 - lr * weight_decay;
-             t.beta1 = beta1;
-             t.beta2 = beta2;
-             t.eps = eps;
-             t.step_size = lr / (1 - std::pow(beta1, n));
-             t.inv_sqrt_bias2 = 1 / std::sqrt(1 - std::pow(beta2, n));
-           });
+  run_step(lists, random, "fused_adamw", &OptimizerKernels::adamw, [&](StepTask& t, size_t i) {
+    float* step = static_cast<float*>(steps[i].mutable_data_ptr());
+    *step += 1.0f;
+    const double n = *step;
+    t.factor = maximize ? -grad_factor : grad_factor;
+    t.keep = decoupled ? 1 - lr * weight_decay : 1;
+    t.weight_decay = decoupled ? 0 : weight_decay;
+    t.beta1 = beta1;
+    t.beta2 = beta2;
+    t.eps = eps;
+    t.step_size = lr / (1 - std::pow(beta1, n));
+    t.inv_sqrt_bias2 = 1 / std::sqrt(1 - std::pow(beta2, n));
+  });
 }
 
 void fused_sgd(std::vector<Tensor> params, std::vector<Tensor> grads,
@@ -338,25 +390,26 @@ void fused_sgd(std::vector<Tensor> params, std::vector<Tensor> grads,
                std::vector<Tensor> copies, double lr, double momentum, double dampening,
                double weight_decay, bool nesterov, bool first_step, bool maximize,
                double grad_factor, std::vector<int64_t> streams, int64_t seed,
-               int64_t rounding_step) {
+               int64_t rounding_step, std::vector<int64_t> firsts, std::vector<int64_t> runs,
+               std::vector<int64_t> strides) {
   const List none;
   const Lists lists{params, grads,  momentum_buffers,   none, momentum_scales,
                     none,   copies, "momentum_buffers", "",   false};
-  check_lists(lists, streams);
+  const Random random{streams, firsts, runs, strides, seed, rounding_step};
+  check_lists(lists, random);
   if (momentum != 0 && momentum_buffers.size() != params.size())
     fail("momentum_buffers", "one for each of params where momentum is not 0",
          std::to_string(momentum_buffers.size()));
-  run_step(lists, {streams, seed, rounding_step}, "fused_sgd", &OptimizerKernels::sgd,
-           [&](StepTask& t, size_t) {
-             t.factor = maximize ? -grad_factor : grad_factor;
-             t.lr = lr;
-             t.momentum = momentum;
-             t.dampening = dampening;
-             t.weight_decay = weight_decay;
-             t.nesterov = nesterov;
-             t.first_step = first_step;
-             t.has_momentum = momentum != 0;
-           });
+  run_step(lists, random, "fused_sgd", &OptimizerKernels::sgd, [&](StepTask& t, size_t) {
+    t.factor = maximize ? -grad_factor : grad_factor;
+    t.lr = lr;
+    t.momentum = momentum;
+    t.dampening = dampening;
+    t.weight_decay = weight_decay;
+    t.nesterov = nesterov;
+    t.first_step = first_step;
+    t.has_momentum = momentum != 0;
+  });
 }
 
 Tensor fused_grad_norm(std::vector<Tensor> grads) {
@@ -367,14 +420,16 @@ Tensor fused_grad_norm(std::vector<Tensor> grads) {
     kept.push_back(fills_memory(grads[i]) ? grads[i] : dense(grads[i]));
     const ScalarType dtype = grads[i].scalar_type();
     record(select(type_code(dtype)).isa, "fused_grad_norm", short_name(dtype), "double");
-    chunks.add(i, grads[i].numel());
+    if (grads[i].numel() > 0) chunks.add(i, grads[i].numel(), grads[i].numel());
   }
   std::vector<double> sums(chunks.all().size());
   chunks.run([&](size_t index) {
     const Chunk& c = chunks.all()[index];
-    const int type = type_code(kept[c.tensor].scalar_type());
+    const Tensor& grad = kept[c.tensor];
+    const int type = type_code(grad.scalar_type());
     sums[index] =
-        select(type).kernels->sum_squares(kept[c.tensor].const_data_ptr(), type, c.begin, c.end);
+        select(type).kernels->sum_squares(grad.const_data_ptr(), type, c.begin * kStateBlock,
+                                          std::min(c.end * kStateBlock, grad.numel()));
   });
   double total = 0;
   for (const double sum : sums) total += sum;

@@ -77,9 +77,9 @@ bool same_strides(const Tensor& a, const Tensor& b) {
 // laid out in another way is worked on as a contiguous copy, and written back.
 class Layout {
  public:
-  void begin(const Tensor& param, bool coded) {
+  void begin(const Tensor& param, bool by_index) {
     param_ = &param;
-    direct_ = param.is_contiguous() || (!coded && fills_memory(param));
+    direct_ = param.is_contiguous() || (!by_index && fills_memory(param));
   }
   void fits(const Tensor& t) { direct_ = direct_ && same_strides(*param_, t); }
   const void* read(const Tensor& t) {
@@ -111,6 +111,24 @@ struct Lists {
   bool has_copy(size_t i) const { return !copies.empty() && copies[i].numel() > 0; }
 };
 
+// Scales of shape [.., blocks of a row]: the first dimensions are the parameter's, the others one
+// row. Its elements.
+int64_t row_of(const std::string& name, const Tensor& scales, const Tensor& param) {
+  const int64_t leading = scales.dim() - 1;
+  bool fits = leading >= 0 && leading <= param.dim();
+  int64_t row = 1;
+  for (int64_t i = 0; fits && i < param.dim(); ++i) {
+    if (i < leading)
+      fits = scales.size(i) == param.size(i);
+    else
+      row *= param.size(i);
+  }
+  if (!fits || scales.size(leading) != (row + kStepBlock - 1) / kStepBlock)
+    fail(name.c_str(), "the parameter's rows and an absmax for 256 elements of each",
+         shape_of(scales));
+  return row;
+}
+
 void check_state(const std::string& name, const Tensor& state, const Tensor& param, bool coded,
                  const List& scales, size_t i) {
   check_place(name, state, param);
@@ -121,13 +139,36 @@ void check_state(const std::string& name, const Tensor& state, const Tensor& par
   if (scales.empty()) fail(scale.c_str(), "one tensor for each of params", "none");
   check_place(scale, scales[i], param);
   check_dtype(scale.c_str(), scales[i], ScalarType::Float);
-  check_vector(scale.c_str(), scales[i], (param.numel() + kStepBlock - 1) / kStepBlock);
+  row_of(scale, scales[i], param);
   if (!state.is_contiguous() || !scales[i].is_contiguous())
     fail(name.c_str(), "contiguous codes and scales", "another layout");
 }
 
+// Stochastic rounding, and of which tensors these are parts, if of any.
+struct Random {
+  const std::vector<int64_t>&streams, &firsts, &runs, &strides;
+};
+
+void check_random(const Lists& l, const Random& r) {
+  const size_t count = l.params.size();
+  for (const auto* list : {&r.streams, &r.firsts, &r.runs, &r.strides})
+    if (!list->empty() && list->size() != count)
+      fail("streams, firsts, runs, strides", "none, or one for each of params",
+           std::to_string(list->size()));
+  if (r.firsts.size() != r.runs.size() || r.runs.size() != r.strides.size())
+    fail("firsts, runs, strides", "all of them or none", "some");
+  for (size_t i = 0; i < r.runs.size(); ++i) {
+    const int64_t numel = l.params[i].numel(), run = r.runs[i];
+    const bool fits = run > 0 && numel % run == 0 && r.firsts[i] >= 0 && r.strides[i] >= run;
+    const int64_t row = l.coded(i) ? row_of("scales", l.first_scales[i], l.params[i]) : 1;
+    if (numel > 0 && !(fits && run % row == 0))
+      fail(at("runs", i).c_str(), "whole rows of params, of which it is a part",
+           std::to_string(run));
+  }
+}
+
 // All of all lists, before the first tensor is changed: a kernel trusts its addresses.
-void check_lists(const Lists& l, const std::vector<int64_t>& streams, bool steps_on_device) {
+void check_lists(const Lists& l, const Random& random, bool steps_on_device) {
   const size_t count = l.params.size();
   check_count("grads", l.grads, count);
   check_count("exp_avgs", l.first, count);
@@ -136,8 +177,6 @@ void check_lists(const Lists& l, const std::vector<int64_t>& streams, bool steps
   check_count("exp_avg_scales", l.first_scales, count, true);
   check_count("exp_avg_sq_scales", l.second_scales, count, true);
   check_count("copies", l.copies, count, true);
-  if (!streams.empty() && streams.size() != count)
-    fail("streams", "none, or one for each of params", std::to_string(streams.size()));
   for (size_t i = 0; i < count; ++i) {
     const Tensor& param = l.params[i];
     const std::string name = at("params", i), grad = at("grads", i), step = at("steps", i);
@@ -158,6 +197,7 @@ void check_lists(const Lists& l, const std::vector<int64_t>& streams, bool steps
     check_shape(copy, l.copies[i], param);
     if (type_of(copy, l.copies[i]) == kStepFloat) fail(copy.c_str(), "dtype bf16 or f16", "f32");
   }
+  check_random(l, random);
 }
 
 // maps: values and buckets of the signed map of 8-bit states, then of the unsigned one.
@@ -177,9 +217,20 @@ void set_maps(AdamwRule& rule, const List& maps, const Tensor& like) {
   rule.unsigned_buckets = static_cast<const int32_t*>(maps[3].const_data_ptr());
 }
 
-StepTensor tensor_of(const Lists& l, size_t i, Layout& layout) {
+// Rows of a tensor, counted in 32 bits.
+void set_rows(StepTensor& t, int64_t row, int64_t run) {
+  if (row == t.numel) return;
+  const int64_t blocks = t.numel / row * ((row + kStepBlock - 1) / kStepBlock);
+  if (row > 0xffffffffll || blocks > 0xffffffffll)
+    fail("params", "rows and blocks below 2^32", std::to_string(std::max(row, blocks)));
+  t.row = static_cast<uint32_t>(row);
+  t.run = run == t.numel ? 0 : static_cast<uint32_t>(run / row);
+}
+
+StepTensor tensor_of(const Lists& l, size_t i, const Random& random, Layout& layout) {
   const bool coded = l.coded(i);
-  layout.begin(l.params[i], coded);
+  const bool rounds = !random.streams.empty() && l.params[i].scalar_type() == ScalarType::BFloat16;
+  layout.begin(l.params[i], coded || rounds);
   layout.fits(l.grads[i]);
   layout.fits(l.first[i]);
   layout.fits(l.second[i]);
@@ -201,6 +252,14 @@ StepTensor tensor_of(const Lists& l, size_t i, Layout& layout) {
   t.param_type = type_of("params", l.params[i]);
   t.grad_type = type_of("grads", l.grads[i]);
   t.numel = l.params[i].numel();
+  int64_t run = t.numel;
+  if (rounds) t.stream = static_cast<uint32_t>(random.streams[i]);
+  if (rounds && !random.runs.empty()) {
+    t.start = random.firsts[i];
+    t.stride = random.strides[i];
+    run = random.runs[i];
+  }
+  set_rows(t, coded ? row_of("scales", l.first_scales[i], l.params[i]) : run, run);
   return t;
 }
 
@@ -219,11 +278,14 @@ void fused_adamw_step(std::vector<Tensor> params, std::vector<Tensor> grads,
                       std::vector<Tensor> exp_avg_sq_scales, std::vector<Tensor> copies,
                       std::vector<Tensor> maps, bool steps_on_device, const OptTensor& norm,
                       double clip_norm, double lr, double beta1, double beta2, double eps,
-                      double weight_decay, bool maximize, double grad_factor,
-                      std::vector<int64_t> streams, int64_t seed, int64_t rounding_step) {
+                      double weight_decay, bool decoupled, bool maximize, double grad_factor,
+                      std::vector<int64_t> streams, int64_t seed, int64_t rounding_step,
+                      std::vector<int64_t> firsts, std::vector<int64_t> runs,
+                      std::vector<int64_t> strides) {
   const Lists lists{params, grads,          exp_avgs,          exp_avg_sqs,
                     steps,  exp_avg_scales, exp_avg_sq_scales, copies};
-  check_lists(lists, streams, steps_on_device);
+  const Random random{streams, firsts, runs, strides};
+  check_lists(lists, random, steps_on_device);
   if (params.empty()) return;
   AdamwRule rule{};
   if (norm.has_value()) {
@@ -237,7 +299,8 @@ void fused_adamw_step(std::vector<Tensor> params, std::vector<Tensor> grads,
   rule.lr = lr;
   rule.beta1 = beta1;
   rule.beta2 = beta2;
-  rule.keep = static_cast<float>(1 - lr * weight_decay);
+  rule.keep = static_cast<float>(decoupled ? 1 - lr * weight_decay : 1);
+  rule.decay = static_cast<float>(decoupled ? 0 : weight_decay);
   rule.one_minus_beta1 = static_cast<float>(1 - beta1);
   rule.beta2_float = static_cast<float>(beta2);
   rule.one_minus_beta2 = static_cast<float>(1 - beta2);
@@ -262,7 +325,7 @@ void fused_adamw_step(std::vector<Tensor> params, std::vector<Tensor> grads,
   std::vector<StepTensor> tensors;
   for (size_t i = 0; i < params.size(); ++i) {
     StepTensor t{};
-    if (params[i].numel() > 0) t = tensor_of(lists, i, layout);
+    if (params[i].numel() > 0) t = tensor_of(lists, i, random, layout);
     if (steps_on_device) {
       t.sizes = on_device + 2 * i;
     } else {
@@ -270,7 +333,6 @@ void fused_adamw_step(std::vector<Tensor> params, std::vector<Tensor> grads,
       t.size = static_cast<float>(lr / (1 - std::pow(beta1, n)));
       t.inverse = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, n)));
     }
-    if (!streams.empty()) t.stream = static_cast<uint32_t>(streams[i]);
     if (params[i].numel() > 0) tensors.push_back(t);
   }
   check_error(kStep,

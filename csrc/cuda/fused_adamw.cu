@@ -2,11 +2,11 @@
 //
 // The table of the tensors is a parameter of the kernel, so that a launch reads nothing from the
 // host afterwards and can be captured in a CUDA graph. A thread block has a chunk of one tensor and
-// finds it by halving. A warp takes 256 elements at a time, lane l those at 32 j + l: they share
-// the absmax of an 8-bit state and one draw of the random generator a lane, every load is
-// coalesced, and no tensor needs an alignment beyond that of its elements. Types are asked for at
-// run time: the whole block goes one way, and all loads of a turn are under way before the first is
-// converted.
+// finds it by halving. A warp takes up to 256 elements of a row at a time, lane l those at 32 j +
+// l: they share the absmax of an 8-bit state and a draw or two of the random generator a lane,
+// every load is coalesced, and no tensor needs an alignment beyond that of its elements. Types are
+// asked for at run time: the whole block goes one way, and all loads of a turn are under way before
+// the first is converted.
 //
 // Every product and sum is rounded by itself, never contracted: the numbers are those of the
 // reference in plain torch. Sums of squares go through one number a block, added in a fixed order.
@@ -45,6 +45,49 @@ __device__ __forceinline__ int find(const Table<Rule>& table) {
   }
   return low;
 }
+
+// Elements of a row; the blocks of a row; all blocks.
+__host__ __device__ __forceinline__ int64_t row_of(const StepTensor& t) {
+  return t.row ? t.row : t.numel;
+}
+__host__ __device__ __forceinline__ int64_t blocks_of_row(const StepTensor& t) {
+  return (row_of(t) + kStepBlock - 1) / kStepBlock;
+}
+int64_t blocks_of(const StepTensor& t) {
+  return t.numel == 0 ? 0 : t.numel / row_of(t) * blocks_of_row(t);
+}
+
+// The blocks that a warp takes one after the other.
+struct Walk {
+  uint32_t row, per_row;
+  int64_t in_row;  // block of the row
+  // Of tensors of several rows, blocks are below 2^32.
+  __device__ __forceinline__ Walk(const StepTensor& t, int64_t block)
+      : row(0), per_row(static_cast<uint32_t>(blocks_of_row(t))), in_row(block) {
+    if (t.row) {
+      row = static_cast<uint32_t>(block) / per_row;
+      in_row = static_cast<uint32_t>(block) % per_row;
+    }
+  }
+  __device__ __forceinline__ void next(const StepTensor& t) {
+    in_row += kWarps;
+    for (; t.row && in_row >= per_row; in_row -= per_row) ++row;
+  }
+  // First element of the block, and how many.
+  __device__ __forceinline__ int64_t begin(const StepTensor& t) const {
+    return static_cast<int64_t>(row) * t.row + in_row * kStepBlock;
+  }
+  __device__ __forceinline__ int left(const StepTensor& t) const {
+    const int64_t rest = row_of(t) - in_row * kStepBlock;
+    return static_cast<int>(rest < kStepBlock ? rest : kStepBlock);
+  }
+  // Index of the first element in the whole tensor.
+  __device__ __forceinline__ int64_t index(const StepTensor& t) const {
+    const uint32_t runs = t.run ? row / t.run : 0;
+    return t.start + runs * t.stride + static_cast<int64_t>(row - runs * t.run) * t.row +
+           in_row * kStepBlock;
+  }
+};
 
 // --- elements of a lane ------------------------------------------------------------------------
 
@@ -123,7 +166,8 @@ __device__ __forceinline__ void decode(float (&x)[kEach], const uint32_t (&codes
 // Stores the codes of the nearest values of the map and the absmax of the block; a whole warp.
 template <bool Signed>
 __device__ __forceinline__ void encode(void* codes, float* scale, const float (&x)[kEach],
-                                       const int32_t* buckets, int64_t begin, int lane, int left) {
+                                       const int32_t* buckets, int64_t block, int64_t begin,
+                                       int lane, int left) {
   uint32_t top = 0;  // magnitudes order as their bits, NaN above inf: a broken state stays visible
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
@@ -153,7 +197,7 @@ __device__ __forceinline__ void encode(void* codes, float* scale, const float (&
     }
   }
   store(codes, code, begin, lane, left);
-  if (lane == 0) __stcs(scale + begin / kStepBlock, absmax);
+  if (lane == 0) __stcs(scale + block, absmax);
 }
 
 // --- stochastic rounding -----------------------------------------------------------------------
@@ -187,16 +231,36 @@ __device__ __forceinline__ uint16_t round_up_or_down(float x, uint32_t random) {
   return static_cast<uint16_t>((bits + random) >> 16);
 }
 
-__device__ __forceinline__ void store_stochastic(void* to, const float (&from)[kEach],
-                                                 const AdamwRule& rule, uint32_t stream,
-                                                 int64_t begin, int lane, int left) {
-  uint32_t words[4];
-  philox(words, static_cast<uint64_t>(begin / kEach + lane), stream, rule.rounding_step, rule.seed);
+// Element 32 j + lane of a block of the whole tensor takes half j % 2 of word j / 2 of one draw.
+// From another element on, a lane's elements lie in two blocks, at one lane of both.
+__device__ __forceinline__ void store_stochastic(const StepTensor& t, const float (&from)[kEach],
+                                                 const AdamwRule& rule, int64_t at, int64_t begin,
+                                                 int lane, int left) {
+  const int phase = static_cast<int>(at % kStepBlock), place = phase % 32 + lane;
+  const uint64_t counter = static_cast<uint64_t>(at / kStepBlock * 32 + place % 32);
+  uint32_t words[8] = {}, drawn[4];
+  philox(drawn, counter, t.stream, rule.rounding_step, rule.seed);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = drawn[i];
+  if (phase != 0) {
+    philox(drawn, counter + 32, t.stream, rule.rounding_step, rule.seed);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[4 + i] = drawn[i];
+    const int skipped = phase / 32 + place / 32;  // halves, 8 at most, before the first element's
+#pragma unroll
+    for (int by = 4; by > 0; by /= 2)
+#pragma unroll
+      for (int i = 0; i + by < 8; ++i)
+        if (skipped & 2 * by) words[i] = words[i + by];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (skipped & 1) words[i] = words[i] >> 16 | words[i + 1] << 16;
+  }
   uint16_t rounded[kEach];
 #pragma unroll
   for (int j = 0; j < kEach; ++j)
     rounded[j] = round_up_or_down(from[j], words[j / 2] >> 16 * (j % 2) & 0xffffu);
-  store(to, rounded, begin, lane, left);
+  store(t.param, rounded, begin, lane, left);
 }
 
 // --- AdamW -------------------------------------------------------------------------------------
@@ -224,9 +288,12 @@ __global__ void __launch_bounds__(kThreads)
   const float size = t.sizes ? t.sizes[0] : t.size, inverse = t.sizes ? t.sizes[1] : t.inverse;
   const bool coded = t.first_scale != nullptr;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) - t.chunk) * kStepChunk;
-  const int64_t last = first + kStepChunk < t.numel ? first + kStepChunk : t.numel;
-  for (int64_t begin = first + warp * kStepBlock; begin < last; begin += kWarps * kStepBlock) {
-    const int left = static_cast<int>(last - begin < kStepBlock ? last - begin : kStepBlock);
+  const int64_t last = first + kStepChunk;
+  Walk walk(t, first + warp);
+  for (int64_t block = first + warp; block < last; block += kWarps, walk.next(t)) {
+    const int64_t begin = walk.begin(t);
+    if (begin >= t.numel) break;
+    const int left = walk.left(t);
     uint32_t p_raw[kEach], g_raw[kEach], m_raw[kEach], v_raw[kEach];
     float m_absmax = 0.0f, v_absmax = 0.0f;
     load_raw(p_raw, t.param, t.param_type, begin, lane, left);
@@ -235,8 +302,8 @@ __global__ void __launch_bounds__(kThreads)
       uint8_t m_codes[kEach], v_codes[kEach];
       load(m_codes, t.first, begin, lane, left);
       load(v_codes, t.second, begin, lane, left);
-      m_absmax = __ldcs(t.first_scale + begin / kStepBlock);
-      v_absmax = __ldcs(t.second_scale + begin / kStepBlock);
+      m_absmax = __ldcs(t.first_scale + block);
+      v_absmax = __ldcs(t.second_scale + block);
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
         m_raw[j] = m_codes[j];
@@ -258,7 +325,8 @@ __global__ void __launch_bounds__(kThreads)
     }
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
-      const float grad = __fmul_rn(g[j], factor);
+      float grad = __fmul_rn(g[j], factor);
+      if (rule.decay != 0.0f) grad = __fadd_rn(grad, __fmul_rn(rule.decay, p[j]));
       m[j] = __fadd_rn(m[j], __fmul_rn(rule.one_minus_beta1, __fsub_rn(grad, m[j])));
       // The weight first, as torch: grad * grad is inf past 1.8e19, where v itself still has room.
       v[j] = __fadd_rn(__fmul_rn(v[j], rule.beta2_float),
@@ -267,14 +335,14 @@ __global__ void __launch_bounds__(kThreads)
       p[j] = __fsub_rn(__fmul_rn(p[j], rule.keep), __fmul_rn(size, __fdiv_rn(m[j], below)));
     }
     if (coded) {
-      encode<true>(t.first, t.first_scale, m, rule.signed_buckets, begin, lane, left);
-      encode<false>(t.second, t.second_scale, v, rule.unsigned_buckets, begin, lane, left);
+      encode<true>(t.first, t.first_scale, m, rule.signed_buckets, block, begin, lane, left);
+      encode<false>(t.second, t.second_scale, v, rule.unsigned_buckets, block, begin, lane, left);
     } else {
       store(t.first, m, begin, lane, left);
       store(t.second, v, begin, lane, left);
     }
     if (rule.stochastic && t.param_type == kStepBFloat16)
-      store_stochastic(t.param, p, rule, t.stream, begin, lane, left);
+      store_stochastic(t, p, rule, walk.index(t), begin, lane, left);
     else
       store_as(t.param_type, t.param, p, begin, lane, left);
     if (t.copy != nullptr) store_as(t.copy_type, t.copy, p, begin, lane, left);
@@ -323,10 +391,13 @@ __global__ void __launch_bounds__(kThreads)
   const StepTensor& t = table.tensors[find(table)];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) - t.chunk) * kStepChunk;
-  const int64_t last = first + kStepChunk < t.numel ? first + kStepChunk : t.numel;
+  const int64_t last = first + kStepChunk;
   double sum = 0.0;
-  for (int64_t begin = first + warp * kStepBlock; begin < last; begin += kWarps * kStepBlock) {
-    const int left = static_cast<int>(last - begin < kStepBlock ? last - begin : kStepBlock);
+  Walk walk(t, first + warp);
+  for (int64_t block = first + warp; block < last; block += kWarps, walk.next(t)) {
+    const int64_t begin = walk.begin(t);
+    if (begin >= t.numel) break;
+    const int left = walk.left(t);
     if (t.grad_type == kStepDouble) {
       double g[kEach];
       load(g, t.grad, begin, lane, left);
@@ -391,7 +462,8 @@ const char* in_tables(const StepTensor* tensors, int64_t count, const Rule& rule
 
 int64_t chunks_of(const StepTensor* tensors, int64_t count) {
   int64_t chunks = 0;
-  for (int64_t i = 0; i < count; ++i) chunks += (tensors[i].numel + kStepChunk - 1) / kStepChunk;
+  for (int64_t i = 0; i < count; ++i)
+    chunks += (blocks_of(tensors[i]) + kStepChunk - 1) / kStepChunk;
   return chunks;
 }
 

@@ -7,22 +7,27 @@ namespace bigops {
 
 enum StepType : uint8_t { kStepNone, kStepFloat, kStepBFloat16, kStepHalf, kStepDouble };
 
-constexpr int kStepTensors = 320;    // of one launch: its table is a parameter, 32764 bytes at most
-constexpr int64_t kStepBlock = 256;  // elements that share an absmax: a warp takes them together
-constexpr int64_t kStepChunk = 8192;  // elements of a thread block
+constexpr int kStepTensors = 256;    // of one launch: its table is a parameter, 32764 bytes at most
+constexpr int64_t kStepBlock = 256;  // elements of a row that share an absmax: of a warp
+constexpr int64_t kStepChunk = 32;   // blocks of a thread block
 
-// One tensor, as kernels see it: element i means the same in all its pointers.
+// One tensor, as kernels see it: element i means the same in all its pointers. Its rows begin a
+// block each. It is a part of a whole tensor, of which runs of its rows follow each other.
 struct StepTensor {
   void* param;
   const void* grad;
   void* first;  // float, or uint8 codes where first_scale is given
   void* second;
-  float* first_scale;  // [ceil(numel / 256)], both or none
+  float* first_scale;  // [rows, ceil(row / 256)], both or none
   float* second_scale;
   void* copy;          // or null
   const float* sizes;  // [2] on the device, or null: those below
   int64_t numel;
+  int64_t start;    // index in the whole tensor of the first element
+  int64_t stride;   // there, of one run to the next
   int64_t chunk;    // chunks of the tensors before it in the launch
+  uint32_t row;     // elements, or 0: all of them
+  uint32_t run;     // rows, or 0: all of them
   float size;       // lr / (1 - beta1^n)
   float inverse;    // 1 / sqrt(1 - beta2^n)
   uint32_t stream;  // of the random numbers
@@ -34,7 +39,8 @@ struct AdamwRule {
   double clip;         // largest norm of the gradients times factor
   double factor;       // of the gradients, negative to maximize
   double lr, beta1, beta2;
-  float keep;  // 1 - lr * weight_decay
+  float keep;   // 1 - lr * weight_decay, or 1
+  float decay;  // of the parameter to the gradient: weight_decay, or 0
   float one_minus_beta1, beta2_float, one_minus_beta2, eps;
   bool stochastic;  // bfloat16 parameters are rounded by Philox of seed, stream, rounding_step
   uint32_t rounding_step;

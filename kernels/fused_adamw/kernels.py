@@ -1,15 +1,22 @@
 """Triton kernels of `fused_adamw`, `fused_sgd` and `fused_grad_norm`: many tensors in one launch.
 
 A program finds its tensor in a table of addresses, so that the number of launches does not grow
-with the number of tensors. Elements are taken in blocks of 256, which share the absmax of an 8-bit
-state and 32 counters of the random generator. Sums go through one partial sum a program and a
-second launch that adds those up in order: no atomics. The launches are in launch.py.
+with the number of tensors. Elements are taken in blocks of 256 of a row, which share the absmax of
+an 8-bit state and, where blocks of the whole tensor are met, 32 counters of the random generator; a
+tensor of full states is one row. Sums go through one partial sum a program and a second launch that
+adds those up in order: no atomics. The launches are in launch.py.
 """
 
 import triton
 import triton.language as tl
 
-from bigops.kernels.fused_adamw.states import decode, encode, random_bits, round_stochastic
+from bigops.kernels.fused_adamw.states import (
+    decode,
+    encode,
+    random_at,
+    random_bits,
+    round_stochastic,
+)
 
 BLOCK = tl.constexpr(256)
 
@@ -23,9 +30,13 @@ SECOND_AT = tl.constexpr(5)  # exp_avg_sq
 FIRST_SCALE_AT = tl.constexpr(6)
 SECOND_SCALE_AT = tl.constexpr(7)
 COPY_AT = tl.constexpr(8)
-STREAM = tl.constexpr(9)
+STREAM = tl.constexpr(9)  # in the low 32 bits, the step of rounding above them
 SEED = tl.constexpr(10)
-ROUNDING_STEP = tl.constexpr(11)
+ROW = tl.constexpr(11)  # elements of a row
+# Element i is element FIRST + i // RUN * STRIDE + i % RUN of the whole tensor.
+FIRST = tl.constexpr(12)
+RUN = tl.constexpr(13)
+STRIDE = tl.constexpr(14)
 
 
 @triton.jit
@@ -52,10 +63,45 @@ def _pointer(table, ROW: tl.constexpr, count, index, TYPE: tl.constexpr, ALIGNED
 
 @triton.jit
 def _tiles(numel, chunk, WIDTH: tl.constexpr, TILES: tl.constexpr):
-    """(first element, number of tiles of WIDTH elements) of a program's chunk of TILES tiles."""
+    """(first item, number of tiles of WIDTH items) of a program's chunk of TILES tiles."""
     start0 = chunk.to(tl.int64) * TILES * WIDTH
     tiles = tl.minimum((numel - start0 + WIDTH - 1) // WIDTH, TILES)
     return start0, tiles
+
+
+@triton.jit
+def _row(table, count, index, numel, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
+    """(elements of a row, number of blocks) of a tensor."""
+    if ROWS:
+        row = tl.load(table + ROW * count + index)
+        if ALIGNED:
+            row = tl.multiple_of(row, 16)
+        blocks = numel // row * ((row + BLOCK - 1) // BLOCK)
+    else:
+        row = numel
+        blocks = (numel + BLOCK - 1) // BLOCK
+    return row, blocks
+
+
+@triton.jit
+def _tile(first_block, numel, row, blocks, BLOCKS: tl.constexpr, ROWS: tl.constexpr):
+    """Of a tile: first element, offsets [BLOCKS, 256], which lie in the tensor, which blocks do."""
+    place = tl.arange(0, BLOCK)[None, :]
+    if ROWS:
+        per_row = (row + BLOCK - 1) // BLOCK
+        block = first_block + tl.arange(0, BLOCKS)
+        in_blocks = block < blocks
+        in_row = block % per_row * BLOCK
+        start = first_block * 0
+        offsets = (block // per_row * row + in_row)[:, None] + place
+        in_tensor = (place < (row - in_row)[:, None]) & in_blocks[:, None]
+    else:
+        start = first_block * BLOCK
+        left = tl.minimum(numel - start, BLOCKS * BLOCK).to(tl.int32)
+        offsets = tl.arange(0, BLOCKS)[:, None] * BLOCK + place
+        in_tensor = offsets < left
+        in_blocks = tl.arange(0, BLOCKS) * BLOCK < left
+    return start, offsets, in_tensor, in_blocks
 
 
 @triton.jit
@@ -70,14 +116,21 @@ def _write(
     in_tensor,
     COPY: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """The new parameter, and its copy in few bits."""
     if STOCHASTIC:
         stream = tl.load(table + STREAM * count + index)
         seed = tl.load(table + SEED * count + index)
-        step = tl.load(table + ROUNDING_STEP * count + index)
-        random = random_bits(seed, stream, step, start // BLOCK, p.shape[0])
+        first = tl.load(table + FIRST * count + index)
+        if PARTS:
+            run = tl.load(table + RUN * count + index)
+            stride = tl.load(table + STRIDE * count + index)
+            i = start + offsets
+            random = random_at(seed, stream, first + i // run * stride + i % run)
+        else:
+            random = random_bits(seed, stream, (first + start) // BLOCK, p.shape[0])
         tl.store(param + offsets, round_stochastic(p, random), mask=in_tensor)
     else:
         tl.store(param + offsets, p.to(param.dtype.element_ty), mask=in_tensor)
@@ -88,7 +141,7 @@ def _write(
 
 @triton.jit
 def adamw_step(
-    table,  # int64 [12, count]
+    table,  # int64 [15, count]
     sizes,  # float32 [2, count]: lr / (1 - beta1^n), 1 / sqrt(1 - beta2^n)
     signed_values,  # of `decode` and `encode`; None where the states are float32
     signed_buckets,
@@ -102,16 +155,20 @@ def adamw_step(
     beta2,
     one_minus_beta2,
     eps,
+    decay,  # of the parameter to the gradient
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     COPY: tl.constexpr,
     CODED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    DECAY: tl.constexpr,
     BLOCKS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """AdamW (arXiv 1711.05101, algorithm 2) on the TILES tiles of this program."""
+    """AdamW (arXiv 1711.05101, algorithm 2) on the TILES tiles of this program; DECAY: Adam."""
     index, chunk = _find(table, count, depth)
     numel = tl.load(table + NUMEL * count + index)
     STATE: tl.constexpr = tl.uint8 if CODED else tl.float32
@@ -124,25 +181,24 @@ def adamw_step(
         second_scales = _pointer(table, SECOND_SCALE_AT, count, index, tl.float32, False)
     size = tl.load(sizes + index)
     inverse = tl.load(sizes + count + index)
-    WIDTH: tl.constexpr = BLOCKS * BLOCK
-    offsets = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    start0, tiles = _tiles(numel, chunk, WIDTH, TILES)
+    row, blocks = _row(table, count, index, numel, ROWS, ALIGNED)
+    block0, tiles = _tiles(blocks, chunk, BLOCKS, TILES)
     for tile in range(tiles):
-        start = start0 + tile * WIDTH
-        left = tl.minimum(numel - start, WIDTH).to(tl.int32)
-        in_tensor = offsets < left
-        in_blocks = tl.arange(0, BLOCKS) * BLOCK < left
+        block = block0 + tile * BLOCKS
+        start, offsets, in_tensor, in_blocks = _tile(block, numel, row, blocks, BLOCKS, ROWS)
         p = tl.load(param + start + offsets, mask=in_tensor, other=0.0).to(tl.float32)
         g = tl.load(grad + start + offsets, mask=in_tensor, other=0.0).to(tl.float32)
         m_tile, v_tile = first + start, second + start
         if CODED:
-            m_scale, v_scale = first_scales + start // BLOCK, second_scales + start // BLOCK
+            m_scale, v_scale = first_scales + block, second_scales + block
             m = decode(m_tile, m_scale, signed_values, offsets, in_tensor, in_blocks)
             v = decode(v_tile, v_scale, unsigned_values, offsets, in_tensor, in_blocks)
         else:
             m = tl.load(m_tile + offsets, mask=in_tensor, other=0.0)
             v = tl.load(v_tile + offsets, mask=in_tensor, other=0.0)
         g *= factor
+        if DECAY:
+            g += decay * p
         m += one_minus_beta1 * (g - m)
         # g * g would be inf from 1.9e19 on. By powers of two no bit of the usual sizes changes;
         # torch's (one_minus_beta2 * g) * g makes the 8-bit form spill on gfx942 and gfx950.
@@ -166,13 +222,14 @@ def adamw_step(
             in_tensor,
             COPY,
             STOCHASTIC,
+            PARTS,
             ALIGNED,
         )
 
 
 @triton.jit
 def sgd_step(
-    table,  # int64 [12, count]
+    table,  # int64 [15, count]
     signed_values,  # of `decode` and `encode`; None where the buffers are float32
     signed_buckets,
     count,
@@ -187,6 +244,8 @@ def sgd_step(
     COPY: tl.constexpr,
     CODED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
     MOMENTUM: tl.constexpr,
     DECAY: tl.constexpr,
@@ -205,13 +264,11 @@ def sgd_step(
         first = _pointer(table, FIRST_AT, count, index, STATE, ALIGNED)
         if CODED:
             scales = _pointer(table, FIRST_SCALE_AT, count, index, tl.float32, False)
-    WIDTH: tl.constexpr = BLOCKS * BLOCK
-    offsets = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    start0, tiles = _tiles(numel, chunk, WIDTH, TILES)
+    row, blocks = _row(table, count, index, numel, ROWS, ALIGNED)
+    block0, tiles = _tiles(blocks, chunk, BLOCKS, TILES)
     for tile in range(tiles):
-        start = start0 + tile * WIDTH
-        left = tl.minimum(numel - start, WIDTH).to(tl.int32)
-        in_tensor = offsets < left
+        block = block0 + tile * BLOCKS
+        start, offsets, in_tensor, in_blocks = _tile(block, numel, row, blocks, BLOCKS, ROWS)
         p = tl.load(param + start + offsets, mask=in_tensor, other=0.0).to(tl.float32)
         g = tl.load(grad + start + offsets, mask=in_tensor, other=0.0).to(tl.float32) * factor
         if DECAY:
@@ -219,8 +276,7 @@ def sgd_step(
         if MOMENTUM:
             m_tile = first + start
             if CODED:
-                in_blocks = tl.arange(0, BLOCKS) * BLOCK < left
-                m_scale = scales + start // BLOCK
+                m_scale = scales + block
             if FIRST_STEP:
                 m = g
             else:
@@ -249,13 +305,14 @@ def sgd_step(
             in_tensor,
             COPY,
             STOCHASTIC,
+            PARTS,
             ALIGNED,
         )
 
 
 @triton.jit
 def square_sums(
-    table,  # int64 [12, count]
+    table,  # int64 [15, count]
     partial,  # float64 out, one for each program
     count,
     depth,

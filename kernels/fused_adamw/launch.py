@@ -4,6 +4,7 @@ One launch serves all tensors of the same dtypes. A tensor of other strides than
 states is worked on as a contiguous copy and written back.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from bigops.kernels.common.launch import launch_options, on_device
 from bigops.kernels.common.tiles import device_arch, pointwise_config
 from bigops.kernels.fused_adamw.kernels import (
     BLOCK,
+    ROW,
     adamw_step,
     norm_of_sums,
     sgd_step,
@@ -31,7 +33,7 @@ TYPES = {
     torch.float64: tl.float64,
 }
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_ROWS = 12  # of the table, see kernels.py
+_ROWS = 15  # of the table, see kernels.py
 
 Lists = Sequence[Tensor]
 Maps = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -51,12 +53,18 @@ class Step(NamedTuple):
     streams: Sequence[int]
     seed: int
     rounding_step: int
+    places: Sequence[tuple[int, int, int] | None]
 
     def copy(self, i: int) -> Tensor | None:
         return self.copies[i] if len(self.copies) and self.copies[i].numel() else None
 
     def coded(self, i: int) -> bool:
         return len(self.first) > 0 and self.first[i].dtype == torch.uint8
+
+    def row(self, i: int) -> int:
+        """Elements of a row of coded states: the dimensions past those of the scales."""
+        leading = self.first_scales[i].ndim - 1
+        return math.prod(self.params[i].shape[leading:])
 
 
 class _Group(NamedTuple):
@@ -99,11 +107,13 @@ def _check_count(name: str, given: Sequence[object], count: int, optional: bool)
 
 
 def _check_codes(name: str, codes: Tensor, scale: Tensor) -> None:
-    blocks = triton.cdiv(codes.numel(), BLOCK.value)
-    fits = scale.shape == (blocks,) and scale.dtype == torch.float32
+    leading = scale.ndim - 1
+    row = math.prod(codes.shape[leading:])
+    wanted = (*codes.shape[:leading], triton.cdiv(row, BLOCK.value))
+    fits = 0 <= leading <= codes.ndim and scale.shape == wanted and scale.dtype == torch.float32
     if not fits or scale.device != codes.device:
         raise ValueError(
-            f"scales of {name}: expected float32 ({blocks},) on {codes.device}; got "
+            f"scales of {name}: expected float32 {wanted} on {codes.device}; got "
             f"{scale.dtype} {tuple(scale.shape)} on {scale.device}"
         )
     if not (codes.is_contiguous() and scale.is_contiguous()):
@@ -154,11 +164,13 @@ class _Layout:
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._kept: list[Tensor] = []
 
-    def addresses(self, mutated: Sequence[Tensor | None], grad: Tensor, coded: bool) -> list[int]:
+    def addresses(
+        self, mutated: Sequence[Tensor | None], grad: Tensor, by_index: bool
+    ) -> list[int]:
         """Addresses of grad and of what is mutated, 0 for None; copies where strides differ."""
         present = [t for t in (grad, *mutated) if t is not None]
         direct = all(t.is_contiguous() for t in present)
-        if not direct and not coded:
+        if not direct and not by_index:
             order = _in_memory_order(grad)
             direct = all(t.permute(order).is_contiguous() for t in present)
         if direct:
@@ -182,21 +194,32 @@ def _aligned(addresses: Sequence[int]) -> bool:
 
 
 def _table(group: _Group, device: torch.device, blocks: int) -> tuple[Tensor, int, int]:
-    """(table [12, tensors] on the device, number of programs, halvings that find a tensor)."""
+    """(table [15, tensors] on the device, number of programs, halvings that find a tensor)."""
     programs = 0
     for column in group.columns:
         column[0] = programs
-        programs += triton.cdiv(column[1], TILES * blocks * BLOCK.value)
+        numel, row = column[1], column[ROW.value]
+        programs += triton.cdiv(numel // row * triton.cdiv(row, BLOCK.value), TILES * blocks)
     table = torch.tensor(group.columns, dtype=torch.int64, device="cpu").t().contiguous()
     depth = (len(group.columns) - 1).bit_length()
     return table.to(device), programs, depth
 
 
-def _groups(
-    step: Step, two_states: bool, layout: _Layout
-) -> dict[tuple[torch.dtype, torch.dtype, torch.dtype | None, bool, bool, bool], _Group]:
-    """By (parameter, gradient and copy dtype, coded, stochastic, aligned)."""
-    groups: dict[tuple[torch.dtype, torch.dtype, torch.dtype | None, bool, bool, bool], _Group] = {}
+class _Key(NamedTuple):
+    """What the tensors of a launch share."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    copy: torch.dtype | None
+    coded: bool
+    stochastic: bool
+    rows: bool  # which begin blocks anew
+    parts: bool  # random bits that do not begin with a block
+    aligned: bool
+
+
+def _groups(step: Step, two_states: bool, layout: _Layout) -> dict[_Key, _Group]:
+    groups: dict[_Key, _Group] = {}
     for i, param in enumerate(step.params):
         if param.numel() == 0:
             continue
@@ -205,19 +228,35 @@ def _groups(
         first = step.first[i] if len(step.first) else None
         second = step.second[i] if two_states else None
         grad, at, first_at, second_at, copy_at = layout.addresses(
-            (param, first, second, copy), step.grads[i], coded
+            (param, first, second, copy), step.grads[i], coded or stochastic
         )
         scale = step.first_scales[i].data_ptr() if coded else 0
         second_scale = step.second_scales[i].data_ptr() if coded and two_states else 0
-        random = [0, 0, 0]
+        random = [0, 0]
+        place = 0, param.numel(), param.numel()
         if stochastic:
-            random = [step.streams[i], _signed(step.seed), step.rounding_step]
+            low = step.streams[i] & 0xFFFFFFFF
+            random = [_signed(step.rounding_step << 32 | low), _signed(step.seed)]
+            place = step.places[i] or place
+        row = step.row(i) if coded else param.numel()
+        if row % BLOCK.value == 0:
+            row = param.numel()  # its blocks are those of the rows
+        rows = row < param.numel()
+        addresses = (at, grad, first_at, second_at, copy_at, row if rows else 0)
         column = [0, param.numel(), at, grad, first_at, second_at, scale, second_scale, copy_at]
-        kinds = (param.dtype, step.grads[i].dtype, None if copy is None else copy.dtype)
-        key = (*kinds, coded, stochastic, _aligned((at, grad, first_at, second_at, copy_at)))
+        key = _Key(
+            param.dtype,
+            step.grads[i].dtype,
+            None if copy is None else copy.dtype,
+            coded,
+            stochastic,
+            rows,
+            stochastic and (rows or place[0] % BLOCK.value > 0 or place[1] < param.numel()),
+            _aligned(addresses),
+        )
         group = groups.setdefault(key, _Group([], []))
         group.indices.append(i)
-        group.columns.append(column + random)
+        group.columns.append([*column, *random, row, *place])
     return groups
 
 
@@ -253,23 +292,24 @@ def _launch(
     layout = _Layout()
     with on_device(device):
         for key, group in _groups(step, two_states, layout).items():
-            param, grad, copy, coded, stochastic, aligned = key
-            blocks, warps = blocks_of(device_arch(device), coded)
+            blocks, warps = blocks_of(device_arch(device), key.coded)
             table, programs, depth = _table(group, device, blocks)
             own = () if sizes is None else (sizes[:, group.indices].contiguous().to(device),)
             kernel[(programs,)](
                 table,
                 *own,
-                *(maps if coded else [None] * len(maps)),
+                *(maps if key.coded else [None] * len(maps)),
                 len(group.indices),
                 depth,
                 *scalars,
-                PARAM=TYPES[param],
-                GRAD=TYPES[grad],
-                COPY=None if copy is None else TYPES[copy],
-                CODED=coded,
-                STOCHASTIC=stochastic,
-                ALIGNED=aligned,
+                PARAM=TYPES[key.param],
+                GRAD=TYPES[key.grad],
+                COPY=None if key.copy is None else TYPES[key.copy],
+                CODED=key.coded,
+                STOCHASTIC=key.stochastic,
+                ROWS=key.rows,
+                PARTS=key.parts,
+                ALIGNED=key.aligned,
                 BLOCKS=blocks,
                 TILES=TILES,
                 **constants,
@@ -288,6 +328,7 @@ def adamw(
     eps: float,
     weight_decay: float,
     factor: float,
+    decoupled: bool,
 ) -> None:
     """One AdamW step in place; ``factor`` multiplies the gradients, negative to maximize.
 
@@ -295,7 +336,7 @@ def adamw(
         step: parameters of float32, bfloat16 or float16; states of float32, or codes with scales.
         steps: float32 of one element each, on any device; incremented.
         maps: needed where states are codes.
-        lr, beta1, beta2, eps, weight_decay: as of the op.
+        lr, beta1, beta2, eps, weight_decay, decoupled: as of the op.
 
     Raises:
         TypeError, ValueError: what does not fit, before anything is changed.
@@ -307,8 +348,9 @@ def adamw(
     torch._foreach_add_(list(steps), 1)
     n = torch.cat([t.reshape(1) for t in steps]).double()
     sizes = torch.stack([lr / (1 - beta1**n), (1 - beta2**n).rsqrt()]).float()
-    scalars = (factor, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps)
-    _launch(adamw_step, step, True, maps or (None,) * 4, sizes, scalars)
+    keep, decay = (1 - lr * weight_decay, 0.0) if decoupled else (1.0, weight_decay)
+    scalars = (factor, keep, 1 - beta1, beta2, 1 - beta2, eps, decay)
+    _launch(adamw_step, step, True, maps or (None,) * 4, sizes, scalars, DECAY=decay != 0)
 
 
 def sgd(
@@ -370,7 +412,9 @@ def norm(grads: Lists) -> Tensor:
         address = kept[-1].data_ptr()
         group = groups.setdefault((grad.dtype, _aligned([address])), _Group([], []))
         group.indices.append(i)
-        group.columns.append([0, grad.numel(), 0, address] + [0] * (_ROWS - 4))
+        column = [0] * _ROWS
+        column[1], column[3], column[ROW.value] = grad.numel(), address, grad.numel()
+        group.columns.append(column)
     blocks, warps = blocks_of(device_arch(device))
     tables = {key: _table(group, device, blocks) for key, group in groups.items()}
     total = sum(programs for _, programs, _ in tables.values())

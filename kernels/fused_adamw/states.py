@@ -13,23 +13,12 @@ LOWEST = tl.constexpr((127 - 22) << 7)  # 2^-22 in those bits
 
 
 @triton.jit
-def random_bits(
-    seed,  # int64, and below
-    stream,
-    step,
-    first_block,
-    BLOCKS: tl.constexpr,
-):
-    """16 random bits for each element of so many blocks, uint32 [BLOCKS, 256], by Philox4x32-10.
-
-    Element 32 j + lane takes half j % 2 of word j / 2 of counter (32 block + lane, stream, step).
-    """
-    block = first_block + tl.arange(0, BLOCKS).to(tl.int64)
-    counter = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+def _philox(counter, seed, stream):
+    """Four words of Philox4x32-10 for each 64-bit counter and the 64 bits of ``stream``."""
     c0 = counter.to(tl.uint32)
     c1 = (counter >> 32).to(tl.uint32)
     c2 = tl.zeros_like(c0) + stream.to(tl.uint32)
-    c3 = tl.zeros_like(c0) + step.to(tl.uint32)
+    c3 = tl.zeros_like(c0) + (stream >> 32).to(tl.uint32)
     k0 = tl.zeros_like(c0) + seed.to(tl.uint32)
     k1 = tl.zeros_like(c0) + (seed >> 32).to(tl.uint32)
     a = tl.full(c0.shape, 0xD2511F53, tl.uint32)
@@ -43,6 +32,36 @@ def random_bits(
         c2 = n2
         k0 += tl.full(c0.shape, 0x9E3779B9, tl.uint32)
         k1 += tl.full(c0.shape, 0xBB67AE85, tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def random_at(
+    seed,  # int64, and below
+    stream,  # in the low 32 bits, the step above them
+    index,
+):
+    """`random_bits` of any elements, a draw for each: blocks that begin anywhere."""
+    c0, c1, c2, c3 = _philox((index >> 8) * 32 + (index & 31), seed, stream)
+    j = (index >> 5).to(tl.int32) & 7
+    word = tl.where(j < 4, tl.where(j < 2, c0, c1), tl.where(j < 6, c2, c3))
+    return tl.where(j % 2 == 0, word & 0xFFFF, word >> 16)
+
+
+@triton.jit
+def random_bits(
+    seed,  # int64, and below
+    stream,  # in the low 32 bits, the step above them
+    first_block,
+    BLOCKS: tl.constexpr,
+):
+    """16 random bits for each element of so many blocks, uint32 [BLOCKS, 256], by Philox4x32-10.
+
+    Element 32 j + lane takes half j % 2 of word j / 2 of counter (32 block + lane, stream, step).
+    """
+    block = first_block + tl.arange(0, BLOCKS).to(tl.int64)
+    counter = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    c0, c1, c2, c3 = _philox(counter, seed, stream)
     # [blocks, lane, half, word / 2, word % 2] -> [blocks, 256]
     even = tl.join(tl.join(c0 & 0xFFFF, c0 >> 16), tl.join(c2 & 0xFFFF, c2 >> 16))
     odd = tl.join(tl.join(c1 & 0xFFFF, c1 >> 16), tl.join(c3 & 0xFFFF, c3 >> 16))
@@ -65,7 +84,7 @@ def decode(
     codes,  # uint8, of the tile's first element
     scale,  # float32, of the tile's first block
     values,  # float32 [256]
-    offsets,  # int32 [blocks, 256], and whether they lie in the tensor
+    offsets,  # [blocks, 256], and whether they lie in the tensor
     in_tensor,
     in_blocks,  # [blocks]
 ):

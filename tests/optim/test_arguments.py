@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bigops.optim import optimizers
-from bigops.train import SGD, AdamW
+from bigops.train import SGD, Adam, AdamW
 from tests.support import tolerance
 from tests.support.kernels_ran import needs_extension, threads
 from tests.support.optimizer_ways import give_gradients, leaves, same
@@ -22,6 +22,7 @@ pytestmark = needs_extension
 
 PAIRS: dict[str, tuple[Any, Any]] = {
     "AdamW": (AdamW, torch.optim.AdamW),
+    "Adam": (Adam, torch.optim.Adam),
     "SGD": (SGD, torch.optim.SGD),
 }
 
@@ -247,6 +248,8 @@ STATES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "AdamW": ("AdamW", {}, {}),
     "AdamW, fused to foreach": ("AdamW", {"fused": True}, {"foreach": True}),
     "AdamW, a rate that is a tensor": ("AdamW", {"lr": torch.tensor(0.02)}, {}),
+    "Adam": ("Adam", {"weight_decay": 0.2, "fused": True}, {}),
+    "Adam, decoupled": ("Adam", {"weight_decay": 0.2, "decoupled_weight_decay": True}, {}),
     "SGD": ("SGD", {}, {}),
     "SGD, nesterov": ("SGD", {"momentum": 0.9, "nesterov": True, "fused": True}, {}),
     "SGD, dampening": ("SGD", {"momentum": 0.9, "dampening": 0.3}, {"foreach": False}),

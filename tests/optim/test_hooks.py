@@ -221,7 +221,7 @@ BROKEN: dict[str, tuple[Callable[[State], Any], type[Exception], str]] = {
     "scales": (
         lambda s: s["state"][0].pop("exp_avg_scale"),
         ValueError,
-        r"exp_avg of parameter 0: expected scales of shape \[25\]; got none",
+        r"exp_avg of parameter 0: expected scales of shape \[70, 1\]; got none",
     ),
     "no codes": (no_codes, TypeError, "exp_avg of parameter 0: expected a torch.Tensor; got None"),
     "codes taken for values": (

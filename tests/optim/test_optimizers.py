@@ -46,7 +46,7 @@ def _one_thread() -> Iterator[None]:
 def test_same_way_as_torch_over_many_steps(name: str) -> None:
     own, theirs = PAIRS[name]
     steps = 50
-    with expect("fused_adamw.f32.fused" if name == "adamw" else "fused_sgd.f32.fused"):
+    with expect("fused_adamw.f32.fused" if "adam" in name else "fused_sgd.f32.fused"):
         out, _ = run(own, steps)
     plain, _ = run(theirs, steps)
     ref64 = in_float64(theirs, steps)
@@ -223,13 +223,6 @@ def test_sparse_gradients_are_refused_before_anything_changes() -> None:
         assert same(snapshot(params, optimizer), before)
 
 
-def sharded() -> Tensor:
-    """What tells a DTensor, without a process group."""
-    tensor = torch.ones(3)
-    tensor.device_mesh = None  # type: ignore[attr-defined]
-    return tensor
-
-
 @pytest.mark.parametrize("name", ["adamw", "momentum"])
 def test_a_changed_parameter_is_refused_before_anything_changes(name: str) -> None:
     changes = {lambda t: t.double(): {}, lambda t: t.reshape(-1): {}}
@@ -261,7 +254,6 @@ WRONG: dict[str, tuple[Callable[[list[Tensor]], Any], type[Exception], str]] = {
     "integer": (lambda p: AdamW([torch.ones(3).int()]), TypeError, "params: expected dtype"),
     "sparse": (lambda p: AdamW([torch.ones(3).to_sparse()]), ValueError, "params: expected dense"),
     "seed": (lambda p: SGD(p, seed=2**63), ValueError, "seed: expected an integer of 64 bits"),
-    "sharded": (lambda p: AdamW([sharded()]), TypeError, "params: expected plain tensors"),
     "group": (
         lambda p: AdamW([{"params": p, "betas": (2.0, 0.9)}]),
         ValueError,

@@ -17,16 +17,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigops.train import SGD, AdamW
+from bigops.train import SGD, Adam, AdamW
 from tests.support import tolerance
 from tests.support.kernels_ran import needs_extension, threads
 from tests.support.optimizer_ways import give_gradients, leaves, same
 
 pytestmark = needs_extension
 
-# torch.optim.Adam has the samples of AdamW and no counterpart here.
 PAIRS: dict[str, tuple[Any, Any]] = {
     "AdamW": (AdamW, torch.optim.AdamW),
+    "Adam": (Adam, torch.optim.Adam),
     "SGD": (SGD, torch.optim.SGD),
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -41,7 +41,11 @@ REFUSED = {  # and why; complex parameters and sparse gradients below
 FLAGS: list[dict[str, Any]] = [{}]
 FLAGS += [{name: value} for name in ("foreach", "fused") for value in (None, False, True)]
 FLAGS += [{name: value} for name in ("capturable", "differentiable") for value in (False, True)]
-FLAGS_OF = {"AdamW": FLAGS, "SGD": [flag for flag in FLAGS if "capturable" not in flag]}
+FLAGS_OF = {
+    "AdamW": FLAGS,
+    "Adam": [*FLAGS, {"decoupled_weight_decay": True, "weight_decay": 0.3}],
+    "SGD": [flag for flag in FLAGS if "capturable" not in flag],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +108,8 @@ def test_what_runs_in_torch_runs_here_to_its_numbers(
                     own(leaves(), **flagged)
                 continue
             by_flag, ours = way(own, dtype, flagged | nearest)
+            if "decoupled_weight_decay" in flag:
+                got, _ = way(AdamW, dtype, options | {"weight_decay": 0.3} | nearest)
             assert same(by_flag, got)
             for group, torchs in zip(ours.param_groups, held.param_groups, strict=True):
                 assert [k for k in torchs if k not in group] == []
@@ -176,6 +182,7 @@ BAD_OF = {
         "a negative eps": lambda make: make(leaves(), eps=-1.0),
         "a sparse gradient": lambda make: stepped(make, lambda p: torch.ones_like(p).to_sparse()),
     },
+    "Adam": {"one beta for two": lambda make: make(leaves(), betas=0.9)},
     "SGD": {
         "a momentum in words": lambda make: make(leaves(), momentum="0.9"),
         "nesterov without momentum": lambda make: make(leaves(), nesterov=True),

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigops.train import SGD, AdamW
+from bigops.train import SGD, Adam, AdamW
 
 SHAPES = [(70, 90), (90,), (), (0,), (3, 4, 5)]
 PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "adamw": (
         lambda p, **o: AdamW(p, lr=1e-2, **o),
         lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    ),
+    "adam": (
+        lambda p, **o: Adam(p, lr=1e-2, weight_decay=0.1, **o),
+        lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1, fused=True),
     ),
     "sgd": (lambda p, **o: SGD(p, lr=1e-2, **o), lambda p: torch.optim.SGD(p, lr=1e-2, fused=True)),
     "momentum": (

@@ -18,7 +18,7 @@ from torch.testing._internal.common_optimizers import optim_db  # noqa: E402
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 found = {}
 for info in optim_db:
-    if info.optim_cls in (torch.optim.AdamW, torch.optim.SGD):
+    if info.optim_cls in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
         found[info.optim_cls.__name__] = {
             # None for params: the test's own.
             "good": {

@@ -24,6 +24,7 @@ from bigops.ops.fused_adamw.schema import (
     norm_op,
     step_adamw,
     step_sgd,
+    transposed,
 )
 
 __all__ = [
@@ -78,6 +79,7 @@ def fused_adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
+    decoupled: bool = True,
     maximize: bool = False,
     grad_factor: float = 1.0,
     exp_avg_scales: Sequence[Tensor] = (),
@@ -86,6 +88,7 @@ def fused_adamw(
     streams: Sequence[int] = (),
     seed: int = 0,
     rounding_step: int = 0,
+    places: Sequence[tuple[int, int, int]] = (),
     norm: Tensor | None = None,
     clip_norm: float = math.inf,
 ) -> None:
@@ -102,15 +105,20 @@ def fused_adamw(
         steps: float32, one element, on the CPU for CPU parameters, elsewhere on the CPU or the
             device of params; incremented here.
         lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
+        decoupled: False adds weight_decay times the parameter to the gradient, as torch.optim.Adam.
         grad_factor: gradients are multiplied by it first: the inverse loss scale times the
             clipping factor.
-        exp_avg_scales, exp_avg_sq_scales: float32 ``[ceil(numel / 256)]`` for states of uint8,
-            empty tensors for the others; may be left out where no state is uint8.
+        exp_avg_scales, exp_avg_sq_scales: float32 absmax of states of uint8, empty tensors for the
+            others; may be left out where no state is uint8. Of a shape ``[*rows, ceil(row /
+            256)]``: the first dimensions are the parameter's, the others together one row, whose
+            elements share an absmax by 256. ``[ceil(numel / 256)]`` takes all as one row.
         copies: bfloat16 or float16, written with the new parameter rounded to nearest (the model's
             weights where params are float32 masters); empty tensors, or left out, for none.
         streams: one number for each parameter: bfloat16 parameters are then rounded
-            stochastically by Philox of (seed, stream, rounding_step, element), the same bits at
-            every thread count. Left out: to nearest.
+            stochastically by Philox of (seed, stream, rounding_step, element index), the same bits
+            at every thread count. Left out: to nearest.
+        places: of parts of larger tensors (first, run, stride): element i is element ``first + i
+            // run * stride + i % run`` of the whole, whose random bits it takes.
         seed, rounding_step: see streams; rounding_step must differ from step to step.
         norm: float64 0-dimensional, `fused_grad_norm` of grads: nothing changes where it is inf or
             NaN. The CUDA C++ kernels read it on the device where steps are there too, so that
@@ -123,7 +131,7 @@ def fused_adamw(
             0, or one without a norm.
         TypeError: dtypes that are not served.
     """
-    lists.step_lists(params, grads, copies, streams)
+    lists.step_lists(params, grads, copies, streams, places)
     lists.check_norm(norm, clip_norm, params)
     lists.moments("exp_avgs", exp_avgs, exp_avg_scales, params)
     lists.moments("exp_avg_sqs", exp_avg_sqs, exp_avg_sq_scales, params)
@@ -152,11 +160,13 @@ def fused_adamw(
         *betas,
         eps,
         weight_decay,
+        decoupled,
         maximize,
         grad_factor,
         streams,
         seed,
         rounding_step,
+        *transposed(places),
     )
     if norm is not None and cuda.counts(params, steps):
         with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -190,11 +200,12 @@ def fused_sgd(
     streams: Sequence[int] = (),
     seed: int = 0,
     rounding_step: int = 0,
+    places: Sequence[tuple[int, int, int]] = (),
 ) -> None:
     """One SGD step of many tensors, in place; the update of torch.optim.SGD.
 
     Args:
-        params, grads, maximize, grad_factor, copies, streams, seed, rounding_step: as for
+        params, grads, maximize, grad_factor, copies, streams, seed, rounding_step, places: as for
             `fused_adamw`.
         momentum_buffers: float32 (float64 for float64 parameters) or uint8 codes with
             ``momentum_scales``; needed where momentum is not 0.
@@ -205,7 +216,7 @@ def fused_sgd(
         ValueError: lists of other lengths, shapes, devices, or sparse tensors.
         TypeError: dtypes that are not served.
     """
-    lists.step_lists(params, grads, copies, streams)
+    lists.step_lists(params, grads, copies, streams, places)
     if momentum != 0 or momentum_buffers:
         lists.moments("momentum_buffers", momentum_buffers, momentum_scales, params)
     if params:
@@ -226,4 +237,5 @@ def fused_sgd(
             streams,
             seed,
             rounding_step,
+            *transposed(places),
         )

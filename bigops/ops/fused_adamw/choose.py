@@ -41,7 +41,7 @@ def choose(
         counters: the devices that the counters of steps are on.
     """
     if len(counters) < 2 and cuda.serves(op, dtypes, target):
-        return cuda, "one launch for 320 tensors of any dtypes"
+        return cuda, "one launch for 256 tensors of any dtypes"
     for dtype in dtypes:
         why = targets.why_not(dtype, target, "fused_linear")  # whose files hold their block
         if why:

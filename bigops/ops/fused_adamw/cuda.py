@@ -53,11 +53,15 @@ def adamw(step: Any, norm: Tensor | None = None, clip_norm: float = math.inf) ->
         step.beta2,
         step.eps,
         step.weight_decay,
+        step.decoupled,
         step.maximize,
         step.grad_factor,
         step.streams,
         step.seed,
         step.rounding_step,
+        step.firsts,
+        step.runs,
+        step.strides,
     )
     pairs = zip(step.params, step.exp_avgs, strict=True)
     for dtype, state in sorted({(p.dtype, m.dtype) for p, m in pairs if p.numel()}, key=str):

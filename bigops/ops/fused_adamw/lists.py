@@ -56,7 +56,8 @@ def moments(
         if not scales:
             raise ValueError(f"scales of {name}: expected one tensor for each of params; got none")
         checks.dtype(f"scales of {name}[{i}]", scales[i], torch.float32)
-        checks.shape(f"scales of {name}[{i}]", scales[i], [states.blocks_of(param.numel())])
+        if not states.fits(scales[i], param.shape):
+            checks.shape(f"scales of {name}[{i}]", scales[i], states.scales_shape(param.shape))
         if not (state.is_contiguous() and scales[i].is_contiguous()):
             raise ValueError(f"{name}[{i}]: expected contiguous codes; got another layout")
 
@@ -66,6 +67,7 @@ def step_lists(
     grads: Sequence[Tensor],
     copies: Sequence[Tensor],
     streams: Sequence[int],
+    places: Sequence[tuple[int, int, int]],
 ) -> None:
     tensors("params", params, params, checks.FLOATING)
     tensors("grads", grads, params, checks.FLOATING)
@@ -80,8 +82,16 @@ def step_lists(
             raise TypeError(f"copies[{i}]: expected none of a parameter of float64; got one")
         if param.device != params[0].device:
             raise ValueError(f"params[{i}]: expected device {params[0].device}; got {param.device}")
-    if streams and len(streams) != len(params):
-        raise ValueError(f"streams: expected none or {len(params)}; got {len(streams)}")
+    for name, given in (("streams", streams), ("places", places)):
+        if given and len(given) != len(params):
+            raise ValueError(f"{name}: expected none or {len(params)}; got {len(given)}")
+    for i, (first, run, stride) in enumerate(places):
+        numel = params[i].numel()
+        if numel and not (first >= 0 and 0 < run <= stride and numel % run == 0):
+            raise ValueError(
+                f"places[{i}]: expected first, run and stride of {numel} elements in whole runs; "
+                f"got {(first, run, stride)}"
+            )
 
 
 def check_norm(norm: Tensor | None, clip_norm: float, params: Sequence[Tensor]) -> None:

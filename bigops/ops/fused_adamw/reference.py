@@ -29,17 +29,22 @@ def _write(state: Tensor, scales: Tensor | None, value: Tensor, signed: bool) ->
     if scales is None:
         state.copy_(value)
     else:
-        codes, new = states.encode(value, signed)
+        codes, new = states.encode(value, signed, scales.ndim - 1)
         state.copy_(codes)
         scales.copy_(new)
 
 
+Place = tuple[int, int, int]
+"""First, run and stride of a part of a tensor, see `fused_adamw`."""
+Random = tuple[int, int, int] | tuple[int, int, int, Place | None]
+"""Seed, stream and step of stochastic rounding, and the place of a part."""
+
+
 def _write_parameter(
-    param: Tensor, value: Tensor, copy: Tensor | None, random: tuple[int, int, int] | None
+    param: Tensor, value: Tensor, copy: Tensor | None, random: Random | None
 ) -> None:
     if random is not None and param.dtype == torch.bfloat16:
-        seed, stream, step = random
-        param.copy_(states.round_stochastic(value, seed, stream, step))
+        param.copy_(states.round_stochastic(value, *random))
     else:
         param.copy_(value)
     if copy is not None:
@@ -61,22 +66,26 @@ def reference_adamw(
     eps: float,
     weight_decay: float,
     grad_factor: float,
-    random: tuple[int, int, int] | None = None,
+    random: Random | None = None,
+    decoupled: bool = True,
 ) -> None:
     """One tensor's AdamW step in plain torch, in place (arXiv 1711.05101, algorithm 2).
 
-    ``random`` is (seed, stream, step) of stochastic rounding, or None for to nearest.
+    ``random`` is (seed, stream, step[, place]) of stochastic rounding, or None for to nearest.
     """
     step += 1
     n = float(step)
     wide = torch.float64 if param.dtype == torch.float64 else torch.float32
     g = grad.to(wide) * grad_factor
+    if weight_decay != 0 and not decoupled:
+        g = g + weight_decay * param.to(wide)
+    keep = 1 - lr * weight_decay if decoupled else 1.0
     m = _read(exp_avg, exp_avg_scale, True)
     v = _read(exp_avg_sq, exp_avg_sq_scale, False)
     m = m + (1 - beta1) * (g - m)
     v = v * beta2 + ((1 - beta2) * g) * g  # g * g is inf past 1.8e19, where v still has room
     denominator = v.sqrt() * (1 / math.sqrt(1 - beta2**n)) + eps
-    p = param.to(wide) * (1 - lr * weight_decay) - lr / (1 - beta1**n) * (m / denominator)
+    p = param.to(wide) * keep - lr / (1 - beta1**n) * (m / denominator)
     _write(exp_avg, exp_avg_scale, m, True)
     _write(exp_avg_sq, exp_avg_sq_scale, v, False)
     _write_parameter(param, p, copy, random)
@@ -95,7 +104,7 @@ def reference_sgd(
     nesterov: bool,
     first_step: bool,
     grad_factor: float,
-    random: tuple[int, int, int] | None = None,
+    random: Random | None = None,
 ) -> None:
     """One tensor's SGD step in plain torch, in place; the update of torch.optim.SGD."""
     wide = torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -133,14 +142,23 @@ def adamw_numbers(step: Any) -> tuple[float, float, float, float, float, float]:
     return step.lr, step.beta1, step.beta2, step.eps, step.weight_decay, _factor(step)
 
 
+def places(step: Any) -> list[Place | None]:
+    """Of each parameter, None for a whole one."""
+    if not len(step.runs):
+        return [None] * len(step.params)
+    return list(zip(step.firsts, step.runs, step.strides, strict=True))
+
+
 def sgd_numbers(step: Any) -> tuple[float, float, float, float, bool, bool, float]:
     """lr, momentum, dampening, weight_decay, nesterov, first_step, and the factor, likewise."""
     numbers = step.lr, step.momentum, step.dampening, step.weight_decay
     return *numbers, step.nesterov, step.first_step, _factor(step)
 
 
-def _random(step: Any, i: int) -> tuple[int, int, int] | None:
-    return (step.seed, step.streams[i], step.rounding_step) if len(step.streams) else None
+def _random(step: Any, i: int) -> Random | None:
+    if not len(step.streams):
+        return None
+    return step.seed, step.streams[i], step.rounding_step, places(step)[i]
 
 
 def adamw(step: Any) -> None:
@@ -158,6 +176,7 @@ def adamw(step: Any) -> None:
             _pick(step.copies, i),
             *adamw_numbers(step),
             _random(step, i),
+            step.decoupled,
         )
 
 

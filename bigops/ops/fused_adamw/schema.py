@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ _ADAMW_LISTS = (
     "Tensor(d!)[] steps, Tensor(e!)[] exp_avg_scales, Tensor(f!)[] exp_avg_sq_scales, "
     "Tensor(g!)[] copies"
 )
-_ROUNDING = "int[] streams, int seed, int rounding_step"
+_ROUNDING = "int[] streams, int seed, int rounding_step, int[] firsts, int[] runs, int[] strides"
 _ADAMW_OPTIONS = (
-    "float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, "
-    f"float grad_factor, {_ROUNDING}"
+    "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, "
+    f"bool maximize, float grad_factor, {_ROUNDING}"
 )
 adamw_op = define(
     f"fused_adamw({_ADAMW_LISTS}, {_ADAMW_OPTIONS}) -> ()",
@@ -41,6 +41,14 @@ sgd_op = define(
 AdamWStep: Any = arguments(adamw_op)
 SGDStep: Any = arguments(sgd_op)
 norm_op = define("fused_grad_norm(Tensor[] grads) -> Tensor", reference.norm)
+
+
+def transposed(
+    places: Sequence[tuple[int, int, int]],
+) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """The lists firsts, runs and strides of an op."""
+    return tuple(zip(*places, strict=True)) if places else ((), (), ())  # type: ignore[return-value]
+
 
 # The CUDA C++ kernels by themselves, for a GPU only.
 LIB.define(

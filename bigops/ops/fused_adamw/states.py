@@ -8,12 +8,14 @@ Random Numbers: As Easy as 1, 2, 3, 2011). Both are the meaning that the kernels
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 BLOCK = 256
-"""Elements that share one absmax."""
+"""Elements of a row that share one absmax."""
 
 
 @functools.cache
@@ -40,14 +42,48 @@ def dynamic_map(signed: bool) -> Tensor:
 
 
 def blocks_of(numel: int) -> int:
-    """How many absmax values a state of ``numel`` elements has."""
+    """How many absmax values a row of ``numel`` elements has."""
     return -(-numel // BLOCK)
 
 
+def leading_of(shape: Sequence[int]) -> int:
+    """How many of the first dimensions count rows; the others together are one row.
+
+    A row is the last dimensions that hold a block of 256, never the first of several dimensions:
+    ``in`` of a weight [out, in] and of experts [E, out, in], ``in * 9`` of a kernel of 3 x 3. So a
+    parameter that is split between rows keeps whole blocks, however often it is split anew.
+    """
+    leading, row = len(shape), 1
+    while leading > 1 and row < BLOCK:
+        leading -= 1
+        row *= shape[leading]
+    return min(leading, len(shape) - 1) if shape else 0
+
+
+def row_of(shape: Sequence[int], leading: int) -> int:
+    """Elements of a row."""
+    return math.prod(shape[leading:])
+
+
+def scales_shape(shape: Sequence[int], leading: int | None = None) -> tuple[int, ...]:
+    """Shape of the absmax values of a tensor of ``shape``: its rows, and the blocks of each."""
+    if leading is None:
+        leading = leading_of(shape)
+    return (*shape[:leading], blocks_of(row_of(shape, leading)))
+
+
+def fits(scales: Tensor, shape: Sequence[int]) -> bool:
+    """Whether scales are of a tensor of ``shape`` by rows, whatever its rows are."""
+    leading = scales.ndim - 1
+    return 0 <= leading <= len(shape) and tuple(scales.shape) == scales_shape(shape, leading)
+
+
 def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
-    """Float32 values of uint8 codes and their float32 absmax per block of 256."""
-    values = dynamic_map(signed).to(codes.device)[codes.reshape(-1).int()]
-    return (values * scales.repeat_interleave(BLOCK)[: codes.numel()]).reshape(codes.shape)
+    """Float32 values of uint8 codes and their float32 absmax, `scales_shape` of some rows."""
+    values = dynamic_map(signed).to(codes.device)[codes.int()]
+    row = row_of(codes.shape, scales.ndim - 1)
+    each = scales.repeat_interleave(BLOCK, -1)[..., :row]
+    return values * each.reshape(codes.shape)
 
 
 def _middles(values: Tensor) -> Tensor:
@@ -56,18 +92,19 @@ def _middles(values: Tensor) -> Tensor:
     return (middles.view(torch.int32) & -256).view(torch.float32)
 
 
-def encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Codes (uint8, x's shape) and absmax per block of 256 elements (float32) of a float32 x.
+def encode(x: Tensor, signed: bool, leading: int | None = None) -> tuple[Tensor, Tensor]:
+    """Codes (uint8, x's shape) and absmax (float32, `scales_shape`) of a float32 x.
 
     Nearest values of the map; in the unsigned map what is above 0 never becomes 0, since a
     denominator of 0 beside a first moment that is not would be a leap of the parameter.
     """
-    flat = x.reshape(-1)
-    scales = x.new_zeros(blocks_of(x.numel()) * BLOCK)
-    scales[: x.numel()] = flat.abs()
-    scales = scales.reshape(-1, BLOCK).amax(1) if x.numel() else x.new_zeros(0)
-    divisor = torch.where(scales > 0, scales, torch.ones_like(scales))
-    q = flat / divisor.repeat_interleave(BLOCK)[: x.numel()]
+    shape = scales_shape(x.shape, leading)
+    rows, row = math.prod(shape[:-1]), row_of(x.shape, len(shape) - 1)
+    flat = x.reshape(rows, row)
+    padded = torch.nn.functional.pad(flat.abs(), (0, shape[-1] * BLOCK - row))
+    scales = padded.reshape(*shape, BLOCK).amax(-1) if x.numel() else x.new_zeros(shape)
+    divisor = torch.where(scales > 0, scales, torch.ones_like(scales)).reshape(rows, shape[-1])
+    q = flat / divisor.repeat_interleave(BLOCK, 1)[:, :row]
     half = _half(signed).to(x.device)
     index = torch.bucketize(q.abs(), _middles(half))
     if signed:
@@ -116,20 +153,33 @@ def philox(counters: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[
     return c0, c1, c2, c3
 
 
-def random_bits(numel: int, seed: int, stream: int, step: int, device: torch.device) -> Tensor:
-    """16 random bits per element (int32): of seed, stream (which tensor), step and index alone."""
-    lanes = torch.arange(blocks_of(numel) * 32, dtype=torch.int64, device=device)
+def random_bits(indices: Tensor, seed: int, stream: int, step: int) -> Tensor:
+    """16 random bits (int32) of seed, stream (which tensor), step and element index alone.
+
+    Element 256 b + 32 j + lane takes half j % 2 of word j / 2 of counter 32 b + lane.
+    """
+    lanes, j = (indices // BLOCK) * 32 + indices % 32, indices % BLOCK // 32
     same = torch.ones_like(lanes)
     words = philox((lanes & _LOW, lanes >> 32, same * stream, same * (step & _LOW)), seed)
-    halves = [(word >> shift) & 0xFFFF for word in words for shift in (0, 16)]
-    bits = torch.stack([h.reshape(-1, 32) for h in halves], 1)  # [blocks, 8, 32]
-    return bits.reshape(-1)[:numel].int()
+    word = torch.stack(words).gather(0, (j // 2)[None])[0]
+    return ((word >> 16 * (j % 2)) & 0xFFFF).int()
 
 
-def round_stochastic(x: Tensor, seed: int, stream: int, step: int) -> Tensor:
+def indices_of(numel: int, place: tuple[int, int, int] | None, device: torch.device) -> Tensor:
+    """Index of each element in the whole tensor, of which a part is given by first, run, stride."""
+    i = torch.arange(numel, dtype=torch.int64, device=device)
+    if place is None:
+        return i
+    first, run, stride = place
+    return first + i // run * stride + i % run
+
+
+def round_stochastic(
+    x: Tensor, seed: int, stream: int, step: int, place: tuple[int, int, int] | None = None
+) -> Tensor:
     """A float32 x in bfloat16, up with a probability of what truncation would drop."""
     bits = x.contiguous().view(torch.int32).reshape(-1)
-    random = random_bits(x.numel(), seed, stream, step, x.device)
+    random = random_bits(indices_of(x.numel(), place, x.device), seed, stream, step)
     finite = x.reshape(-1).isfinite()
     rounded = torch.where(finite, bits + random, bits) & -65536
     rounded = torch.where(x.reshape(-1).isnan(), bits | 0x400000, rounded)

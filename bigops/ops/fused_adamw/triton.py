@@ -12,7 +12,7 @@ from torch import Tensor
 from bigops import backend
 from bigops.formats import checks
 from bigops.ops.fused_adamw import states
-from bigops.ops.fused_adamw.reference import adamw_numbers, sgd_numbers
+from bigops.ops.fused_adamw.reference import adamw_numbers, places, sgd_numbers
 
 
 @functools.cache
@@ -49,10 +49,12 @@ def adamw(step: Any) -> None:
             step.streams,
             step.seed,
             step.rounding_step,
+            places(step),
         ),
         step.steps,
         maps_of(step.params[0].device),
         *adamw_numbers(step),
+        step.decoupled,
     )
     _names("fused_adamw", step.params, step.exp_avgs)
 
@@ -73,6 +75,7 @@ def sgd(step: Any) -> None:
             streams=step.streams,
             seed=step.seed,
             rounding_step=step.rounding_step,
+            places=places(step),
         ),
         maps_of(step.params[0].device),
         *sgd_numbers(step),

@@ -6,7 +6,7 @@
 
 namespace bigops {
 
-constexpr int64_t kStateBlock = 256;   // elements that share one absmax of an 8-bit state
+constexpr int64_t kStateBlock = 256;   // elements of a row that share one absmax of an 8-bit state
 constexpr int kMapBuckets = 22 * 128;  // [2^-22, 1) by exponent and 7 bits of mantissa
 
 enum FloatType : int { kF32 = 0, kBf16 = 1, kF16 = 2, kF64 = 3, kNoType = 4 };
@@ -27,13 +27,16 @@ struct StateMaps {
 };
 
 // Stochastic rounding to bf16: Philox4x32-10 (Salmon et al. 2011), a function of seed, step, stream
-// (which tensor) and element alone.
+// (which tensor) and element alone. Of a part of a tensor, element i is element
+// first + i / run * stride + i % run of the whole.
 struct Rounding {
   uint64_t seed;
   uint32_t stream, step;
+  int64_t first, run, stride;
 };
 
-// Elements [begin, end) of one tensor, begin a multiple of kStateBlock; all pointers to element 0.
+// Blocks [begin, end) of one tensor of rows of `row` elements, each of which begins a block anew;
+// all pointers to element 0.
 struct StepTask {
   void* param;
   const void* grad;
@@ -43,14 +46,16 @@ struct StepTask {
   float* second_scale;  // likewise
   void* copy;           // low-precision copy of the parameter or null
   int param_type, grad_type, copy_type;
-  int64_t begin, end;
+  int64_t row, begin, end;
   const Rounding* rounding;  // null: to nearest
   const StateMaps* maps;
   double factor;  // of the gradient: unscaling, clipping, and -1 to maximize
   // AdamW
   double keep, beta1, beta2, eps, step_size, inv_sqrt_bias2;
   // SGD
-  double lr, momentum, dampening, weight_decay;
+  double lr, momentum, dampening;
+  // Both: what of the parameter is added to the gradient
+  double weight_decay;
   bool nesterov, first_step, has_momentum;
 };
 

@@ -82,6 +82,33 @@ inline void random_bits(const Rounding& r, int64_t block_index, uint16_t* out) {
       out[j * kLanes + l] = static_cast<uint16_t>(words[j / 2][l] >> (16 * (j % 2)));
 }
 
+// Those of a run of elements, wherever it begins; what two runs share is made once.
+class RandomBits {
+ public:
+  // Of n elements, kStateBlock at most, from element `at` of the whole tensor on.
+  const uint16_t* of(const Rounding& r, int64_t at, int64_t n) {
+    const int64_t block = at / kStateBlock, phase = at % kStateBlock;
+    if (block != first_) {
+      if (count_ == 2 && block == first_ + 1)
+        memcpy(bits_, bits_ + kStateBlock, kStateBlock * sizeof(uint16_t));
+      else
+        random_bits(r, block, bits_);
+      first_ = block;
+      count_ = 1;
+    }
+    if (phase + n > kStateBlock && count_ == 1) {
+      random_bits(r, block + 1, bits_ + kStateBlock);
+      count_ = 2;
+    }
+    return bits_ + phase;
+  }
+
+ private:
+  uint16_t bits_[2 * kStateBlock];
+  int64_t first_ = -1;
+  int count_ = 0;
+};
+
 // Up with a probability of what truncation would drop. Inf and NaN stay.
 inline void narrow_stochastic(const float* from, int64_t n, const uint16_t* random, bf16* to) {
   for (int64_t i = 0; i < n; ++i) {
@@ -167,18 +194,22 @@ struct AdamW {
   using real = typename V::acc;
   using reg = typename V::reg;
   static constexpr bool two_states = true;
-  reg factor, keep, w1, b2, w2, inv, eps, size;
+  reg factor, decay, keep, w1, b2, w2, inv, eps, size;
+  bool decays;
   explicit AdamW(const StepTask& t)
       : factor(V::set1(real(t.factor))),
+        decay(V::set1(real(t.weight_decay))),
         keep(V::set1(real(t.keep))),
         w1(V::set1(real(1 - t.beta1))),
         b2(V::set1(real(t.beta2))),
         w2(V::set1(real(1 - t.beta2))),
         inv(V::set1(real(t.inv_sqrt_bias2))),
         eps(V::set1(real(t.eps))),
-        size(V::set1(real(t.step_size))) {}
+        size(V::set1(real(t.step_size))),
+        decays(t.weight_decay != 0) {}
   void one(reg& p, reg g, reg& m, reg& v) const {
     g = V::mul(g, factor);
+    if (decays) g = V::add(g, V::mul(decay, p));
     p = V::mul(p, keep);
     m = V::add(m, V::mul(w1, V::sub(g, m)));
     // Not w2 * (g * g), as torch: g * g is inf past 1.8e19, where v itself still has room.
@@ -248,9 +279,17 @@ void step(const StepTask& t) {
   real p_buffer[kStateBlock], g_buffer[kStateBlock];
   float m_buffer[kStateBlock], v_buffer[kStateBlock];
   real nothing[kStateBlock] = {};  // SGD without momentum has no state
-  for (int64_t i = t.begin; i < t.end; i += kStateBlock) {
-    const int64_t n = t.end - i < kStateBlock ? t.end - i : kStateBlock;
-    const int64_t index = i / kStateBlock;
+  RandomBits random;
+  const int64_t per_row = (t.row + kStateBlock - 1) / kStateBlock;
+  int64_t row = t.begin / per_row, in_row = t.begin % per_row * kStateBlock;
+  for (int64_t index = t.begin; index < t.end; ++index) {
+    const int64_t n = t.row - in_row < kStateBlock ? t.row - in_row : kStateBlock;
+    const int64_t i = row * t.row + in_row;
+    in_row += kStateBlock;
+    if (in_row >= t.row) {
+      in_row = 0;
+      ++row;
+    }
     real* p = block<V>(t.param, t.param_type, i, n, p_buffer);
     const real* g = block<V>(const_cast<void*>(t.grad), t.grad_type, i, n, g_buffer);
     real *m = nothing, *v = nothing;
@@ -275,9 +314,9 @@ void step(const StepTask& t) {
                                                 static_cast<uint8_t*>(t.second) + i);
     }
     if (stochastic) {
-      uint16_t random[kStateBlock];
-      random_bits(*t.rounding, index, random);
-      narrow_stochastic(reinterpret_cast<const float*>(p), n, random,
+      const Rounding& r = *t.rounding;
+      const uint16_t* bits = random.of(r, r.first + i / r.run * r.stride + i % r.run, n);
+      narrow_stochastic(reinterpret_cast<const float*>(p), n, bits,
                         static_cast<bf16*>(t.param) + i);
     } else if (t.param_type != type_of<real>()) {
       put<V>(p, n, t.param, t.param_type, i);

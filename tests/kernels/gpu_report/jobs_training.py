@@ -2,7 +2,8 @@
 
 A form names what the call has: "full" is every option of the loss, with the gradient; "coded" 8-bit
 states, "random" stochastic rounding, "copy" a bfloat16 copy, "light" a step without momentum and
-decay, "loose" addresses that do not divide by 16.
+decay, "l2" decay in the gradient, "rows" rows of no whole blocks, "parts" random bits of a part of
+a tensor, "loose" addresses that do not divide by 16.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ def jobs(arch: str, job: Callable[..., Any]) -> Iterator[Any]:
         yield row("adamw_step", "coded_copy" if dtype == "f32" else "coded_random", dtype)
         yield row("sgd_step", "light", dtype)
     yield row("adamw_step", "coded_random_loose", "bf16")
+    yield row("adamw_step", "coded_random_rows_parts_l2", "bf16")
+    yield row("sgd_step", "coded_random_nesterov_rows_parts", "bf16")
     yield row("sgd_step", "coded_nesterov", "f32")
     yield row("square_sums", "plain", "f64")
     yield row("norm_of_sums", "plain", "f64")
@@ -90,7 +93,9 @@ def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
         "BLOCKS": job.tile.size,
         "TILES": launch.TILES,
         "MOMENTUM": not light,
-        "DECAY": not light,
+        "DECAY": not light if job.kernel == "sgd_step" else "l2" in words,
+        "ROWS": "rows" in words,
+        "PARTS": "parts" in words,
         "NESTEROV": "nesterov" in words,
         "FIRST_STEP": False,
     }

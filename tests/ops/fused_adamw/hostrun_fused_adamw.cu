@@ -24,13 +24,14 @@ bigops::StepTensor tensor(void* param, const void* grad, void* first, void* seco
 }  // namespace
 
 // The rule is that of the tests' ADAMW at a rate of 0.01; a full state, and one in 8 bits with a
-// copy. sizes: [2, 2].
+// copy, whose rows have row1 elements, the last of a tensor past first1. sizes: [2, 2].
 extern "C" void run_adamw(void* p0, const void* g0, void* m0, void* v0, int64_t n0, int64_t type0,
                           void* p1, const void* g1, void* m1, void* v1, float* ms1, float* vs1,
                           void* copy1, int64_t n1, int64_t type1, int64_t copy_type, float* step0,
                           float* step1, float* sizes, const float* signed_values,
                           const int32_t* signed_buckets, const float* unsigned_values,
-                          const int32_t* unsigned_buckets, const double* norm, int64_t stochastic) {
+                          const int32_t* unsigned_buckets, const double* norm, int64_t stochastic,
+                          int64_t row1, int64_t first1) {
   bigops::AdamwRule rule{};
   rule.norm = norm;
   rule.clip = HUGE_VAL;
@@ -56,6 +57,8 @@ extern "C" void run_adamw(void* p0, const void* g0, void* m0, void* v0, int64_t 
   tensors[0].sizes = sizes;
   tensors[1].sizes = sizes + 2;
   tensors[1].stream = 1;
+  tensors[1].row = static_cast<uint32_t>(row1);
+  tensors[1].start = first1;
   bigops::step_adamw(tensors, 2, rule, nullptr);
 }
 

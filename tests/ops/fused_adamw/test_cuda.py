@@ -211,11 +211,15 @@ def given(problem: Problem, step: int = 0, on_device: bool = True, **more: Any) 
         "beta2": 0.95,
         "eps": 1e-6,
         "decay": 0.1,
+        "decoupled": True,
         "maximize": False,
         "factor": 1.0,
         "streams": (),
         "seed": 0,
         "rounding": 0,
+        "firsts": (),
+        "runs": (),
+        "strides": (),
     }
     return tuple({**usual, **more}.values())
 
@@ -323,6 +327,8 @@ def test_offsets_past_32_bits(tmp_path: Path) -> None:
             *maps,
             None,
             0,
+            0,
+            0,
         )
     finally:
         loaded.hostrun_only(ctypes.c_int64(-1))
@@ -359,7 +365,7 @@ def test_explain_names_the_kernel() -> None:
     params = [torch.zeros(3).bfloat16()]
     said = bigops.explain("fused_adamw", params, eight_bit=True, device="sm_90")
     assert said.kernel == "cuda.fused_adamw.bf16.8bit"
-    assert "one launch for 320 tensors of any dtypes" in said.reason
+    assert "one launch for 256 tensors of any dtypes" in said.reason
     norm = [torch.zeros(3).double()]
     said = bigops.explain("fused_grad_norm", norm, device="sm_80")
     assert said.kernel == "cuda.fused_grad_norm.f64.double"
@@ -398,7 +404,7 @@ def test_bad_arguments_change_nothing() -> None:
         ({"copies": wrong}, r"copies\[0\]: expected dtype bf16 or f16; got f32"),
         ({"maps": ()}, "maps: expected 4 tensors with states of u8; got 0"),
         ({"steps": [torch.zeros(2)] * 2}, r"steps\[0\]: expected one element; got \[2\]"),
-        ({"streams": (1,)}, "streams: expected none, or one for each of params; got 1"),
+        ({"streams": (1,)}, "streams, firsts, runs, strides: expected none, or one for each"),
         ({"norm": torch.ones(1).double()}, r"norm: expected shape \[\]; got \[1\]"),
         ({"norm": torch.ones(()).double(), "on_device": False}, "norm: expected None with steps"),
     ):

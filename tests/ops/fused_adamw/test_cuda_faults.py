@@ -29,15 +29,25 @@ KERNEL = "fused_adamw.cu"
 FAULTS = {
     "tensor before": (".chunk <= static_cast", ".chunk < static_cast"),
     "wrong divisor": ("absmax > 0.0f ? absmax : 1.0f", "1.0f"),
-    "block skipped": ("begin += kWarps * kStepBlock", "begin += 2 * kWarps * kStepBlock"),
+    "block skipped": ("in_row += kWarps", "in_row += 2 * kWarps"),
     "half of a word": ("words[j / 2] >> 16 * (j % 2)", "words[j / 2] >> 16 * (j / 4)"),
-    "random numbers of another block": ("begin / kEach + lane)", "begin + lane)"),
+    "random numbers of another block": (
+        "at / kStepBlock * 32 + place % 32",
+        "at / kStepBlock + place % 32",
+    ),
     "absmax of half a warp": (
         "int bits = 16; bits > 0; bits /= 2) {\n    const uint32_t",
         "int bits = 8; bits > 0; bits /= 2) {\n    const uint32_t",
     ),
+    "half of another element": ("phase / 32 + place / 32", "phase / 32"),
+    "lane of another element": ("phase % 32 + lane", "lane"),
+    "rows skipped": ("in_row -= per_row) ++row", "in_row -= per_row) row += 2"),
+    "absmax of another row": ("scale + block, absmax", "scale + begin / kStepBlock, absmax"),
     "0 from above 0": ("index == 0 && x[j] > 0.0f ? 1 : index", "index"),
 }
+
+
+FIRST = 1000  # element of the whole tensor that is the first of the second one
 
 
 def arguments(problem: Problem, **more: Any) -> tuple[Any, ...]:
@@ -69,19 +79,23 @@ def arguments(problem: Problem, **more: Any) -> tuple[Any, ...]:
         *maps_of(torch.device("cpu")),
         more.get("norm"),
         1,
+        p1.shape[1],
+        FIRST,
     )
 
 
 def problems() -> tuple[Problem, Problem]:
     """Ours and the reference after a step."""
-    shapes = [(8192 + 300,), (77, 31)]
+    shapes = [(8192 + 300,), (19, 331)]
     ours, theirs = (Problem(torch.float32, torch.bfloat16, shapes=shapes) for _ in range(2))
     theirs.first[1] = torch.full(shapes[1], 127, dtype=torch.uint8)
     theirs.second[1] = torch.zeros(shapes[1], dtype=torch.uint8)
     for i, (p, g) in enumerate(zip(theirs.params, theirs.grads(0), strict=True)):
         scales = (theirs.first_scales[1], theirs.second_scales[1]) if i else (None, None)
         state = (theirs.first[i], theirs.second[i], theirs.steps[i])
-        reference_adamw(p, g, *state, *scales, None, 1e-2, 0.8, 0.95, 1e-6, 0.1, 1.0, (5, i, 0))
+        place = (FIRST, p.numel(), p.numel()) if i else None
+        random = (5, i, 0, place)
+        reference_adamw(p, g, *state, *scales, None, 1e-2, 0.8, 0.95, 1e-6, 0.1, 1.0, random)
     return ours, theirs
 
 
@@ -174,7 +188,7 @@ def test_thread_sanitizer(fault: str, tmp_path: Path) -> None:
     """Warps that take the same block write to one place; so do sums that nobody waited for."""
     planted = {
         "": None,
-        "step": (KERNEL, "first + warp * kStepBlock", "first + warp / 2 * kStepBlock"),
+        "step": (KERNEL, "first + warp", "first + warp / 2"),
         "barrier": (KERNEL, BARRIER, ""),
     }[fault]
     if fault == "barrier":

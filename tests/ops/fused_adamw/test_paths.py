@@ -36,11 +36,15 @@ def raw_arguments(problem: Problem, grads: list[Tensor]) -> tuple[Any, ...]:
         *ADAMW["betas"],
         ADAMW["eps"],
         ADAMW["weight_decay"],
+        True,
         False,
         1.0,
         [],
         0,
         0,
+        [],
+        [],
+        [],
     )
 
 
@@ -120,6 +124,9 @@ def test_opcheck(eight_bit: bool) -> None:
         [],
         0,
         0,
+        [],
+        [],
+        [],
     )
     torch.library.opcheck(torch.ops.bigops.fused_sgd, sgd)
     torch.library.opcheck(torch.ops.bigops.fused_grad_norm, ([torch.randn(30), torch.randn(2, 3)],))
@@ -217,6 +224,12 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"copies\[0\]: expected dtype bfloat16, float16; got float32",
     ),
     "streams": ({"streams": [1]}, ValueError, "streams: expected none or 2; got 1"),
+    "places": ({"places": [(0, 3, 3)]}, ValueError, "places: expected none or 2; got 1"),
+    "a run": (
+        {"places": [(0, 3, 3), (8, 3, 8)]},
+        ValueError,
+        r"places\[1\]: expected first, run and stride of 4 elements in whole runs; got \(8, 3, 8",
+    ),
 }
 
 
@@ -241,7 +254,9 @@ def test_bad_arguments_change_nothing(name: str) -> None:
         (2, [torch.ones(3), torch.ones(4).byte()], "scales: expected one tensor"),
         (4, [torch.ones(()), torch.ones(2)], r"steps\[1\]: expected one element"),
         (7, [torch.ones(3), torch.ones(4)], r"copies\[0\]: expected dtype bf16 or f16; got f32"),
-        (15, [1], "streams: expected none, or one for each"),
+        (16, [1], "streams, firsts, runs, strides: expected none, or one for each"),
+        (19, [0], "streams, firsts, runs, strides: expected none, or one for each"),
+        (20, [3, 4], "firsts, runs, strides: expected all of them or none"),
     ],
 )
 def test_the_kernel_checks_again(position: int, value: Any, match: str) -> None:

@@ -45,7 +45,7 @@ def magnitudes() -> Tensor:
 def encoded_by_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
     """A first SGD step without dampening leaves the gradient, encoded, in the buffer."""
     codes = torch.zeros(x.numel(), dtype=torch.uint8)
-    scales = torch.zeros(states.blocks_of(x.numel()))
+    scales = torch.zeros(states.scales_shape(x.shape))
     fused_sgd(
         [torch.zeros_like(x)],
         [x],

@@ -45,8 +45,8 @@ class Problem:
         self.eight_bit = eight_bit
         self.first = [self.state(p, 127) for p in self.params]
         self.second = [self.state(p, 0) for p in self.params]
-        self.first_scales = [torch.zeros(states.blocks_of(p.numel())) for p in self.params]
-        self.second_scales = [torch.zeros(states.blocks_of(p.numel())) for p in self.params]
+        self.first_scales = [torch.zeros(states.scales_shape(p.shape)) for p in self.params]
+        self.second_scales = [torch.zeros(states.scales_shape(p.shape)) for p in self.params]
         self.steps = [torch.zeros(()) for _ in self.params]
         self.options: dict[str, Any] = {}
 
