@@ -1,11 +1,22 @@
 """Training aids that leave the loop to the caller: precision, optimisers, checkpoints."""
 
 from bigops.graph.adapter_files import load_adapter_, save_adapter
-from bigops.optim import SGD, Adam, AdamW, Sampler, TrainState, load_checkpoint, save_checkpoint
+from bigops.optim import (
+    EMA,
+    SGD,
+    Adam,
+    AdamW,
+    Sampler,
+    TrainState,
+    load_checkpoint,
+    save_checkpoint,
+    step_in_backward,
+)
 from bigops.train import amp
 from bigops.train.precision import PRECISIONS, MixedPrecision, StepResult
 
 __all__ = [
+    "EMA",
     "PRECISIONS",
     "SGD",
     "Adam",
@@ -19,4 +30,5 @@ __all__ = [
     "load_checkpoint",
     "save_adapter",
     "save_checkpoint",
+    "step_in_backward",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bigops.optim.grad_norm import norm_over_ranks, ranks_of
+from bigops.optim.in_backward import scaled_loss
 from bigops.train import stepping
 from bigops.train.loss_scale import LARGEST, LEAST_SCALE, LossScale
 
@@ -225,7 +226,10 @@ class MixedPrecision:
             )
         if weight is not None:
             weight = _weight(weight)
-        with _tf32() if self.precision == "tf32" else nullcontext():
+        changed = (
+            self._scaled or weight is not None
+        )  # what the gradients are divided by in the step
+        with _tf32() if self.precision == "tf32" else nullcontext(), scaled_loss(changed):
             (self._scale.scaled(loss) if self._scaled else loss).backward()
         self._has_backward = True
         if weight is not None:

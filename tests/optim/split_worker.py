@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from bigops.optim import placed
 from bigops.parallel import init
-from bigops.train import SGD, Adam, AdamW
+from bigops.train import EMA, SGD, Adam, AdamW, step_in_backward
 
 # 70 rows are uneven for 3, the second layer's for 2; a short bias that is split inside a block.
 SIZES = (300, 71, 130)
@@ -133,6 +133,35 @@ def tensor_parallel() -> dict[str, Any]:
     return {"split": results[0], "plain": results[1], "said": said}
 
 
+def in_backward(folder: Path) -> list[Any]:
+    """FSDP2 hands each reduced gradient to the step; the bits of the ordinary step."""
+    results = []
+    for hooked in (False, True):
+        model = model_of(torch.float32)
+        for layer in (model[0], model[2]):
+            fully_shard(layer)
+        fully_shard(model)
+        optimizer = optimizer_of(model, "fp32")
+        ema = EMA(model, 0.9)
+        if hooked:
+            step_in_backward(optimizer)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            model(torch.randn(5, SIZES[0], generator=generator)).square().mean().backward()
+            assert hooked == all(p.grad is None for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update()
+        results.append([seen(model, optimizer), whole(ema.state_dict())])
+    refused = ""
+    plain = model_of(torch.float32)
+    try:
+        step_in_backward(optimizer_of(plain, "fp32"))
+    except ValueError as error:
+        refused = str(error)
+    return [*results, refused]
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     results: dict[str, Any] = {}
@@ -155,6 +184,7 @@ def main() -> None:
                 "back": seen(*back),
             }
         results["tensor parallel"] = tensor_parallel()
+        results["in backward"] = in_backward(folder)
         if world.rank == 0:
             torch.save(results, folder / "results.pt")
 

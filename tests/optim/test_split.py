@@ -73,3 +73,11 @@ def test_columns_and_what_is_refused(seen: dict[str, Any]) -> None:
         "eight_bit: expected a parameter split between rows (dimensions below 1) or after whole "
         "blocks of 256; got S(1) of shape [9, 700] over 2 ranks"
     )
+
+
+def test_step_in_backward_under_fsdp(seen: dict[str, Any]) -> None:
+    ordinary, hooked, refused = seen["in backward"]
+    assert same(ordinary, hooked)
+    assert refused.startswith(
+        "param_groups[0]['params'][0]: expected a DTensor among 2 ranks; got a plain parameter"
+    )
