@@ -237,7 +237,7 @@ class FusedOptimizer(Optimizer):
 
     def _prepare(self, group: dict[str, Any], param: Tensor) -> None:
         """Make the states that a parameter does not have yet."""
-        state = self.state[param]
+        state, split = self.state[param], placed.is_split(param)
         sixteen = param.dtype in (torch.bfloat16, torch.float16)
         if "master" in state:
             _check_fits("master", state["master"], param, sixteen)
@@ -248,6 +248,8 @@ class FusedOptimizer(Optimizer):
             if held is not None:
                 kept = _KEPT[param.dtype == torch.float64]
                 _check_fits(name, held, param, held.dtype in kept)
+                if split:
+                    placed.check_alike(name, held, param)
                 continue
             if saved.coded(group, param):
                 placed.check_blocks(param)
@@ -387,11 +389,9 @@ def _unordered(params: Any) -> TypeError:
 
 
 def _check_fits(name: str, held: Tensor, param: Tensor, dtype_fits: bool) -> None:
-    split = placed.is_split(param)
-    lies = split == placed.is_split(held) and (not split or held.placements == param.placements)  # type: ignore[attr-defined]
-    if held.shape != param.shape or not dtype_fits or not lies:
+    if held.shape != param.shape or not dtype_fits:
         raise ValueError(
             f"params: expected what {name} was made for, {held.dtype} of shape "
             f"{list(held.shape)}; got a parameter of {param.dtype}, shape {list(param.shape)} (was "
-            "the model changed after a step, or split in another way?)"
+            "the model changed after a step?)"
         )

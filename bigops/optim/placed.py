@@ -46,6 +46,16 @@ def gradient(param: Tensor) -> Tensor:
     return local(grad)
 
 
+def check_alike(name: str, held: Tensor, param: Tensor) -> None:
+    """Raise ValueError unless a state lies as its DTensor does."""
+    if not is_split(held) or held.placements != param.placements:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"params: expected what {name} was made for, "
+            f"{held.placements if is_split(held) else 'a plain tensor'}; got a parameter placed as "  # type: ignore[attr-defined]
+            f"{param.placements} (was the model split after a step?)"  # type: ignore[attr-defined]
+        )
+
+
 def wrap(part: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A tensor of which ``part`` is this rank's, placed as ``like`` is."""
     if not is_split(like):

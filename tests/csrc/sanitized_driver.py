@@ -36,6 +36,7 @@ from bigops.formats.patterns import Pattern  # noqa: E402
 from bigops.formats.quantize import quantize_u8, static_qparams  # noqa: E402
 from bigops.formats.quantized import QuantizedWeight  # noqa: E402
 from bigops.formats.sparse import SparseWeight  # noqa: E402
+from bigops.ops.fused_adamw import fused_sgd  # noqa: E402
 from bigops.ops.fused_linear import fused_linear  # noqa: E402
 from bigops.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from bigops.ops.norm import norm, norm_act_quant, norm_with_sum  # noqa: E402
@@ -44,7 +45,7 @@ from bigops.ops.quantized_embedding import quantized_embedding  # noqa: E402
 from bigops.ops.quantized_linear import quantized_linear  # noqa: E402
 from bigops.ops.rotary import rotary  # noqa: E402
 from bigops.ops.sparse_linear import sparse_linear  # noqa: E402
-from bigops.train import SGD, AdamW  # noqa: E402
+from bigops.train import SGD, Adam, AdamW  # noqa: E402
 
 extension: Any = machine.extension
 assert extension is not None, machine.extension_error
@@ -296,13 +297,25 @@ def run_fused_adamw() -> None:
         extension.set_isa(level)
         for form, threads in itertools.product(forms, (1, 3)):
             torch.set_num_threads(threads)
-            for make in (AdamW, lambda p, **o: SGD(p, momentum=0.9, **o)):
+            for make in (
+                AdamW,
+                lambda p, **o: Adam(p, weight_decay=0.1, **o),
+                lambda p, **o: SGD(p, momentum=0.9, **o),
+            ):
                 params = [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
                 optimizer = make(params, **form)
                 for _ in range(2):
                     for p in params:
                         p.grad = torch.randn_like(p)
                     optimizer.step_checked(clip_norm=1.0)
+        part = torch.randn(70, 131).bfloat16()  # of a wider tensor: runs, rows, random bits
+        fused_sgd(
+            [part],
+            [torch.randn_like(part)],
+            lr=0.1,
+            streams=[1],
+            places=[(1003, 131, 999)],
+        )
 
 
 def error_of(call: Callable[[], Any]) -> str:

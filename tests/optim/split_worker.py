@@ -102,6 +102,17 @@ def loaded(form: str, path: Path, split: bool) -> tuple[nn.Module, Any]:
     return model, optimizer
 
 
+def from_plain(form: str, path: Path) -> tuple[nn.Module, Any]:
+    """The file of one process, whole on every rank, into a split model and its optimiser."""
+    state = torch.load(path, weights_only=True)
+    model = model_of(FORMS[form][0])
+    model.load_state_dict(state["model"])
+    fully_shard(model)
+    optimizer = optimizer_of(model, form)
+    optimizer.load_state_dict(state["optimizer"])
+    return model, optimizer
+
+
 def tensor_parallel() -> dict[str, Any]:
     """A split after whole blocks and one inside a row, by columns; what is refused."""
     mesh = init_device_mesh("cpu", (2,))
@@ -122,10 +133,18 @@ def tensor_parallel() -> dict[str, Any]:
             [[whole(p.detach()) for p in held], [whole(dict(optimizer.state[p])) for p in held]]
         )
     said = []
+    split = params[1]
+    moved = AdamW([split])
+    moved.make_states()
+    moved.state[split]["exp_avg"] = torch.zeros(30, 7)
     bad = nn.Parameter(distribute_tensor(torch.randn(9, 700), mesh, [Shard(1)]))
     bad.grad = torch.zeros_like(bad)
     optimizer = AdamW([bad], eight_bit=True)
-    for call in (optimizer.step,):
+    version = bad._version
+    AdamW([bad]).step()
+    assert bad._version > version  # a graph that saved it is told
+    assert AdamW([bad]).step_checked(clip_norm=1.0)
+    for call in (optimizer.step, moved.step):
         try:
             call()
         except ValueError as error:
@@ -177,11 +196,14 @@ def main() -> None:
             run(*again, range(3, 5))
             back = loaded(form, folder / f"{form} whole", True)  # one process has written it
             run(*back, range(3, 5))
+            plain = from_plain(form, folder / f"{form}.pt")
+            run(*plain, range(3, 5))
             results[form] = {
                 "kinds": kinds,
                 "straight": seen(model, optimizer),
                 "again": seen(*again),
                 "back": seen(*back),
+                "plain": seen(*plain),
             }
         results["tensor parallel"] = tensor_parallel()
         results["in backward"] = in_backward(folder)

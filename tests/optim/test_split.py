@@ -30,7 +30,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("split")
     with threads(1):
         for form in FORMS:
-            worker.saved(*worker.straight(form, 3, False), folder / f"{form} whole")
+            model, optimizer = worker.straight(form, 3, False)
+            worker.saved(model, optimizer, folder / f"{form} whole")
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state, folder / f"{form}.pt")
     run_ranks("-m", "tests.optim.split_worker", str(folder))
     return folder
 
@@ -54,12 +57,13 @@ def test_fsdp_has_the_bits_of_one_process(form: str, folder: Path, seen: dict[st
 
 @pytest.mark.parametrize("form", FORMS)
 def test_two_ranks_to_one_to_two(form: str, folder: Path, seen: dict[str, Any]) -> None:
-    """2 -> 2, 1 -> 2 in the worker, 2 -> 1 here; each goes on to the same bits."""
+    """2 -> 2, 1 -> 2 in the worker (also from a plain file), 2 -> 1 here: all go on to the same."""
     from tests.optim import split_worker as worker
 
     want = seen[form]["straight"]
     assert same(seen[form]["again"], want)
     assert same(seen[form]["back"], want)
+    assert same(seen[form]["plain"], want)
     one = worker.loaded(form, folder / f"{form} split", False)
     worker.run(*one, range(3, 5))
     assert same(worker.seen(*one), want)
@@ -68,11 +72,12 @@ def test_two_ranks_to_one_to_two(form: str, folder: Path, seen: dict[str, Any]) 
 def test_columns_and_what_is_refused(seen: dict[str, Any]) -> None:
     got = seen["tensor parallel"]
     assert same(got["split"], got["plain"])
-    (blocks,) = got["said"]
+    blocks, moved = got["said"]
     assert blocks.startswith(
         "eight_bit: expected a parameter split between rows (dimensions below 1) or after whole "
         "blocks of 256; got S(1) of shape [9, 700] over 2 ranks"
     )
+    assert moved.startswith("params: expected what exp_avg was made for, a plain tensor; got a")
 
 
 def test_step_in_backward_under_fsdp(seen: dict[str, Any]) -> None:
