@@ -18,7 +18,13 @@ from bigops.optim import placed
 from bigops.optim import saved_states as saved
 from bigops.optim.batch import Batch
 from bigops.optim.grad_norm import norm_over_ranks
-from bigops.optim.options import RefusedError, check_flags, check_number, refuse_capture
+from bigops.optim.options import (
+    RefusedError,
+    check_flags,
+    check_number,
+    refuse_capture,
+    unordered,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Dtypes of states, of parameters of float64 and of all others.
@@ -39,7 +45,7 @@ class FusedOptimizer(Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         if isinstance(params, set | frozenset):
-            raise _unordered(params)
+            raise unordered(params)
         defaults["rounding_step"] = 0
         self._check_options(defaults)
         super().__init__(params, defaults)
@@ -72,7 +78,7 @@ class FusedOptimizer(Optimizer):
             raise TypeError(f"param_group: expected a dict; got {type(param_group).__name__}")
         params = param_group["params"]
         if isinstance(params, set | frozenset):
-            raise _unordered(params)
+            raise unordered(params)
         if not isinstance(params, Tensor):
             params = param_group["params"] = list(params)  # a generator runs once
         self._check_options({**self.defaults, **param_group})
@@ -379,13 +385,6 @@ class FusedOptimizer(Optimizer):
             held = state_dict["state"].get(key, {})
             saved.check(f"of parameter {key}", held, param, self._SIGNED, self._WHOLE)
         return pairs
-
-
-def _unordered(params: Any) -> TypeError:
-    return TypeError(
-        f"params: expected an ordered collection; got a {type(params).__name__}, whose order is "
-        "another in each run, and with it whose state is whose"
-    )
 
 
 def _check_fits(name: str, held: Tensor, param: Tensor, dtype_fits: bool) -> None:

@@ -13,6 +13,14 @@ class RefusedError(ValueError, RuntimeError):
     """What is not served; of both classes, since torch.optim raises now one, now the other."""
 
 
+def unordered(params: Any) -> TypeError:
+    """The error of parameters in a set."""
+    return TypeError(
+        f"params: expected an ordered collection; got a {type(params).__name__}, whose order is "
+        "another in each run, and with it whose state is whose"
+    )
+
+
 def check_number(name: str, value: Any, low: float, below: float = math.inf) -> None:
     """Raise unless ``low <= value < below``.
 

@@ -42,14 +42,6 @@ AdamWStep: Any = arguments(adamw_op)
 SGDStep: Any = arguments(sgd_op)
 norm_op = define("fused_grad_norm(Tensor[] grads) -> Tensor", reference.norm)
 
-
-def transposed(
-    places: Sequence[tuple[int, int, int]],
-) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
-    """The lists firsts, runs and strides of an op."""
-    return tuple(zip(*places, strict=True)) if places else ((), (), ())  # type: ignore[return-value]
-
-
 # The CUDA C++ kernels by themselves, for a GPU only.
 LIB.define(
     f"fused_adamw_step({_ADAMW_LISTS}, Tensor[] maps, bool steps_on_device, Tensor? norm, "
@@ -116,6 +108,13 @@ def _below_autograd(op: Any, *args: Any) -> None:
     with torch._C._AutoDispatchBelowADInplaceOrView():
         op(*args)
     count_versions(op, args)
+
+
+def transposed(
+    places: Sequence[tuple[int, int, int]],
+) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """The lists firsts, runs and strides of an op."""
+    return tuple(zip(*places, strict=True)) if places else ((), (), ())  # type: ignore[return-value]
 
 
 def step_adamw(*args: Any) -> None:
