@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -84,8 +85,15 @@ def straight(form: str, steps: int, split: bool) -> tuple[nn.Module, Any]:
     return model, optimizer
 
 
+def content(model: nn.Module, optimizer: Any, path: Path) -> tuple[dict[str, Any], Any]:
+    """What a file holds: by groups, and as pipelines save it, by names alone."""
+    options = StateDictOptions(flatten_optimizer_state_dict=path.name.endswith("whole"))
+    optim = get_optimizer_state_dict(model, optimizer, options=options)
+    return {"model": model.state_dict(), "optim": optim}, options
+
+
 def saved(model: nn.Module, optimizer: Any, path: Path) -> None:
-    state = {"model": model.state_dict(), "optim": get_optimizer_state_dict(model, optimizer)}
+    state, _ = content(model, optimizer, path)
     dcp.save(state, checkpoint_id=path)
 
 
@@ -95,10 +103,10 @@ def loaded(form: str, path: Path, split: bool) -> tuple[nn.Module, Any]:
         fully_shard(model)
     optimizer = optimizer_of(model, form)
     optimizer.make_states()
-    state = {"model": model.state_dict(), "optim": get_optimizer_state_dict(model, optimizer)}
+    state, options = content(model, optimizer, path)
     dcp.load(state, checkpoint_id=path)
     model.load_state_dict(state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optim"])
+    set_optimizer_state_dict(model, optimizer, state["optim"], options=options)
     return model, optimizer
 
 
