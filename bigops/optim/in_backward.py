@@ -18,7 +18,7 @@ _scaled = False
 
 @contextlib.contextmanager
 def scaled_loss(scaled: bool = True) -> Iterator[None]:
-    """A backward pass of a loss that was multiplied by a scale: a step inside it is refused."""
+    """A backward pass whose gradients have to be divided later: a step inside it is refused."""
     global _scaled
     before, _scaled = _scaled, scaled or _scaled
     try:
@@ -42,8 +42,8 @@ class StepInBackward:
     def _step(self, param: Tensor) -> None:
         if _scaled:
             raise RefusedError(
-                "step_in_backward: expected a loss that is not scaled, since a step that was taken "
-                "cannot be skipped; got a backward pass of a scaled one"
+                "step_in_backward: expected a loss that is not scaled, nor a sum over tokens, "
+                "since no step is divided or skipped later; got a backward pass of such a loss"
             )
         group, stream = self._places[param]
         if param in self._stepped:
@@ -94,9 +94,10 @@ def step_in_backward(optimizer: FusedOptimizer) -> StepInBackward:
     with the reduced gradient.
 
     What needs all gradients of a step together is refused: `step_checked` (clipping by the norm, a
-    loss scale with skipped steps) and `grad_factor`, a scaled loss of `MixedPrecision`, a second
-    backward pass before ``optimizer.step()`` (accumulation). torch.amp.GradScaler knows nothing of
-    it: do not scale by that. An inf or NaN of a gradient is in the weights, as with ``step()``.
+    loss scale with skipped steps) and `grad_factor`; a loss that `MixedPrecision` or `bigops.amp`
+    scales, or that has a weight; a second backward pass before ``optimizer.step()``
+    (accumulation). torch.amp.GradScaler knows nothing of it: do not scale by that. An inf or NaN
+    of a gradient is in the weights, as with ``step()``.
 
     Args:
         optimizer: `AdamW`, `Adam` or `SGD` of this package; parameters that are added later step

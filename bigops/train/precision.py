@@ -226,9 +226,7 @@ class MixedPrecision:
             )
         if weight is not None:
             weight = _weight(weight)
-        changed = (
-            self._scaled or weight is not None
-        )  # what the gradients are divided by in the step
+        changed = self._scaled or weight is not None  # the step multiplies the gradients
         with _tf32() if self.precision == "tf32" else nullcontext(), scaled_loss(changed):
             (self._scale.scaled(loss) if self._scaled else loss).backward()
         self._has_backward = True

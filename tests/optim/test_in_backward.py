@@ -152,6 +152,8 @@ def test_what_needs_all_gradients_is_refused() -> None:
         optimizer.step(grad_factor=0.5)
     with pytest.raises(RuntimeError, match="expected a loss that is not scaled"):
         MixedPrecision("fp16-mixed").backward(loss_of(model, 0))
+    with pytest.raises(RuntimeError, match="nor a sum over tokens"):
+        MixedPrecision().backward(loss_of(model, 0), weight=20)
     assert same(snapshot(list(model.parameters()), optimizer), before)
     optimizer.zero_grad()
     MixedPrecision("bf16-mixed").backward(loss_of(model, 0))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bigops.optim.grad_norm import norm_over_ranks
+from bigops.optim.in_backward import scaled_loss
 from bigops.train.amp import current
 from bigops.train.amp.optimizer import Stash, stash_of
 
@@ -77,7 +78,8 @@ def scale_loss(
     for stash in known:
         stash.begin()
     try:
-        yield loss.float() * scale.value.to(loss.device, non_blocking=True)
+        with scaled_loss():
+            yield loss.float() * scale.value.to(loss.device, non_blocking=True)
     except BaseException:
         for stash in known:
             stash.give_up()
