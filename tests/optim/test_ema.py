@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bigops import FormatError, Int8, compress_
-from bigops.train import EMA, AdamW, MixedPrecision, load_checkpoint, save_checkpoint
+from bigops.train import (
+    EMA,
+    Adam,
+    AdamW,
+    MixedPrecision,
+    TrainState,
+    load_checkpoint,
+    save_checkpoint,
+)
 from tests.support import tolerance
 from tests.support.kernels_ran import needs_extension, threads
 from tests.support.optimizer_ways import same
@@ -227,3 +235,24 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"0.weight: expected shape \[5, 6\]; got \[5, 7\]"):
         ema.update()
     assert ema.updates == 0
+
+
+def test_it_is_a_part_of_a_runs_state(tmp_path: Path) -> None:
+    """By safetensors and JSON, beside an optimiser with 8-bit states by rows."""
+    ends = []
+    for cut in (None, 2):
+        torch.manual_seed(0)
+        model = nn.Linear(300, 20).bfloat16()
+        optimizer, ema = Adam(model.parameters(), lr=0.1, eight_bit=True), EMA(model, 0.9)
+        for step in range(4):
+            if step == cut:
+                TrainState(model=model, optimizer=optimizer, ema=ema).save(tmp_path, step)
+                model = nn.Linear(300, 20).bfloat16()
+                optimizer, ema = Adam(model.parameters()), EMA(model, 0.1)
+                TrainState(model=model, optimizer=optimizer, ema=ema).load(tmp_path)
+            model(torch.full((3, 300), step + 1.0).bfloat16()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update()
+        ends.append([model.state_dict(), ema.state_dict(), optimizer.state_dict()["state"]])
+    assert same(*ends)
