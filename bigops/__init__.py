@@ -31,6 +31,8 @@ _HOME = {
     "packed_linear": "bigops.ops.packed_linear",
     "fused_sgd": "bigops.ops.fused_adamw",
     "linear_cross_entropy": "bigops.ops.linear_cross_entropy",
+    "linear_js_div": "bigops.ops.linear_cross_entropy",
+    "linear_kl_div": "bigops.ops.linear_cross_entropy",
     "quantized_embedding": "bigops.ops.quantized_embedding",
     "quantized_linear": "bigops.ops.quantized_linear",
     "rotary": "bigops.ops.rotary",
@@ -100,6 +102,8 @@ __all__ = [
     "fused_linear",
     "fused_sgd",
     "linear_cross_entropy",
+    "linear_js_div",
+    "linear_kl_div",
     "load",
     "low_rank_linear",
     "nn",
@@ -142,7 +146,11 @@ if TYPE_CHECKING:
     from bigops.ops.fp8_linear import fp8_linear
     from bigops.ops.fused_adamw import fused_adamw, fused_grad_norm, fused_sgd
     from bigops.ops.fused_linear import fused_linear
-    from bigops.ops.linear_cross_entropy import linear_cross_entropy
+    from bigops.ops.linear_cross_entropy import (
+        linear_cross_entropy,
+        linear_js_div,
+        linear_kl_div,
+    )
     from bigops.ops.low_rank_linear import low_rank_linear
     from bigops.ops.norm import norm, norm_act_quant, norm_with_sum
     from bigops.ops.packed_linear import packed_linear

@@ -43,6 +43,7 @@ def cross_entropy_rows(
     class_weight,  # float32 [V] or None
     scale,  # float32 [M] or None
     losses,  # float32 [M] out
+    lses,  # float32 [M] or None out: log of the sum of exponentials, 0 of an ignored row
     V,
     ignore_index,
     class_weight_sum,
@@ -61,6 +62,8 @@ def cross_entropy_rows(
     lanes = tl.arange(0, BLOCK)
     if y == ignore_index:
         tl.store(losses + row, 0.0)
+        if lses is not None:
+            tl.store(lses + row, 0.0)
         if GRADIENT:
             nothing = tl.zeros((BLOCK,), dtype=logits.dtype.element_ty)
             for start in range(0, V, BLOCK):
@@ -95,6 +98,8 @@ def cross_entropy_rows(
         highest = tl.max(top, axis=0)
         sums = tl.sum(total * tl.exp(top - highest), axis=0)
         lse = highest + tl.log(sums)
+        if lses is not None:
+            tl.store(lses + row, lse)
 
         own = 1.0
         if class_weight is not None:
@@ -175,8 +180,9 @@ def chunk(
     z_loss: float,
     softcap: float,
     gradient: bool,
-) -> Tensor:
-    """The loss of each row; with ``gradient`` the logits become d loss / d logits, by the scale.
+    with_lse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The loss of each row and its logsumexp; with ``gradient`` the logits become its gradient.
 
     Args:
         logits: [M, V] contiguous, float32, bfloat16 or float16, without bias and soft cap.
@@ -188,9 +194,10 @@ def chunk(
         ignore_index, label_smoothing, z_loss: as of the op.
         softcap: 0 for none.
         gradient: whether to write the gradient.
+        with_lse: whether to write the logsumexp.
 
     Returns:
-        Losses [M], float32.
+        Losses [M] and logsumexp [M] (0 of an ignored row; without ``with_lse`` [0]), float32.
 
     Raises:
         TypeError: unsupported or differing dtypes or devices.
@@ -204,9 +211,12 @@ def chunk(
         class_weight=(class_weight, v, torch.float32),
         scale=(scale, m, torch.float32),
     )
+    written = m if with_lse else 0
     if m == 0 or v == 0:
-        return torch.zeros(m, dtype=torch.float32, device=logits.device)
-    losses = torch.empty((m,), dtype=torch.float32, device=logits.device)
+        return logits.new_zeros(m, dtype=torch.float32), logits.new_zeros(
+            written, dtype=torch.float32
+        )
+    losses, lses = (logits.new_empty(n, dtype=torch.float32) for n in (m, written))
     block, warps = block_size(device_arch(logits.device), v)
     with on_device(logits.device):
         cross_entropy_rows[(m,)](
@@ -216,6 +226,7 @@ def chunk(
             contiguous(class_weight),
             contiguous(scale),
             losses,
+            lses if with_lse else None,
             v,
             ignore_index,
             class_weight_sum,
@@ -229,4 +240,4 @@ def chunk(
             BLOCK=block,
             **launch_options(warps),
         )
-    return losses
+    return losses, lses

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bigops.nn.computed_weight import is_dense
 from bigops.nn.linear import check_size
 from bigops.ops.fused_linear import fused_linear
-from bigops.ops.linear_cross_entropy import linear_cross_entropy
+from bigops.ops.linear_cross_entropy import CrossEntropyStats, linear_cross_entropy
 from bigops.ops.linear_cross_entropy.check import check_options
 
 
@@ -29,7 +29,9 @@ class LinearCrossEntropy(nn.Linear):
         ignore_index, reduction, label_smoothing, z_loss, softcap: as for
             `bigops.linear_cross_entropy`.
 
-    Shapes: input [.., K], target [..] int64, result a number or [..]; weight [V, K], bias [V].
+    Shapes: input [.., K], target [..] int64 or [.., V] class probabilities, result a number or
+    [..]; weight [V, K], bias [V]. ``layer(input, target, return_stats=True)`` gives a
+    `CrossEntropyStats`.
 
     Raises:
         TypeError: a size that is no integer.
@@ -104,8 +106,10 @@ class LinearCrossEntropy(nn.Linear):
             new.class_weight = class_weight.detach().to(linear.weight.device)
         return new.train(linear.training)
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
-        return linear_cross_entropy(
+    def forward(  # type: ignore[override]
+        self, input: Tensor, target: Tensor, return_stats: bool = False
+    ) -> Tensor | CrossEntropyStats:
+        return linear_cross_entropy(  # type: ignore[call-overload, no-any-return]
             input,
             self.weight,
             target,
@@ -116,6 +120,7 @@ class LinearCrossEntropy(nn.Linear):
             z_loss=self.z_loss,
             softcap=self.softcap,
             class_weight=self.class_weight,
+            return_stats=return_stats,
         )
 
     def logits(self, x: Tensor) -> Tensor:

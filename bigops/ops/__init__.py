@@ -5,7 +5,11 @@ from bigops.ops.attention import attention
 from bigops.ops.fp8_linear import fp8_linear
 from bigops.ops.fused_adamw import fused_adamw, fused_grad_norm, fused_sgd
 from bigops.ops.fused_linear import fused_linear
-from bigops.ops.linear_cross_entropy import linear_cross_entropy
+from bigops.ops.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_js_div,
+    linear_kl_div,
+)
 from bigops.ops.low_rank_linear import low_rank_linear
 from bigops.ops.norm import norm, norm_act_quant, norm_with_sum
 from bigops.ops.packed_linear import packed_linear
@@ -23,6 +27,8 @@ __all__ = [
     "fused_linear",
     "fused_sgd",
     "linear_cross_entropy",
+    "linear_js_div",
+    "linear_kl_div",
     "low_rank_linear",
     "norm",
     "norm_act_quant",

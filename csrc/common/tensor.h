@@ -106,6 +106,7 @@ inline int32_t dtype_code(ScalarType t) {
     case ScalarType::Char: return aoti_torch_dtype_int8();
     case ScalarType::Byte: return aoti_torch_dtype_uint8();
     case ScalarType::Int: return aoti_torch_dtype_int32();
+    case ScalarType::Long: return aoti_torch_dtype_int64();
     case ScalarType::Bool: return aoti_torch_dtype_bool();
     default: fail("dtype", "a served dtype", "another");
   }

@@ -2,6 +2,7 @@
 // the chunks are in bigops/ops/linear_cross_entropy/__init__.py.
 
 #include <array>
+#include <tuple>
 #include <vector>
 
 #include "common/isa.h"
@@ -46,13 +47,15 @@ void check_part(const char* name, const OptTensor& t, int64_t n, ScalarType dtyp
   check_dtype(name, *t, dtype);
 }
 
-// The loss of each row [M]; with `gradient` the logits [M, V] become d loss / d logits (without the
-// bias: bias and soft cap are applied here) times `scale` of the row.
-Tensor linear_cross_entropy_chunk(Tensor logits, const Tensor& target, const OptTensor& bias_any,
-                                  const OptTensor& class_weight_any, const OptTensor& scale_any,
-                                  double class_weight_sum, int64_t ignore_index,
-                                  double label_smoothing, double z_loss, double softcap,
-                                  bool gradient) {
+// The loss of each row [M], the log of its sum of exponentials (0 of an ignored one) and, with
+// `predict`, the class of its largest logit (else an empty tensor); with `gradient` the logits
+// [M, V] become d loss / d logits (without the bias: bias and soft cap are applied here) times
+// `scale` of the row.
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_chunk(
+    Tensor logits, const Tensor& target, const OptTensor& bias_any,
+    const OptTensor& class_weight_any, const OptTensor& scale_any, double class_weight_sum,
+    int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool gradient,
+    bool predict) {
   const ScalarType dtype = logits.scalar_type();
   check_cpu("logits", logits);
   if (dtype != ScalarType::Float && dtype != ScalarType::Double && dtype != ScalarType::BFloat16 &&
@@ -78,25 +81,30 @@ Tensor linear_cross_entropy_chunk(Tensor logits, const Tensor& target, const Opt
 
   const OptTensor bias = dense(bias_any), class_weight = dense(class_weight_any);
   const OptTensor scale = dense(scale_any);
-  Tensor losses = empty(&m, 1, sums);
+  Tensor losses = empty(&m, 1, sums), lse = empty(&m, 1, sums);
+  const int64_t predicted = predict ? m : 0;
+  Tensor predictions = empty(&predicted, 1, ScalarType::Long);
   const Chosen s = choose(dtype);
   record(s.isa, "linear_cross_entropy", short_name(dtype), gradient ? "gradient" : "loss");
-  const CrossEntropyTask base{logits.mutable_data_ptr(),
-                              y,
-                              data(bias),
-                              data(class_weight),
-                              data(scale),
-                              losses.mutable_data_ptr(),
-                              nullptr,
-                              v,
-                              0,
-                              0,
-                              ignore_index,
-                              class_weight_sum,
-                              label_smoothing,
-                              z_loss,
-                              softcap,
-                              gradient};
+  const CrossEntropyTask base{
+      logits.mutable_data_ptr(),
+      y,
+      data(bias),
+      data(class_weight),
+      data(scale),
+      losses.mutable_data_ptr(),
+      lse.mutable_data_ptr(),
+      predict ? static_cast<int64_t*>(predictions.mutable_data_ptr()) : nullptr,
+      nullptr,
+      v,
+      0,
+      0,
+      ignore_index,
+      class_weight_sum,
+      label_smoothing,
+      z_loss,
+      softcap,
+      gradient};
   auto run = [&](int64_t begin, int64_t end) {
     std::vector<char> scratch(static_cast<size_t>(v) * (sums == ScalarType::Double ? 8 : 4));
     CrossEntropyTask t = base;
@@ -106,7 +114,7 @@ Tensor linear_cross_entropy_chunk(Tensor logits, const Tensor& target, const Opt
     s.kernel(t);
   };
   for_tasks(m, m * v > kWorthThreads, run);
-  return losses;
+  return {losses, lse, predictions};
 }
 
 }  // namespace

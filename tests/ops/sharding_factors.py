@@ -116,7 +116,7 @@ def call(kind: str, name: str, given: dict[str, Any]) -> Tensor:
     case = LOSSES[name]
     x, weight, target, bias, class_weight = (given[k] for k in NAMES[kind])
     if case.raw:
-        options = (case.reduction, -100, 0.0, 0.0, 0.0)
+        options = (None, None, None, case.reduction, -100, 0.0, 0.0, 0.0, 1.0, 0.0)
         return ops.linear_cross_entropy(x, weight, target, bias, class_weight, *options)  # type: ignore[no-any-return]
     chosen = {"reduction": case.reduction, "class_weight": class_weight, **(case.options or {})}
     return linear_cross_entropy(x, weight, target, bias, **chosen)

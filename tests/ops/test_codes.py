@@ -119,7 +119,8 @@ def case(name: str) -> tuple[Any, tuple[Any, ...]]:
     if name == "low_rank_linear":
         return ops.low_rank_linear, (x, u, v, None, 0.5, None, None, "silu")
     if name == "linear_cross_entropy":
-        return ops.linear_cross_entropy, (x, w, target, None, None, "sum", -100, 0.1, 0.0, 0.0)
+        options = ("sum", -100, 0.1, 0.0, 0.0, 1.0, 0.0)
+        return ops.linear_cross_entropy, (x, w, target, *[None] * 5, *options)
     if name == "packed_linear":
         return ops.packed_linear, (x, *bigops.formats.PackedWeight.from_dense(w).arguments, *tail)
     if name == "quantized_linear":

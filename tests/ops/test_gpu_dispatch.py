@@ -58,7 +58,7 @@ def _calls() -> dict[str, tuple[str, Run, Run]]:
     quantised = QuantizedWeight.from_dense(w)
     sparse = SparseWeight.from_mask(w, block_mask(w, 0.5, (16, 16)), torch.float32, (16, 16))
     logits, target = torch.randn(M, N), torch.randint(N, (M,))
-    loss = (target, None, None, None, float(N), -100, 0.0, 0.0, 0.0, True)
+    loss = (target, None, None, None, float(N), -100, 0.0, 0.0, 0.0, True, False)
     dense, low, adamw = (_module(f) for f in ("fused_linear", "low_rank_linear", "fused_adamw"))
     problem = Problem(torch.float32, shapes=[(7,)])
     needs = (True, True, True)

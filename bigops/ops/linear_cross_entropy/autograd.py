@@ -5,12 +5,14 @@ are there (as in Liger-Kernel, arXiv 2410.10989), and the backward pass scales t
 torch.func transforms and by the raw op they are computed there. In forward mode the loss is the
 reference, which torch differentiates.
 
-The order of arguments is that of the schema, the reduction its code.
+The order of arguments is that of the schema, the reduction its code. With ``stats`` the loss comes
+with its statistics, which have no gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -20,10 +22,16 @@ from bigops import backend
 from bigops.ops import codes, forward_mode, graph_node
 from bigops.ops.library import in_words, loop
 from bigops.ops.linear_cross_entropy.chunked import Needs
-from bigops.ops.linear_cross_entropy.reference import reduced, reference
+from bigops.ops.linear_cross_entropy.reference import (
+    all_logits,
+    divergence,
+    own_weight,
+    reduced,
+    reference,
+)
 from bigops.ops.linear_cross_entropy.schema import Problem, backward_op, forward_op, with_grad_op
 
-_UNDIFFERENTIATED = (None,) * 5  # reduction .. softcap
+_UNDIFFERENTIATED = (None,) * 11  # class_weight .. beta
 _NONE = codes.CODES["reduction"]["none"]
 
 
@@ -40,12 +48,14 @@ def _needs(ctx: Any) -> Needs:
 def _ordered(grads: Any, needs: Needs) -> tuple[Any, ...]:
     """Gradients of (x, weight, bias) at the places of the schema's arguments."""
     gx, gw, gb = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return gx, gw, None, gb, None, *_UNDIFFERENTIATED
+    return gx, gw, None, gb, *_UNDIFFERENTIATED
 
 
 def _save(ctx: Any, inputs: Sequence[Any], *made: Tensor) -> None:
-    x, weight, target, bias, class_weight, *ctx.options = inputs
-    ctx.save_for_backward(x, weight, target, bias, class_weight, *made)
+    x, weight, target, bias, class_weight, *others = inputs
+    teacher_x, teacher_weight, teacher_bias, *ctx.options = others
+    teacher = teacher_x, teacher_weight, teacher_bias
+    ctx.save_for_backward(x, weight, target, bias, class_weight, *teacher, *made)
 
 
 # --- no second order -----------------------------------------------------------------------
@@ -104,18 +114,23 @@ class _Recomputing(torch.autograd.Function):
     """Reduction "none": a backward pass computes the logits again."""
 
     @staticmethod
-    def forward(ctx, *args):  # type: ignore[no-untyped-def]
+    def forward(ctx, stats, *args):  # type: ignore[no-untyped-def]
         _save(ctx, args)
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            return forward_op(*args)
+            found = _forward(args, stats)
+        if stats:
+            _, *statistics = found
+            ctx.mark_non_differentiable(*statistics)
+        return found
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        needs = _needs(ctx)
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+        _, *needs = ctx.needs_input_grad
+        needs = needs[0], needs[1], needs[3]
         _refuse_tangents(grad)
         with _no_grad_but_in_batches(grad):
             grads = backward_op(grad, *ctx.saved_tensors, *ctx.options, *needs)
-        return _tied(_ordered(grads, needs), grad, *ctx.saved_tensors)
+        return None, *_tied(_ordered(grads, needs), grad, *ctx.saved_tensors)
 
 
 class _MadeInForward(torch.autograd.Function):
@@ -123,18 +138,21 @@ class _MadeInForward(torch.autograd.Function):
     unless the graph is retained. Nothing of x is kept."""
 
     @staticmethod
-    def forward(ctx, stub, *args):  # type: ignore[no-untyped-def]
-        _, *needs = ctx.needs_input_grad
+    def forward(ctx, stats, stub, *args):  # type: ignore[no-untyped-def]
+        _, _, *needs = ctx.needs_input_grad
         x, weight, _, bias, *_ = args
         ctx.needs = needs[0], needs[1], needs[3]
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            loss, *ctx.made = with_grad_op(*args, *ctx.needs)
+            loss, *ctx.made, lse, predictions = with_grad_op(*args, *ctx.needs, stats)
         ctx.dtype = x.dtype
         ctx.save_for_backward(stub, weight, bias)
-        return loss
+        if not stats:
+            return loss
+        ctx.mark_non_differentiable(lse, predictions)
+        return loss, lse, predictions
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
         sources = ctx.saved_tensors  # raises where the graph is freed
         *grads, factor = ctx.made
         with _no_grad_but_in_batches(grad):
@@ -149,7 +167,15 @@ class _MadeInForward(torch.autograd.Function):
                     for g in grads:
                         g.mul_(factor)
             grads = [g.to(ctx.dtype) for g in grads]
-        return None, *_tied(_ordered(grads, ctx.needs), grad, *sources)
+        return None, None, *_tied(_ordered(grads, ctx.needs), grad, *sources)
+
+
+def _forward(args: Sequence[Any], stats: bool) -> Any:
+    """The loss by an op that makes no gradient; with ``stats`` (loss, logsumexp, predictions)."""
+    if not stats:
+        return forward_op(*args)
+    loss, _, _, _, _, lse, predictions = with_grad_op(*args, False, False, False, True)
+    return loss, lse, predictions
 
 
 def _is_batched(t: Tensor) -> bool:
@@ -176,30 +202,35 @@ def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _save(ctx, inputs)
 
 
-def backward(ctx: Any, grad: Tensor, by: Callable[..., Any] = backward_op) -> tuple[Any, ...]:
+def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = _needs(ctx)
-    return _ordered(by(grad, *ctx.saved_tensors, *ctx.options, *needs), needs)
+    return _ordered(backward_op(grad, *ctx.saved_tensors, *ctx.options, *needs), needs)
 
 
 def setup_with_grad(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *problem, need_x, need_weight, need_bias = inputs
+    *problem, need_x, need_weight, need_bias, _ = inputs
     _, *made = output
     ctx.mark_non_differentiable(*made)
+    *made, _, _ = made
     _save(ctx, problem, *made)
     ctx.made = (need_x, need_weight, need_bias)
 
 
 def scaled_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     needs = _needs(ctx)
+    *tensors, gx, gw, gb, factor = ctx.saved_tensors
+    x, *_ = tensors
+    reduction, *_ = ctx.options
+    if reduction == _NONE:  # its gradient is none of one number, and made anew
+        grads = _ordered(backward_op(grad, *tensors, *ctx.options, *needs), needs)
+        return *_tied(grads, grad, *tensors), *(None,) * 4
     if any(need and not made for need, made in zip(needs, ctx.made, strict=True)):
         raise RuntimeError(
             "linear_cross_entropy_with_grad: a gradient is asked for that need_x, need_weight and "
             f"need_bias left out; got {list(ctx.made)}"
         )
-    x, weight, target, bias, class_weight, *made, factor = ctx.saved_tensors
-    scaled = tuple((g * (grad * factor)).to(x.dtype) for g in made)
-    grads = _tied(_ordered(scaled, needs), grad, x, weight, target, bias, class_weight)
-    return *grads, None, None, None
+    scaled = tuple((g * (grad * factor)).to(x.dtype) for g in (gx, gw, gb))
+    return *_tied(_ordered(scaled, needs), grad, *tensors), *(None,) * 4
 
 
 # --- torch.func ----------------------------------------------------------------------------
@@ -209,18 +240,28 @@ class _Functorch(torch.autograd.Function):
     """Autograd under torch.func transforms."""
 
     @staticmethod
-    def forward(*args):  # type: ignore[no-untyped-def]
-        return call(*args)
-
-    setup_context = staticmethod(setup)
+    def forward(stats, *args):  # type: ignore[no-untyped-def]
+        return call(*args, stats=stats)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return backward(ctx, grad, by=_call_backward)
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        stats, *args = inputs
+        _save(ctx, args)
+        if stats:
+            _, *statistics = output
+            ctx.mark_non_differentiable(*statistics)
 
     @staticmethod
-    def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
-        return _fold(call, args, in_dims, info.batch_size), 0
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+        _, *needs = ctx.needs_input_grad
+        needs = needs[0], needs[1], needs[3]
+        grads = _call_backward(grad, *ctx.saved_tensors, *ctx.options, *needs)
+        return None, *_ordered(grads, needs)
+
+    @staticmethod
+    def vmap(info, in_dims, stats, *args):  # type: ignore[no-untyped-def]
+        _, *dims = in_dims
+        return _fold(call, args, dims, info.batch_size, stats), (0, 0, 0) if stats else 0
 
 
 class _FunctorchBackward(torch.autograd.Function):
@@ -241,21 +282,23 @@ class _FunctorchBackward(torch.autograd.Function):
         return loop(_call_backward, args, in_dims, info.batch_size), (0, 0, 0)
 
 
-def call(*args: Any) -> Tensor:
-    """The loss at the level of the transforms that is left."""
+def call(*args: Any, stats: bool = False) -> Any:
+    """The loss at the level of the transforms that is left; with ``stats`` (loss, logsumexp,
+    predictions)."""
     if forward_mode.is_active():
-        return expression(*args)
+        loss = expression(*args)
+        return (loss, *_statistics(*args)) if stats else loss
     if torch._C._are_functorch_transforms_active():
-        return _Functorch.apply(*args)  # type: ignore[no-any-return]
+        return _Functorch.apply(stats, *args)  # type: ignore[no-untyped-call]
     problem = Problem(*args)
     x = problem.x
     if torch.is_grad_enabled() and any(needs_of(x, problem.weight, problem.bias)):
         if problem.reduction == _NONE:
-            return _Recomputing.apply(*args)  # type: ignore[no-any-return]
+            return _Recomputing.apply(stats, *args)  # type: ignore[no-untyped-call]
         stub = _stub(x) if x.requires_grad else None
-        return _MadeInForward.apply(stub, *args)  # type: ignore[no-any-return]
+        return _MadeInForward.apply(stats, stub, *args)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        return forward_op(*args)  # type: ignore[no-any-return]
+        return _forward(args, stats)
 
 
 def expression(*args: Any) -> Tensor:
@@ -268,35 +311,55 @@ def by_reference(*args: Any) -> Tensor:
     """`expression` of arguments in words."""
     backend.note("reference.linear_cross_entropy")
     given = Problem(*args)._asdict()
-    given["softcap"] = given["softcap"] or None
     with torch.autocast(given["x"].device.type, enabled=False):
+        if given["teacher_x"] is not None:
+            for name in _OF_CLASSES:
+                del given[name]
+            return divergence(**given)
+        for name in _OF_A_TEACHER:
+            del given[name]
         return reference(**given)
+
+
+_OF_CLASSES = ("class_weight", "label_smoothing", "z_loss", "softcap")
+_OF_A_TEACHER = ("teacher_x", "teacher_weight", "teacher_bias", "temperature", "beta")
+
+
+def _statistics(*args: Any) -> tuple[Tensor, Tensor]:
+    """logsumexp and prediction of each token by torch's own operations."""
+    problem = Problem(*args)
+    x, weight, bias = problem.x, problem.weight, problem.bias
+    logits = all_logits(x, weight, bias, problem.softcap).detach()
+    kept = own_weight(problem.target, None, problem.ignore_index, logits.dtype) != 0
+    tokens = x.shape[:-1]
+    lse = torch.where(kept, logits.logsumexp(1).view(tokens), 0)
+    return lse, logits.argmax(1).view(tokens)
 
 
 _in_words = in_words(forward_op, by_reference)
 
 
-def _node(*args: Any) -> Tensor:
-    *problem, need_x, need_weight, need_bias = args
+def _node(*args: Any) -> Any:
+    *problem, need_x, need_weight, need_bias, stats = args
     if torch._C._are_functorch_transforms_active() or forward_mode.is_active():
-        return call(*problem)
-    if need_x or need_weight or need_bias:
-        loss, *_ = with_grad_op(*args)
-        return loss  # type: ignore[no-any-return]
-    return forward_op(*problem)  # type: ignore[no-any-return]
+        return call(*problem, stats=stats)
+    if not (need_x or need_weight or need_bias or stats):
+        return forward_op(*problem)
+    loss, _, _, _, _, lse, predictions = with_grad_op(*args)
+    return (loss, lse, predictions) if stats else loss
 
 
 graph_node.add("linear_cross_entropy", _node)
 
 
-def traced(*args: Any) -> Tensor:
-    """The loss in a graph that torch.compile or torch.export makes."""
+def traced(*args: Any, stats: bool = False) -> Any:
+    """`call` in a graph that torch.compile or torch.export makes."""
     graph_node.allow("linear_cross_entropy")
     problem = Problem(*args)
     needs = (False, False, False)
     if problem.reduction != _NONE and torch.is_grad_enabled():
         needs = needs_of(problem.x, problem.weight, problem.bias)
-    return _node(*args, *needs)
+    return _node(*args, *needs, stats)
 
 
 def _call_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -307,20 +370,32 @@ def _call_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _fold(
-    function: Callable[..., Any], args: tuple[Any, ...], in_dims: tuple[Any, ...], batch: int
-) -> Tensor:
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    in_dims: Sequence[Any],
+    batch: int,
+    stats: bool = False,
+) -> Any:
     """A batch of x and target is more tokens of one call; other batches go one by one."""
     problem, dims = Problem(*args), Problem(*in_dims)
-    if any(dim is not None for dim in (dims.weight, dims.bias, dims.class_weight)):
-        return loop(function, args, in_dims, batch)  # type: ignore[no-any-return]
+    options = {"stats": True} if stats else {}
+    shared = (dims.weight, dims.bias, dims.class_weight, dims.teacher_weight, dims.teacher_bias)
+    if any(dim is not None for dim in shared):
+        return loop(partial(function, **options), args, in_dims, batch)
 
-    def batched(t: Tensor, dim: int | None) -> Tensor:
+    def batched(t: Tensor | None, dim: int | None) -> Tensor | None:
+        if t is None:
+            return None
         return t.unsqueeze(0).expand(batch, *t.shape) if dim is None else t.movedim(dim, 0)
 
-    x, target = batched(problem.x, dims.x), batched(problem.target, dims.target)
-    losses = function(*problem._replace(x=x, target=target, reduction=_NONE))
+    names = ("x", "target", "teacher_x")
+    tokens = {name: batched(getattr(problem, name), getattr(dims, name)) for name in names}
+    found = function(*problem._replace(**tokens, reduction=_NONE), **options)
+    losses, *statistics = found if stats else (found,)
     word = codes.word_of("reduction", problem.reduction)
-    return reduced(losses, target, problem.class_weight, word, problem.ignore_index, first=1)
+    shape = tokens["target"], problem.class_weight, word, problem.ignore_index
+    loss = reduced(losses, *shape, first=1)  # type: ignore[arg-type]
+    return (loss, *statistics) if stats else loss
 
 
 def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
@@ -328,7 +403,7 @@ def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
 
 
 def vmap_with_grad(info: Any, in_dims: Any, *args: Any) -> tuple[Any, ...]:
-    return loop(with_grad_op, args, in_dims, info.batch_size), (0,) * 5
+    return loop(with_grad_op, args, in_dims, info.batch_size), (0,) * 7
 
 
 def vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, ...]:

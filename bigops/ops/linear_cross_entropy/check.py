@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,28 +39,80 @@ def check(problem: Any) -> None:
 
     ``problem`` is a `schema.Problem`, its reduction a word.
     """
-    x, weight, target, bias, class_weight, reduction, ignore_index, *numbers = problem
-    label_smoothing, z_loss, softcap = numbers
-    check_options(reduction, ignore_index, label_smoothing, z_loss, softcap or None)
-    checks.floating("x", x)
-    checks.matrix("weight", weight)
+    p = problem
+    options = p.reduction, p.ignore_index, p.label_smoothing, p.z_loss, p.softcap or None
+    check_options(*options)
+    x, classes, tokens = p.x, *_head("", p.x, p.weight, p.bias)
+    checks.device("target", p.target, x)
+    if p.target.is_floating_point():
+        checks.shape("target", p.target, [*tokens, classes])
+        if p.ignore_index >= 0:
+            raise ValueError(
+                "ignore_index: expected a number below 0 with class probabilities, which ignore "
+                f"none; got {p.ignore_index}"
+            )
+        if p.target.requires_grad:
+            raise ValueError(
+                "target: expected probabilities that need no gradient, which is not made; got "
+                "requires_grad=True"
+            )
+    else:
+        checks.dtype("target", p.target, torch.int64)
+        checks.shape("target", p.target, tokens)
+    if p.class_weight is not None:
+        checks.shape("class_weight", p.class_weight, [classes])
+        checks.floating("class_weight", p.class_weight)
+        checks.device("class_weight", p.class_weight, x)
+    if p.teacher_x is not None:
+        _check_teacher(p, classes, tokens)
+
+
+def _head(of: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, Sequence[int]]:
+    """(classes, shape of the tokens) of a head that fits; ``of`` stands before its names."""
+    checks.floating(f"{of}x", x)
+    checks.matrix(f"{of}weight", weight)
     classes, features = weight.shape
     if x.dim() == 0 or checks.differ(x.shape[-1], features):
         raise ValueError(
-            f"x: expected shape [.., {features}] for a weight of "
+            f"{of}x: expected shape [.., {features}] for a weight of "
             f"{list(weight.shape)}; got {list(x.shape)}"
         )
-    checks.like("weight", weight, x)
-    checks.dtype("target", target, torch.int64)
-    checks.shape("target", target, x.shape[:-1])
-    checks.device("target", target, x)
+    checks.like(f"{of}weight", weight, x, f"{of}x")
     if bias is not None:
-        checks.shape("bias", bias, [classes])
-        checks.like("bias", bias, x)
-    if class_weight is not None:
-        checks.shape("class_weight", class_weight, [classes])
-        checks.floating("class_weight", class_weight)
-        checks.device("class_weight", class_weight, x)
+        checks.shape(f"{of}bias", bias, [classes])
+        checks.like(f"{of}bias", bias, x, f"{of}x")
+    return classes, x.shape[:-1]
+
+
+def _check_teacher(p: Any, classes: int, tokens: Sequence[int]) -> None:
+    if p.teacher_weight is None:
+        raise TypeError("teacher_weight: expected a torch.Tensor; got None")
+    theirs, of = _head("teacher_", p.teacher_x, p.teacher_weight, p.teacher_bias)
+    if checks.differ(theirs, classes):
+        raise ValueError(
+            f"teacher_weight: expected {classes} classes, those of weight; got {theirs}"
+        )
+    if len(of) != len(tokens) or any(map(checks.differ, of, tokens)):
+        raise ValueError(
+            f"teacher_x: expected shape {[*tokens, '..']}, the tokens of x; "
+            f"got {list(p.teacher_x.shape)}"
+        )
+    checks.device("teacher_x", p.teacher_x, p.x)
+    plain = p.class_weight is None and not (p.label_smoothing or p.z_loss or p.softcap)
+    if not plain or p.target.is_floating_point():
+        raise ValueError(
+            "teacher_x: expected no class_weight, label_smoothing, z_loss, softcap or class "
+            "probabilities beside a teacher"
+        )
+    check_teacher_options(p.temperature, p.beta)
+
+
+def check_teacher_options(temperature: float, beta: float) -> None:
+    """Raise ValueError for numbers that a divergence from a teacher does not take."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a positive finite number; got {temperature}")
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta: expected at least 0 and below 1; got {beta}")
 
 
 def check_range(target: Tensor, classes: int, ignore_index: int) -> None:

@@ -56,10 +56,13 @@ def _explain(
     op = "linear_cross_entropy"
     if target is None:
         target = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
-    check(schema.Problem(x, weight, target, bias, None, "mean", -100, 0.0, 0.0, 0.0))
+    options = ("mean", -100, 0.0, 0.0, 0.0, 1.0, 0.0)
+    check(schema.Problem(x, weight, target, bias, *[None] * 4, *options))
     place = device or ("cpu" if x.device.type == "meta" else x.device.type)
     m, v = math.prod(x.shape[:-1]), weight.shape[0]
     config = {"chunk": min(m, chunked.chunk_rows(m, v, x.element_size()))}
+    if target.is_floating_point():
+        return Choice.of(op, f"reference.{op}", "class probabilities: by chunks", config)
     if place == "cpu" and machine.extension is not None:
         kernel = machine.extension.choose_linear_cross_entropy(checks.short(x.dtype))
         reason = f"own pass over chunks of {config['chunk']} tokens, torch's products"

@@ -16,8 +16,8 @@ from bigops.ops.linear_cross_entropy.reference import accumulation
 CHUNKS = 8  # of the tokens: each adds a pass over the accumulator of the weight's gradient
 SMALL = 1 << 20  # bytes of logits that are not worth cutting up
 BLOCK_SHARE = 0.02  # of all logits that the blocks of a product may take
-# (logits, target, row factor, with gradient) -> losses; turns the logits into their gradient
-Pass = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
+# (logits, their rows, row factor, with gradient) -> losses; turns the logits into their gradient
+Pass = Callable[[Tensor, slice, Tensor | None, bool], Tensor]
 Needs = tuple[bool, bool, bool]
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -106,10 +106,25 @@ class Products:
             del part
 
 
+def in_rows(one_pass: Pass) -> Pass:
+    """A pass in plain torch, by an eighth of the rows, so that what it makes stays small."""
+
+    def passes(logits: Tensor, rows: slice, factor: Tensor | None, learns: bool) -> Tensor:
+        m = logits.shape[0]
+        losses, step = [], max(1, -(-m // CHUNKS))
+        for start in range(0, m, step):
+            part = slice(start, min(start + step, m))
+            scale = None if factor is None else factor[part]
+            own = slice(rows.start + part.start, rows.start + part.stop)
+            losses.append(one_pass(logits[part], own, scale, learns))
+        return torch.cat(losses)
+
+    return passes
+
+
 def run(
     x: Tensor,
     weight: Tensor,
-    target: Tensor,
     one_pass: Pass,
     scale: Tensor | float,
     needs: Needs,
@@ -117,7 +132,7 @@ def run(
     """Losses [M], and gradients of x, weight and bias (not those that are not needed).
 
     Args:
-        x: [M, K], weight: [V, K], target: [M].
+        x: [M, K], weight: [V, K].
         one_pass: the pass over a chunk of logits.
         scale: factor of the gradients, of all tokens or one each ([M] in the accumulation dtype).
         needs: which of the gradients of x, weight and bias are made. Those of weight and bias come
@@ -143,7 +158,7 @@ def run(
         logits = buffer[: part.stop - part.start]
         products.logits(x[part], logits)
         factor = None if factors is None else factors[part]
-        losses[part] = one_pass(logits, target[part], factor, learns)
+        losses[part] = one_pass(logits, part, factor, learns)
         if grad_x is not None:
             products.for_x(logits, grad_x[part])
         if grad_weight is not None:

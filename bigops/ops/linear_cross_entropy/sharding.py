@@ -2,84 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from bigops.ops.linear_cross_entropy.schema import Problem
 from bigops.ops.sharding import Rule, if_given
 
 
-def linear_cross_entropy(
-    x: Any,
-    weight: Any,
-    target: Any,
-    bias: Any,
-    class_weight: Any,
-    reduction: str,
-    *options: Any,
-) -> list[Rule]:
+def linear_cross_entropy(*args: Any) -> list[Rule]:
     from torch.distributed.tensor import Partial, Replicate
 
-    whole = Replicate()
-    rules: list[Rule] = [([whole], _loss_arguments(whole, bias, class_weight))]
-    for token in _tokens(x, reduction):
-        loss = token if reduction == "none" else Partial()
-        rules.append(([loss], _loss_arguments(token, bias, class_weight)))
+    given = Problem(*args)
+    rules: list[Rule] = [([Replicate()], _loss_arguments(Replicate(), given))]
+    for token in _tokens(given):
+        loss = token if given.reduction == "none" else Partial()
+        rules.append(([loss], _loss_arguments(token, given)))
     return rules
 
 
-def linear_cross_entropy_with_grad(
-    x: Any, weight: Any, target: Any, bias: Any, class_weight: Any, reduction: str, *rest: Any
-) -> list[Rule]:
+def linear_cross_entropy_with_grad(*args: Any) -> list[Rule]:
     from torch.distributed.tensor import Partial, Replicate
 
-    _, _, _, _, *needs = rest  # numbers come first
-    whole, nothing = Replicate(), [None] * 3
-    rules: list[Rule] = [([whole] * 5, [*_loss_arguments(whole, bias, class_weight), *nothing])]
-    for token in _tokens(x, reduction):
+    *problem, need_x, need_weight, need_bias, stats = args
+    given, needs = Problem(*problem), (need_x, need_weight, need_bias)
+    whole, flags = Replicate(), [None] * 4
+    rules: list[Rule] = [([whole] * 7, [*_loss_arguments(whole, given), *flags])]
+    for token in _tokens(given):
+        loss = token if given.reduction == "none" else Partial()
         grads = _loss_gradients(token, needs)
-        given = [*_loss_arguments(token, bias, class_weight), *nothing]
-        rules.append(([Partial(), *grads, whole], given))  # the last is the same factor on all
+        statistics = [token if stats else whole] * 2
+        made = [loss, *grads, whole, *statistics]  # the factor is the same on all
+        rules.append((made, [*_loss_arguments(token, given), *flags]))
     return rules
 
 
-def linear_cross_entropy_backward(
-    grad: Any,
-    x: Any,
-    weight: Any,
-    target: Any,
-    bias: Any,
-    class_weight: Any,
-    reduction: str,
-    *rest: Any,
-) -> list[Rule]:
+def linear_cross_entropy_backward(grad: Any, *args: Any) -> list[Rule]:
     from torch.distributed.tensor import Replicate
 
-    _, _, _, _, *needs = rest  # numbers come first
-    whole, nothing = Replicate(), [None] * 3
-    given = [*_loss_arguments(whole, bias, class_weight), *nothing]
-    rules: list[Rule] = [([whole] * 3, [whole, *given])]
-    for token in _tokens(x, reduction):
-        given = [*_loss_arguments(token, bias, class_weight), *nothing]
-        incoming = token if reduction == "none" else whole
-        rules.append((_loss_gradients(token, needs), [incoming, *given]))
+    *problem, need_x, need_weight, need_bias = args
+    given, needs = Problem(*problem), (need_x, need_weight, need_bias)
+    whole, flags = Replicate(), [None] * 3
+    rules: list[Rule] = [([whole] * 3, [whole, *_loss_arguments(whole, given), *flags])]
+    for token in _tokens(given):
+        incoming = token if given.reduction == "none" else whole
+        arguments = [incoming, *_loss_arguments(token, given), *flags]
+        rules.append((_loss_gradients(token, needs), arguments))
     return rules
 
 
-def _tokens(x: Any, reduction: str) -> list[Any]:
+def _tokens(given: Any) -> list[Any]:
     """Placements of x [.., K] by tokens that give each rank a loss of its own."""
     from torch.distributed.tensor import Shard
 
-    return [] if reduction == "mean" else [Shard(d) for d in range(x.ndim - 1)]
+    return [] if given.reduction == "mean" else [Shard(d) for d in range(given.x.ndim - 1)]
 
 
-def _loss_arguments(token: Any, bias: Any, class_weight: Any) -> list[Any]:
-    """Placements of x, weight, target, bias, class_weight and of the five options."""
+def _loss_arguments(token: Any, given: Any) -> list[Any]:
+    """Placements of a problem's arguments: of what has tokens, of the rest, None of options."""
     from torch.distributed.tensor import Replicate
 
-    whole = Replicate()
-    return [token, whole, token, if_given(bias, whole), if_given(class_weight, whole), *[None] * 5]
+    tokens, heads = ("x", "target", "teacher_x"), ("weight", "bias", "class_weight")
+    places = dict.fromkeys(tokens, token) | dict.fromkeys(heads, Replicate())
+    places |= dict.fromkeys(("teacher_weight", "teacher_bias"), Replicate())
+    named = given._asdict().items()
+    return [if_given(value, places[name]) if name in places else None for name, value in named]
 
 
-def _loss_gradients(token: Any, needs: list[bool]) -> list[Any]:
+def _loss_gradients(token: Any, needs: Sequence[bool]) -> list[Any]:
     """Placements of the gradients of x, weight and bias; one that is not needed is empty."""
     from torch.distributed.tensor import Partial, Replicate
 

@@ -11,6 +11,7 @@ from bigops import backend
 from bigops.formats import checks
 from bigops.ops import targets
 from bigops.ops.choice import Choice
+from bigops.ops.linear_cross_entropy.reference import predicted
 from bigops.ops.linear_cross_entropy.reference import serve_chunk as reference
 
 
@@ -19,20 +20,24 @@ def why_not(dtype: torch.dtype, target: targets.Target) -> str:
     return targets.why_not(dtype, target, "fused_linear")
 
 
-def serve_chunk(logits: Tensor, *args: Any) -> Tensor:
-    """The pass over a chunk on a GPU: losses [M]; logits become their gradient.
+def serve_chunk(logits: Tensor, target: Tensor, bias: Tensor | None, *args: Any) -> Any:
+    """The pass over a chunk on a GPU: losses, logsumexp, predictions; logits become their gradient.
 
-    Plain torch serves where the kernel does not.
+    Plain torch serves where the kernel does not, and finds the predictions.
     """
     if why_not(logits.dtype, logits.device):
-        return reference(logits, *args)  # type: ignore[no-any-return]
+        return reference(logits, target, bias, *args)
     from bigops.kernels import linear_cross_entropy as kernels
 
-    losses = kernels.chunk(logits, *args)
-    *_, gradient = args
+    *options, gradient, predict = args
+    predictions = target.new_empty(0)
+    if predict:  # before the gradient takes the logits' place
+        predictions = predicted(logits, bias)
+    kinds = {"gradient": gradient, "with_lse": predict}
+    losses, lse = kernels.chunk(logits, target, bias, *options, **kinds)
     form = "gradient" if gradient else "loss"
     backend.note(f"triton.linear_cross_entropy.{checks.short(logits.dtype)}.{form}")
-    return losses
+    return losses, lse, predictions
 
 
 def explain_chunk(target: str, dtype: torch.dtype, classes: int, config: dict[str, Any]) -> Choice:

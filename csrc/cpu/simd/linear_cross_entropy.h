@@ -15,6 +15,8 @@ struct CrossEntropyTask {
   const void* weight;     // class weights [V] in Acc, or null
   const void* scale;      // factor of each row's gradient, [M] in Acc, or null: 1
   void* losses;           // [M] in Acc
+  void* lse;              // log of the sum of exponentials of each row, [M] in Acc
+  int64_t* predictions;   // the class of the largest logit, [M], or null
   void* scratch;          // V of Acc, this thread's own
   int64_t v;
   int64_t m0, m1;

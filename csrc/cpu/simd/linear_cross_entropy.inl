@@ -14,6 +14,16 @@ namespace {
 // digit where a vector has few lanes.
 constexpr int64_t kSumColumns = 2048;
 
+// Where the largest of a row first stands; as torch.argmax has it, a NaN is larger than all.
+template <class Acc>
+inline int64_t first_largest(const Acc* row, int64_t v, Acc highest, bool finite) {
+  for (int64_t i = 0; !finite && i < v; ++i)
+    if (row[i] != row[i]) return i;
+  for (int64_t i = 0; i < v; ++i)
+    if (row[i] == highest) return i;
+  return 0;
+}
+
 template <class V, class T>
 void cross_entropy(const CrossEntropyTask& t) {
   using Acc = typename V::acc;
@@ -23,6 +33,7 @@ void cross_entropy(const CrossEntropyTask& t) {
   const T* const bias = static_cast<const T*>(t.bias);
   const Acc* const weight = static_cast<const Acc*>(t.weight);
   Acc* const losses = static_cast<Acc*>(t.losses);
+  Acc* const lses = static_cast<Acc*>(t.lse);
   const Acc cap = static_cast<Acc>(t.softcap);
   const Acc smoothing = static_cast<Acc>(t.smoothing);
   const Acc weight_sum = static_cast<Acc>(t.weight_sum);
@@ -33,10 +44,13 @@ void cross_entropy(const CrossEntropyTask& t) {
   for (int64_t m = t.m0; m < t.m1; ++m) {
     T* const logits = static_cast<T*>(t.logits) + m * v;
     const int64_t y = t.target[m];
-    if (y == t.ignore_index) {
-      losses[m] = 0;
+    auto nothing = [&] {
+      losses[m] = lses[m] = 0;
       if (t.gradient && v > 0)
         memset(static_cast<void*>(logits), 0, static_cast<size_t>(v) * sizeof(T));
+    };
+    if (y == t.ignore_index && t.predictions == nullptr) {
+      nothing();
       continue;
     }
 
@@ -86,6 +100,12 @@ void cross_entropy(const CrossEntropyTask& t) {
       for (int64_t j = i; j < v; ++j) sum += lanes[j - i];
     }
     const Acc lse = highest + static_cast<Acc>(__builtin_log(static_cast<double>(sum)));
+    if (t.predictions != nullptr) t.predictions[m] = first_largest(row, v, highest, sum - sum == 0);
+    if (y == t.ignore_index) {
+      nothing();
+      continue;
+    }
+    lses[m] = lse;
 
     const Acc own = weight != nullptr ? weight[y] : Acc(1);
     Acc loss = own * (lse - row[y]);

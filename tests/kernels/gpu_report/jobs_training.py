@@ -98,6 +98,7 @@ def arguments(job: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
         "PARTS": "parts" in words,
         "NESTEROV": "nesterov" in words,
         "FIRST_STEP": False,
+        "lses": None,  # of statistics, which a call asks for
     }
     if job.kernel == "cross_entropy_rows" and not full:
         constants |= dict.fromkeys(("bias", "class_weight", "scale"))

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bigops import backend
 from bigops.ops.linear_cross_entropy import chunked, linear_cross_entropy
 from tests.support import paths
 from tests.support.backends import covering
-from tests.support.cases.cross_entropy import ALL, Case, Leaves, make
+from tests.support.cases.cross_entropy import ALL, SOFT, Case, Leaves, make
 from tests.support.kernels_ran import expect, needs_extension
 
 module = importlib.import_module("bigops.ops.linear_cross_entropy")  # the name is the function's
@@ -31,7 +32,9 @@ def grad_of_vmap(case: Case) -> Leaves:
 
     def total(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         losses = torch.vmap(one, (0, 0, None, None))(x, case.target, weight, bias)
-        if case.options.get("reduction", "mean") == "mean":
+        if case.options.get("reduction", "mean") == "mean" and case.soft:
+            losses = losses / len(losses)
+        elif case.options.get("reduction", "mean") == "mean":
             losses = losses / (case.target != options.get("ignore_index", -100)).sum()
         return (losses * case.grad).sum()
 
@@ -43,14 +46,14 @@ def grad_of_vmap(case: Case) -> Leaves:
 def with_grad(case: Case) -> Callable[..., Tensor]:
     def f(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         args = (x, weight, case.target, bias, *case.raw_options())
-        return ops.linear_cross_entropy_with_grad(*args, True, True, True)[0]  # type: ignore[no-any-return]
+        return ops.linear_cross_entropy_with_grad(*args, True, True, True, False)[0]  # type: ignore[no-any-return]
 
     return f
 
 
 def travel(path: str, case: Case) -> None:
-    """One path, one case: gradients by the rule, made by our kernel."""
-    with expect("linear_cross_entropy"):
+    """One path, one case: gradients by the rule, made by our kernel where it takes the target."""
+    with backend.record() if case.soft else expect("linear_cross_entropy"):
         if path == "grad_of_vmap":
             grads = grad_of_vmap(case)
         elif path in ("raw", "raw_with_grad"):
@@ -62,9 +65,9 @@ def travel(path: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", ["plain", "sum", "none", "smoothed", "all", "all, none"])
+@pytest.mark.parametrize("name", ["plain", "sum", "none", "smoothed", "all", "all, none", *SOFT])
 def test_float64_gradients(path: str, name: str) -> None:
-    options = dict(ALL[name])
+    options = dict({**ALL, **SOFT}[name])
     if path == "raw_with_grad" and options.get("reduction") == "none":
         options["reduction"] = "sum"
     if path == "grad_of_vmap":
@@ -84,7 +87,7 @@ def test_gradients_in_every_dtype(path: str, dtype: torch.dtype) -> None:
 def test_gradients_without_bias(path: str) -> None:
     if path == "raw_with_grad":
         case = make(5, 7, 3, torch.float64, bias=False)
-        args = (case.target, None, *case.raw_options(), True, True, False)
+        args = (case.target, None, *case.raw_options(), True, True, False, False)
         f = lambda x, w, b: ops.linear_cross_entropy_with_grad(x, w, *args)[0]  # noqa: E731
         case.check_gradients(paths.eager(f, case.leaves(), case.grad))
     else:
@@ -174,18 +177,19 @@ def test_opcheck(name: str, lead: list[int]) -> None:
     for needs in ((True, True, True), (False, True, False)):
         paths.opcheck(ops.linear_cross_entropy_backward, (case.grad, *plain_args, *needs))
         if name == "sum":
-            paths.opcheck(ops.linear_cross_entropy_with_grad, (*plain_args, *needs))
+            for stats in (False, True):
+                paths.opcheck(ops.linear_cross_entropy_with_grad, (*plain_args, *needs, stats))
     if name == "sum":
-        paths.opcheck(ops.linear_cross_entropy_with_grad, (*args, True, True, True))
+        paths.opcheck(ops.linear_cross_entropy_with_grad, (*args, True, True, True, True))
 
 
 def test_opcheck_of_the_pass() -> None:
     target = torch.tensor([1, 0, 5, -100])
-    for gradient in (True, False):
+    for gradient, predict in ((True, False), (False, True)):
         args = (torch.randn(4, 6), target, torch.randn(6), torch.rand(6), torch.rand(4))
         torch.library.opcheck(
             ops.linear_cross_entropy_chunk.default,
-            (*args, 2.5, -100, 0.1, 0.01, 3.0, gradient),
+            (*args, 2.5, -100, 0.1, 0.01, 3.0, gradient, predict),
         )
 
 
@@ -311,9 +315,9 @@ def test_gradients_that_were_not_made_are_refused() -> None:
     case = make(4, 6, 5)
     x, weight, bias = case.leaves()
     args = (x, weight, case.target, bias, *case.raw_options())
-    outs = ops.linear_cross_entropy_with_grad(*args, True, True, True)
+    outs = ops.linear_cross_entropy_with_grad(*args, True, True, True, False)
     assert not any(t.requires_grad for t in outs[1:])
-    loss = ops.linear_cross_entropy_with_grad(*args, True, False, True)[0]
+    loss = ops.linear_cross_entropy_with_grad(*args, True, False, True, False)[0]
     with pytest.raises(RuntimeError, match="a gradient is asked for that need_x"):
         loss.backward()
 

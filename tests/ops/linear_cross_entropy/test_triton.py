@@ -36,7 +36,7 @@ def _on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_target_out_of_range_reads_nothing_and_gives_nan() -> None:
     target = torch.tensor([7, -1, 2])
-    losses = kernels.chunk(
+    losses, _ = kernels.chunk(
         torch.randn(3, 7), target, None, None, None, 7.0, -100, 0.0, 0.0, 0.0, True
     )
     assert losses.isnan().tolist() == [True, True, False]
@@ -45,7 +45,8 @@ def test_a_target_out_of_range_reads_nothing_and_gives_nan() -> None:
 def test_float64_takes_the_reference() -> None:
     logits = torch.randn(3, 5, dtype=torch.float64)
     args = (torch.tensor([1, 2, 3]), None, None, None, 5.0, -100, 0.0, 0.0, 0.0, False)
-    assert _triton_loss.serve_chunk(logits, *args).dtype == torch.float64
+    losses, *_ = _triton_loss.serve_chunk(logits, *args, True)
+    assert losses.dtype == torch.float64
     with pytest.raises(TypeError, match=r"logits: expected one of .*; got torch.float64"):
         kernels.chunk(logits, *args)
 

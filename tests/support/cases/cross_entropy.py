@@ -6,13 +6,14 @@ The truth is torch's own `linear` and `cross_entropy`, independent of bigops.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigops.formats.base import rows
 from bigops.ops.linear_cross_entropy import linear_cross_entropy
 from tests.support.tolerance import ACCUMULATION, C, check
 
@@ -21,7 +22,7 @@ Leaves = list[Tensor | None]  # x, weight, bias
 
 @dataclass
 class Case:
-    """Inputs of one call: x [.., K], weight [V, K], target [..], and dL/dloss."""
+    """Inputs of one call: x [.., K], weight [V, K], target [..] or [.., V], and dL/dloss."""
 
     x: Tensor
     weight: Tensor
@@ -31,7 +32,7 @@ class Case:
 
     def __post_init__(self) -> None:
         per_token = self.options.get("reduction") == "none"
-        shape = self.target.shape if per_token else ()
+        shape = self.x.shape[:-1] if per_token else ()
         self.grad = (torch.rand(shape) + 0.5).to(ACCUMULATION[self.x.dtype])
 
     def leaves(self) -> Leaves:
@@ -57,6 +58,11 @@ class Case:
         return f
 
     def raw_options(self) -> tuple[Any, ...]:
+        """What the raw op takes after the bias: no teacher, and what one would be asked for."""
+        class_weight, *options = self._options()
+        return (class_weight, None, None, None, *options, 1.0, 0.0)
+
+    def _options(self) -> tuple[Any, ...]:
         get = self.options.get
         return (
             get("class_weight"),
@@ -67,34 +73,47 @@ class Case:
             get("softcap") or 0.0,
         )
 
+    @property
+    def soft(self) -> bool:
+        """Whether the target is class probabilities."""
+        return self.target.is_floating_point()
+
+    def _flat_target(self) -> Tensor:
+        return rows(self.target) if self.soft else self.target.reshape(-1)
+
     # truth ---------------------------------------------------------------------------------
 
     def plain(self, dtype: torch.dtype) -> tuple[Tensor, Leaves]:
         """(loss, gradients of x, weight, bias) by torch in ``dtype``, the loss in float32 at
         least, as under autocast."""
-        class_weight, reduction, ignored, smoothing, z_loss, softcap = self.raw_options()
+        class_weight, reduction, ignored, smoothing, z_loss, softcap = self._options()
         leaves = [
             None if t is None else t.detach().to(dtype).requires_grad_()
             for t in (self.x, self.weight, self.bias)
         ]
         x, weight, bias = leaves
         wide = ACCUMULATION[dtype]
-        y = self.target.reshape(-1)
-        logits = F.linear(x, weight, bias).to(wide).reshape(y.numel(), self.weight.shape[0])  # type: ignore[arg-type]
+        y = self._flat_target()
+        if self.soft:
+            y = y.to(wide)
+        logits = F.linear(x, weight, bias).to(wide).reshape(len(y), self.weight.shape[0])  # type: ignore[arg-type]
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         class_weight = None if class_weight is None else class_weight.to(wide)
         if z_loss:
             own = torch.ones(len(logits), dtype=wide)
-            if class_weight is not None:
+            if self.soft:
+                own = (y if class_weight is None else y * class_weight).sum(1)
+            elif class_weight is not None:
                 own = class_weight[y.clamp(0, len(class_weight) - 1)]
-            own = own * (y != ignored)
+            if not self.soft:
+                own = own * (y != ignored)
             losses = F.cross_entropy(
                 logits, y, class_weight, None, ignored, reduction="none", label_smoothing=smoothing
             )
             losses = losses + z_loss * own * logits.logsumexp(1) ** 2
             total = losses if reduction == "none" else losses.sum()
-            loss = total / own.sum() if reduction == "mean" else total
+            loss = total / (len(y) if self.soft else own.sum()) if reduction == "mean" else total
         else:
             loss = F.cross_entropy(
                 logits,
@@ -105,7 +124,7 @@ class Case:
                 label_smoothing=smoothing,
             )
         if reduction == "none":
-            loss = loss.view(self.target.shape)
+            loss = loss.view(self.x.shape[:-1])
         wanted = [t for t in leaves if t is not None]
         found = iter(torch.autograd.grad(loss, wanted, self.grad.to(wide)))
         return loss.detach(), [None if t is None else next(found) for t in leaves]
@@ -113,9 +132,9 @@ class Case:
     def scales(self) -> tuple[Tensor, Leaves, Leaves]:
         """Error scales of the loss and of the gradients, and what stored logits and their stored
         gradient carry into the gradients; all in float64."""
-        class_weight, reduction, ignored, smoothing, z_loss, softcap = self.raw_options()
-        x = self.x.double().reshape(self.target.numel(), self.weight.shape[1])
-        weight, y = self.weight.double(), self.target.reshape(-1)
+        class_weight, reduction, ignored, smoothing, z_loss, softcap = self._options()
+        x = self.x.double().reshape(self.x.shape[:-1].numel(), self.weight.shape[1])
+        weight, y = self.weight.double(), self._flat_target()
         v = len(weight)
         bias = torch.zeros(v).double() if self.bias is None else self.bias.double()
         z = x @ weight.t() + bias
@@ -126,18 +145,23 @@ class Case:
         )
         t = softcap * torch.tanh(z / softcap) if softcap else z
         shares = torch.ones(v).double() if class_weight is None else class_weight.double()
-        kept = (y != ignored).double()
-        own = shares[y.clamp(0, v - 1)] * kept
+        if self.soft:
+            on_target = y.double() * shares
+            own, kept = on_target.sum(1), torch.ones(len(y)).double()
+            counted = kept
+        else:
+            kept = (y != ignored).double()
+            own = counted = shares[y.clamp(0, v - 1)] * kept
+            on_target = F.one_hot(y.clamp(0, v - 1), v) * own.unsqueeze(1)
         even = smoothing / v * kept
         factor = torch.ones_like(own)
         if reduction == "mean":
-            factor = factor / own.sum()
+            factor = factor / counted.sum()
         factor = (factor * self.grad.double().reshape(-1)).unsqueeze(1)
         lse = t.logsumexp(1).abs()
         mass = (own + even * shares.sum() + 2 * z_loss * own * lse).unsqueeze(1)
         p = mass * torch.softmax(t, 1)
         slope = 1 + (2 * sums / softcap if softcap else 0)
-        on_target = F.one_hot(y.clamp(0, v - 1), v) * own.unsqueeze(1)
         parts = (
             p * (1 + 2 * sums) * (1 + 2 * z_loss * sums) + even.unsqueeze(1) * shares + on_target
         )
@@ -154,9 +178,9 @@ class Case:
             ratio = torch.finfo(self.x.dtype).eps / (C[wide] * torch.finfo(wide).eps)
             tokens = tokens + 2 * ratio * mass * biggest * (1 + z_loss * sums)
         if reduction == "none":
-            loss = tokens.reshape(self.target.shape)
+            loss = tokens.reshape(self.x.shape[:-1])
         else:
-            loss = tokens.sum() / (own.sum() if reduction == "mean" else 1)
+            loss = tokens.sum() / (counted.sum() if reduction == "mean" else 1)
 
         def carried(g: Tensor, power: int) -> Leaves:
             parts = g @ weight.abs() ** power, g.t() @ x.abs() ** power, g.sum(0)
@@ -214,12 +238,18 @@ def make(
     *,
     bias: bool = True,
     ignored: float = 0.2,
+    probabilities: bool = False,
     **options: Any,
 ) -> Case:
-    """A case with x of [*lead, K]; logits of order one, a share of the targets ignored."""
+    """A case with x of [*lead, K]; logits of order one, a share of the targets ignored.
+
+    With ``probabilities`` the target is those of the classes, [*lead, V].
+    """
     lead = [lead] if isinstance(lead, int) else list(lead)
     target = torch.randint(0, v, lead)
     target[torch.rand(lead) < ignored] = options.get("ignore_index", -100)
+    if probabilities:
+        target = torch.rand(*lead, v).softmax(-1)
     if options.get("class_weight") is True:
         options["class_weight"] = torch.rand(v).to(dtype)
     return Case(
@@ -250,5 +280,9 @@ ALL: dict[str, dict[str, Any]] = {
 }
 
 
-def with_targets(case: Case, target: Tensor) -> Case:
-    return replace(case, target=target)
+SOFT: dict[str, dict[str, Any]] = {
+    "probabilities": {"probabilities": True},
+    "probabilities, all": {"probabilities": True, **ALL["all"]},
+    "probabilities, all, none": {"probabilities": True, **ALL["all, none"]},
+    "probabilities, sum": {"probabilities": True, "reduction": "sum", "label_smoothing": 0.2},
+}

@@ -120,6 +120,10 @@ def linear_forms() -> dict[str, Callable[[Tensor], Tensor]]:
         "linear_cross_entropy_none": lambda x: bigops.linear_cross_entropy(
             x, w, target, reduction="none"
         ),
+        "linear_cross_entropy_stats": lambda x: (
+            bigops.linear_cross_entropy(x, w, target, bias, return_stats=True).loss
+        ),
+        "linear_js_div": lambda x: bigops.linear_js_div(x, w, x, w, bias),
     }
 
 
