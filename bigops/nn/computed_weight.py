@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +16,23 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from bigops import backend
 
 
-class ComputedWeight(Tensor):
-    """The matrix [N, K] of a layer that keeps it in another form.
+class ComputedTensor(Tensor):
+    """A tensor that stands for what makes it: shape, dtype and device are there without it.
 
-    Shape, dtype and device are there without it. What needs its numbers makes them, each time anew
-    and differentiable where the layer trains what they are made of; `bigops.backend.record` counts
-    that as ``reference.<layer>.weight``. Whatever would write raises RuntimeError, to a view of it
-    too: what is written would be lost.
+    What needs its numbers makes them, each time anew and differentiable where the layer trains what
+    they are made of; `bigops.backend.record` counts that as ``reference.<layer>.<part>``. Whatever
+    would write raises RuntimeError, to a view of it too: what is written would be lost.
 
     Args:
-        make: gives the matrix.
+        make: gives the tensor.
         like: a tensor on "meta" with its shape, strides and dtype.
-        device, requires_grad: those of the matrix.
+        device, requires_grad: those of the tensor.
         of: the name of the layer, for errors.
-        why: what the layer keeps in place of the matrix, and what to do to write it.
+        why: what the layer keeps in place of the tensor, and what to do to write it.
     """
 
+    part: ClassVar[str]
+    """What it is of its layer."""
     make: Callable[[], Tensor]
     like: Tensor
     of: str
@@ -45,7 +46,7 @@ class ComputedWeight(Tensor):
         requires_grad: bool,
         of: str,
         why: str,
-    ) -> ComputedWeight:
+    ) -> Any:
         new: Any = Tensor._make_wrapper_subclass(
             cls,
             like.shape,
@@ -55,27 +56,27 @@ class ComputedWeight(Tensor):
             requires_grad=requires_grad,
         )
         new.make, new.like, new.of, new.why = make, like, of, why
-        return new  # type: ignore[no-any-return]
+        return new
 
     def numbers(self) -> Tensor:
-        """The matrix, by the parameters as they are now."""
-        backend.note(f"reference.{self.of}.weight")
+        """What it stands for, by the parameters as they are now."""
+        backend.note(f"reference.{self.of}.{self.part}")
         return self.make()
 
     def _refuse(self, how: str) -> None:
         raise RuntimeError(
-            f"{self.of}.weight: expected to be read only; got {how}, which would be lost: "
+            f"{self.of}.{self.part}: expected to be read only; got {how}, which would be lost: "
             f"{self.why}"
         )
 
-    def _view(self, make: Callable[[], Tensor], like: Tensor, grad: bool) -> ComputedWeight:
+    def _view(self, make: Callable[[], Tensor], like: Tensor, grad: bool) -> Any:
         return type(self)(make, like, self.device, grad, self.of, self.why)
 
-    def _without_gradient(self) -> ComputedWeight:
+    def _without_gradient(self) -> Any:
         return self._view(lambda: self.make().detach(), self.like, False)
 
     def _views(self, view: Callable[[Tensor], Any]) -> Any:
-        """What ``view`` gives of the matrix, made where it is read; None where that is no view."""
+        """What ``view`` gives of the tensor, made where it is read; None where that is no view."""
         memory = self.like.untyped_storage()._cdata
         found = view(self.like)
         parts = found if isinstance(found, tuple | list) else [found]
@@ -90,7 +91,7 @@ class ComputedWeight(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         grad = ", requires_grad=True" if self.requires_grad else ""
-        return f"ComputedWeight(of {self.of}, {list(self.shape)}, {self.dtype}{grad})"
+        return f"{type(self).__name__}(of {self.of}, {list(self.shape)}, {self.dtype}{grad})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.numbers().detach(), memo)
@@ -102,7 +103,7 @@ class ComputedWeight(Tensor):
         kwargs = kwargs or {}
         first, *rest = args or (None,)
         if isinstance(first, cls):
-            if func in _DESCRIBING:
+            if func in DESCRIBING:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
             if func in _DETACHING:
@@ -120,10 +121,10 @@ class ComputedWeight(Tensor):
                 written._refuse(_name_of(func))
         made: dict[int, Tensor] = {}  # one call may read it twice
 
-        def numbers(weight: ComputedWeight) -> Tensor:
-            if id(weight) not in made:
-                made[id(weight)] = weight.numbers()
-            return made[id(weight)]
+        def numbers(computed: ComputedTensor) -> Tensor:
+            if id(computed) not in made:
+                made[id(computed)] = computed.numbers()
+            return made[id(computed)]
 
         args, kwargs = tree_map_only(cls, numbers, (args, kwargs))
         return func(*args, **kwargs)
@@ -142,12 +143,18 @@ class ComputedWeight(Tensor):
         return func(*args, **kwargs)
 
 
+class ComputedWeight(ComputedTensor):
+    """The matrix [N, K] of a layer that keeps it in another form."""
+
+    part = "weight"
+
+
 def _property(name: str) -> Any:
     return getattr(Tensor, name).__get__
 
 
 # What a Tensor says of itself without its numbers.
-_DESCRIBING = {
+DESCRIBING = {
     *map(
         _property,
         (

@@ -13,6 +13,7 @@ from bigops.optim import (
     step_in_backward,
 )
 from bigops.train import amp
+from bigops.train.chunked_loss import chunked_loss_
 from bigops.train.precision import PRECISIONS, MixedPrecision, StepResult
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "StepResult",
     "TrainState",
     "amp",
+    "chunked_loss_",
     "load_adapter_",
     "load_checkpoint",
     "save_adapter",
