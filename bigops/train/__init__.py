@@ -14,6 +14,7 @@ from bigops.optim import (
 )
 from bigops.train import amp
 from bigops.train.chunked_loss import chunked_loss_
+from bigops.train.memory import CheckpointReport, checkpoint_
 from bigops.train.precision import PRECISIONS, MixedPrecision, StepResult
 
 __all__ = [
@@ -22,11 +23,13 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "CheckpointReport",
     "MixedPrecision",
     "Sampler",
     "StepResult",
     "TrainState",
     "amp",
+    "checkpoint_",
     "chunked_loss_",
     "load_adapter_",
     "load_checkpoint",
