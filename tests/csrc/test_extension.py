@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import bigops.ops  # noqa: F401  defines the schemas
+import bigops.graph.deploy.executor  # noqa: F401  (with bigops.ops, all ops there are)
 from bigops.backend import machine
 from tests.support.kernels_ran import needs_extension
 

@@ -213,7 +213,7 @@ class _Program:
             return ["reshape", x, [self._item(size) for size in given[0]]]
         if node.target is aten.transpose.int:
             a, b = given
-            return ["transpose", x, a, b] if type(a) is type(b) is int else None
+            return ["transpose", x, a, b] if type(a) is int and type(b) is int else None
         dim, begin, end, step = given
         if type(dim) is not int or type(step) is not int:
             return None
