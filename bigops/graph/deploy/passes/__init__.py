@@ -25,6 +25,7 @@ from bigops.graph.deploy.passes import (
     repeated,
     rotary,
     rows,
+    shared,
     siblings,
     u8_chain,
     written_out,
@@ -48,9 +49,10 @@ PASSES = {
     "attention_bf16": attention_bf16.run,
     "norm": norm.run,
     "quantize_once": quantize_once.run,
+    "shared": shared.run,
 }
 # Those that make new weights of the module's own, which nobody may write afterwards.
-OWNING = ("fold", "rows", "siblings", "pack", "u8_chain")
+OWNING = ("fold", "rows", "siblings", "pack", "u8_chain", "shared")
 # Those that put ops of this package into a graph.
 GIVE_OPS = ("pack", "fuse", "epilogue", "u8_chain", "rotary", "attention", "norm", "quantize_once")
 
