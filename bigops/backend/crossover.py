@@ -65,7 +65,7 @@ class Table:
 def machine(extension: ModuleType) -> dict[str, str | int]:
     """What a measured crossover depends on, as plain data."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "isa": str(extension.isa()),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -166,7 +166,7 @@ def _mapping(path: Path, data: Mapping[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The model of the CPU, such as "AMD EPYC 9654 96-Core Processor, family 25, model 17"."""
     try:
         with open("/proc/cpuinfo") as file:  # the first CPU's part: a large machine has hundreds

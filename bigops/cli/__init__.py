@@ -12,10 +12,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from bigops.cli import bench, demo, doctor, explain, show, tune
+from bigops.cli import bench, demo, doctor, explain, recipe, show, tune
 
 COMMANDS = {
     "demo": demo,
+    "recipe": recipe,
     "bench": bench,
     "tune": tune,
     "doctor": doctor,

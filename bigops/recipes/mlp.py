@@ -16,8 +16,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from bigops.files import replacing
 from bigops.nn import Linear
 from bigops.parallel import World, init
 from bigops.recipes.data import NAMES, DataError, Dataset, load
+from bigops.recipes.progress import reporter
 from bigops.train import PRECISIONS, AdamW, MixedPrecision, Sampler
 
 HIDDEN = (2048, 1024)
@@ -133,7 +133,7 @@ def train(
     wrapped = world.wrap(model)
     wrapped.train()
     begin = time.perf_counter()
-    with _reporter(steps, enabled=progress and world.is_first) as report:
+    with reporter(steps, enabled=progress and world.is_first) as report:
         for _ in range(epochs):
             for batch in sampler:
                 step = len(history.losses)
@@ -150,7 +150,7 @@ def train(
                 precision.backward(loss)
                 history.skipped += not precision.step(optimizer, clip_norm)
                 history.losses.append(world.mean(loss).item())
-                report(step + 1, history.losses[-1])
+                report(step + 1, f"loss {history.losses[-1]:.4f}")
                 if on_step is not None:
                     on_step(step, history.losses[-1])
     history.seconds = time.perf_counter() - begin
@@ -184,43 +184,6 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch: int = 1000) -> float
     finally:
         model.train(was_training)
     return 100.0 * hits / len(x)
-
-
-@contextmanager
-def _reporter(steps: int, *, enabled: bool) -> Iterator[Callable[[int, float], None]]:
-    """A progress bar on a terminal; elsewhere ten lines in all, so that logs stay readable."""
-    if not enabled:
-        yield lambda step, loss: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console()
-    if not console.is_terminal:
-        every = max(1, steps // 10)
-
-        def line(step: int, loss: float) -> None:
-            if step % every == 0 or step == steps:
-                print(f"  step {step}/{steps}  loss {loss:.4f}", flush=True)
-
-        yield line
-        return
-    columns = (
-        TextColumn("train"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("train", total=steps, loss=float("nan"))
-        yield lambda step, loss: bar.update(task, completed=step, loss=loss)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -70,8 +70,8 @@ def test_mnist() -> None:
 @needs_mnist
 def test_mnist_package_is_not_imported() -> None:
     code = (
-        "import sys; from bigops.recipes.data import _package_data; "
-        "print(_package_data('mnist')); assert 'mnist' not in sys.modules"
+        "import sys; from bigops.recipes.data import package_folder; "
+        "print(package_folder('mnist', 'data', '')); assert 'mnist' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("data")
