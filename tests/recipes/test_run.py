@@ -25,16 +25,18 @@ SMALL: dict[str, dict[str, Any]] = {
     "mnist": {"data": "digits", "hidden": (16,)},
     "cartpole": {"epoch": 100, "first": 30, "width": 8},
     "movielens": {"rows": 600},
+    "ddp": {"data": "digits", "hidden": (16,)},
 }
 # The step behind which a run is cut: in the second epoch, or fold.
-CUTS = {"mnist": 7, "cartpole": 130, "movielens": 5}
+CUTS = {"mnist": 7, "cartpole": 130, "movielens": 5, "ddp": 2}
 
 
 def needs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "mnist":  # its small run is of digits, which come with the tests
+    digits = SMALL[name].get("data") == "digits"  # which come with the tests
+    if digits:
         monkeypatch.setattr(catalog.importlib.util, "find_spec", lambda name: name)
     for package in RECIPES[name].packages:
-        if name != "mnist" and importlib.util.find_spec(package) is None:
+        if not digits and importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     if name == "cartpole":
         module = importlib.import_module("bigops.recipes.cartpole")
@@ -72,8 +74,9 @@ def cut_short(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     monkeypatch.setattr(run.Run, "step", killed)
 
 
-CASES = [("mnist", "fp32"), ("mnist", "fp16-mixed"), ("mnist", "O2")]
+CASES: list[Any] = [("mnist", "fp32"), ("mnist", "fp16-mixed"), ("mnist", "O2")]
 CASES += [("cartpole", "fp32"), ("movielens", "bf16-mixed")]
+CASES += [pytest.param("ddp", "fp32", marks=pytest.mark.slow)]  # four processes
 
 
 @pytest.mark.parametrize(("name", "precision"), CASES)
@@ -98,6 +101,9 @@ def test_a_run_that_is_cut_goes_on_bit_for_bit(
     assert carry_out(name, tmp_path / "cut", resume=True, **options) == 0
     assert result_of(tmp_path / "cut") == whole
     assert not (tmp_path / "cut" / STATE).exists()
+    if name == "ddp":  # whose planted fault is in test_ddp.py
+        assert whole["values"]["difference"] <= 1
+        return
     # planted: another seed is another run
     assert carry_out(name, tmp_path / "other", **{**options, "seed": 1}) == 0
     assert result_of(tmp_path / "other")["curves"] != whole["curves"]
