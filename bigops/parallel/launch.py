@@ -8,6 +8,7 @@ torch.multiprocessing.spawn does, give ``init`` their rank and the number of ran
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -145,6 +146,9 @@ def init(
         else:
             dist.monitored_barrier()
     finally:
+        # A DistributedDataParallel refers to itself and to the group: left to the end of the
+        # process, its worker thread would take the lock then, too.
+        gc.collect()
         dist.destroy_process_group()
 
 
