@@ -3,6 +3,11 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
+#include <cstdlib>
 #include <mutex>
 #include <optional>
 #include <shared_mutex>
@@ -367,7 +372,27 @@ void bind_program(int64_t program, std::vector<int64_t> slots, std::vector<Tenso
 
 }  // namespace
 
+namespace {
+
+// What a run frees is at the end of the heap, and glibc gives it back to the system, so that the
+// next run is paged in anew: MiniLM int8 at 8x64 600 to 900 faults a call, 14 ms instead of 11.
+// With Python between the calls small objects lie behind the tensors, and nothing is given back.
+// Who has set it otherwise is left alone.
+void keep_freed_memory() {
+#if defined(__GLIBC__)
+  constexpr int kKept = 256 << 20, kMostOfHeap = 32 << 20;  // glibc takes no larger threshold
+  for (const char* name : {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"})
+    if (std::getenv(name) != nullptr) return;
+  mallopt(M_MMAP_THRESHOLD, kMostOfHeap);
+  mallopt(M_TRIM_THRESHOLD, kKept);
+#endif
+}
+
+}  // namespace
+
 int64_t keep_program(std::shared_ptr<Program> program) {
+  static std::once_flag once;
+  std::call_once(once, keep_freed_memory);
   std::unique_lock lock(programs().mutex);
   const int64_t number = programs().next++;
   programs().by_number[number] = std::move(program);

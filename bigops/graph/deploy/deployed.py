@@ -22,8 +22,10 @@ class Deployed(nn.Module):
 
     Its tensors are buffers, each as the graph reads it: packed, merged, folded. It has no gradients
     and stays in eval. Several threads may call it at once, unless the model itself wrote state of
-    its own (a key-value cache among its buffers). `bigops.save` and `bigops.load` keep it in a
-    file.
+    its own (a key-value cache among its buffers). From the first call on, glibc keeps up to 256 MB
+    of freed memory, which a call would else page in anew (``mallopt``; not where
+    MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES is set). `bigops.save` and
+    `bigops.load` keep it in a file.
 
     Args:
         graph: flat: an input for each leaf, a tuple of results. Of it, the buffers are taken.

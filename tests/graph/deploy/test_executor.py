@@ -6,6 +6,10 @@ import copy
 import gc
 import math
 import operator
+import os
+import platform
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -181,6 +185,34 @@ def test_a_result_is_freed_after_its_last_reader() -> None:
             most = max(most, now)
     assert result.nbytes < most <= 3 * given.nbytes
     assert torch.equal(made(given)[0], result)  # what was lent is still there
+
+
+FAULTS = """
+import resource, torch, torch.nn.functional as F, bigops
+class Chain(torch.nn.Module):
+    def forward(self, x):
+        for _ in range(8):
+            x = F.hardtanh(x)
+        return x.sum()
+x = torch.randn(1 << 20)
+deployed = bigops.deploy(Chain().eval(), x, dynamic=False)
+for _ in range(5):
+    deployed(x)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    deployed(x)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+"""
+
+
+@pytest.mark.skipif(not platform.libc_ver()[0], reason="of glibc's malloc")
+def test_memory_stays_from_call_to_call() -> None:
+    """A tensor of 4 MB is 1024 pages."""
+    plain = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_"))}
+    run = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, env=plain
+    )
+    assert float(run.stdout) < 200
 
 
 @pytest.fixture(scope="module")
