@@ -48,7 +48,7 @@ test-slow: dev
 	$(PY) -m pytest -m slow $(SIDE_BY_SIDE) $(ARGS)
 
 accept: dev
-	$(PY) -m pytest -m slow tests/accept --accept-share 1 \
+	$(PY) -m pytest -m slow tests/accept tests/faults --accept-share 1 \
 	  --accept-json tests/accept/results.json $(ARGS)
 
 bench: dev

@@ -26,8 +26,8 @@ def some(count: int) -> Iterable[int]:
 
 
 def many(count: int) -> Iterable[int]:
-    """Some hundred, and all of the last hundred."""
-    return sorted({*range(1, count + 1, count // 300 + 1), *range(max(1, count - 99), count + 1)})
+    """A hundred and some, and all of the last hundred."""
+    return sorted({*range(1, count + 1, count // 120 + 1), *range(max(1, count - 99), count + 1)})
 
 
 @pytest.mark.parametrize("which", [some, pytest.param(many, marks=pytest.mark.slow)])
