@@ -161,6 +161,12 @@ PYBIND11_MODULE(_C, m) {
              for (const auto& [slot, value] : sizes) made.push_back({slot, value});
              self.reshape(output, tensor, std::move(made));
            })
+      .def("drop",
+           [](Program& self, const std::vector<Item>& slots) {
+             std::vector<bigops::Item> made;
+             for (const auto& [slot, value] : slots) made.push_back({slot, value});
+             self.drop(std::move(made));
+           })
       .def("keep", [](std::shared_ptr<Program> self) { return keep_program(std::move(self)); });
   m.def("drop_program", &drop_program);
 

@@ -42,6 +42,9 @@ class Slots {
     made_[static_cast<size_t>(slot)] = false;
     return tensor(slot);
   }
+  void drop(int64_t slot) {
+    if (made_[static_cast<size_t>(slot)]) aoti_torch_delete_tensor_object(take(slot));
+  }
   void lend(int64_t slot, AtenTensorHandle tensor) { tensors_[static_cast<size_t>(slot)] = tensor; }
   void put(int64_t slot, AtenTensorHandle tensor) {
     lend(slot, tensor);
@@ -252,6 +255,8 @@ void Program::reshape(int64_t output, int64_t tensor, std::vector<Item> sizes) {
   step.items = std::move(sizes);
 }
 
+void Program::drop(std::vector<Item> slots) { plain('d', -1).items = std::move(slots); }
+
 Program::Step& Program::plain(char kind, int64_t output) {
   Step step{};
   step.kind = kind;
@@ -305,6 +310,10 @@ std::vector<Tensor> Program::run(const std::vector<Tensor>& inputs) const {
     if (step.kind == 's') {
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_size(slots.tensor(step.a.value), step.dimension,
                                                         &slots.integer(step.outputs[0])));
+      continue;
+    }
+    if (step.kind == 'd') {
+      for (const Item& item : step.items) slots.drop(item.value);
       continue;
     }
     if (step.kind == 't' || step.kind == 'l' || step.kind == 'r') {

@@ -66,12 +66,14 @@ class Program {
   void transpose(int64_t output, int64_t tensor, int64_t a, int64_t b);
   void slice(int64_t output, int64_t tensor, int64_t dimension, Item begin, Item end, int64_t step);
   void reshape(int64_t output, int64_t tensor, std::vector<Item> sizes);
+  // Frees tensors that calls or views made and nothing reads any more.
+  void drop(std::vector<Item> slots);
 
   std::vector<torch::stable::Tensor> run(const std::vector<torch::stable::Tensor>& inputs) const;
 
  private:
   struct Step {
-    char kind;           // 'c': call, 's': size, 't', 'l', 'r': a view, or the sign
+    char kind;           // 'c': call, 's': size, 't', 'l', 'r': a view, 'd': drop, or a sign
     BoxedKernel kernel;  // null: by torch's dispatcher
     std::string name, overload;
     std::vector<Argument> arguments;

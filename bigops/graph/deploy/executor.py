@@ -251,7 +251,7 @@ def _replace(module: fx.GraphModule, run: list[fx.Node]) -> None:
         if node.target is not operator.getitem:
             program.add(node)
     results = [n for n in run if n in program.slots and any(u not in program.run for u in n.users)]
-    _take_last(program, results)
+    _free(program, results)
     slots = program.slots
     made = machine.extension.Program(  # type: ignore[union-attr]
         len(slots), [slots[n] for n in program.inputs], [slots[n] for n in results]
@@ -273,25 +273,30 @@ def _replace(module: fx.GraphModule, run: list[fx.Node]) -> None:
         module.graph.erase_node(old)
 
 
-def _take_last(program: _Program, results: list[fx.Node]) -> None:
-    """Let the last reader of a slot have the tensor, so that memory is free as soon as it can."""
-    kept = {program.slots[node] for node in (*results, *program.inputs, *program.bound)}
+def _free(program: _Program, results: list[fx.Node]) -> None:
+    """Let go of each tensor with its last reader: a call is given it, of others it is dropped."""
+    later = {program.slots[node] for node in (*results, *program.inputs, *program.bound)}
+    steps: list[tuple[str, tuple[Any, ...]]] = []
     for name, given in reversed(program.steps):
-        if name in _READERS:
-            kept.add(given[1])
-        if name != "call":
-            continue
-        arguments = given[2]
-        for kind, value in arguments:
-            if kind == "O":
-                kept.add(value)
-            elif kind in "AB":
-                kept.update(slot for _, slot in value)
-        read: dict[int, list[int]] = {}
-        for at, (kind, value) in enumerate(arguments):
-            if kind == "T":
-                read.setdefault(value, []).append(at)
-        for slot, places in read.items():
-            if slot not in kept:
-                arguments[places[-1]] = ("t", slot)
-            kept.add(slot)
+        dropped = set()
+        if name == "call":
+            arguments = given[2]
+            whole = {v for kind, v in arguments if kind == "O"}
+            whole |= {v for kind, vs in arguments if kind in ("A", "B") for _, v in vs if v >= 0}
+            places = {v: at for at, (kind, v) in enumerate(arguments) if kind == "T"}
+            for slot, at in places.items():
+                if slot not in later and slot not in whole:
+                    arguments[at] = ("t", slot)
+            read = whole | places.keys()
+            dropped = whole - later
+            dropped |= {slot for slot in given[3] if slot >= 0} - later - read
+        elif name in _READERS:
+            read = {given[1]}
+            dropped = read - later
+        else:
+            read = set()
+        if dropped:
+            steps.append(("drop", ([(False, slot) for slot in sorted(dropped)],)))
+        steps.append((name, given))
+        later |= read
+    program.steps[:] = reversed(steps)

@@ -167,13 +167,19 @@ def test_a_cache_is_written_in_place() -> None:
     assert torch.equal(made.get_buffer("cache")[1], given[0])
 
 
-def test_a_result_is_freed_after_its_last_reader() -> None:
+@pytest.mark.parametrize("by", ["a call", "a view", "a list"])
+def test_a_result_is_freed_after_its_last_reader(by: str) -> None:
     """Of a chain two results stand at a time; inputs and buffers are never given away."""
     g = Graph(w=torch.ones(1 << 20))
     x = g.input("x")
     y = g(aten.mul.Tensor, x, g.read("w"))
     for _ in range(20):
+        if by == "a view":
+            y = g(aten.transpose.int, g(aten.reshape.default, y, [1 << 10, -1]), 0, 1)
+        elif by == "a list":
+            y = g(aten.cat.default, [y])
         y = g(aten.neg.default, y)
+    y = g(aten.reshape.default, y, [-1])
     made = check(g.module(y), torch.ones(1 << 20))
     given = torch.ones(1 << 20)
     with torch.profiler.profile(profile_memory=True, record_shapes=False) as profile:
