@@ -250,7 +250,7 @@ def _replace(module: fx.GraphModule, run: list[fx.Node]) -> None:
     for node in run:
         if node.target is not operator.getitem:
             program.add(node)
-    results = [n for n in run if n in program.slots and any(u not in program.run for u in n.users)]
+    results = [n for n in run if n in program.slots and _is_read_outside(n, program.run)]
     _free(program, results)
     slots = program.slots
     made = machine.extension.Program(  # type: ignore[union-attr]
@@ -269,8 +269,27 @@ def _replace(module: fx.GraphModule, run: list[fx.Node]) -> None:
         with module.graph.inserting_after(after):
             after = module.graph.call_function(operator.getitem, (node, at))
         result.replace_all_uses_with(after, lambda user: user not in program.run)
-    for old in reversed(run):
-        module.graph.erase_node(old)
+    last = after
+    for old in _between(run[0], node):  # integers that others read come behind what they are of
+        if _is_integer(old) and _is_read_outside(old, program.run):
+            last.append(old)
+            last = old
+    for old in reversed(_between(run[0], node)):
+        if old in program.run or (_is_integer(old) and not old.users):
+            module.graph.erase_node(old)
+
+
+def _between(first: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """The nodes from one up to another."""
+    nodes = list(first.graph.nodes)
+    return nodes[nodes.index(first) : nodes.index(end)]
+
+
+def _is_read_outside(node: fx.Node, run: set[fx.Node]) -> bool:
+    """Whether a call outside a run reads a node, or an integer that is made of it."""
+    return any(
+        _is_read_outside(user, run) if _is_integer(user) else user not in run for user in node.users
+    )
 
 
 def _free(program: _Program, results: list[fx.Node]) -> None:

@@ -145,6 +145,25 @@ def test_what_cannot_be_passed_on_stays_a_node() -> None:
     check(g.module(x), torch.randn(5), count=2)
 
 
+def test_sizes_of_results_inside_and_outside() -> None:
+    """Of a size that only the program reads nothing leaves it; one of a size is read by others."""
+    g = Graph()
+    y = g.input("x")
+    for _ in range(executor.LEAST):
+        y = g(aten.relu.default, y)
+    rows, columns = g(aten.sym_size.int, y, 0), g(aten.sym_size.int, y, 1)
+    z = g(aten.reshape.default, y, [g(operator.mul, rows, columns)])
+    more = g(operator.add, rows, 1)
+    for _ in range(executor.LEAST):
+        z = g(aten.neg.default, z)
+    outside = g(aten.arange.default, more, device=torch.device("cpu"))
+    module = g.module(z, outside)
+    made = check(module, torch.randn(3, 2))
+    check(module, torch.randn(1, 5))
+    program = next(n for n in made.graph.nodes if n.target is torch.ops.bigops.execute.default)
+    assert len(program.users) == 2  # z, and y for its rows
+
+
 def test_few_calls_stay_as_they_are() -> None:
     g = Graph()
     x = g.input("x")
