@@ -40,10 +40,16 @@ std::vector<std::string> list(const bigops::Words<N>& words) {
 using Number = std::variant<int64_t, double>;
 using Items = std::vector<std::pair<bool, int64_t>>;
 
+std::vector<bigops::Item> items_of(const Items& given) {
+  std::vector<bigops::Item> made;
+  for (const auto& [slot, value] : given) made.push_back({slot, value});
+  return made;
+}
+
 bigops::Argument argument(char kind, const std::variant<Number, Items>& value) {
   bigops::Argument made{static_cast<bigops::ArgumentKind>(kind)};
   if (const auto* items = std::get_if<Items>(&value)) {
-    for (const auto& [slot, number] : *items) made.items.push_back({slot, number});
+    made.items = items_of(*items);
   } else if (const auto* number = std::get_if<int64_t>(&std::get<Number>(value))) {
     made.number = *number;
   } else {
@@ -155,18 +161,9 @@ PYBIND11_MODULE(_C, m) {
              self.slice(output, tensor, dimension, {begin.first, begin.second},
                         {end.first, end.second}, step);
            })
-      .def("reshape",
-           [](Program& self, int64_t output, int64_t tensor, const std::vector<Item>& sizes) {
-             std::vector<bigops::Item> made;
-             for (const auto& [slot, value] : sizes) made.push_back({slot, value});
-             self.reshape(output, tensor, std::move(made));
-           })
-      .def("drop",
-           [](Program& self, const std::vector<Item>& slots) {
-             std::vector<bigops::Item> made;
-             for (const auto& [slot, value] : slots) made.push_back({slot, value});
-             self.drop(std::move(made));
-           })
+      .def("reshape", [](Program& self, int64_t output, int64_t tensor,
+                         const Items& sizes) { self.reshape(output, tensor, items_of(sizes)); })
+      .def("drop", [](Program& self, const Items& slots) { self.drop(items_of(slots)); })
       .def("keep", [](std::shared_ptr<Program> self) { return keep_program(std::move(self)); });
   m.def("drop_program", &drop_program);
 

@@ -6,10 +6,14 @@ file, which is committed.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import date
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +35,16 @@ class Accept:
     def result(self, **figures: object) -> None:
         """Keep what was counted: plain numbers and words."""
         self.figures.update(figures)
+
+
+def figures_of(code: str) -> dict[str, Any]:
+    """What a process of its own prints last, as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 @pytest.fixture

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +17,7 @@ from torch import nn
 
 from bigops import Int8, compress_, load, save
 from bigops.train import load_checkpoint, save_checkpoint
-from tests.accept.conftest import Accept
+from tests.accept.conftest import Accept, figures_of
 from tests.support.saved_models import same_state, state_of
 
 pytestmark = pytest.mark.slow
@@ -89,11 +87,7 @@ def test_a_killed_save_leaves_a_whole_file(verb: str, tmp_path: Path, accept: Ac
     kills = accept.count(100)
     call = f"drive({verb!r}, {str(tmp_path)!r}, {kills})"
     code = f"from tests.accept.test_killed_saves import drive; {call}"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
+    figures = figures_of(code)
     accept.result(**figures)
     assert figures["wrong"] == 0
     assert figures["amid_a_save"] >= kills // 10, "the kills fell between the saves"

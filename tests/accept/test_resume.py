@@ -7,8 +7,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +23,7 @@ from bigops.files import leftovers
 from bigops.nn import Linear
 from bigops.train import SGD, AdamW, MixedPrecision, Sampler, TrainState
 from bigops.train.data import Loader
-from tests.accept.conftest import Accept
+from tests.accept.conftest import Accept, figures_of
 
 pytestmark = pytest.mark.slow
 ROWS, BATCH, STEPS = 72, 10, 200  # 8 batches an epoch, 25 epochs
@@ -281,11 +279,7 @@ def killed(folder: str, kills: int) -> None:
 def test_a_killed_run_loses_an_interval_at_most(tmp_path: Path, accept: Accept) -> None:
     kills = accept.count(100)
     code = f"from tests.accept.test_resume import killed; killed({str(tmp_path)!r}, {kills})"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
+    figures = figures_of(code)
     accept.result(**figures)
     assert figures["corrupt"] == 0
     assert figures["lost_more"] == 0

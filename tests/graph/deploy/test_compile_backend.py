@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import bigops
 from bigops import backend
 from bigops.graph.deploy import compile_backend
-from tests.graph.deploy.test_deploy import Encoder, check, inputs
+from tests.graph.deploy.encoder import Encoder, inputs
+from tests.graph.deploy.test_deploy import check
 from tests.support import tolerance
 
 

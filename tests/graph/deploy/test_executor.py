@@ -19,10 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-import bigops
 from bigops.backend import machine
 from bigops.graph.deploy import executor
-from tests.graph.deploy.test_deploy import Encoder, inputs
+from tests.graph.deploy.encoder import inputs
 
 pytestmark = pytest.mark.skipif(machine.extension is None, reason="needs the C++ extension")
 aten = torch.ops.aten
@@ -238,17 +237,6 @@ def test_memory_stays_from_call_to_call() -> None:
         [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, env=plain
     )
     assert float(run.stdout) < 200
-
-
-@pytest.fixture(scope="module")
-def model() -> Encoder:
-    torch.manual_seed(0)
-    return Encoder().eval()
-
-
-@pytest.fixture(scope="module")
-def deployed(model: Encoder) -> Any:
-    return bigops.deploy(model, inputs(3, 7))
 
 
 def same(deployed: Any, given: dict[str, Tensor]) -> None:

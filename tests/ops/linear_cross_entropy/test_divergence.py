@@ -15,17 +15,17 @@ import bigops
 from bigops import backend
 from bigops.ops.linear_cross_entropy import chunked, reference
 from tests.support import paths
+from tests.support.cases.cross_entropy import Checked, Leaves
 from tests.support.kernels_ran import needs_extension
 from tests.support.tolerance import ACCUMULATION
 from tests.support.tolerance import check as check_by_rule
 
 pytestmark = needs_extension
-Leaves = list[Tensor | None]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @dataclass
-class Case:
+class Case(Checked):
     """Inputs of one call: the student's x [.., K], weight [V, K], bias; the teacher's."""
 
     student: Leaves
@@ -145,17 +145,6 @@ class Case:
             assert scale is not None
             what_of = f"{what} gradient of {name}"
             check_by_rule(got, ref, base, scale, rounding=scale, what=what_of)
-
-    def check(self, what: str = "") -> None:
-        f, leaves = self.public(), self.leaves()
-        with torch.no_grad():
-            loss = f(*leaves)
-        self.check_loss(loss, f"{what} without a graph")
-        loss = f(*leaves)
-        self.check_loss(loss, what)
-        wanted = [t for t in leaves if t is not None]
-        found = iter(torch.autograd.grad(loss, wanted, self.grad))
-        self.check_gradients([None if t is None else next(found) for t in leaves], what)
 
 
 def make(

@@ -20,8 +20,30 @@ from tests.support.tolerance import ACCUMULATION, C, check
 Leaves = list[Tensor | None]  # x, weight, bias
 
 
+class Checked:
+    """A case with ``public``, ``leaves``, ``grad``, and checks of a loss and of gradients."""
+
+    public: Callable[[], Callable[..., Tensor]]
+    leaves: Callable[[], list[Tensor | None]]
+    check_loss: Callable[..., None]
+    check_gradients: Callable[..., None]
+    grad: Tensor | None
+
+    def check(self, what: str = "") -> None:
+        """Loss without and with a graph, and all gradients, by the public function."""
+        f, leaves = self.public(), self.leaves()
+        with torch.no_grad():
+            loss = f(*leaves)
+        self.check_loss(loss, f"{what} without a graph")
+        loss = f(*leaves)
+        self.check_loss(loss, what)
+        wanted = [t for t in leaves if t is not None]
+        found = iter(torch.autograd.grad(loss, wanted, self.grad))
+        self.check_gradients([None if t is None else next(found) for t in leaves], what)
+
+
 @dataclass
-class Case:
+class Case(Checked):
     """Inputs of one call: x [.., K], weight [V, K], target [..] or [.., V], and dL/dloss."""
 
     x: Tensor
@@ -216,18 +238,6 @@ class Case:
             assert scale is not None
             assert rounding is not None
             check(got, ref, base, scale, rounding=rounding, what=label)
-
-    def check(self, what: str = "") -> None:
-        """Loss without and with a graph, and all gradients, by the public function."""
-        f, leaves = self.public(), self.leaves()
-        with torch.no_grad():
-            loss = f(*leaves)
-        self.check_loss(loss, f"{what} without a graph")
-        loss = f(*leaves)
-        self.check_loss(loss, what)
-        wanted = [t for t in leaves if t is not None]
-        found = iter(torch.autograd.grad(loss, wanted, self.grad))
-        self.check_gradients([None if t is None else next(found) for t in leaves], what)
 
 
 def make(

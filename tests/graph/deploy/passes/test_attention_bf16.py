@@ -9,8 +9,8 @@ import bigops
 from bigops.graph.deploy.passes import attention, attention_bf16
 from bigops.graph.deploy.passes.rewrite import arguments, is_call
 from bigops.ops.attention.choose import op
+from tests.graph.deploy.encoder import Encoder, inputs
 from tests.graph.deploy.passes.exported import graph_of
-from tests.graph.deploy.test_deploy import Encoder, inputs
 from tests.support import tolerance
 
 
